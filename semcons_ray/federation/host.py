@@ -1,0 +1,160 @@
+"""A host: one base model in memory, and the clients of its architecture that take turns in it.
+
+A client's adapter and optimizer state live in its store between visits, not in the host. So a host of one client
+and a host of a hundred do the same work on a visit, memory does not grow with the clients, and a host that died is
+replaced by any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
+from semcons_ray.data.examples import Example
+from semcons_ray.errors import ClientError, SemconsError
+from semcons_ray.federation.client import Client
+from semcons_ray.federation.fleet import Algorithm, Reply
+from semcons_ray.federation.store import ClientStore
+from semcons_ray.messages import PublicPrompts
+from semcons_ray.metering.ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """Everything a worker needs to build its host; crosses to the worker once.
+
+    Attributes:
+        worker: Name of the worker, as in the ledger.
+        model: Model settings, with `dtype` resolved and `name` the model of these clients.
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+        algorithm: What the clients do on a visit.
+        private: Private examples by client.
+        public_prompts: The encoded `PublicPrompts` message; empty where the algorithm uses none.
+        test: The common test set.
+        num_answers: Test prompts answered at an evaluation.
+        seed: The experiment's.
+        state: Folder of the client stores.
+    """
+
+    worker: str
+    model: ModelConfig
+    device: str
+    threads: int
+    algorithm: Algorithm
+    private: Mapping[int, tuple[Example, ...]]
+    public_prompts: bytes
+    test: tuple[Example, ...]
+    num_answers: int
+    training: TrainingConfig
+    generation: GenerationConfig
+    seed: int
+    state: Path
+
+    def build(self) -> ClientHost:
+        """Load the model and make the clients.
+
+        Raises:
+            ModelError: The model cannot be found or loaded.
+        """
+        import torch
+
+        from semcons_ray.modeling.language_model import LanguageModel
+        from semcons_ray.modeling.packaged import resolve_model
+
+        torch.set_num_threads(self.threads)
+        ledger = Ledger(self.worker, socket.gethostname())
+        with ledger.stage("load", round=0) as work:
+            model = LanguageModel(
+                resolve_model(self.model.name),
+                lora=self.model.lora,
+                dtype=self.model.dtype,
+                device=self.device,
+                max_length=self.model.max_length,
+                system_prompt=self.model.system_prompt,
+                seed=self.seed,
+            )
+            prompts: tuple[str, ...] = ()
+            if self.public_prompts:
+                prompts = PublicPrompts.decode(self.public_prompts).prompts
+                work.downlink_bytes = len(self.public_prompts) * len(self.private)  # every client gets its copy
+            clients = {
+                client_id: Client(
+                    client_id,
+                    private=private,
+                    prompts=prompts,
+                    test=self.test,
+                    num_answers=self.num_answers,
+                    model=model,
+                    training=self.training,
+                    generation=self.generation,
+                    seed=self.seed,
+                    ledger=ledger,
+                )
+                for client_id, private in self.private.items()
+            }
+        return ClientHost(clients, self.algorithm, ClientStore(self.state), ledger)
+
+    def with_clients(self, worker: str, client_ids: tuple[int, ...]) -> HostSpec:
+        """The same for some of the clients, under another worker's name."""
+        return replace(self, worker=worker, private={client: self.private[client] for client in client_ids})
+
+
+class ClientHost:
+    """Clients that share a base model; visits are exactly once, whatever crashes between them."""
+
+    def __init__(
+        self, clients: Mapping[int, Client], algorithm: Algorithm, store: ClientStore, ledger: Ledger
+    ) -> None:
+        self.clients = clients
+        self.algorithm = algorithm
+        self.store = store
+        self.ledger = ledger
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+        """Do the client's part of a round, or return the reply of a visit already done.
+
+        Round 0 is the base model: the client is evaluated and does nothing else.
+
+        Raises:
+            ClientError: The client failed; says which, when, and why.
+        """
+        done = self.store.reply(client_id, round)
+        if done is not None:
+            return done
+        client = self.clients[client_id]
+        try:
+            client.restore(self.store.load(client_id, before=round))
+            uplink = self.algorithm.visit(client, round, downlink) if round else b""
+            evaluation = client.evaluate(round) if evaluate else None
+        except SemconsError:
+            raise
+        except Exception as error:
+            logger.exception("client %d failed in round %d", client_id, round)
+            reason = f"{type(error).__name__}: {error}"
+            raise ClientError(f"client {client_id}, round {round}, {self.ledger.worker}: {reason}") from error
+        reply = Reply(
+            client_id=client_id,
+            round=round,
+            uplink=uplink,
+            train_loss=client.train_loss,
+            num_private=len(client.private),
+            num_pseudo_labels=client.num_pseudo_labels,
+            evaluation=evaluation,
+            rows=tuple(self.ledger.take()),
+        )
+        self.store.save(client.state(), reply)
+        return reply
+
+    def export_adapter(self, client_id: int, folder: Path) -> None:
+        """Write the client's last adapter in PEFT's format."""
+        client = self.clients[client_id]
+        client.restore(self.store.load(client_id, before=1 << 30))
+        folder.mkdir(parents=True, exist_ok=True)
+        client.model.export_adapter(client.adapter, folder)

@@ -1,0 +1,74 @@
+"""A client's state on disk: one file a visit, written beside and renamed, so a visit either happened or did not.
+
+The file holds the client's tensors after the visit and the reply that it gave. So a visit can be asked for again
+after any crash: if its file is there, the stored reply comes back and no work is repeated; if it is not, the visit
+starts from the file before it. Two files a client are kept, since a round in progress may still be repeated.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from semcons_ray.errors import RunFolderError
+from semcons_ray.federation.fleet import Reply, client_folder
+
+KEPT = 2
+
+_REPLY = "reply"
+
+
+class ClientStore:
+    """Files state/client_NNN/round_RRR.safetensors under `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def reply(self, client_id: int, round: int) -> Reply | None:
+        """The reply of a visit that happened, or None."""
+        path = self._path(client_id, round)
+        if not path.is_file():
+            return None
+        with self._open(path) as file:
+            return msgspec.msgpack.decode(file.get_tensor(_REPLY).numpy().tobytes(), type=Reply)
+
+    def load(self, client_id: int, *, before: int) -> dict[str, Tensor]:
+        """The client's tensors after its last visit earlier than round `before`; empty if there was none."""
+        for round in reversed(self._rounds(client_id)):
+            if round < before:
+                with self._open(self._path(client_id, round)) as file:
+                    return {key: file.get_tensor(key) for key in file.keys() if key != _REPLY}  # noqa: SIM118
+        return {}
+
+    def save(self, tensors: dict[str, Tensor], reply: Reply) -> None:
+        """Commit a visit."""
+        path = self._path(reply.client_id, reply.round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        encoded = torch.frombuffer(bytearray(msgspec.msgpack.encode(reply)), dtype=torch.uint8)
+        save_file({**tensors, _REPLY: encoded}, beside)
+        beside.rename(path)
+        for round in self._rounds(reply.client_id)[:-KEPT]:
+            self._path(reply.client_id, round).unlink(missing_ok=True)
+
+    def _path(self, client_id: int, round: int) -> Path:
+        return self.folder / client_folder(client_id) / f"round_{round:03d}.safetensors"
+
+    def _rounds(self, client_id: int) -> list[int]:
+        folder = self.folder / client_folder(client_id)
+        if not folder.is_dir():
+            return []
+        return sorted(int(name[6:-12]) for name in os.listdir(folder) if name.startswith("round_"))
+
+    @staticmethod
+    def _open(path: Path) -> safe_open:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise RunFolderError(f"{path} is damaged ({error}); delete it, and resume repeats that visit") from error

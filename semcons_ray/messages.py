@@ -1,0 +1,77 @@
+"""What crosses the wire between clients and the server: three messages, each with its encoding and byte count.
+
+Schema (docs/wire.md has the same in prose). A message is one byte of framing, then a MessagePack map; the
+framing byte is 0 for plain and 1 for zstd. The map has the key `type` (below) and the fields of the class, in
+order. Nothing is pickled. A figure of "bytes" anywhere in this package is the length of what `encode` returns.
+
+Legend: P public prompts. Everything that leaves a client is an `Answers`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import msgspec
+import zstandard
+
+from semcons_ray.errors import MessageError
+
+PLAIN, ZSTD = b"\x00", b"\x01"
+MAX_DECODED_BYTES = 1 << 30
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages: how one becomes bytes and comes back."""
+
+    _decoders: ClassVar[dict[type, msgspec.msgpack.Decoder[Message]]] = {}
+
+    def encode(self, compression: str = "none") -> bytes:
+        """Bytes of this message; `compression` is "none" or "zstd"."""
+        body = msgspec.msgpack.encode(self)
+        return ZSTD + zstandard.ZstdCompressor(level=3).compress(body) if compression == "zstd" else PLAIN + body
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The message in `data`.
+
+        Raises:
+            MessageError: The bytes are not a message of this class.
+        """
+        body = data[1:]
+        try:
+            if data[:1] == ZSTD:
+                body = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_DECODED_BYTES)
+            elif data[:1] != PLAIN:
+                raise MessageError(f"{cls.__name__}: unknown framing byte {data[:1]!r}")
+            decoder = cls._decoders.get(cls)
+            if decoder is None:
+                decoder = cls._decoders[cls] = msgspec.msgpack.Decoder(cls)
+            return decoder.decode(body)  # type: ignore[return-value]
+        except (msgspec.MsgspecError, zstandard.ZstdError) as error:
+            raise MessageError(f"{cls.__name__}: {error}") from error
+
+
+class PublicPrompts(Message, frozen=True, kw_only=True, tag="public_prompts"):
+    """Server to client, once: the prompts every client answers. Prompt i has id i."""
+
+    prompts: tuple[str, ...]
+
+
+class Answers(Message, frozen=True, kw_only=True, tag="answers"):
+    """Client to server, once a round: one answer a public prompt; an empty one is a missing one.
+
+    `num_examples`, the number of private examples, is what weighted rules weigh by, as in FedAvg.
+    """
+
+    round_number: int
+    client_id: int
+    num_examples: int
+    answers: tuple[str, ...]
+
+
+class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
+    """Server to client: the consensus answer of each prompt that did not abstain."""
+
+    round_number: int
+    prompt_ids: tuple[int, ...]
+    responses: tuple[str, ...]

@@ -1,0 +1,169 @@
+"""A ledger of work: who did what in which round, for how long, and how many bytes and tokens went through it.
+
+A worker holds one `Ledger`, opens a stage around each piece of work, and hands its rows over after a visit. Energy is
+not known then: `energy.apportion` fills it in when the round is over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from time import perf_counter, time
+from types import TracebackType
+from typing import Literal
+
+import msgspec
+
+Stage = Literal["load", "fine_tune", "generate", "embed", "consensus", "evaluate", "idle"]
+EnergySource = Literal["measured", "estimated", "unavailable"]
+
+
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One piece of work; a row of ledger.parquet, columns in this order.
+
+    Attributes:
+        round: Round it was done for; 0 is set-up and the base evaluation.
+        client_id: Client it was done for; -1 for the server, the driver, or a whole worker.
+        worker: Process that did it: "worker-0", "server", "driver".
+        node: Machine the process ran on.
+        stage: Kind of work.
+        started_at: Start by the node's own clock, unix seconds.
+        duration_seconds: Length by a monotonic clock.
+        tokens: Tokens trained on, generated or embedded.
+        uplink_bytes: Encoded bytes from client to server (on generate rows).
+        downlink_bytes: Encoded bytes from server to client (on fine_tune rows).
+        energy_joules: Energy, NaN while unavailable.
+        energy_source: Whether `energy_joules` is measured, estimated or unavailable.
+    """
+
+    round: int
+    client_id: int
+    worker: str
+    node: str
+    stage: Stage
+    started_at: float
+    duration_seconds: float
+    tokens: int = 0
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    energy_joules: float = math.nan
+    energy_source: EnergySource = "unavailable"
+
+
+class Work:
+    """A stage in progress: add to its counts inside the `with` block; its row is written when the block ends."""
+
+    __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "downlink_bytes", "tokens",
+                 "uplink_bytes")  # fmt: skip
+
+    def __init__(self, ledger: Ledger, stage: Stage, round: int, client_id: int) -> None:
+        self._ledger = ledger
+        self._stage = stage
+        self._round = round
+        self._client_id = client_id
+        self.tokens = 0
+        self.uplink_bytes = 0
+        self.downlink_bytes = 0
+
+    def __enter__(self) -> Work:
+        self._started_at = time()
+        self._start = perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # No test of `error`: work that failed cost time and energy all the same, so its row is kept.
+        duration = perf_counter() - self._start
+        self._ledger.add(
+            LedgerRow(
+                round=self._round,
+                client_id=self._client_id,
+                worker=self._ledger.worker,
+                node=self._ledger.node,
+                stage=self._stage,
+                started_at=self._started_at,
+                duration_seconds=duration,
+                tokens=self.tokens,
+                uplink_bytes=self.uplink_bytes,
+                downlink_bytes=self.downlink_bytes,
+            )
+        )
+
+
+class Ledger:
+    """The rows of one worker, kept until they are taken. For one thread; a worker's stages do not nest."""
+
+    def __init__(self, worker: str, node: str) -> None:
+        self.worker = worker
+        self.node = node
+        self._rows: list[LedgerRow] = []
+
+    def stage(self, stage: Stage, *, round: int, client_id: int = -1) -> Work:
+        """A context manager that times its block and writes one row, also when the block raises."""
+        return Work(self, stage, round, client_id)
+
+    def add(self, row: LedgerRow) -> None:
+        """Append a finished row, for work whose length was measured elsewhere."""
+        self._rows.append(row)
+
+    def take(self) -> list[LedgerRow]:
+        """The rows since the last call, oldest first; the ledger is empty afterwards."""
+        rows, self._rows = self._rows, []
+        return rows
+
+
+def idle_rows(
+    rows: Iterable[LedgerRow],
+    round: int,
+    window_start: float,
+    window_end: float,
+    workers: Mapping[str, str] | None = None,
+) -> list[LedgerRow]:
+    """One idle row a worker: the window less the union of the times it was busy, whatever round they belong to.
+
+    An idle row starts at `window_start` and its duration is a sum of gaps, not one stretch of time. The window is on
+    the caller's clock and `rows` are on their nodes': clocks that differ blur the answer by as much.
+
+    Args:
+        rows: Work of any workers; idle rows among it are ignored.
+        round: Round written into the new rows.
+        window_start: Start of the window, unix seconds.
+        window_end: End of the window, unix seconds.
+        workers: Node by worker, for workers that may have done nothing at all; `rows` adds those it names.
+
+    Returns:
+        Rows in order of worker name.
+    """
+    nodes = dict(workers or {})
+    spans: dict[str, list[tuple[float, float]]] = {worker: [] for worker in nodes}
+    for row in rows:
+        nodes.setdefault(row.worker, row.node)
+        busy = spans.setdefault(row.worker, [])
+        if row.stage != "idle":
+            start = max(row.started_at, window_start)
+            end = min(row.started_at + row.duration_seconds, window_end)
+            if end > start:
+                busy.append((start, end))
+    window = max(window_end - window_start, 0.0)
+    return [
+        LedgerRow(
+            round=round,
+            client_id=-1,
+            worker=worker,
+            node=nodes[worker],
+            stage="idle",
+            started_at=window_start,
+            duration_seconds=max(window - _union_seconds(spans[worker]), 0.0),
+        )
+        for worker in sorted(spans)
+    ]
+
+
+def _union_seconds(spans: list[tuple[float, float]]) -> float:
+    total, covered_until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        if end > covered_until:
+            total += end - max(start, covered_until)
+            covered_until = end
+    return total
