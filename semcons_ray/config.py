@@ -8,10 +8,11 @@ everything below it takes plain parameters.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from semcons_ray.errors import ConfigError
 
@@ -246,6 +247,34 @@ def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:
 def dump_config(config: ExperimentConfig) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_settings(*, as_yaml: bool = False) -> str:
+    """Every setting with its default and what it does: as a list of command-line options, or as a YAML file."""
+    lines: list[str] = []
+    for name, field in ExperimentConfig.model_fields.items():
+        _describe_field(lines, name, field, (), as_yaml)
+    return "\n".join(lines)
+
+
+def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tuple[str, ...], as_yaml: bool) -> None:
+    default = field.get_default(call_default_factory=True)
+    indent = "  " * len(parents)
+    if isinstance(default, Settings):
+        summary = (type(default).__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"{indent}# {summary}", f"{indent}{name}:"] if as_yaml else ["", f"  {summary}"]
+        for key, inner in type(default).model_fields.items():
+            _describe_field(lines, key, inner, (*parents, name), as_yaml)
+        return
+    text = yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    allowed = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+    choices = f"One of: {', '.join(allowed)}." if allowed else ""
+    help_text = " ".join(filter(None, [field.description, choices]))
+    if as_yaml:
+        lines += [f"{indent}# {help_text}"] if help_text else []
+        lines.append(f"{indent}{name}: {text}")
+    else:
+        lines.append(f"  --{'.'.join((*parents, name))} [{text}]{'  ' + help_text if help_text else ''}")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

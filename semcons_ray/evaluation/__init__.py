@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scores of answers against references."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
 from semcons_ray.errors import ClientError, QuorumError, UserError
+from semcons_ray.metering.energy import NodeEnergy, NodeMeter
 from semcons_ray.metering.ledger import LedgerRow
 
 
@@ -47,16 +48,18 @@ class Reply(msgspec.Struct, frozen=True):
 class Algorithm(Protocol):
     """What `experiment.py` runs round by round; see semantic_consensus.py for the one to read first."""
 
-    uses_public_prompts: bool
+    uses_public_prompts: ClassVar[bool]
+
+    def first_downlink(self) -> bytes:
+        """The encoded message that clients get in round 1."""
+        ...
+
+    def run_round(self, round: int, downlink: bytes, fleet: Visitor, server: Any, *, evaluate: bool) -> RoundOutcome:
+        """The server's part of a round: visits participants, and says what the next downlink message is."""
+        ...
 
     def visit(self, client: Any, round: int, downlink: bytes) -> bytes:
         """The client's part of a round: takes the encoded downlink message, returns the encoded uplink message."""
-        ...
-
-    def run_round(
-        self, round: int, participants: Sequence[int], downlink: bytes, fleet: Fleet, server: Any, *, evaluate: bool
-    ) -> RoundOutcome:
-        """The server's part: visits `participants`, and says what the next round's downlink message is."""
         ...
 
 
@@ -68,13 +71,8 @@ class RoundOutcome(msgspec.Struct, frozen=True):
     verdict: Any = None
 
 
-class Fleet(Protocol):
-    """Clients that can be visited, wherever they are."""
-
-    @property
-    def workers(self) -> Mapping[str, str]:
-        """Node by worker name."""
-        ...
+class Visitor(Protocol):
+    """All that an algorithm may ask of a fleet."""
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """Visit the clients named, with a downlink message each; replies come as they are ready.
@@ -86,12 +84,43 @@ class Fleet(Protocol):
         """
         ...
 
+
+class Fleet(Visitor, Protocol):
+    """Clients that can be visited, wherever they are."""
+
+    @property
+    def workers(self) -> Mapping[str, str]:
+        """Node by worker name."""
+        ...
+
+    @property
+    def meters(self) -> Mapping[str, str]:
+        """Name of the energy meter by node; empty where a node has none."""
+        ...
+
+    def laps(self) -> list[NodeEnergy]:
+        """Energy that each metered node used since the last call."""
+        ...
+
     def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
         """Write each client's last adapter to `folder`/client_NNN in PEFT's format."""
         ...
 
     def close(self) -> None:
         """Free what the fleet holds."""
+        ...
+
+
+class HostSpecProtocol(Protocol):
+    """How a worker makes its host; crosses to the worker once."""
+
+    @property
+    def worker(self) -> str:
+        """Name of the worker."""
+        ...
+
+    def build(self) -> Host:
+        """Load what the host needs."""
         ...
 
 
@@ -115,14 +144,28 @@ class LocalFleet:
         clients: Ids of the clients of each host.
         node: Name of this machine.
         quorum: Share of the clients visited that must answer.
+        meter: Energy meter of this machine, if it has one.
     """
 
     def __init__(
-        self, hosts: Mapping[str, Host], clients: Mapping[str, Sequence[int]], *, node: str, quorum: float
+        self,
+        hosts: Mapping[str, Host],
+        clients: Mapping[str, Sequence[int]],
+        *,
+        node: str,
+        quorum: float,
+        meter: NodeMeter | None = None,
     ) -> None:
         self._host_of = {client: hosts[worker] for worker, ids in clients.items() for client in ids}
         self._quorum = quorum
-        self.workers = dict.fromkeys(hosts, node)
+        self._meter = meter
+        self.workers: Mapping[str, str] = dict.fromkeys(hosts, node)
+        self.meters: Mapping[str, str] = {node: meter.name if meter else ""}
+
+    def laps(self) -> list[NodeEnergy]:
+        """See `Fleet.laps`."""
+        energy = self._meter.lap() if self._meter else None
+        return [energy] if energy else []
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""

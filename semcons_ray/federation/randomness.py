@@ -6,6 +6,7 @@ on another worker or in another order, it draws the same numbers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,13 +22,16 @@ def stream(seed: int, round: int, client_id: int, stage: Stage) -> np.random.Gen
     return np.random.default_rng(np.random.SeedSequence([seed, round, client_id + 1, _STAGES[stage]]))
 
 
-def sample_clients(seed: int, round: int, num_clients: int, participation: float) -> tuple[int, ...]:
-    """Clients of a round, drawn without replacement: `participation` of all, at least one, in ascending order."""
-    count = max(1, round_half_up(participation * num_clients))
-    chosen = stream(seed, round, SERVER, "participation").choice(num_clients, size=count, replace=False)
-    return tuple(sorted(int(client) for client in chosen))
+@dataclass(frozen=True)
+class Cohort:
+    """Who takes part in a round: `participation` of all clients, at least one, drawn without replacement."""
 
+    num_clients: int
+    participation: float
+    seed: int
 
-def round_half_up(value: float) -> int:
-    """Nearest integer, halves up."""
-    return int(np.floor(value + 0.5))
+    def sample(self, round: int) -> tuple[int, ...]:
+        """Clients of a round, in ascending order."""
+        count = max(1, int(self.participation * self.num_clients + 0.5))
+        drawn = stream(self.seed, round, SERVER, "participation").choice(self.num_clients, size=count, replace=False)
+        return tuple(sorted(drawn.tolist()))

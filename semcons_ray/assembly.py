@@ -1,0 +1,225 @@
+"""From settings to parts: data, models, a cluster, a placement plan, a fleet and a server."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.data.sources import load_examples
+from semcons_ray.data.split import DataSplit, divide, read_split, write_split
+from semcons_ray.distributed.cluster import connect, list_nodes, this_node
+from semcons_ray.distributed.placement import Demand, Limits, Node, WorkerPlan, plan_workers
+from semcons_ray.distributed.ray_fleet import RayFleet
+from semcons_ray.distributed.ray_server import RayServer
+from semcons_ray.errors import PlacementError
+from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
+from semcons_ray.federation.host import HostSpec
+from semcons_ray.federation.server import ServerProtocol, ServerSpec
+from semcons_ray.messages import PublicPrompts
+from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
+from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_footprint
+from semcons_ray.modeling.packaged import resolve_model
+
+GIB = 1 << 30
+SERVER_BYTES = PROCESS_BYTES + (300 << 20)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes, with `model.dtype` and `resources.device` of the config resolved."""
+
+    config: ExperimentConfig
+    nodes: tuple[Node, ...]
+    workers: tuple[WorkerPlan, ...]
+    demands: dict[str, Demand]
+
+    @property
+    def watts(self) -> dict[str, float]:
+        """Watts of each process when busy, for where energy must be estimated."""
+        gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
+        resources = self.config.resources
+        server_gpus = resources.server_gpus if resources.device == "cuda" else 0.0
+        return {
+            worker.name: estimate_watts(worker.threads, worker.gpus, gpu_watts[worker.node_id])
+            for worker in self.workers
+        } | {"server": estimate_watts(resources.threads_per_worker, server_gpus, self.nodes[0].gpu_watts)}
+
+
+def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
+    """The division of data in `path`, made there first if it is missing.
+
+    Raises:
+        DataError: The data is missing, malformed or too small.
+    """
+    if path.is_file():
+        return read_split(path)
+    data, prompts = config.data, config.prompts
+
+    def embed(texts):  # type: ignore[no-untyped-def]
+        from semcons_ray.modeling.embedding import Embedder
+
+        server = config.server
+        return Embedder(resolve_model(server.embedding_model), batch_size=server.embedding_batch_size).embed(texts)
+
+    split = divide(
+        load_examples(data.source, split=data.split, max_response_chars=data.max_response_chars),
+        num_clients=config.clients.num_clients,
+        examples_per_client=data.examples_per_client,
+        num_test=data.num_test,
+        budget=prompts.budget,
+        selection=prompts.selection,
+        partition=data.partition,
+        dirichlet_alpha=data.dirichlet_alpha,
+        seed=config.seed,
+        embed=embed,
+    )
+    write_split(split, path)
+    return split
+
+
+def find_models(config: ExperimentConfig) -> dict[str, Path]:
+    """Folder of each model, downloaded or converted if need be.
+
+    Raises:
+        ModelError: A model cannot be found.
+    """
+    folders = {name: Path(resolve_model(name)) for name in dict.fromkeys(config.client_models())}
+    resolve_model(config.server.embedding_model)
+    return folders
+
+
+@contextlib.contextmanager
+def cluster(config: ExperimentConfig) -> Iterator[tuple[Node, ...]]:
+    """The machines to place clients on: a Ray cluster's, or this one."""
+    if config.resources.fleet == "local":
+        yield (this_node(),)
+    else:
+        with connect(config.resources.ray_address):
+            yield list_nodes()
+
+
+def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, Path]) -> Placement:
+    """Resolve device and dtype, and plan the workers.
+
+    Raises:
+        PlacementError: The clients do not fit; names the setting to change.
+    """
+    resources, training = config.resources, config.training
+    device = resources.device
+    if device == "auto":
+        device = "cuda" if any(node.gpus for node in nodes) else "cpu"
+    if device == "cuda" and not any(node.gpus for node in nodes):
+        raise PlacementError("resources.device is cuda, but no node has a GPU; set it to auto or cpu")
+    dtype = config.model.dtype
+    if dtype == "auto":
+        # bfloat16 without hardware for it is slower than float32; one dtype everywhere keeps the numbers equal.
+        usable = [node for node in nodes if node.gpus] if device == "cuda" else nodes
+        native = all(node.gpu_bfloat16 if device == "cuda" else node.cpu_bfloat16 for node in usable)
+        dtype = "bfloat16" if native else "float32"
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"dtype": dtype}),
+            "resources": resources.model_copy(update={"device": device}),
+        }
+    )
+    batch_size = max(training.batch_size, 1)
+    demands = []
+    for name, folder in folders.items():
+        footprint = measure_footprint(folder, dtype=dtype, max_length=config.model.max_length, batch_size=batch_size)
+        clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
+        demands.append(Demand(name, clients, footprint.host_bytes, footprint.device_bytes))
+    limits = Limits(
+        threads_per_worker=resources.threads_per_worker,
+        gpus_per_worker=resources.gpus_per_worker,
+        max_workers=len(demands) if resources.fleet == "local" else resources.max_workers,
+        server_bytes=SERVER_BYTES,
+        server_gpus=resources.server_gpus,
+    )
+    limit = resources.memory_limit_gib
+    planned = nodes if limit is None else tuple(node.limited(int(limit * GIB)) for node in nodes)
+    return Placement(
+        config, nodes, plan_workers(demands, planned, limits, device=device), {d.model: d for d in demands}
+    )
+
+
+@contextlib.contextmanager
+def parts(
+    placement: Placement, split: DataSplit, algorithm: Algorithm, state: Path
+) -> Iterator[tuple[Fleet, ServerProtocol]]:
+    """Start the fleet and the server, and stop them at the end."""
+    config = placement.config
+    resources, failures = config.resources, config.failures
+    server_spec = ServerSpec(
+        embedding_model=config.server.embedding_model,
+        embedding_batch_size=config.server.embedding_batch_size,
+        device="cuda" if resources.device == "cuda" and resources.server_gpus else "cpu",
+        threads=resources.threads_per_worker,
+        num_prompts=len(split.public),
+        rule={
+            "rule": config.algorithm.rule,
+            "threshold": config.algorithm.agreement_threshold,
+            "plurality_similarity": config.algorithm.plurality_similarity,
+            "trim": config.algorithm.trim,
+            "num_byzantine": config.algorithm.num_byzantine,
+        },
+        seed=config.seed,
+    )
+    specs = [_host_spec(placement, worker, split, algorithm, state) for worker in placement.workers]
+    fleet: Fleet
+    server: ServerProtocol
+    if resources.fleet == "local":
+        server = server_spec.build()
+        meter = detect_meter(uses_gpu=resources.device == "cuda")
+        node = placement.nodes[0].name
+        fleet = LocalFleet(
+            {spec.worker: spec.build() for spec in specs},
+            {worker.name: worker.clients for worker in placement.workers},
+            node=node,
+            quorum=failures.quorum,
+            meter=NodeMeter(node, meter) if meter else None,
+        )
+    else:
+        server = RayServer(
+            server_spec,
+            node_id=placement.nodes[0].node_id,
+            gpus=resources.server_gpus if resources.device == "cuda" else 0.0,
+            max_restarts=failures.max_restarts,
+        )
+        fleet = RayFleet(
+            placement.workers,
+            specs,
+            timeout_seconds=failures.visit_timeout_seconds,
+            max_restarts=failures.max_restarts,
+            quorum=failures.quorum,
+            uses_gpu=resources.device == "cuda",
+        )
+    try:
+        yield fleet, server
+    finally:
+        fleet.close()
+        server.close()
+
+
+def _host_spec(
+    placement: Placement, worker: WorkerPlan, split: DataSplit, algorithm: Algorithm, state: Path
+) -> HostSpec:
+    config = placement.config
+    prompts = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
+    return HostSpec(
+        worker=worker.name,
+        model=config.model.model_copy(update={"name": worker.model}),
+        device=config.resources.device,
+        threads=worker.threads,
+        algorithm=algorithm,
+        private={client: split.private[client] for client in worker.clients},
+        public_prompts=prompts.encode(config.algorithm.compression) if algorithm.uses_public_prompts else b"",
+        test=split.test,
+        num_answers=config.evaluation.num_answers,
+        training=config.training,
+        generation=config.generation,
+        seed=config.seed,
+        state=state.resolve(),
+    )

@@ -1,0 +1,207 @@
+"""The `semcons` command. Results go to stdout, progress and logs to stderr.
+
+Exit codes: 0 done; 1 the run failed (resume goes on with it); 2 something the user can mend, said in one line;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from semcons_ray import __version__
+from semcons_ray.config import describe_settings, load_config
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError
+
+EXAMPLE = """\
+examples:
+  semcons init experiment                              write experiment/config.yaml, every setting, with comments
+  semcons run experiment/config.yaml --out runs/first  run it
+  semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
+  semcons resume runs/first                            go on after a crash
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        if rest and args.command != "run":
+            raise ConfigError(f"semcons {args.command} does not know {rest[0]}; see semcons {args.command} --help")
+        _quiet()
+        if args.command == "run":
+            args.overrides = _overrides(rest)
+        code: int = args.function(args)
+    except UserError as error:
+        return _fail(error, error.exit_code)
+    except SemconsError as error:
+        return _fail(error, error.exit_code)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"), 2)
+    except KeyboardInterrupt:
+        print("interrupted; semcons resume goes on with the run", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from semcons_ray import cost
+
+    parser = argparse.ArgumentParser(
+        prog="semcons",
+        description="Simulate federated fine-tuning of language models by semantic consensus, on Ray.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"semcons {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **more,
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("init", _init, "Write DIR/config.yaml: every setting with its default and a comment.")
+    sub.add_argument("folder", type=Path, metavar="DIR")
+
+    command("doctor", _doctor, "Say what this machine has, which engines and meters work, and what to do about the rest.")
+
+    sub = command(
+        "run",
+        _run,
+        "Run an experiment into a new folder.",
+        usage="semcons run [CONFIG] [--any.setting value ...] --out DIR",
+        epilog=f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}",
+    )
+    sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for all that the run writes")
+
+    sub = command("resume", _resume, "Go on with a run that was killed or failed; the numbers are those of a run that was not.")
+    sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+
+    sub = command("report", _report, "Print a run's result table and write its report.html anew.")
+    sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+
+    sub = command("cost", cost.run, "Calculate what a round costs on the wire: answers against LoRA weights.")
+    cost.add_arguments(sub)
+    return parser
+
+
+def _init(args: argparse.Namespace) -> int:
+    path: Path = args.folder / "config.yaml"
+    if path.exists():
+        raise RunFolderError(f"{path} exists; remove it, or choose another folder")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "# An experiment of semcons: every setting with its default. Change what you like; what you delete keeps its\n"
+        f"# default. Run it with: semcons run {path} --out runs/first\n\n{describe_settings(as_yaml=True)}\n",
+        encoding="utf-8",
+    )
+    print(path)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from semcons_ray.doctor import diagnose, exit_code, render
+
+    checks = diagnose()
+    render(checks)
+    return exit_code(checks)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    from semcons_ray.experiment import run_experiment
+    from semcons_ray.progress import Progress
+
+    with Progress() as progress:
+        run_experiment(config, args.out, progress)
+    return _finish(args.out)
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from semcons_ray.run_folder import RunFolder
+
+    RunFolder(args.folder).read_config()
+    from semcons_ray.experiment import resume_experiment
+    from semcons_ray.progress import Progress
+
+    with Progress() as progress:
+        resume_experiment(args.folder, progress)
+    return _finish(args.folder)
+
+
+def _report(args: argparse.Namespace) -> int:
+    return _finish(args.folder)
+
+
+def _finish(folder: Path) -> int:
+    from semcons_ray.reporting import read_run, render_result, write_report
+
+    print(render_result(read_run(folder)))
+    print(f"report: {write_report(folder)}")
+    return 0
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` as nested settings; values are read as YAML."""
+    nested: dict[str, Any] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"unexpected argument {word!r}; settings are given as --a.setting value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"--{key} needs a value")
+            text = words.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key}: cannot read {text!r}") from error
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--{key}: {parent} was given a value itself")
+        place[last] = value
+    return nested
+
+
+def _quiet() -> None:
+    """Our own progress says what users need; libraries' bars and notices would bury it."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "RAY_DEDUP_LOGS"):
+        os.environ.setdefault(name, "1")
+    warnings.simplefilter("ignore")
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"semcons: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

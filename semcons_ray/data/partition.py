@@ -1,0 +1,130 @@
+"""Private shares: which client holds which examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semcons_ray.errors import DataError
+
+Partition = Literal["iid", "dirichlet", "category", "quantity"]
+Indices = NDArray[np.int64]
+
+
+def private_shares(
+    order: Indices,
+    category: Indices,
+    names: Sequence[str],
+    *,
+    num_clients: int,
+    examples_per_client: int,
+    partition: Partition,
+    dirichlet_alpha: float,
+    random: np.random.SeedSequence,
+) -> list[Indices]:
+    """Indices of each client's examples, in the order given; no two shares overlap.
+
+    - `iid`: each client gets the next `examples_per_client`.
+    - `dirichlet`: each client draws a category mix q ~ Dir(alpha K p) for K categories with shares p, then
+      `examples_per_client` categories from q, each filled with that category's next example. A category that has run
+      out is left out and q renormalised; when all of q has, what is left is drawn from. This is Hsu et al.
+      (arXiv:1909.06335), whose concentration is our alpha times K: for equally frequent categories ours is the usual
+      Dir(alpha, ..., alpha).
+    - `category`: each client gets categories of its own, and equally many examples of each while they last. Categories
+      are dealt out in turn, the largest first. More clients than categories share categories, but no example.
+    - `quantity`: as `iid`, but of sizes with shares from Dir(alpha, ..., alpha); each client has at least one example,
+      and the mean is `examples_per_client`.
+
+    Args:
+        order: Shuffled indices to take from; at least `num_clients * examples_per_client`.
+        category: Category of every index, as a position in `names`.
+        names: Names of the categories, for messages.
+        num_clients: Number of clients C.
+        examples_per_client: Examples of each client.
+        partition: One of the above.
+        dirichlet_alpha: Concentration; small is skewed.
+        random: Seeds of the draws.
+
+    Raises:
+        DataError: The partition goes by category and there is only one, or a client's categories are too small.
+    """
+    total = num_clients * examples_per_client
+    if partition == "iid":
+        return np.split(order[:total], num_clients)
+    if partition == "quantity":
+        parts = np.random.default_rng(random).dirichlet(np.full(num_clients, dirichlet_alpha))
+        sizes = 1 + _largest_remainder(parts * (total - num_clients))
+        return np.split(order[:total], np.cumsum(sizes)[:-1])
+    if partition == "dirichlet" or partition == "category":
+        keys = category[order]
+        present, left = np.unique(keys, return_counts=True)
+        if len(present) < 2:
+            raise DataError(
+                f"data.partition {partition} needs two or more categories, and data.source has {len(present)}: "
+                "give it a category column, or set data.partition to iid or quantity"
+            )
+        pools = np.split(np.argsort(keys, kind="stable"), np.cumsum(left)[:-1])
+        if partition == "dirichlet":
+            counts = _dirichlet_counts(left, num_clients, examples_per_client, dirichlet_alpha, random)
+        else:
+            counts = _category_counts(left, num_clients, examples_per_client, [names[key] for key in present])
+        starts = np.cumsum(counts, axis=0) - counts
+        return [
+            order[np.sort(np.concatenate([pool[s : s + c] for pool, s, c in zip(pools, start, count, strict=True)]))]
+            for start, count in zip(starts, counts, strict=True)
+        ]
+    assert_never(partition)
+
+
+def _dirichlet_counts(
+    left: Indices, num_clients: int, size: int, alpha: float, random: np.random.SeedSequence
+) -> Indices:
+    """Examples of each category that each client gets, shape (C, K)."""
+    concentration = alpha * len(left) * left / left.sum()
+    rows: list[Indices] = []
+    for seeds in random.spawn(num_clients):
+        generator = np.random.default_rng(seeds)
+        mix = generator.dirichlet(concentration)
+        counts = np.zeros_like(left)
+        while (missing := size - counts.sum()) > 0:
+            # Draws beyond a category's end are drawn again from the others: the same as leaving it out in time.
+            weights = np.where(counts < left, mix, 0.0)
+            if not weights.sum() > 0:
+                weights = (left - counts).astype(np.float64)
+            counts = np.minimum(counts + generator.multinomial(missing, weights / weights.sum()), left)
+        rows.append(counts)
+        left = left - counts
+    return np.stack(rows)
+
+
+def _category_counts(left: Indices, num_clients: int, size: int, names: Sequence[str]) -> Indices:
+    """Examples of each category that each client gets, shape (C, K)."""
+    by_size = np.argsort(-left, kind="stable")
+    rows: list[Indices] = []
+    for client in range(num_clients):
+        own = by_size[client % len(left) :: num_clients]
+        available = np.zeros_like(left)
+        available[own] = left[own]
+        if available.sum() < size:
+            listed = ", ".join(repr(names[key]) for key in own[:3]) + (", ..." if len(own) > 3 else "")
+            raise DataError(
+                f"data.partition category has {available.sum()} examples for client {client} (of {listed}), fewer than "
+                f"data.examples_per_client {size}"
+            )
+        level = max(each for each in range(size + 1) if np.minimum(available, each).sum() <= size)
+        counts = np.minimum(available, level)
+        counts[np.flatnonzero(available > level)[: size - counts.sum()]] += 1
+        rows.append(counts)
+        left = left - counts
+    return np.stack(rows)
+
+
+def _largest_remainder(exact: NDArray[np.float64]) -> Indices:
+    """Integers next to `exact` with the same sum, which is a whole number."""
+    floor = np.floor(exact).astype(np.int64)
+    missing = round(exact.sum()) - floor.sum()
+    floor[np.argsort(floor - exact, kind="stable")[:missing]] += 1
+    return floor

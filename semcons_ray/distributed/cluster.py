@@ -1,0 +1,99 @@
+"""A Ray cluster: start one on this machine or join a running one, and read what is free on its nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from semcons_ray.distributed.placement import Node
+from semcons_ray.errors import PlacementError
+from semcons_ray.metering.environment import cpu_model, list_gpus, memory_limit_bytes, usable_cpus
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Shared memory of a cluster started here: messages are small, and Ray's default takes a third of the machine."""
+
+
+@contextlib.contextmanager
+def connect(address: str | None) -> Iterator[None]:
+    """Join the cluster at `address`, or start one on this machine, and leave it at the end.
+
+    Raises:
+        PlacementError: No cluster answers at `address`.
+    """
+    # Ray warns on each start that a later version will leave this variable alone for tasks without GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        if address is None:
+            ray.init(
+                address="local",
+                num_cpus=usable_cpus(),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PlacementError(f"cannot join a Ray cluster at resources.ray_address {address}: {reason}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def list_nodes() -> tuple[Node, ...]:
+    """Nodes of the cluster joined, the driver's own first, with what is free on each."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = sorted((entry for entry in nodes if entry["Alive"]), key=lambda entry: entry["NodeID"] != here)
+    probed = [this_node() if entry["NodeID"] == here else _probe(entry["NodeID"]) for entry in alive]
+    return tuple(
+        replace(
+            ray.get(node) if isinstance(node, ray.ObjectRef) else node,
+            node_id=entry["NodeID"],
+            cpus=float(entry["Resources"].get("CPU", 0)),
+            gpus=float(entry["Resources"].get("GPU", 0)),
+        )
+        for entry, node in zip(alive, probed, strict=True)
+    )
+
+
+def this_node() -> Node:
+    """This machine, as `list_nodes` describes one."""
+    free = min(psutil.virtual_memory().available, memory_limit_bytes() - psutil.Process().memory_info().rss)
+    gpus = list_gpus()
+    return Node(
+        node_id="",
+        name=socket.gethostname(),
+        cpus=usable_cpus(),
+        gpus=len(gpus),
+        memory_bytes=free,
+        gpu_memory_bytes=min((int(gpu.memory_gib * 2**30) for gpu in gpus), default=None),
+        gpu_watts=max((gpu.power_limit_watts or 0.0 for gpu in gpus), default=0.0),
+        cpu_bfloat16=cpu_model()[1],
+        gpu_bfloat16=all(gpu.bf16 for gpu in gpus),
+    )
+
+
+def _probe(node_id: str) -> ray.ObjectRef[Node]:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(this_node).options(num_cpus=0, scheduling_strategy=strategy).remote()
+
+
+def worker_environment(threads: int) -> dict[str, object]:
+    """Ray runtime environment of an actor: threads beyond its share of the cores made runs 3 to 10 times slower."""
+    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    passed_on = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+    variables |= {key: os.environ[key] for key in passed_on if key in os.environ}
+    return {"env_vars": variables}

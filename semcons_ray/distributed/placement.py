@@ -1,0 +1,219 @@
+"""Where clients run: a plan made from measured model sizes and the cluster's resources, before anything is loaded.
+
+Every client gets an actor of its own where cores (or GPUs) and memory allow. Where they do not, an actor hosts several
+clients of one architecture, which take turns in one base model. Nothing here names Ray: a plan is a pure function of
+its arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from semcons_ray.errors import PlacementError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of the cluster: what is free on it.
+
+    Attributes:
+        node_id: The cluster's own id for it.
+        name: Its host name.
+        cpus: CPU cores.
+        gpus: GPUs.
+        memory_bytes: Host memory.
+        gpu_memory_bytes: Memory of its smallest GPU; None where it cannot be read.
+        gpu_watts: Power limit of a GPU; 0 where it cannot be read.
+        cpu_bfloat16: Its CPU computes in bfloat16 natively.
+        gpu_bfloat16: So do its GPUs.
+    """
+
+    node_id: str
+    name: str
+    cpus: float
+    gpus: float
+    memory_bytes: int
+    gpu_memory_bytes: int | None = None
+    gpu_watts: float = 0.0
+    cpu_bfloat16: bool = False
+    gpu_bfloat16: bool = True
+
+    def limited(self, memory_bytes: int) -> Node:
+        """The same with no more memory than this."""
+        return replace(self, memory_bytes=min(self.memory_bytes, memory_bytes))
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The clients of one model, and what a worker that hosts any of them needs."""
+
+    model: str
+    clients: tuple[int, ...]
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """One actor."""
+
+    name: str
+    node_id: str
+    node: str
+    model: str
+    clients: tuple[int, ...]
+    threads: int
+    gpus: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a worker takes, and what is kept back, from `resources` in the config."""
+
+    threads_per_worker: int
+    gpus_per_worker: float
+    max_workers: int | None
+    server_bytes: int
+    server_gpus: float
+
+
+@dataclass
+class _Room:
+    node: Node
+    cpus: float
+    gpus: float
+    memory: int
+    workers: int = 0
+
+    def fits(self, demand: Demand, limits: Limits, device: str) -> bool:
+        if self.memory < demand.host_bytes:
+            return False
+        if device == "cpu":
+            return self.cpus >= limits.threads_per_worker
+        share = limits.gpus_per_worker
+        room = self.node.gpu_memory_bytes
+        return self.gpus >= share - 1e-9 and (room is None or demand.device_bytes <= room * min(share, 1.0))
+
+    def take(self, demand: Demand, limits: Limits, device: str) -> None:
+        self.memory -= demand.host_bytes
+        self.workers += 1
+        if device == "cpu":
+            self.cpus -= limits.threads_per_worker
+        else:
+            self.gpus -= limits.gpus_per_worker
+
+
+@dataclass
+class _Group:
+    demand: Demand
+    nodes: list[Node] = field(default_factory=list)
+
+    @property
+    def load(self) -> float:
+        return len(self.demand.clients) / len(self.nodes) if self.nodes else float("inf")
+
+
+def plan_workers(
+    demands: Sequence[Demand], nodes: Sequence[Node], limits: Limits, *, device: str
+) -> tuple[WorkerPlan, ...]:
+    """Workers for all clients: one a model first, then one more where the clients per worker are most, while it fits.
+
+    Workers go to the node with the fewest of them, so that clients spread over the cluster; clients are dealt out to
+    the workers of their model in turn.
+
+    Raises:
+        PlacementError: Not even one worker for each model fits; names the setting to change.
+    """
+    rooms = [_Room(node, node.cpus, node.gpus, node.memory_bytes) for node in nodes]
+    rooms[0].memory -= limits.server_bytes
+    if device != "cpu":
+        rooms[0].gpus -= limits.server_gpus
+    groups = [_Group(demand) for demand in sorted(demands, key=lambda demand: -demand.host_bytes)]
+    if limits.max_workers is not None and limits.max_workers < len(groups):
+        raise PlacementError(
+            f"{len(groups)} architectures need a worker each, but resources.max_workers is {limits.max_workers}"
+        )
+    for group in groups:
+        room = _best(rooms, group.demand, limits, device)
+        if room is None:
+            raise PlacementError(_explain(group.demand, rooms, limits, device))
+        room.take(group.demand, limits, device)
+        group.nodes.append(room.node)
+    growing = list(groups)
+    while growing and (limits.max_workers is None or sum(len(group.nodes) for group in groups) < limits.max_workers):
+        group = max(growing, key=lambda group: group.load)
+        room = _best(rooms, group.demand, limits, device) if group.load > 1 else None
+        if room is None:
+            growing.remove(group)
+            continue
+        room.take(group.demand, limits, device)
+        group.nodes.append(room.node)
+    shares = [
+        (group, node, group.demand.clients[start :: len(group.nodes)])
+        for group in groups
+        for start, node in enumerate(group.nodes)
+    ]
+    shares.sort(key=lambda share: share[2][0])
+    return tuple(
+        WorkerPlan(
+            name=f"worker-{index}",
+            node_id=node.node_id,
+            node=node.name,
+            model=group.demand.model,
+            clients=clients,
+            threads=limits.threads_per_worker,
+            gpus=limits.gpus_per_worker if device != "cpu" else 0.0,
+            memory_bytes=group.demand.host_bytes,
+        )
+        for index, (group, node, clients) in enumerate(shares)
+    )
+
+
+def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str, Demand]) -> str:
+    """The plan as one line a worker, for people."""
+    clients = sum(len(worker.clients) for worker in workers)
+    nodes = len({worker.node_id for worker in workers})
+    lines = [f"{clients} clients on {len(workers)} workers, {nodes} node{'s' if nodes > 1 else ''}, device {device}"]
+    for worker in workers:
+        share = f"{worker.gpus:g} GPU" if worker.gpus else f"{worker.threads} thread{'s' if worker.threads > 1 else ''}"
+        memory = f"{worker.memory_bytes / GIB:.1f} GiB"
+        if worker.gpus:
+            memory += f" + {sizes[worker.model].device_bytes / GIB:.1f} GiB of the GPU"
+        hosted = ", ".join(str(client) for client in worker.clients[:8])
+        more = f", ... ({len(worker.clients)})" if len(worker.clients) > 8 else ""
+        lines.append(f"  {worker.name} on {worker.node}: {share}, {memory}, {worker.model}, clients {hosted}{more}")
+    return "\n".join(lines)
+
+
+def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -> _Room | None:
+    fitting = [room for room in rooms if room.fits(demand, limits, device)]
+    return min(fitting, key=lambda room: (room.workers, -room.memory), default=None)
+
+
+def _explain(demand: Demand, rooms: Sequence[_Room], limits: Limits, device: str) -> str:
+    most = max(room.memory for room in rooms)
+    if most < demand.host_bytes:
+        return (
+            f"no node has the {demand.host_bytes / GIB:.1f} GiB of memory that a worker of {demand.model} needs; the most "
+            f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size or model.max_length, or "
+            f"raise resources.memory_limit_gib"
+        )
+    if device == "cpu":
+        return (
+            f"no node has {limits.threads_per_worker} free CPU cores for a worker of {demand.model}; lower "
+            f"resources.threads_per_worker, or use fewer models in clients.mix"
+        )
+    if max(room.gpus for room in rooms) < limits.gpus_per_worker:
+        return (
+            f"no node has {limits.gpus_per_worker:g} of a GPU free for a worker of {demand.model}; lower "
+            f"resources.gpus_per_worker or resources.server_gpus, or set resources.device to cpu"
+        )
+    return (
+        f"{demand.device_bytes / GIB:.1f} GiB for a worker of {demand.model} do not fit in "
+        f"resources.gpus_per_worker = {limits.gpus_per_worker:g} of any GPU; raise it, or use a smaller "
+        f"training.batch_size or model.max_length"
+    )

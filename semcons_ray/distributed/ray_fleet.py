@@ -1,0 +1,197 @@
+"""`RayFleet`: clients visited as Ray actors, all workers at once, each with its clients in turn.
+
+A worker that dies, or whose visit takes too long, is replaced; the visit it was at is tried again up to a limit, and
+then its client is left out of the round. Visits are exactly once (see federation/store.py), so a repeated one costs
+time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from semcons_ray.distributed.cluster import worker_environment
+from semcons_ray.distributed.placement import WorkerPlan
+from semcons_ray.distributed.worker import WorkerActor
+from semcons_ray.errors import ClientError, UserError
+from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
+from semcons_ray.metering.energy import NodeEnergy
+
+logger = logging.getLogger(__name__)
+
+DEPTH = 2
+"""Visits a worker has in hand: the next is there before the last is done, so it never waits for the driver."""
+
+
+class _Worker:
+    """One actor, what made it, and the visits it has in hand (the first is the one it is at)."""
+
+    def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol) -> None:
+        self.plan = plan
+        self.spec = spec
+        self.waiting: deque[int] = deque()
+        self.in_hand: dict[ray.ObjectRef[Any], int] = {}
+        self.head_since = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Make the actor and let it load."""
+        self.actor = WorkerActor.options(  # type: ignore[attr-defined]
+            num_cpus=self.plan.threads if not self.plan.gpus else 0,
+            num_gpus=self.plan.gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self.plan.node_id, soft=True),
+            runtime_env=worker_environment(self.plan.threads),
+        ).remote()
+        self.load_ref = self.actor.load.remote(self.spec)
+
+    def replace(self) -> None:
+        """Kill the actor, if it lives, and start another."""
+        ray.kill(self.actor, no_restart=True)
+        self.start()
+
+
+class RayFleet:
+    """Clients on Ray actors; see `Fleet` for its methods.
+
+    Args:
+        plans: Workers, as placed.
+        specs: How each worker builds its host, in the same order.
+        timeout_seconds: A visit that takes longer is given up.
+        max_restarts: How often a visit is tried again.
+        quorum: Share of the clients visited that must answer.
+        uses_gpu: Whether GPUs are metered.
+
+    Raises:
+        UserError: A worker could not load its model; what to change is in the message.
+        ClientError: A worker died while it was loading.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[WorkerPlan],
+        specs: Sequence[HostSpecProtocol],
+        *,
+        timeout_seconds: float,
+        max_restarts: int,
+        quorum: float,
+        uses_gpu: bool,
+    ) -> None:
+        self._workers = {plan.name: _Worker(plan, spec) for plan, spec in zip(plans, specs, strict=True)}
+        self._worker_of = {client: worker for worker in self._workers.values() for client in worker.plan.clients}
+        self._timeout_seconds = timeout_seconds
+        self._max_restarts = max_restarts
+        self._quorum = quorum
+        self.workers = {plan.name: plan.node for plan in plans}
+        one_a_node = {worker.plan.node: worker for worker in reversed(self._workers.values())}
+        self._metering = list(one_a_node.values())
+        for worker in self._workers.values():
+            self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
+        meters = [worker.actor.start_meter.remote(uses_gpu) for worker in self._metering]
+        self.meters = {worker.plan.node: ray.get(ref) for worker, ref in zip(self._metering, meters, strict=True)}
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        """See `Fleet.visit`."""
+        shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
+        attempts: Counter[int] = Counter()
+        lost: dict[int, str] = {}
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.in_hand.clear()  # what an abandoned round left
+            worker.waiting = deque(client for client in worker.plan.clients if client in downlinks)
+        flight: dict[ray.ObjectRef[Any], _Worker] = {}
+
+        def send(worker: _Worker) -> None:
+            while worker.waiting and len(worker.in_hand) < DEPTH:
+                if not worker.in_hand:
+                    worker.head_since = time.monotonic()
+                client = worker.waiting.popleft()
+                ref = worker.actor.visit.remote(client, round, shared[downlinks[client]], evaluate)
+                worker.in_hand[ref] = client
+                flight[ref] = worker
+
+        def replace(worker: _Worker, reason: str) -> None:
+            for ref in worker.in_hand:
+                flight.pop(ref, None)
+            in_hand = list(worker.in_hand.values())
+            worker.in_hand.clear()
+            worker.waiting.extendleft(reversed(in_hand))
+            client = in_hand[0]
+            attempts[client] += 1
+            logger.warning("round %d, client %d, attempt %d: %s", round, client, attempts[client], reason)
+            if attempts[client] > self._max_restarts:
+                worker.waiting.popleft()
+                lost[client] = reason
+            worker.replace()
+            send(worker)
+
+        for worker in workers:
+            send(worker)
+        while flight:
+            deadline = min(worker.head_since for worker in flight.values()) + self._timeout_seconds
+            ready, _ = ray.wait(list(flight), timeout=max(deadline - time.monotonic(), 0.0))
+            for ref in ready:
+                worker = flight[ref]
+                try:
+                    reply = ray.get(ref)
+                except RayTaskError as error:
+                    if isinstance(error.cause, UserError):
+                        raise error.cause from None
+                    replace(worker, str(error.cause))
+                except RayError as error:
+                    replace(worker, f"{worker.plan.name} died ({_first_line(error)})")
+                else:
+                    del flight[ref], worker.in_hand[ref]
+                    worker.head_since = time.monotonic()
+                    send(worker)
+                    yield reply
+            if not ready:
+                for worker in {id(worker): worker for worker in flight.values()}.values():
+                    if time.monotonic() - worker.head_since >= self._timeout_seconds:
+                        replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
+        check_quorum(round, len(downlinks), lost, self._quorum)
+
+    def laps(self) -> list[NodeEnergy]:
+        """See `Fleet.laps`."""
+        energies = []
+        for worker in self._metering:
+            try:
+                energies.append(ray.get(worker.actor.lap.remote(), timeout=self._timeout_seconds))
+            except RayError:  # its energy is then estimated, and the next visit replaces it
+                logger.warning("%s does not answer; energy of node %s is estimated", worker.plan.name, worker.plan.node)
+        return [energy for energy in energies if energy is not None]
+
+    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
+        """See `Fleet.export_adapters`."""
+        for client_id in client_ids:
+            worker = self._worker_of[client_id]
+            arguments = (client_id, folder / client_folder(client_id))
+            try:
+                self._get(worker.actor.export_adapter.remote(*arguments), f"{worker.plan.name}")
+            except ClientError:
+                worker.replace()
+                self._get(worker.actor.export_adapter.remote(*arguments), f"{worker.plan.name}")
+
+    def close(self) -> None:
+        """Kill the actors."""
+        for worker in self._workers.values():
+            ray.kill(worker.actor, no_restart=True)
+
+    def _get(self, ref: ray.ObjectRef[Any], who: str) -> Any:
+        try:
+            return ray.get(ref, timeout=self._timeout_seconds)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise ClientError(f"{who} did not finish: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

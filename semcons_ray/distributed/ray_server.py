@@ -1,0 +1,108 @@
+"""`RayServer`: the server as a Ray actor, which is replaced when it dies and is told again what it had heard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from semcons_ray.distributed.cluster import worker_environment
+from semcons_ray.distributed.worker import ServerActor
+from semcons_ray.errors import SemconsError
+from semcons_ray.federation.server import ServerSpec, Verdict
+from semcons_ray.metering.ledger import LedgerRow
+
+logger = logging.getLogger(__name__)
+
+
+class RayServer:
+    """See `ServerProtocol` for its methods.
+
+    Answers are sent on as they come, so that they are embedded while clients are at work; the driver keeps the round's
+    messages until the verdict is in, so a server that dies loses nothing.
+
+    Args:
+        spec: How the actor builds its server.
+        node_id: Node it runs on.
+        gpus: GPU share.
+        max_restarts: How often it is replaced in a call before that is an error.
+    """
+
+    def __init__(self, spec: ServerSpec, *, node_id: str, gpus: float, max_restarts: int) -> None:
+        self._spec = spec
+        self._options = {
+            "num_cpus": 0,  # it works while clients generate, seldom and shortly: a core of its own would lie idle
+            "num_gpus": gpus,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
+            "runtime_env": worker_environment(spec.threads),
+        }
+        self._max_restarts = max_restarts
+        self._heard: list[tuple[str, tuple[Any, ...]]] = []
+        self._pending: list[ray.ObjectRef[Any]] = []
+        self._start()
+
+    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+        """See `ServerProtocol.begin`."""
+        self._heard.clear()
+        self._pending.clear()
+        self._tell("begin", round, tuple(client_ids))
+
+    def collect(self, uplink: bytes) -> None:
+        """See `ServerProtocol.collect`."""
+        self._tell("collect", uplink)
+
+    def conclude(self) -> Verdict:
+        """See `ServerProtocol.conclude`."""
+        verdict: Verdict = self._ask("conclude")
+        self._heard.clear()
+        self._pending.clear()
+        return verdict
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """See `ServerProtocol.embed`."""
+        return torch.tensor(self._ask("embed", tuple(texts)))
+
+    def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """See `ServerProtocol.similarity`."""
+        cosines: list[float] = self._ask("similarity", round, tuple(predictions), tuple(references))
+        return cosines
+
+    def take_rows(self) -> list[LedgerRow]:
+        """See `ServerProtocol.take_rows`."""
+        rows: list[LedgerRow] = self._ask("take_rows")
+        return rows
+
+    def close(self) -> None:
+        """Kill the actor."""
+        ray.kill(self._actor, no_restart=True)
+
+    def _start(self) -> None:
+        self._actor = ServerActor.options(**self._options).remote()  # type: ignore[attr-defined]
+        self._pending = [self._actor.load.remote(self._spec)]
+        for method, arguments in self._heard:
+            self._pending.append(getattr(self._actor, method).remote(*arguments))
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        self._heard.append((method, arguments))
+        self._pending.append(getattr(self._actor, method).remote(*arguments))
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        for attempt in range(self._max_restarts + 1):
+            try:
+                ray.get(self._pending)
+                answer = ray.get(getattr(self._actor, method).remote(*arguments))
+                self._pending.clear()
+                return answer
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                logger.warning("the server died (attempt %d of %d): %s", attempt + 1, self._max_restarts + 1, error)
+                ray.kill(self._actor, no_restart=True)
+                self._start()
+        raise SemconsError(f"the server died {self._max_restarts + 1} times in {method}; see the Ray logs")

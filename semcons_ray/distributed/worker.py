@@ -1,0 +1,106 @@
+"""Actors: a worker that hosts clients, and the server. The plain classes inside know nothing of Ray."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from semcons_ray.errors import ClientError, UserError
+from semcons_ray.federation.fleet import Host, HostSpecProtocol, Reply
+from semcons_ray.federation.server import Server, ServerSpec, Verdict
+from semcons_ray.metering.energy import NodeEnergy, NodeMeter, detect_meter
+from semcons_ray.metering.ledger import LedgerRow
+
+
+@ray.remote
+class WorkerActor:
+    """A process that hosts clients of one model.
+
+    Loading is a method and not the constructor: an error in a constructor reaches the driver as a dead actor, without
+    the message that says what to change.
+    """
+
+    def __init__(self) -> None:
+        self._host: Host | None = None
+        self._failure: Exception | None = None
+        self._meter: NodeMeter | None = None
+
+    def load(self, spec: HostSpecProtocol) -> None:
+        """Load the model and make the clients."""
+        try:
+            self._host = spec.build()
+        except UserError as error:
+            self._failure = error
+            raise
+        except Exception as error:
+            self._failure = ClientError(f"{spec.worker} could not load: {type(error).__name__}: {error}")
+            raise self._failure from error
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+        """See `Host.visit`."""
+        return self._loaded().visit(client_id, round, downlink, evaluate)
+
+    def export_adapter(self, client_id: int, folder: Path) -> None:
+        """See `Host.export_adapter`."""
+        self._loaded().export_adapter(client_id, folder)
+
+    def start_meter(self, uses_gpu: bool) -> str:
+        """Meter this node's energy from now on; the meter's name, empty where the node has none."""
+        meter = detect_meter(uses_gpu=uses_gpu)
+        if meter is not None:
+            self._meter = NodeMeter(socket.gethostname(), meter)
+        return meter.name if meter is not None else ""
+
+    def lap(self) -> NodeEnergy | None:
+        """Energy that the node used since the last lap."""
+        return self._meter.lap() if self._meter is not None else None
+
+    def _loaded(self) -> Host:
+        if self._host is None:
+            raise self._failure or ClientError("visited before it was loaded")
+        return self._host
+
+
+@ray.remote
+class ServerActor:
+    """A process that embeds answers and forms the consensus."""
+
+    def __init__(self) -> None:
+        self._server: Server | None = None
+
+    def load(self, spec: ServerSpec) -> None:
+        """Load the embedding model."""
+        self._server = spec.build()
+
+    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+        """See `Server.begin`."""
+        self._loaded().begin(round, client_ids)
+
+    def collect(self, uplink: bytes) -> None:
+        """See `Server.collect`."""
+        self._loaded().collect(uplink)
+
+    def conclude(self) -> Verdict:
+        """See `Server.conclude`."""
+        return self._loaded().conclude()
+
+    def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """See `Server.embed`; rows as lists."""
+        rows: list[list[float]] = self._loaded().embed(texts).tolist()
+        return rows
+
+    def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """See `Server.similarity`."""
+        return self._loaded().similarity(round, predictions, references)
+
+    def take_rows(self) -> list[LedgerRow]:
+        """See `Server.take_rows`."""
+        return self._loaded().take_rows()
+
+    def _loaded(self) -> Server:
+        if self._server is None:
+            raise RuntimeError("asked before it was loaded")
+        return self._server

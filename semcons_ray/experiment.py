@@ -1,0 +1,262 @@
+"""Composition root: runs the rounds of an experiment, commits each, and picks a killed run up again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import pandas as pd
+
+from semcons_ray.assembly import Placement, cluster, find_models, parts, place, prepare_data
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.data.split import DataSplit
+from semcons_ray.distributed.placement import describe_plan
+from semcons_ray.evaluation.scores import mean_rouge_l
+from semcons_ray.federation.algorithms import build_algorithm
+from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome, client_folder
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.server import ServerProtocol, Verdict
+from semcons_ray.messages import PseudoLabels
+from semcons_ray.metering.energy import apportion
+from semcons_ray.metering.environment import describe_environment
+from semcons_ray.metering.ledger import LedgerRow, idle_rows
+from semcons_ray.run_folder import Commit, MetricsRow, RoundRow, RunFolder
+
+
+class Observer(Protocol):
+    """Who is told how a run gets on."""
+
+    def stage(self, text: str) -> None:
+        """Something that takes a while begins."""
+        ...
+
+    def planned(self, text: str) -> None:
+        """The placement plan, a line a worker."""
+        ...
+
+    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
+        """Clients are being visited; round 0 measures the base model."""
+        ...
+
+    def client_done(self, reply: Reply) -> None:
+        """A client was visited."""
+        ...
+
+    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
+        """A round is committed."""
+        ...
+
+
+def run_experiment(config: ExperimentConfig, out: Path, observer: Observer) -> RunFolder:
+    """Run an experiment from its beginning, into a new folder.
+
+    Raises:
+        UserError: Something in the config, the data, the models, the cluster or the folder must be changed.
+        QuorumError: Too few clients answered; `resume_experiment` goes on from the last round.
+    """
+    folder = RunFolder.create(out, config)
+    with folder.locked():
+        _execute(folder, config, observer)
+    return folder
+
+
+def resume_experiment(out: Path, observer: Observer) -> RunFolder:
+    """Go on with a run from its last committed round; nothing to do where it is finished.
+
+    Raises:
+        RunFolderError: `out` is no run folder, is damaged, or is in use.
+    """
+    folder = RunFolder(out)
+    with folder.locked():
+        _execute(folder, folder.read_config(), observer)
+    return folder
+
+
+def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) -> None:
+    commits = folder.commits()
+    clients = range(config.clients.num_clients)
+    if len(commits) > config.num_rounds and all((folder.adapters / client_folder(client)).is_dir() for client in clients):
+        folder.write_tables(commits)
+        return
+    observer.stage("reading data")
+    split = prepare_data(config, folder.data)
+    observer.stage("finding models")
+    models = find_models(config)
+    with cluster(config) as nodes:
+        placement = place(config, nodes, models)
+        config = placement.config
+        folder.write_config(config)
+        observer.planned(describe_plan(placement.workers, config.resources.device, placement.demands))
+        observer.stage("loading models")
+        began = time.time()
+        cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
+        algorithm = build_algorithm(config.algorithm, cohort)
+        with parts(placement, split, algorithm, folder.state) as (fleet, server):
+            _write_environment(folder, placement, fleet)
+            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer)
+            while len(commits) <= config.num_rounds:
+                commits.append(rounds.run(len(commits), commits, began))
+                folder.commit(commits)
+                observer.round_ends(commits[-1].summary, commits[-1].metrics)
+            observer.stage("writing adapters")
+            fleet.export_adapters(clients, folder.adapters)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Runs one round after another, and turns each into what is committed."""
+
+    folder: RunFolder
+    placement: Placement
+    split: DataSplit
+    algorithm: Algorithm
+    fleet: Fleet
+    server: ServerProtocol
+    observer: Observer
+
+    def run(self, round: int, commits: Sequence[Commit], began: float) -> Commit:
+        """One round. Round 0 measures the base models; it counts from `began`, when models began to load."""
+        config = self.placement.config
+        started_at = time.time() if round else began
+        visitor = _Watched(self.fleet, self.observer, config.num_rounds)
+        if round == 0:
+            outcome = self._measure_base(visitor)
+            downlink = outcome.next_downlink
+        else:
+            downlink = commits[-1].next_downlink
+            evaluate = round % config.evaluation.every == 0 or round == config.num_rounds
+            outcome = self.algorithm.run_round(round, downlink, visitor, self.server, evaluate=evaluate)
+        metrics = self._metrics(outcome.replies)
+        verdict: Verdict | None = outcome.verdict
+        if verdict:
+            self.folder.write_table(f"consensus/round_{round:03d}.parquet", _consensus_table(verdict))
+        ended_at = time.time()
+        answered = {reply.client_id for reply in outcome.replies}
+        return Commit(
+            summary=RoundRow(
+                round=round,
+                started_at=started_at,
+                duration_seconds=ended_at - started_at,
+                num_participants=len(visitor.asked),
+                num_answered=len(answered),
+                lost=", ".join(str(client) for client in visitor.asked if client not in answered),
+                num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
+                mean_agreement=float(verdict.agreement.mean()) if verdict else math.nan,
+                label_churn=label_churn(PseudoLabels.decode(downlink), verdict.labels, len(self.split.public))
+                if verdict
+                else math.nan,
+            ),
+            metrics=metrics if round else self._for_every_client(metrics),
+            ledger=tuple(self._ledger(round, outcome, started_at, ended_at)),
+            next_downlink=outcome.next_downlink,
+        )
+
+    def _measure_base(self, visitor: _Watched) -> RoundOutcome:
+        first = {model: client for client, model in reversed([*enumerate(self.placement.config.client_models())])}
+        replies = visitor.visit(0, dict.fromkeys(sorted(first.values()), b""), evaluate=True)
+        return RoundOutcome(replies=tuple(replies), next_downlink=self.algorithm.first_downlink())
+
+    def _metrics(self, replies: Sequence[Reply]) -> tuple[MetricsRow, ...]:
+        config = self.placement.config
+        references = [example.response for example in self.split.test[: config.evaluation.num_answers]]
+        models = config.client_models()
+        rows = []
+        for reply in replies:
+            measured = reply.evaluation
+            if measured is None:
+                continue
+            nll = measured.nll_sum / max(measured.num_tokens, 1)
+            cosines = self.server.similarity(reply.round, measured.answers, references)
+            rows.append(
+                MetricsRow(
+                    round=reply.round,
+                    client_id=reply.client_id,
+                    model=models[reply.client_id],
+                    nll=nll,
+                    perplexity=math.exp(min(nll, 700.0)),
+                    rouge_l=mean_rouge_l(measured.answers, references),
+                    similarity=sum(cosines) / len(cosines) if cosines else math.nan,
+                    train_loss=reply.train_loss,
+                    num_private=reply.num_private,
+                    num_pseudo_labels=reply.num_pseudo_labels,
+                )
+            )
+        return tuple(rows)
+
+    def _for_every_client(self, base: Sequence[MetricsRow]) -> tuple[MetricsRow, ...]:
+        # Before training, all clients of one architecture are the same model: it is measured once.
+        measured = {row.model: row for row in base}
+        return tuple(
+            msgspec.structs.replace(measured[model], client_id=client, num_private=len(self.split.private[client]))
+            for client, model in enumerate(self.placement.config.client_models())
+            if model in measured
+        )
+
+    def _ledger(self, round: int, outcome: RoundOutcome, started_at: float, ended_at: float) -> list[LedgerRow]:
+        rows = [row for reply in outcome.replies for row in reply.rows]
+        rows += outcome.verdict.rows if outcome.verdict else ()
+        rows += self.server.take_rows()
+        rows += idle_rows(rows, round, started_at, ended_at, self.fleet.workers)
+        return apportion(rows, self.fleet.laps(), self.placement.watts)
+
+
+class _Watched:
+    """A fleet that tells the observer of every reply, and remembers who was asked."""
+
+    def __init__(self, fleet: Fleet, observer: Observer, num_rounds: int) -> None:
+        self._fleet = fleet
+        self._observer = observer
+        self._num_rounds = num_rounds
+        self.asked: tuple[int, ...] = ()
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        self.asked = tuple(downlinks)
+        self._observer.round_begins(round, self._num_rounds, len(downlinks))
+        for reply in self._fleet.visit(round, downlinks, evaluate=evaluate):
+            self._observer.client_done(reply)
+            yield reply
+
+
+def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> float:
+    """Share of prompts whose pseudo-label is not what it was; NaN where there was none before."""
+    if before.round_number == 0:
+        return math.nan
+    old = dict(zip(before.prompt_ids, before.responses, strict=True))
+    new = dict(zip(after.prompt_ids, after.responses, strict=True))
+    return sum(old.get(prompt) != new.get(prompt) for prompt in range(num_prompts)) / num_prompts
+
+
+def _consensus_table(verdict: Verdict) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "prompt_id": prompt,
+                "client_id": client,
+                "answer": verdict.answers[column][prompt],
+                "similarity": verdict.similarity[prompt, column],
+                "chosen": bool(verdict.winner[prompt] == client and not verdict.abstained[prompt]),
+                "agreement": verdict.agreement[prompt],
+                "abstained": bool(verdict.abstained[prompt]),
+            }
+            for prompt in range(len(verdict.winner))
+            for column, client in enumerate(verdict.client_ids)
+        ]
+    )
+
+
+def _write_environment(folder: RunFolder, placement: Placement, fleet: Fleet) -> None:
+    folder.write_json("environment.json", describe_environment())
+    folder.write_json(
+        "placement.json",
+        {
+            "device": placement.config.resources.device,
+            "workers": [asdict(worker) for worker in placement.workers],
+            "nodes": [asdict(node) for node in placement.nodes],
+            "energy_meters": dict(fleet.meters),
+        },
+    )

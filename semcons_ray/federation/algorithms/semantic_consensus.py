@@ -1,0 +1,89 @@
+"""Federated fine-tuning by semantic consensus: answers cross the wire, never weights.
+
+Source: A. Abourayya, J. Kleesiek, M. Kamp, "Beyond Parameter Aggregation: Semantic Consensus for Federated
+Fine-Tuning of LLMs", arXiv:2605.11857. Its abstract gives the scheme:
+
+    each client fine-tunes its own model on private data,
+    and answers a shared set of public prompts; the answers are all that it sends;
+    the server embeds the answers and forms a consensus per prompt,
+    and returns the consensus as pseudo-labels for further local fine-tuning.
+
+What the abstract leaves open, and what we chose:
+
+    embedding     a sentence-embedding model on the server, unit vectors
+    consensus     one client's text wins each prompt, since an averaged vector cannot be decoded; by default the
+                  medoid under cosine similarity (consensus/ has the other rules)
+    abstention    a prompt whose agreement is under a threshold gives no pseudo-label (FedCT, arXiv:2310.05696)
+    pseudo-labels private data joined with them, an equal weight an example, as in FedCT
+    order         a client trains and answers in one visit, with no barrier between the two; so the pseudo-labels of
+                  a round are learnt in the next, and before the first exchange training is local
+    ties          the lowest client index, so that results do not depend on who answers first
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from semcons_ray.federation.client import Client
+from semcons_ray.federation.fleet import RoundOutcome, Visitor
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.server import ServerProtocol
+from semcons_ray.messages import PseudoLabels
+
+NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
+
+
+@dataclass(frozen=True)
+class SemanticConsensus:
+    """One round, top to bottom.
+
+    Attributes:
+        cohort: Who takes part in a round.
+        pseudo_label_weight: Weight in the loss of a pseudo-label beside a private example.
+        compression: Of messages, "none" or "zstd".
+    """
+
+    cohort: Cohort
+    pseudo_label_weight: float = 1.0
+    compression: str = "none"
+
+    uses_public_prompts: ClassVar[bool] = True
+
+    def first_downlink(self) -> bytes:
+        """Before the first exchange there are no pseudo-labels."""
+        return NO_LABELS.encode(self.compression)
+
+    def run_round(
+        self, round: int, downlink: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+    ) -> RoundOutcome:
+        """The server's part: send the last pseudo-labels out, collect answers, form the next pseudo-labels.
+
+        Args:
+            round: From 1.
+            downlink: The encoded `PseudoLabels` of the round before.
+            fleet: The clients.
+            server: Embeds answers while others are still at work.
+            evaluate: Whether clients are measured on the test set after their visit.
+
+        Raises:
+            QuorumError: Too few clients answered.
+        """
+        participants = self.cohort.sample(round)
+        server.begin(round, participants)
+        replies = []
+        for reply in fleet.visit(round, dict.fromkeys(participants, downlink), evaluate=evaluate):
+            server.collect(reply.uplink)
+            replies.append(reply)
+        verdict = server.conclude()
+        return RoundOutcome(
+            replies=tuple(sorted(replies, key=lambda reply: reply.client_id)),
+            next_downlink=verdict.labels.encode(self.compression),
+            verdict=verdict,
+        )
+
+    def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
+        """The client's part: learn private data and the last pseudo-labels, then answer the public prompts."""
+        labels = PseudoLabels.decode(downlink)
+        client.fine_tune(round, labels, weight=self.pseudo_label_weight, downlink_bytes=len(downlink))
+        return client.answer(round, self.compression)

