@@ -80,7 +80,7 @@ class ModelConfig(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."
     )
-    max_length: int = Field(192, ge=8, description="Tokens an example is cut to.")
+    max_length: int = Field(96, ge=8, description="Tokens an example is cut to.")
     system_prompt: str = Field("", description="System prompt of the chat template; empty leaves it out.")
     lora: LoraConfig = LoraConfig()
 

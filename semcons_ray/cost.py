@@ -185,14 +185,12 @@ def read_linear_maps(model: str) -> dict[str, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `semcons cost`; the defaults are the worked example of the method's page."""
     defaults = load_config(None)
+    parser.formatter_class = argparse.HelpFormatter  # wraps
     parser.description = (
         "Bytes that federated averaging of LoRA adapters sends, against those of semantic consensus, which sends text. "
         "Computed from the arguments; nothing is run."
     )
-    parser.epilog = (
-        "Example: semcons cost --model qwen2.5-7b --targets q,k,v,o --rank 8 --prompts 1000 --tokens 60 "
-        "--clients 20 --rounds 10"
-    )
+    parser.epilog = "Example: semcons cost --model qwen2.5-7b --targets q,k,v,o --rank 8 --prompts 1000 --clients 20"
     parser.add_argument(
         "--model",
         default="llama-3.1-405b",

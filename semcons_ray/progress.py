@@ -37,7 +37,7 @@ class Progress:
 
     def planned(self, text: str) -> None:
         """Print the plan."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
         """Start a bar."""

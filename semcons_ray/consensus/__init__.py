@@ -1,1 +1,9 @@
-"""TODO."""
+"""Semantic consensus: which client's answer to a public prompt becomes its pseudo-label.
+
+An averaged embedding cannot be decoded into text, so every rule elects one of the answers that are there. Pure batched
+tensor math, on any device.
+"""
+
+from semcons_ray.consensus.form import Consensus, form_consensus
+
+__all__ = ["Consensus", "form_consensus"]

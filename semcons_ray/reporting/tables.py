@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,19 +165,19 @@ def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 
 def quality(metrics: pd.DataFrame) -> pd.DataFrame:
-    """One row a client: its model, and each metric of the base model and when it was last measured after training.
+    """One row a client: its model, and each metric of the base model and as last measured.
 
     Returns:
-        Index client_id; columns model, base_M, last_M and change_M (last - base) for M in `METRICS`; NaN where there
-        is no measurement.
+        Index client_id; columns model, last_round (the round of the last measurement, 0 for a client that was never
+        measured after training), base_M, last_M and change_M (last - base) for M in `METRICS`; NaN where there is no
+        measurement.
     """
-    table = metrics.groupby("client_id")[["model"]].last()
+    clients = metrics.sort_values("round").groupby("client_id")
+    table = clients.agg(model=("model", "last"), last_round=("round", "last"))
     for metric in METRICS:
         values = metric_by_round(metrics, metric).reindex(columns=table.index)
-        base = values[values.index == 0].ffill()
-        after = values[values.index > 0].ffill()
-        table[f"base_{metric}"] = base.iloc[-1] if len(base) else float("nan")
-        table[f"last_{metric}"] = after.iloc[-1] if len(after) else float("nan")
+        table[f"base_{metric}"] = values.loc[0] if 0 in values.index else float("nan")
+        table[f"last_{metric}"] = values.ffill().iloc[-1] if len(values) else float("nan")
         table[f"change_{metric}"] = table[f"last_{metric}"] - table[f"base_{metric}"]
     return table
 
@@ -268,12 +269,12 @@ def totals(run: Run) -> Totals:
 
 def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str:
     """A number with so many decimals; a dash for NaN."""
-    return "–" if pd.isna(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def format_quantity(value: float, unit: str) -> str:
     """Bytes or joules to three digits with an SI prefix (kB = 1000 B); a dash for NaN."""
-    if pd.isna(value):
+    if math.isnan(value):
         return "–"
     for prefix in ("", "k", "M", "G", "T"):
         # 999.5 would be shown as 1000.
@@ -286,7 +287,7 @@ def format_quantity(value: float, unit: str) -> str:
 
 def format_seconds(value: float) -> str:
     """Seconds as 4.2 s, 3 min 20 s or 5 h 02 min."""
-    if pd.isna(value):
+    if math.isnan(value):
         return "–"
     if value < 60:
         return f"{value:.1f} s" if value < 59.95 else "1 min 00 s"
@@ -323,7 +324,8 @@ def _result(run: Run) -> Group:
         table.add_column(heading, justify="right")
     clients = quality(run.metrics)
     for client_id, row in clients.iterrows():
-        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row))
+        behind = f" (round {row['last_round']})" if row["last_round"] < clients["last_round"].max() else ""
+        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row, behind))
     if len(clients) > 1:
         table.add_section()
         table.add_row("mean", "", *_quality_cells(clients.mean(numeric_only=True)), style="bold")
@@ -337,10 +339,10 @@ def _result(run: Run) -> Group:
     return Group(table, Text(), *(Text(line) for line in lines))
 
 
-def _quality_cells(row: pd.Series[Any]) -> tuple[str, ...]:
+def _quality_cells(row: pd.Series[Any], behind: str = "") -> tuple[str, ...]:
     return (
         format_number(row["base_nll"]),
-        format_number(row["last_nll"]),
+        format_number(row["last_nll"]) + behind,
         format_number(row["change_nll"], signed=True),
         format_number(row["last_rouge_l"]),
         format_number(row["last_similarity"]),

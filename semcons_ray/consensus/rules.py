@@ -1,0 +1,189 @@
+"""The consensus rules: each gives the answers to a prompt scores, and the highest is elected.
+
+Legend: p prompts at once; C clients, of which n answered a prompt; D embedding dimension; e_i the unit vector of
+answer i, zero where it is missing.
+
+For unit vectors the answer nearest to a point z is the one with the greatest e_i . z. So the medoid and its relatives
+differ only in their centre z, cost O(C D) a prompt, and need no C x C matrix. Plurality and multi-Krum do compare all
+pairs, O(C^2 D), a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scores and cosines closer than this are equal. Float32 noise is a tenth of it; answers that differ, differ by more.
+TOLERANCE = 1e-6
+
+WEISZFELD_STEPS = 32
+WEISZFELD_SMOOTHING = 1e-3
+
+
+@dataclass(frozen=True)
+class Ballots:
+    """The answers to p prompts.
+
+    Attributes:
+        vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32.
+        present: Which answers are there, (p, C).
+        similarity: Mean cosine of an answer to the others that are there, (p, C).
+        weights: Of the clients, (C,), not negative; for `weighted_medoid`.
+        lengths: Of the answers in characters, (p, C); for `longest` and `shortest`.
+        draw: A uniform number in [0, 1) a prompt, (p,); for `random_client`.
+    """
+
+    vectors: Tensor
+    present: Tensor
+    similarity: Tensor
+    weights: Tensor | None
+    lengths: Tensor | None
+    draw: Tensor
+
+    def nearness(self, shares: Tensor) -> Tensor:
+        """Scores e_i . z for the centre z that `shares` (p, C) of the answers add up to."""
+        centre = torch.bmm(shares[:, None, :], self.vectors)
+        return torch.bmm(self.vectors, centre.transpose(1, 2)).squeeze(2)
+
+
+Rule = Callable[[Ballots], Tensor]
+"""Scores (p, C), -inf where an answer cannot be elected; those of missing answers don't matter."""
+
+
+def elect(scores: Tensor) -> Tensor:
+    """Index of the highest of `scores` (p, C), (p,); of those within `TOLERANCE` of it, the first."""
+    indices = torch.arange(scores.shape[1], device=scores.device)
+    equal = scores >= scores.amax(dim=1, keepdim=True) - TOLERANCE
+    return indices.where(equal, scores.shape[1] - 1).amin(dim=1)
+
+
+def medoid(ballots: Ballots) -> Tensor:
+    """The answer most similar to the others: (e_i . sum_j e_j - 1) / (n - 1), exactly."""
+    return ballots.similarity
+
+
+def weighted_medoid(ballots: Ballots) -> Tensor:
+    """The medoid if answer j were there w_j times: greatest sum_j w_j e_i . e_j, its own weight included.
+
+    An answer of weight 0 has no vote and is not elected, unless there are no others; then all count the same.
+    """
+    if ballots.weights is None:
+        raise ValueError("rule weighted_medoid needs the weights of the clients")
+    weights = ballots.weights * ballots.present
+    weights = weights.where(weights.any(dim=1, keepdim=True), ballots.present.float())
+    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return _only(weights > 0, ballots.nearness(shares))
+
+
+def geometric_median(ballots: Ballots) -> Tensor:
+    """The answer nearest to the geometric median of all: half of the answers must be bad to carry it away.
+
+    Weiszfeld's iteration from the mean, a fixed number of steps, distances no smaller than a smoothing constant
+    (K. Pillutla, S. Kakade, Z. Harchaoui, "Robust Aggregation for Federated Learning", arXiv:1912.13445, algorithm 2).
+    """
+    vectors, present = ballots.vectors, ballots.present
+    shares = present / present.sum(dim=1, keepdim=True).clamp(min=1)
+    for _ in range(WEISZFELD_STEPS):
+        median = torch.bmm(shares[:, None, :], vectors)
+        nearness = torch.bmm(vectors, median.transpose(1, 2)).squeeze(2)
+        squared_distances = 1 - 2 * nearness + median.square().sum(dim=2)
+        pulls = squared_distances.clamp(min=WEISZFELD_SMOOTHING**2).rsqrt() * present
+        shares = pulls / pulls.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return ballots.nearness(shares)
+
+
+def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
+    """The medoid of what is left when the `trim` share of answers least similar to the others is dropped.
+
+    The number dropped is rounded down, so a few answers may lose none. Among equals the last clients' are dropped.
+    """
+    counts = ballots.present.sum(dim=1)
+    num_kept = counts - (trim * counts + 1e-9).floor()
+    similarity = _only(ballots.present, ballots.similarity / TOLERANCE).round()
+    best_first = similarity.argsort(dim=1, descending=True, stable=True)
+    ranks = best_first.argsort(dim=1)
+    kept = (ranks < num_kept[:, None]) & ballots.present
+    return _only(kept, ballots.nearness(kept / num_kept[:, None].clamp(min=1)))
+
+
+def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tensor:
+    """The medoid of the most common opinion: the analogue of a majority vote for free text.
+
+    The opinion around an answer is all answers at a cosine of `min_cosine` or more to it. The most common one is the
+    largest; of equally large ones, that around the answer most similar to all others, then to the lowest index. This
+    is the first cluster of the greedy scheme of X. Daura et al., "Peptide Folding: When Simulation Meets Experiment",
+    Angew. Chem. Int. Ed. 38 (1999), which needs no seeds and no number of clusters; the further ones cannot win. When
+    no two answers agree, it elects the medoid.
+    """
+    least = min_cosine - TOLERANCE
+    sizes = torch.cat(
+        [((block >= least) & ballots.present[:, None, :]).sum(dim=2) for _, block in _cosines(ballots, block_bytes)],
+        dim=1,
+    )
+    sizes = sizes.where(ballots.present, 0)
+    largest = (sizes == sizes.amax(dim=1, keepdim=True)) & ballots.present
+    centre = elect(_only(largest, ballots.similarity))[:, None]
+    around = ballots.nearness(torch.zeros_like(ballots.similarity).scatter(1, centre, 1.0))
+    members = ((around >= least) & ballots.present).scatter(1, centre, True)
+    return _only(members, ballots.nearness(members / members.sum(dim=1, keepdim=True)))
+
+
+def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Tensor:
+    """The answer with the lowest Krum score: the sum of squared distances to its n - f - 2 nearest.
+
+    P. Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, with f
+    `num_byzantine`. For unit vectors that is the greatest mean cosine to them, which is the score here. Multi-Krum
+    averages the best few; as texts have no average, the first of them is taken. The guarantee needs n >= 2 f + 3; with
+    fewer answers the rule still elects, by n - f - 2 nearest or at least one.
+    """
+    if ballots.vectors.shape[1] == 1:
+        return ballots.similarity
+    num_nearest = (ballots.present.sum(dim=1) - num_byzantine - 2).clamp(min=1)[:, None, None]
+    scores = []
+    for rows, block in _cosines(ballots, block_bytes):
+        block = block.masked_fill(~ballots.present[:, None, :], -torch.inf)
+        block[:, torch.arange(len(rows), device=rows.device), rows] = -torch.inf
+        nearest_first = block.sort(dim=2, descending=True).values.cumsum(dim=2)
+        scores.append(nearest_first.gather(2, (num_nearest - 1).expand(-1, len(rows), 1)) / num_nearest)
+    alone = ballots.present.sum(dim=1, keepdim=True) == 1
+    return ballots.similarity.where(alone, torch.cat(scores, dim=1).squeeze(2))
+
+
+def random_client(ballots: Ballots) -> Tensor:
+    """A control: any of the answers, all equally likely."""
+    counts = ballots.present.sum(dim=1)
+    chosen = (ballots.draw * counts).floor()
+    places = ballots.present.cumsum(dim=1) - 1
+    return ((places == chosen[:, None]) & ballots.present).float()
+
+
+def longest(ballots: Ballots) -> Tensor:
+    """A control: the answer of most characters."""
+    return _lengths(ballots)
+
+
+def shortest(ballots: Ballots) -> Tensor:
+    """A control: the answer of fewest characters."""
+    return -_lengths(ballots)
+
+
+def _lengths(ballots: Ballots) -> Tensor:
+    if ballots.lengths is None:
+        raise ValueError("rules longest and shortest need the lengths of the answers")
+    return ballots.lengths.double()
+
+
+def _only(eligible: Tensor, scores: Tensor) -> Tensor:
+    return scores.where(eligible, -torch.inf)
+
+
+def _cosines(ballots: Ballots, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of the matrices of cosines: row indices (b,) and rows (p, b, C)."""
+    num_prompts, num_clients, _ = ballots.vectors.shape
+    num_rows = max(1, block_bytes // (4 * num_prompts * num_clients))
+    transposed = ballots.vectors.transpose(1, 2)
+    for rows in torch.arange(num_clients, device=ballots.vectors.device).split(num_rows):
+        yield rows, torch.bmm(ballots.vectors[:, rows], transposed)

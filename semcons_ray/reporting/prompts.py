@@ -1,0 +1,83 @@
+"""The public prompts with all their answers, as compact JSON for the page's searchable table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from semcons_ray.reporting.tables import Run
+
+MAX_TABLE_BYTES = 4_000_000
+MAX_TEXT_CHARS = 800
+
+
+def prompt_table(run: Run, max_bytes: int = MAX_TABLE_BYTES) -> dict[str, Any]:
+    """Prompts, newest round first, up to about `max_bytes` of JSON.
+
+    Equal answers to a prompt are one entry with the clients that gave it, and a text is stored once.
+
+    Returns:
+        texts: every text, cut to `MAX_TEXT_CHARS`.
+        prompts: [prompt, reference, category] by prompt id, texts by index.
+        rounds: newest first, each {round, rows}; a row is [prompt id, agreement, abstained, answers], and an answer is
+            [text index, similarity, chosen client or -1, clients]; the chosen one first, then by similarity.
+        shown, total: how many rows of all rounds are in it, and how many there are.
+    """
+    texts: dict[str, int] = {}
+    size = 0
+
+    def index(text: str) -> int:
+        nonlocal size
+        if len(text) > MAX_TEXT_CHARS:
+            text = text[: MAX_TEXT_CHARS - 1] + "…"
+        if text not in texts:
+            size += len(text.encode()) + 4
+        return texts.setdefault(text, len(texts))
+
+    public = run.data[run.data["role"] == "public"]
+    prompts: dict[int, list[int]] = {}
+    rounds: list[dict[str, Any]] = []
+    shown = 0
+    for round, answers in sorted(run.consensus.groupby("round"), key=lambda item: item[0], reverse=True):
+        rows: list[list[Any]] = []
+        for prompt_id, group in answers.groupby("prompt_id"):
+            if size >= max_bytes:
+                break
+            prompt = int(prompt_id)
+            if prompt not in prompts and prompt < len(public):
+                example = public.iloc[prompt]
+                prompts[prompt] = [index(example["prompt"]), index(example["response"]), index(example["category"])]
+            row = [prompt, _rounded(group["agreement"].iloc[0]), int(group["abstained"].iloc[0]), _answers(group, index)]
+            rows.append(row)
+            size += 40 + sum(25 + 4 * len(answer[3]) for answer in row[3])
+        if rows:
+            rounds.append({"round": int(round), "rows": rows})
+            shown += len(rows)
+    return {
+        "texts": list(texts),
+        "prompts": prompts,
+        "rounds": rounds,
+        "shown": shown,
+        "total": len(run.consensus.drop_duplicates(["round", "prompt_id"])),
+    }
+
+
+def _answers(group: pd.DataFrame, index: Any) -> list[list[Any]]:
+    entries = []
+    for text, same in group[group["answer"] != ""].groupby("answer", sort=False):
+        chosen = same.loc[same["chosen"], "client_id"]
+        entries.append(
+            [
+                index(text),
+                _rounded(same["similarity"].mean()),
+                int(chosen.iloc[0]) if len(chosen) else -1,
+                [int(client) for client in same["client_id"]],
+            ]
+        )
+    return sorted(entries, key=lambda entry: (entry[2] < 0, -(entry[1] if entry[1] is not None else -2.0)))
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 3)

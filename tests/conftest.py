@@ -1,0 +1,48 @@
+"""Shared fixtures: one tiny model of each architecture a session, and a config that uses them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semcons_ray.config import ExperimentConfig, validate_config
+from tests.tiny import write_data, write_model
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "examples.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentConfig]:
+    """Makes a config of 3 clients, 2 rounds and 6 prompts; nested settings lie over it."""
+
+    def make(**sections: Any) -> ExperimentConfig:
+        values: dict[str, Any] = {
+            "num_rounds": 2,
+            "data": {"source": str(tiny_data), "examples_per_client": 12, "num_test": 6},
+            "prompts": {"budget": 6},
+            "clients": {"num_clients": 3},
+            "model": {"name": str(tiny_llama), "dtype": "float32", "max_length": 64},
+            "training": {"learning_rate": 5e-3, "batch_size": 4},
+            "generation": {"max_new_tokens": 8},
+            "evaluation": {"num_answers": 3},
+            "resources": {"fleet": "local", "device": "cpu"},
+        }
+        for name, section in sections.items():
+            values[name] = {**values[name], **section} if isinstance(values.get(name), dict) else section
+        return validate_config(values, where="test")
+
+    return make

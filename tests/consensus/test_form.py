@@ -1,0 +1,262 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from semcons_ray.consensus import Consensus, form_consensus
+from semcons_ray.errors import ConfigError
+from tests.consensus import reference
+
+NAN = float("nan")
+SELECTING = ["medoid", "plurality", "weighted_medoid", "geometric_median", "trimmed", "multi_krum"]
+EVERY = [*SELECTING, "random_client", "longest", "shortest"]
+
+
+def unit(rows: Any) -> Tensor:
+    return torch.nn.functional.normalize(torch.as_tensor(rows, dtype=torch.float64), dim=-1).float()
+
+
+def random_case(seed: int, prompts: int, clients: int, missing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Answers in a few loose clusters, so that no rule has an easy time."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(prompts, 3, 8))
+    which = rng.integers(3, size=(prompts, clients))
+    vectors = centres[np.arange(prompts)[:, None], which] + 0.4 * rng.normal(size=(prompts, clients, 8))
+    return unit(vectors), torch.from_numpy(rng.random((prompts, clients)) >= missing)
+
+
+def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", **more: Any) -> Consensus:
+    if mask is None:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
+    clients = embeddings.shape[1]
+    more.setdefault("weights", torch.arange(1.0, clients + 1))
+    more.setdefault("lengths", torch.arange(clients).expand(embeddings.shape[:2]))
+    more.setdefault("generator", np.random.default_rng(0))
+    return form_consensus(embeddings, mask, rule=rule, **more)
+
+
+# By hand --------------------------------------------------------------------------------------------------------------
+
+
+def test_medoid_by_hand() -> None:
+    """Three answers at 0, 60 and 90 degrees: cosines 1/2, 0 and sqrt(3)/2."""
+    third = 3**0.5 / 2
+    verdict = form(torch.tensor([[[1.0, 0.0], [0.5, third], [0.0, 1.0]]]))
+    torch.testing.assert_close(verdict.similarity, torch.tensor([[0.25, (0.5 + third) / 2, third / 2]]))
+    assert verdict.winner.tolist() == [1]
+    assert verdict.agreement.item() == pytest.approx((0.5 + third) / 2)
+
+
+def test_plurality_takes_the_largest_opinion_where_the_medoid_takes_the_middle() -> None:
+    """Opinions: two equal answers at 0 degrees; three others at 50, 80 and 110, of which no two agree."""
+    angles = torch.deg2rad(torch.tensor([50.0, 80.0, 110.0, 0.0, 0.0]))
+    answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    assert form(answers).winner.tolist() == [0]
+    assert form(answers, rule="plurality", plurality_similarity=0.95).winner.tolist() == [3]
+
+
+def test_plurality_without_any_agreement_is_the_medoid() -> None:
+    embeddings, mask = random_case(0, 20, 5)
+    found = form(embeddings, mask, "plurality", plurality_similarity=1.0)
+    assert torch.equal(found.winner, form(embeddings, mask).winner)
+
+
+def test_a_weight_outvotes() -> None:
+    answers = unit([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]])
+    assert form(answers, rule="weighted_medoid", weights=torch.tensor([1.0, 1.0, 1.0])).winner.tolist() == [1]
+    assert form(answers, rule="weighted_medoid", weights=torch.tensor([1.0, 1.0, 9.0])).winner.tolist() == [2]
+    assert form(answers, rule="weighted_medoid", weights=torch.tensor([1.0, 0.0, 0.0])).winner.tolist() == [0]
+
+
+def test_robust_rules_resist_a_minority_that_pulls_the_mean() -> None:
+    """Five honest answers near the x axis; four colluders, all at 80 degrees, which 40% of trimming removes."""
+    honest = torch.deg2rad(torch.tensor([-8.0, -4.0, 0.0, 4.0, 8.0]))
+    angles = torch.cat([honest, torch.deg2rad(torch.full((4,), 80.0))])
+    answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    assert form(answers, rule="geometric_median").winner.item() < 5
+    assert form(answers, rule="trimmed", trim=0.45).winner.item() < 5
+    assert form(answers, rule="plurality", plurality_similarity=0.98).winner.item() == 2
+
+
+def test_controls() -> None:
+    embeddings, mask = random_case(1, 1, 4)
+    lengths = torch.tensor([[5, 9, 9, 5]])
+    assert form(embeddings, mask, "longest", lengths=lengths).winner.tolist() == [1]
+    assert form(embeddings, mask, "shortest", lengths=lengths).winner.tolist() == [0]
+
+
+def test_random_client_is_uniform_over_those_present() -> None:
+    embeddings, mask = random_case(2, 6000, 4)
+    mask[:, 1] = False
+    winners = form(embeddings, mask, "random_client").winner
+    counts = torch.bincount(winners, minlength=4)
+    assert counts[1] == 0
+    assert all(abs(int(counts[i]) - 2000) < 5 * (2000 * 2 / 3) ** 0.5 for i in (0, 2, 3))
+
+
+def test_threshold_and_missing_answers() -> None:
+    answers = torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.6, 0.8]]])
+    mask = torch.tensor([[True, True], [False, True], [False, False]])
+    verdict = form(answers, mask, threshold=0.6)
+    assert verdict.winner.tolist() == [0, 1, -1]
+    torch.testing.assert_close(verdict.agreement, torch.tensor([0.6, 1.0, NAN]), equal_nan=True)
+    torch.testing.assert_close(
+        verdict.similarity, torch.tensor([[0.6, 0.6], [NAN, 1.0], [NAN, NAN]]), equal_nan=True
+    )
+    assert verdict.abstained.tolist() == [False, False, True]
+    assert form(answers, mask, threshold=0.61).abstained.tolist() == [True, False, True]
+
+
+# Against the reference, and properties ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 12), missing=st.sampled_from([0.0, 0.4]))
+@pytest.mark.parametrize("rule", SELECTING)
+def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, missing: float) -> None:
+    embeddings, mask = random_case(seed, 3, clients, missing)
+    weights = np.random.default_rng(seed).integers(0, 5, clients).astype(float).tolist()
+    settings_of = {
+        "plurality": {"min_cosine": 0.7},
+        "weighted_medoid": {"weights": weights},
+        "trimmed": {"trim": 0.3},
+        "multi_krum": {"num_byzantine": 2},
+    }
+    verdict = form(
+        embeddings, mask, rule, plurality_similarity=0.7, trim=0.3, num_byzantine=2, weights=torch.tensor(weights)
+    )
+    vectors = embeddings.double().numpy()
+    for prompt in range(3):
+        here = mask[prompt].nonzero().flatten().tolist()
+        if not here:
+            assert verdict.winner[prompt] == -1
+            continue
+        cosines = reference.mean_cosines(vectors[prompt], here)
+        for client, cosine in cosines.items():
+            assert float(verdict.similarity[prompt, client]) == pytest.approx(cosine, abs=2e-6)
+        assert int(verdict.winner[prompt]) == getattr(reference, rule)(
+            vectors[prompt], here, **settings_of.get(rule, {})
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(5, 9))
+@pytest.mark.parametrize("rule", SELECTING)
+def test_client_order_does_not_matter(rule: str, seed: int, clients: int) -> None:
+    """Five answers at least: of two, each is the other's nearest, and the tie goes by index."""
+    embeddings, mask = random_case(seed, 4, clients)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(clients))
+    weights = torch.arange(1.0, clients + 1)
+    straight = form(embeddings, mask, rule, weights=weights, num_byzantine=0).winner
+    shuffled = form(embeddings[:, order], mask, rule, weights=weights[order], num_byzantine=0).winner
+    for prompt in range(4):
+        first, second = embeddings[prompt, straight[prompt]], embeddings[prompt, order[shuffled[prompt]]]
+        # The medoid of an opinion of two is such a tie, within the opinion.
+        assert float(first @ second) >= (0.8 if rule == "plurality" else 0.999999)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 9), chunk=st.sampled_from([1, 300, 2000, 1 << 20]))
+@pytest.mark.parametrize("rule", EVERY)
+def test_chunks_do_not_matter(rule: str, seed: int, clients: int, chunk: int) -> None:
+    embeddings, mask = random_case(seed, 7, clients, 0.3)
+    whole, pieces = form(embeddings, mask, rule), form(embeddings, mask, rule, chunk_bytes=chunk)
+    assert torch.equal(whole.winner, pieces.winner)
+    torch.testing.assert_close(whole.similarity, pieces.similarity, equal_nan=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(2, 9))
+@pytest.mark.parametrize("rule", SELECTING)
+def test_a_missing_client_is_as_if_it_were_not_there(rule: str, seed: int, clients: int) -> None:
+    embeddings, mask = random_case(seed, 4, clients)
+    gone = seed % clients
+    mask[:, gone] = False
+    embeddings[:, gone] = NAN
+    kept = [client for client in range(clients) if client != gone]
+    weights = torch.arange(1.0, clients + 1)
+    with_it = form(embeddings, mask, rule, weights=weights).winner
+    without = form(embeddings[:, kept], mask[:, kept], rule, weights=weights[kept]).winner
+    assert with_it.tolist() == [kept[winner] for winner in without]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), copies=st.integers(2, 7))
+@pytest.mark.parametrize("rule", [*SELECTING, "longest", "shortest"])
+def test_equal_answers_tie_to_the_lowest_index(rule: str, seed: int, copies: int) -> None:
+    vector = unit(np.random.default_rng(seed).normal(size=(1, 1, 384)))
+    same = torch.ones(copies)
+    found = form(vector.expand(3, copies, 384), rule=rule, weights=same, lengths=same.expand(3, copies))
+    assert found.winner.tolist() == [0, 0, 0]
+    torch.testing.assert_close(found.agreement, torch.ones(3))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("rule", ["medoid", "plurality", "geometric_median"])
+def test_doubling_every_client_changes_no_winning_text(rule: str, seed: int) -> None:
+    embeddings, _ = random_case(seed, 4, 5)
+    once, twice = form(embeddings, rule=rule), form(torch.cat([embeddings, embeddings], dim=1), rule=rule)
+    if rule == "medoid":  # with its double beside it, an answer's own opinion counts: only the sum with it is unchanged
+        totals = torch.einsum("pcd,pd->pc", embeddings, embeddings.sum(dim=1))
+        assert torch.equal(twice.winner, totals.argmax(dim=1))
+    else:
+        assert torch.equal(once.winner, twice.winner)
+
+
+@pytest.mark.parametrize("rule", EVERY)
+def test_half_precision_and_no_prompts(rule: str) -> None:
+    embeddings, mask = random_case(3, 5, 6)
+    assert form(embeddings[:0], mask[:0], rule).winner.shape == (0,)
+    assert form(embeddings.half(), mask, rule).winner.shape == (5,)
+
+
+def test_a_memory_mapped_file_gives_the_same(tmp_path: Any) -> None:
+    embeddings, mask = random_case(4, 9, 7)
+    embeddings.numpy().tofile(tmp_path / "e.bin")
+    mapped = torch.from_file(str(tmp_path / "e.bin"), shared=False, size=embeddings.numel()).view_as(embeddings)
+    assert torch.equal(form(mapped, mask, chunk_bytes=500).winner, form(embeddings, mask, chunk_bytes=500).winner)
+
+
+# Bad input --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rule": "mean"}, "known rules: medoid"),
+        ({"threshold": 1.5}, r"algorithm\.agreement_threshold"),
+        ({"rule": "plurality", "plurality_similarity": 2.0}, r"algorithm\.plurality_similarity"),
+        ({"rule": "trimmed", "trim": 0.5}, r"algorithm\.trim"),
+        ({"rule": "multi_krum", "num_byzantine": -1}, r"algorithm\.num_byzantine"),
+    ],
+)
+def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: str) -> None:
+    embeddings, mask = random_case(0, 2, 3)
+    with pytest.raises(ConfigError, match=says):
+        form(embeddings, mask, **changes)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "mask", "changes", "says"),
+    [
+        (torch.zeros(2, 3), torch.ones(2, 3) > 0, {}, r"\(P, C, D\)"),
+        (torch.ones(1, 1, 1), torch.ones(1, 2) > 0, {}, r"mask must be bool of shape \(1, 1\)"),
+        (torch.ones(1, 1, 1), torch.ones(1, 1), {}, "mask must be bool"),
+        (torch.full((2, 2, 1), 3.0), torch.ones(2, 2) > 0, {}, "prompt 0, client 0 has length 3, not 1"),
+        (torch.full((2, 2, 1), NAN), torch.ones(2, 2) > 0, {}, "prompt 0, client 0 has length nan"),
+        (torch.ones(1, 2, 1), torch.ones(1, 2) > 0, {"rule": "weighted_medoid", "weights": None}, "needs weights"),
+        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "weighted_medoid", "weights": -torch.ones(1)}, "negative"),
+        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "longest", "lengths": None}, "needs lengths"),
+        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "random_client", "generator": None}, "needs a generator"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    embeddings: Tensor, mask: Tensor, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        form(embeddings, mask, **changes)

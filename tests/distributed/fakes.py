@@ -1,0 +1,53 @@
+"""Hosts without models, for fleets: they answer at once, or misbehave as told."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from semcons_ray.errors import ModelError
+from semcons_ray.federation.fleet import Reply
+
+
+@dataclass(frozen=True)
+class FakeSpec:
+    """`troubles` by client: "die", "hang", "fail" (an exception) or "refuse" (a UserError), each the first `times`."""
+
+    worker: str
+    folder: Path
+    troubles: Mapping[int, str] = field(default_factory=dict)
+    times: int = 1
+    loads: bool = True
+
+    def build(self) -> "FakeHost":
+        if not self.loads:
+            raise ModelError("cannot load model nothing")
+        return FakeHost(self)
+
+
+class FakeHost:
+    def __init__(self, spec: FakeSpec) -> None:
+        self.spec = spec
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+        attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))
+        (self.spec.folder / f"{client_id}-{round}-{attempts}").touch()
+        if attempts < self.spec.times:
+            match self.spec.troubles.get(client_id):
+                case "die":
+                    os._exit(1)
+                case "hang":
+                    time.sleep(3600)
+                case "fail":
+                    raise RuntimeError("out of luck")
+                case "refuse":
+                    raise ModelError("change model.name")
+        return Reply(
+            client_id=client_id, round=round, uplink=downlink + b"%d" % client_id, train_loss=0.0, num_private=1,
+            num_pseudo_labels=0, evaluation=None, rows=(),
+        )  # fmt: skip
+
+    def export_adapter(self, client_id: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "who").write_text(str(client_id))

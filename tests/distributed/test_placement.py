@@ -1,0 +1,114 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, describe_plan, plan_workers
+from semcons_ray.errors import PlacementError
+
+SMALL = Demand("small", (0, 1, 2, 3), host_bytes=2 * GIB, device_bytes=1 * GIB)
+
+
+def node(name: str = "a", cpus: float = 4, gpus: float = 0, memory: float = 64, gpu_memory: float | None = None) -> Node:
+    return Node(name, name, cpus, gpus, int(memory * GIB), None if gpu_memory is None else int(gpu_memory * GIB))
+
+
+def limits(threads: int = 1, gpus: float = 1.0, workers: int | None = None, server_gpus: float = 0.0) -> Limits:
+    return Limits(threads, gpus, workers, server_bytes=1 * GIB, server_gpus=server_gpus)
+
+
+def test_one_actor_a_client_where_there_is_room() -> None:
+    plan = plan_workers([SMALL], [node(cpus=8)], limits(), device="cpu")
+    assert [worker.clients for worker in plan] == [(0,), (1,), (2,), (3,)]
+
+
+def test_clients_share_actors_where_cores_are_few() -> None:
+    plan = plan_workers([SMALL], [node(cpus=2)], limits(), device="cpu")
+    assert [worker.clients for worker in plan] == [(0, 2), (1, 3)]
+
+
+def test_clients_share_actors_where_memory_is_short() -> None:
+    plan = plan_workers([SMALL], [node(cpus=8, memory=5.5)], limits(), device="cpu")  # 1 GiB is the server's
+    assert [worker.clients for worker in plan] == [(0, 2), (1, 3)]
+
+
+def test_threads_count_against_cores() -> None:
+    assert len(plan_workers([SMALL], [node(cpus=8)], limits(threads=4), device="cpu")) == 2
+
+
+def test_workers_spread_over_nodes() -> None:
+    plan = plan_workers([SMALL], [node("a"), node("b")], limits(), device="cpu")
+    assert sorted(worker.node for worker in plan) == ["a", "a", "b", "b"]
+
+
+def test_every_architecture_gets_a_worker_before_any_gets_two() -> None:
+    other = Demand("other", (4,), host_bytes=3 * GIB, device_bytes=1 * GIB)
+    plan = plan_workers([SMALL, other], [node(cpus=2)], limits(), device="cpu")
+    assert [(worker.model, worker.clients) for worker in plan] == [("small", (0, 1, 2, 3)), ("other", (4,))]
+
+
+def test_gpu_shares_pack_clients_onto_a_gpu() -> None:
+    plan = plan_workers([SMALL], [node(gpus=1, gpu_memory=8)], limits(gpus=0.5), device="cuda")
+    assert [worker.gpus for worker in plan] == [0.5, 0.5]
+
+
+def test_the_server_keeps_its_share_of_the_gpu() -> None:
+    plan = plan_workers([SMALL], [node(gpus=1, gpu_memory=8)], limits(gpus=0.25, server_gpus=0.25), device="cuda")
+    assert len(plan) == 3
+
+
+@pytest.mark.parametrize(
+    ("given_node", "given_limits", "device", "setting"),
+    [
+        (node(memory=2), limits(), "cpu", "resources.memory_limit_gib"),
+        (node(cpus=2), limits(threads=4), "cpu", "resources.threads_per_worker"),
+        (node(gpus=0), limits(), "cuda", "resources.gpus_per_worker"),
+        (node(gpus=1, gpu_memory=1.5), limits(gpus=0.5), "cuda", "training.batch_size"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_setting_to_change(
+    given_node: Node, given_limits: Limits, device: str, setting: str
+) -> None:
+    with pytest.raises(PlacementError, match=setting):
+        plan_workers([SMALL], [given_node], given_limits, device=device)
+
+
+def test_more_architectures_than_workers_are_refused() -> None:
+    other = Demand("other", (4,), host_bytes=GIB, device_bytes=GIB)
+    with pytest.raises(PlacementError, match=r"resources\.max_workers is 1"):
+        plan_workers([SMALL, other], [node()], limits(workers=1), device="cpu")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    cpus=st.lists(st.integers(1, 16), min_size=1, max_size=4),
+    memory=st.integers(4, 64),
+    most=st.none() | st.integers(1, 20),
+)
+def test_a_plan_hosts_each_client_once_and_stays_within_every_node(
+    sizes: list[int], cpus: list[int], memory: int, most: int | None
+) -> None:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    demands = [
+        Demand(f"m{i}", tuple(range(start, start + size)), (i + 1) * GIB, GIB)
+        for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    nodes = [node(f"n{i}", cpus=count, memory=memory) for i, count in enumerate(cpus)]
+    try:
+        plan = plan_workers(demands, nodes, limits(workers=most), device="cpu")
+    except PlacementError:
+        return
+    assert sorted(client for worker in plan for client in worker.clients) == list(range(sum(sizes)))
+    assert most is None or len(plan) <= most
+    for here in nodes:
+        placed = [worker for worker in plan if worker.node_id == here.node_id]
+        assert len(placed) <= here.cpus
+        assert sum(worker.memory_bytes for worker in placed) <= here.memory_bytes
+    loads = [len(worker.clients) for worker in plan if worker.model == "m0"]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_the_printed_plan_names_workers_shares_and_clients() -> None:
+    plan = plan_workers([SMALL], [node(gpus=1, gpu_memory=8)], limits(gpus=0.5), device="cuda")
+    text = describe_plan(plan, "cuda", {"small": SMALL})
+    assert "4 clients on 2 workers, 1 node, device cuda" in text
+    assert "worker-0 on a: 0.5 GPU, 2.0 GiB + 1.0 GiB of the GPU, small, clients 0, 2" in text

@@ -1,0 +1,93 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from semcons_ray.distributed import cluster
+from semcons_ray.distributed.placement import WorkerPlan
+from semcons_ray.distributed.ray_fleet import RayFleet
+from semcons_ray.errors import ModelError, QuorumError
+from tests.distributed.fakes import FakeSpec
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MakeFleet = Callable[..., RayFleet]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[cluster.Node, ...]]:
+    with cluster.connect(None):
+        yield cluster.list_nodes()
+
+
+@pytest.fixture
+def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[MakeFleet]:
+    made: list[RayFleet] = []
+
+    def make(*clients: tuple[int, ...], timeout: float = 60.0, quorum: float = 0.5, **trouble: Any) -> RayFleet:
+        plans = [
+            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, "m", ids, 1, 0.0, 0) for i, ids in enumerate(clients)
+        ]
+        specs = [FakeSpec(plan.name, tmp_path, **trouble) for plan in plans]
+        made.append(
+            RayFleet(plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False)
+        )
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
+
+
+def uplinks(fleet: RayFleet, round: int = 1) -> dict[int, bytes]:
+    clients = [client for worker in fleet._workers.values() for client in worker.plan.clients]
+    downlinks = {client: b"hello %d " % (client % 2) for client in clients}
+    return {reply.client_id: reply.uplink for reply in fleet.visit(round, downlinks, evaluate=False)}
+
+
+def test_every_client_is_visited_once_with_its_own_message(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    assert uplinks(make_fleet((0, 2, 4), (1, 3))) == {c: b"hello %d %d" % (c % 2, c) for c in range(5)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{client}-1-0" for client in range(5)]
+
+
+@pytest.mark.parametrize("trouble", ["die", "fail"])
+def test_a_worker_that_dies_once_is_replaced_and_no_answer_is_lost(make_fleet: MakeFleet, trouble: str) -> None:
+    fleet = make_fleet((0, 1, 2), (3,), troubles={1: trouble})
+    assert sorted(uplinks(fleet)) == [0, 1, 2, 3]
+    assert sorted(uplinks(fleet, round=2)) == [0, 1, 2, 3]
+
+
+def test_a_client_that_keeps_dying_is_left_out_and_its_companions_are_not(make_fleet: MakeFleet) -> None:
+    assert sorted(uplinks(make_fleet((0, 1, 2), (3,), troubles={1: "die"}, times=9))) == [0, 2, 3]
+
+
+def test_a_slow_client_is_given_up_within_its_time(make_fleet: MakeFleet) -> None:
+    # Long enough for the replacement to start, short beside the hour that the visit would take.
+    assert sorted(uplinks(make_fleet((0, 1), troubles={0: "hang"}, times=9, timeout=15.0))) == [1]
+
+
+def test_too_few_answers_end_the_round_with_the_reasons(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet((0, 1), troubles={0: "fail"}, times=9, quorum=0.75)
+    with pytest.raises(QuorumError, match=r"round 1: 1 of 2 clients answered.*client 0: .*out of luck"):
+        uplinks(fleet)
+
+
+def test_what_the_user_must_mend_is_not_retried(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    fleet = make_fleet((0,), troubles={0: "refuse"}, times=9)
+    with pytest.raises(ModelError, match="^change model.name$"):
+        uplinks(fleet)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_that_does_not_load_says_so(make_fleet: MakeFleet) -> None:
+    with pytest.raises(ModelError, match="^cannot load model nothing$"):
+        make_fleet((0,), loads=False)
+
+
+def test_adapters_are_exported_even_by_a_worker_that_died(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    fleet = make_fleet((0, 1))
+    ray.kill(fleet._workers["worker-0"].actor)
+    fleet.export_adapters([0, 1], tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "client_001" / "who").read_text() == "1"

@@ -1,0 +1,54 @@
+"""Run an experiment in a test, and compare what two runs wrote."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.run_folder import MetricsRow, RoundRow
+
+
+class Silent:
+    """An observer; `on_client` is called after each reply."""
+
+    def __init__(self, on_client: Callable[[Reply], None] = lambda reply: None) -> None:
+        self.on_client = on_client
+        self.plan = ""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def planned(self, text: str) -> None:
+        self.plan = text
+
+    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
+        pass
+
+    def client_done(self, reply: Reply) -> None:
+        self.on_client(reply)
+
+    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
+        pass
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics, answers, votes, bytes on the wire and adapters are equal to the last bit."""
+    tables = ["metrics.parquet", *sorted(path.relative_to(one).as_posix() for path in one.glob("consensus/*.parquet"))]
+    assert len(tables) > 1
+    for name in tables:
+        pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
+    timeless = ["round", "num_participants", "num_answered", "lost", "num_labels", "mean_agreement", "label_churn"]
+    rounds = [pd.read_parquet(run / "rounds.parquet")[timeless] for run in (one, other)]
+    pd.testing.assert_frame_equal(*rounds, check_exact=True)
+    traffic = [pd.read_parquet(run / "ledger.parquet") for run in (one, other)]
+    keys = ["round", "client_id", "stage"]
+    sums = [
+        rows[rows.stage.isin(["fine_tune", "generate"])].groupby(keys)[["tokens", "uplink_bytes", "downlink_bytes"]].max()
+        for rows in traffic
+    ]
+    pd.testing.assert_frame_equal(*sums, check_exact=True)
+    adapters = sorted(path.relative_to(one) for path in one.glob("adapters/*/adapter_model.safetensors"))
+    assert adapters
+    for name in adapters:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,0 +1,65 @@
+"""The same config and seed give the same numbers, whatever the fleet and the packing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from semcons_ray.config import ExperimentConfig, validate_config
+from semcons_ray.distributed import cluster
+from semcons_ray.experiment import run_experiment
+from tests.invariants.runs import Silent, assert_same_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+
+MakeConfig = Callable[..., ExperimentConfig]
+
+
+def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
+    changed = {**config.model_dump(), "resources": {**config.resources.model_dump(), **resources}}
+    observer = Silent()
+    run_experiment(validate_config(changed, where="test"), out, observer)
+    return observer.plan
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {
+            "clients": {"num_clients": 4, "participation": 0.75},
+            "algorithm": {"rule": "random_client", "agreement_threshold": 0.3},
+            "training": {"keep_optimizer": True},
+            "generation": {"temperature": 1.0},
+            "model": {"lora": {"dropout": 0.2}},
+        },
+    ],
+    ids=["defaults", "everything that draws random numbers"],
+)
+def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, object]
+) -> None:
+    config = tiny_config(**sections)
+    clients = config.clients.num_clients
+    monkeypatch.setattr(cluster, "usable_cpus", lambda: clients)
+    assert f"{clients} clients on 1 workers" in run(config, tmp_path / "local", fleet="local")
+    assert f"{clients} clients on {clients} workers" in run(config, tmp_path / "own", fleet="ray")
+    assert f"{clients} clients on 1 workers" in run(config, tmp_path / "packed", fleet="ray", max_workers=1)
+    assert_same_run(tmp_path / "local", tmp_path / "own")
+    assert_same_run(tmp_path / "local", tmp_path / "packed")
+
+
+def test_mixed_architectures_agree_too(
+    tiny_config: MakeConfig, tiny_llama: Path, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(clients={"num_clients": 4, "mix": {str(tiny_llama): 1, str(tiny_qwen): 1}})
+    assert "4 clients on 2 workers" in run(config, tmp_path / "local", fleet="local")
+    assert "4 clients on 2 workers" in run(config, tmp_path / "ray", fleet="ray")
+    assert_same_run(tmp_path / "local", tmp_path / "ray")
+
+
+def test_a_seed_changes_everything(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config(), tmp_path / "zero", fleet="local")
+    run(tiny_config(seed=1), tmp_path / "one", fleet="local")
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "zero", tmp_path / "one")

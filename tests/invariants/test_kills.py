@@ -1,0 +1,101 @@
+"""Whatever is killed, and whenever: the run completes or resumes, with the numbers of one that nobody touched."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.experiment import run_experiment
+from semcons_ray.federation.fleet import Reply
+from tests.invariants.runs import Silent, assert_same_run
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+
+MakeConfig = Callable[..., ExperimentConfig]
+
+RAY = {"fleet": "ray", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_experiment(tiny_config(), out, Silent())
+    return out
+
+
+def kill_actor(name: str) -> None:
+    """kill -9 of one actor of this run."""
+    mine = [child for child in psutil.Process().children(recursive=True) if name in child.name() + " ".join(child.cmdline())]
+    assert mine, f"no process of {name}"
+    os.kill(mine[0].pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("actor", ["ray::WorkerActor", "ray::ServerActor"])
+@pytest.mark.parametrize("round", [1, 2])
+def test_an_actor_killed_in_mid_round_changes_nothing(
+    tiny_config: MakeConfig, undisturbed: Path, tmp_path: Path, actor: str, round: int
+) -> None:
+    killed: list[int] = []
+
+    def kill_once(reply: Reply) -> None:
+        if reply.round == round and not killed:
+            killed.append(reply.client_id)
+            kill_actor(actor)
+
+    run_experiment(tiny_config(resources=RAY), tmp_path / "run", Silent(kill_once))
+    assert killed
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_driver_killed_at_five_random_points_resumes_to_the_same_numbers(
+    tiny_config: MakeConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Each kill comes 0 to 4 s after the driver, or the one that resumed after it, began its rounds."""
+    out, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_config(resources=RAY)))
+    arguments = ["run", str(config), "--out", str(out)]
+    draw = random.Random(7)
+    for _ in range(5):
+        driver = start(arguments)
+        before = progress(out)
+        deadline = time.monotonic() + 120
+        while driver.poll() is None and progress(out) <= before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(4 * draw.random())
+        driver.kill()
+        driver.wait()
+        if (out / "config.yaml").exists():
+            arguments = ["resume", str(out)]
+    last = start(arguments)
+    output, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
+    assert "report:" in output
+    assert_same_run(undisturbed, out)
+
+
+def progress(out: Path) -> int:
+    """Number of client visits and rounds on disk, and whether there is a folder at all."""
+    return out.exists() + len(list(out.glob("state/**/round_*")))
+
+
+def start(arguments: list[str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "semcons_ray.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_finished_run_resumes_to_itself(tiny_config: MakeConfig, undisturbed: Path) -> None:
+    from semcons_ray.experiment import resume_experiment
+
+    visits: list[Reply] = []
+    before = (undisturbed / "metrics.parquet").read_bytes()
+    resume_experiment(undisturbed, Silent(visits.append))
+    assert not visits
+    assert (undisturbed / "metrics.parquet").read_bytes() == before

