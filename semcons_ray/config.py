@@ -100,7 +100,7 @@ class TrainingConfig(Settings):
     """A client's fine-tuning in one round."""
 
     learning_rate: float = Field(5e-4, gt=0)
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     local_epochs: int = Field(1, ge=1, description="Passes over private data and pseudo-labels in a round.")
     local_steps: int | None = Field(None, ge=1, description="Optimizer steps in a round; replaces local_epochs.")
     weight_decay: float = Field(0.0, ge=0)

@@ -40,9 +40,10 @@ def measure_footprint(folder: Path, *, dtype: str, max_length: int, batch_size: 
     """Footprint of one worker that trains and runs the model in `folder`.
 
     Weights are counted from the headers of the safetensors files. Activations are bounded by what a training batch
-    of B sequences of T tokens keeps for the backward pass: about 20 hidden vectors and 3 of the feed-forward width
-    a layer, the attention weights twice in float32, and the logits in float32 with their gradient. For SmolLM2-135M in
-    bfloat16 with B 8 and T 192 that is 2.7 GB; the process was seen to grow by 3.0.
+    of B sequences of T tokens keeps for the backward pass: about 26 hidden vectors and 3 of the feed-forward width
+    a layer, the attention weights three times in float32, and logits with their gradients of the responses, which are
+    half of the tokens at most. For SmolLM2-135M in bfloat16 on a CPU with B 8 and T 192, responses that long, this is
+    3.4 GB; the process was seen to grow by 3.4.
 
     Raises:
         ModelError: The folder holds no safetensors weights or no readable config.json.
@@ -55,9 +56,9 @@ def measure_footprint(folder: Path, *, dtype: str, max_length: int, batch_size: 
     width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     feed_forward = int(config.get("intermediate_size", 4 * width))
     tokens, size = batch_size * max_length, _BYTES[dtype]
-    kept = tokens * layers * (20 * width + 3 * feed_forward) * size
-    attention = 2 * tokens * max_length * layers * int(config.get("num_attention_heads", 0)) * 4
-    logits = 2 * tokens * int(config.get("vocab_size", 0)) * 4
+    kept = tokens * layers * (26 * width + 3 * feed_forward) * size
+    attention = 3 * tokens * max_length * layers * int(config.get("num_attention_heads", 0)) * 4
+    logits = tokens // 2 * int(config.get("vocab_size", 0)) * 16
     return Footprint(weights=parameters * size, activations=kept + attention + logits)
 
 

@@ -93,9 +93,8 @@ class LanguageModel:
             raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # A slice of hidden states is not contiguous, and for such an input a matmul copies the whole output
-        # embedding once a row: without this hook, half of the training time.
-        base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        self._scored: Tensor | None = None
+        base.get_output_embeddings().register_forward_pre_hook(self._only_scored)
         targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
         peft_config = PeftLoraConfig(
             r=lora.rank,
@@ -173,9 +172,8 @@ class LanguageModel:
                 ids, mask, labels, weights = self._collate(
                     [examples[i] for i in batch], [pairs[i].weight for i in batch], pad_left=False
                 )
-                token_loss = self._token_nll(ids, mask, labels)
-                counted = (labels[:, 1:] != IGNORED) * weights[:, None]
-                loss = (token_loss * counted[:, -token_loss.shape[1] :]).sum() / counted.sum().clamp(min=1e-9)
+                token_loss, rows = self._token_nll(ids, mask, labels)
+                loss = (token_loss * weights[rows]).sum() / weights[rows].sum().clamp(min=1e-9)
                 loss.backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for key, parameter in self._parameters.items():
@@ -185,8 +183,7 @@ class LanguageModel:
                     adamw.step()
                     for key, parameter in self._parameters.items():
                         parameter.copy_(masters[key])
-                tokens = int((labels[:, 1:] != IGNORED).sum())
-                loss_sum, learnt, processed = loss_sum + loss.item() * tokens, learnt + tokens, processed + int(mask.sum())
+                loss_sum, learnt, processed = loss_sum + loss.item() * len(rows), learnt + len(rows), processed + int(mask.sum())
         self.model.eval()
         for key, master in masters.items():
             adapter[key] = master.detach().cpu()
@@ -233,8 +230,9 @@ class LanguageModel:
         for start in range(0, len(order), batch_size):
             chosen = [examples[i] for i in order[start : start + batch_size]]
             ids, mask, labels, _ = self._collate(chosen, [1.0] * len(chosen), pad_left=False)
-            total += float(self._token_nll(ids, mask, labels).double().sum())
-            scored += int((labels[:, 1:] != IGNORED).sum())
+            token_loss, rows = self._token_nll(ids, mask, labels)
+            total += float(token_loss.double().sum())
+            scored += len(rows)
             processed += int(mask.sum())
         return total, scored, processed
 
@@ -272,16 +270,22 @@ class LanguageModel:
         rows = torch.tensor(weights, dtype=torch.float32)
         return ids.to(self.device), mask.to(self.device), labels.to(self.device), rows.to(self.device)
 
-    def _token_nll(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-        """NLL of each label, (B, K): the last K positions that hold every label of the batch; 0 where ignored."""
-        first = int((labels != IGNORED).int().argmax(dim=1).min())
-        keep = ids.shape[1] - first + 1  # the logit of a token is at the position before it
-        logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits[:, :-1]
-        targets = labels[:, first:]
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        return loss.view(targets.shape)
+    def _token_nll(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of each label, (N,), and the row of the batch it belongs to, (N,)."""
+        is_label = labels != IGNORED
+        self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), labels[is_label], reduction="none")
+        return loss, is_label.nonzero()[:, 0]
+
+    def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Hook before the output embedding: compute logits of the positions that are scored, (1, N, V), and no others.
+
+        Where nothing is scored, in generation, this makes the input contiguous: for a slice that is not, a matmul
+        copies the whole output embedding once a row, which took half of the time.
+        """
+        hidden, scored, self._scored = inputs[0], self._scored, None
+        return (hidden.contiguous() if scored is None else hidden[scored][None],)
 
     def _eos_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id

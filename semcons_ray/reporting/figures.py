@@ -339,7 +339,7 @@ def _energy_figure(run: Run) -> Figure | None:
     top = sums.idxmax()
     return _figure(
         "energy",
-        f"{_stage_name(top)} took {sums[top] / sums.sum():.0%} of {format_quantity(joules, 'J')}",
+        f"{_stage_name(top)} took {sums[top] / sums.sum():.0%} of {format_quantity(joules, 'J')} ({source})",
         f"Energy by round and kind of work, {source}. Round 0 is set-up.",
         draw,
     )
@@ -377,12 +377,12 @@ def _timeline_figure(run: Run) -> Figure | None:
                 axes.text(position, -0.75, f" r{begin.round}", fontsize=8, va="center")
         for position, lasted in pauses:
             axes.axvline(position / divisor, color="#D55E00", linestyle="--", linewidth=1.2)
-            axes.text(position / divisor, len(shown) - 0.45, f" stopped {format_seconds(lasted)}", fontsize=8, color="#D55E00")
+            axes.text(position / divisor, len(shown) - 0.15, f" stopped {format_seconds(lasted)}", fontsize=8, color="#D55E00")
         for row, worker in enumerate(shown):
             if not math.isnan(busy.get(worker, math.nan)):
                 axes.text(length * 1.01 / divisor, row, f"{busy[worker]:.0%}", va="center", fontsize=8)
         axes.set_xlim(0, length * 1.06 / divisor)
-        axes.set_ylim(len(shown) - 0.3, -1.1)
+        axes.set_ylim(len(shown) + (0.1 if pauses else -0.4), -1.1)
         axes.set_yticks(range(len(shown)), shown)
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
@@ -458,7 +458,7 @@ def _round_axis(axes: Axes, rounds: Any, margin: float = 0.25) -> None:
     axes.set_xlabel("round")
     axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
     axes.set_xticks(*_spread_rounds(list(rounds)))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _spread_rounds(rounds: list[int]) -> tuple[list[int], list[str]]:

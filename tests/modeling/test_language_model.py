@@ -45,7 +45,7 @@ def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama:
         prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
         response = [*tokenizer(pair.response)["input_ids"], tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + response])
-        loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss
+        loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss.detach()
         total, tokens = total + float(loss) * len(response), tokens + len(response)
     nll, scored, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
     assert scored == tokens
@@ -77,9 +77,13 @@ def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: 
 
 
 def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:
-    fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
-    learnt, _, _ = model.negative_log_likelihood(trained(model, local_epochs=30), PAIRS, 4)
-    assert learnt < 0.5 * fresh
+    """A random model can only learn which tokens are frequent in the responses; those it was not shown get rarer."""
+    adapter = trained(model, local_epochs=30)
+    other = [Pair("what is it?", "zzz qqq")]
+    for pairs, falls in ((PAIRS, True), (other, False)):
+        fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), pairs, 4)
+        learnt, _, _ = model.negative_log_likelihood(adapter, pairs, 4)
+        assert (learnt < fresh) == falls
 
 
 def test_a_pair_of_weight_zero_is_not_learnt(model: LanguageModel) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,12 @@ def test_a_damaged_packaged_file_is_not_used(monkeypatch: pytest.MonkeyPatch, tm
 def test_footprint_by_hand(tiny_llama: Path) -> None:
     """Hidden 32, ffn 64, 2 layers, 4 heads: a batch of 2 x 8 tokens in float32."""
     footprint = measure_footprint(tiny_llama, dtype="float32", max_length=8, batch_size=2)
-    vocabulary = 400
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
     attention = 32 * 32 * 2 + 32 * 16 * 2
     parameters = 2 * (attention + 3 * 32 * 64 + 2 * 32) + 32 + 2 * vocabulary * 32
-    kept = 16 * 2 * (20 * 32 + 3 * 64) * 4
-    assert abs(footprint.weights - 4 * parameters) <= 4 * 2 * 32 * 8  # the trained vocabulary may end a few short
-    assert footprint.activations == pytest.approx(kept + 2 * 16 * 8 * 2 * 4 * 4 + 2 * 16 * vocabulary * 4, rel=0.05)
+    kept = 16 * 2 * (26 * 32 + 3 * 64) * 4
+    assert footprint.weights == 4 * parameters
+    assert footprint.activations == kept + 3 * 16 * 8 * 2 * 4 * 4 + 8 * vocabulary * 16
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
