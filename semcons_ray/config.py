@@ -44,8 +44,8 @@ class DataConfig(Settings):
         "or a hub data set id.",
     )
     split: str = Field("train", description="Split to read, for a hub data set.")
-    examples_per_client: int = Field(64, ge=1, description="Private examples a client holds (the mean, by quantity).")
-    num_test: int = Field(64, ge=1, description="Examples of the common test set, held out from everything else.")
+    examples_per_client: int = Field(48, ge=1, description="Private examples a client holds (the mean, by quantity).")
+    num_test: int = Field(48, ge=1, description="Examples of the common test set, held out from everything else.")
     max_response_chars: int = Field(400, ge=1, description="Examples with a longer response are left out.")
     partition: Literal["iid", "dirichlet", "category", "quantity"] = Field(
         "dirichlet", description="How private examples differ between clients: by category mix, or by number."
@@ -56,7 +56,7 @@ class DataConfig(Settings):
 class PromptsConfig(Settings):
     """The public prompts that every client answers each round."""
 
-    budget: int = Field(64, ge=1, description="Number of public prompts.")
+    budget: int = Field(48, ge=1, description="Number of public prompts.")
     selection: Literal["random", "stratified", "k_center"] = Field(
         "stratified", description="How they are chosen: at random, evenly over categories, or k-center over embeddings."
     )
@@ -142,7 +142,7 @@ class EvaluationConfig(Settings):
     """What is measured on the common test set each round."""
 
     every: int = Field(1, ge=1, description="Evaluate each this many rounds, and after the last.")
-    num_answers: int = Field(32, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
+    num_answers: int = Field(24, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
 
 
 class ResourcesConfig(Settings):
@@ -163,7 +163,7 @@ class FailuresConfig(Settings):
 
     visit_timeout_seconds: float = Field(3600.0, gt=0, description="A client visit that takes longer is given up.")
     max_restarts: int = Field(2, ge=0, description="Restarts of a client in a round before it is left out.")
-    quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer for a round to count.")
+    quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer, or a round fails.")
 
 
 class ExperimentConfig(Settings):
@@ -190,9 +190,9 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
             )
-        if len(self.clients.mix) > self.clients.num_clients:
+        if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
             raise ValueError(
-                f"clients.mix names {len(self.clients.mix)} models for clients.num_clients = {self.clients.num_clients}"
+                f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
             )
         return self
 
@@ -286,7 +286,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # not the branches of a union
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}'"
     message = str(item["msg"]).removeprefix("Value error, ")

@@ -104,7 +104,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
                 folder.commit(commits)
                 observer.round_ends(commits[-1].summary, commits[-1].metrics)
             observer.stage("writing adapters")
-            fleet.export_adapters(clients, folder.adapters)
+            fleet.export_adapters(clients, folder.adapters.resolve())
 
 
 @dataclass(frozen=True)

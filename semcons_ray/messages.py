@@ -40,14 +40,18 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         body = data[1:]
         try:
             if data[:1] == ZSTD:
-                body = zstandard.ZstdDecompressor().decompress(body, max_output_size=MAX_DECODED_BYTES)
+                # The size is in the frame's header; decompress() would believe it and allocate whatever it says.
+                size = zstandard.frame_content_size(body)
+                if not 0 <= size <= MAX_DECODED_BYTES:
+                    raise MessageError(f"{cls.__name__}: {size} bytes decompressed, not 0 to {MAX_DECODED_BYTES}")
+                body = zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
             elif data[:1] != PLAIN:
                 raise MessageError(f"{cls.__name__}: unknown framing byte {data[:1]!r}")
             decoder = cls._decoders.get(cls)
             if decoder is None:
                 decoder = cls._decoders[cls] = msgspec.msgpack.Decoder(cls)
             return decoder.decode(body)  # type: ignore[return-value]
-        except (msgspec.MsgspecError, zstandard.ZstdError) as error:
+        except (msgspec.MsgspecError, zstandard.ZstdError, UnicodeDecodeError) as error:
             raise MessageError(f"{cls.__name__}: {error}") from error
 
 
@@ -75,3 +79,7 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
     round_number: int
     prompt_ids: tuple[int, ...]
     responses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.prompt_ids) != len(self.responses) or min(self.prompt_ids, default=0) < 0:
+            raise MessageError("PseudoLabels: needs one prompt id, from 0, for each response")

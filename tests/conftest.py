@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
+from hypothesis import settings
+
 from semcons_ray.config import ExperimentConfig, validate_config
 from tests.tiny import write_data, write_model
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

@@ -93,49 +93,53 @@ def form_consensus(
     draws = generator.random(num_prompts) if rule == "random_client" and generator else np.zeros(num_prompts)
     draw = torch.from_numpy(draws).to(device)
 
-    winner = torch.full((num_prompts,), -1, device=device)
-    similarity = torch.full((num_prompts, num_clients), torch.nan, device=device)
     num_together = max(1, chunk_bytes // max(4 * num_clients * dimension, 1))
-    for start in range(0, num_prompts, num_together):
-        here = slice(start, start + num_together)
-        present = mask[here]
-        answers = embeddings[here].to(torch.float32)
-        if not bool(present.all()):
-            answers = answers.where(present[:, :, None], 0.0)
-        squares = _squared_norms(answers, present, start)
-        cosines = _mean_cosine_to_others(answers, present, squares)
-        ballots = rules.Ballots(
-            answers, present, cosines, weights, None if lengths is None else lengths[here].to(device), draw[here]
-        )
-        elected = rules.elect(score(ballots).where(present, -torch.inf))
-        winner[here] = elected.where(present.any(dim=1), -1)
-        similarity[here] = cosines.where(present, torch.nan)
+    chunks = [slice(start, start + num_together) for start in range(0, num_prompts, num_together)]
+    norms = torch.empty(num_prompts, num_clients, device=device)
+    to_all = torch.empty_like(norms)
+    for here in chunks:
+        vectors = _vectors(embeddings[here], mask[here])
+        # The norms first: row after row is how a chunk comes into the cache fastest.
+        norms[here] = torch.linalg.vector_norm(vectors, dim=2)
+        to_all[here] = rules.products(vectors.sum(dim=1, keepdim=True), vectors)
+    _check_norms(norms, mask)
+    num_others = mask.sum(dim=1, keepdim=True) - 1
+    similarity = ((to_all - norms.square()) / num_others.clamp(min=1)).where(num_others > 0, 1.0).where(mask, torch.nan)
 
-    agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1).where(winner >= 0, torch.nan)
+    winner = torch.full((num_prompts,), -1, device=device)
+    needs_vectors = rule not in rules.WITHOUT_VECTORS
+    for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
+        ballots = rules.Ballots(
+            vectors=_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
+            present=mask[here],
+            similarity=similarity[here],
+            weights=weights,
+            lengths=None if lengths is None else lengths[here].to(device),
+            draw=draw[here],
+        )
+        elected = rules.elect(score(ballots).where(mask[here], -torch.inf))
+        winner[here] = elected.where(mask[here].any(dim=1), -1)
+
+    agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1)
     return Consensus(winner, agreement, similarity, abstained=~(agreement >= threshold - rules.TOLERANCE))
 
 
-def _mean_cosine_to_others(answers: Tensor, present: Tensor, squares: Tensor) -> Tensor:
-    """(e_i . sum_j e_j - |e_i|^2) / (n - 1), (p, C); no C x C matrix is needed. 1 for an answer that is alone."""
-    others = present.sum(dim=1, keepdim=True) - 1
-    totals = answers.sum(dim=1)
-    sums = torch.bmm(answers, totals[:, :, None]).squeeze(2) - squares
-    return torch.where(others > 0, sums / others.clamp(min=1), 1.0)
+def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
+    """Float32, zero where missing, whatever stands there; no copy if there is nothing to change."""
+    vectors = embeddings.to(torch.float32)
+    return vectors if bool(present.all()) else vectors.where(present[:, :, None], 0.0)
 
 
-def _squared_norms(answers: Tensor, present: Tensor, start: int) -> Tensor:
-    squares = torch.linalg.vector_norm(answers, dim=2).square()
-    off = ((squares - 1).abs() > 2 * NORM_TOLERANCE) & present  # a NaN is caught below: it makes the sum a NaN
-    if bool(off.any()) or not bool(squares.sum().isfinite()):
-        prompt, client = (off | squares.isnan()).nonzero()[0].tolist()
-        length = float(squares[prompt, client].sqrt())
-        raise ValueError(f"embedding of prompt {start + prompt}, client {client} has length {length:.3g}, not 1")
-    return squares
+def _check_norms(norms: Tensor, mask: Tensor) -> None:
+    off = ~((norms - 1).abs() <= NORM_TOLERANCE) & mask  # NaN is off, too
+    if bool(off.any()):
+        prompt, client = off.nonzero()[0].tolist()
+        raise ValueError(
+            f"embedding of prompt {prompt}, client {client} has length {float(norms[prompt, client]):.3g}, not 1"
+        )
 
 
-def _rule(
-    name: str, plurality_similarity: float, trim: float, num_byzantine: int, chunk_bytes: int
-) -> rules.Rule:
+def _rule(name: str, plurality_similarity: float, trim: float, num_byzantine: int, chunk_bytes: int) -> rules.Rule:
     if not -1 <= plurality_similarity <= 1:
         raise ConfigError(f"algorithm.plurality_similarity must be in [-1, 1], not {plurality_similarity}")
     if not 0 <= trim < 0.5:

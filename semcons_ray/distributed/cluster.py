@@ -45,7 +45,10 @@ def connect(address: str | None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PlacementError(f"cannot join a Ray cluster at resources.ray_address {address}: {reason}") from error
+        raise PlacementError(
+            f"cannot join a Ray cluster at resources.ray_address {address}: {reason} (a cluster that wants a token: set "
+            f"RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token)"
+        ) from error
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import form_consensus
+from semcons_ray.errors import MessageError
 from semcons_ray.federation.randomness import SERVER, stream
 from semcons_ray.messages import Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow
@@ -124,6 +125,12 @@ class Server:
             message = Answers.decode(uplink)
             if message.client_id in self._answers:
                 return
+            if message.round_number != self._round or message.client_id not in self._column:
+                raise MessageError(f"round {self._round} does not await an answer of client {message.client_id}")
+            if len(message.answers) != self._num_prompts:
+                raise MessageError(
+                    f"client {message.client_id} gave {len(message.answers)} answers to {self._num_prompts} prompts"
+                )
             vectors = self._embedder.embed(message.answers)
             if self._embeddings is None:
                 shape = (self._num_prompts, len(self._column), self._embedder.dimension)

@@ -31,7 +31,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         duration_seconds: Length by a monotonic clock.
         tokens: Tokens trained on, generated or embedded.
         uplink_bytes: Encoded bytes from client to server (on generate rows).
-        downlink_bytes: Encoded bytes from server to client (on fine_tune rows).
+        downlink_bytes: Encoded bytes from server to client (on fine_tune rows; public prompts on load rows).
         energy_joules: Energy, NaN while unavailable.
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.
     """

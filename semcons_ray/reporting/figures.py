@@ -159,15 +159,18 @@ def _quality_figure(run: Run, metric: str, label: str, caption: str) -> Figure |
         elif len(clients) > 1:
             _legend(canvas, axes, 2)
 
-    lines = "" if len(clients) == 1 else " Round 0 is the base model; the thick line is the mean over clients." \
-        if few else f" Round 0 is the base model; thin lines are {len(clients)} clients, the thick one their mean."  # fmt: skip
-    apart = " Models differ in their tokens, so compare levels within a model only." if metric == "nll" and len(kinds) > 1 else ""
-    return _figure(metric, _quality_title(mean, label, lower_is_better=metric == "nll"), f"{caption}, measured.{lines}{apart}",
-                   draw)  # fmt: skip
+    lines = " Round 0 is the base model."
+    if len(clients) > 1:
+        lines += " The thick line is the mean over clients" + ("." if few else f", thin lines are all {len(clients)}.")
+    apart = ""
+    if metric == "nll" and len(kinds) > 1:
+        apart = " Models differ in their tokens, so compare levels within a model only."
+    name = f"Mean {label}" if len(clients) > 1 else label[0].upper() + label[1:]
+    title = _quality_title(mean, name, lower_is_better=metric == "nll")
+    return _figure(metric, title, f"{caption}, measured.{lines}{apart}", draw)
 
 
-def _quality_title(mean: pd.Series[float], label: str, *, lower_is_better: bool) -> str:
-    name = "Mean " + label
+def _quality_title(mean: pd.Series[float], name: str, *, lower_is_better: bool) -> str:
     first, last = float(mean.iloc[0]), float(mean.iloc[-1])
     digits = 2 if abs(first - last) >= 0.02 else 3
     if len(mean) == 1:
@@ -202,6 +205,7 @@ def _wins_figure(run: Run) -> Figure | None:
             parts["no pseudo-label"] = (unlabelled, STAGE_COLOURS["idle"])
         _stacked_bars(axes, parts)
         axes.set_ylabel("public prompts")
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(canvas, axes, 5)
 
     def draw_map(axes: Axes, canvas: Canvas) -> None:
@@ -211,10 +215,15 @@ def _wins_figure(run: Run) -> Figure | None:
         axes.set_xlabel("round")
         axes.set_xticks(*_spread(table.columns))
         axes.set_yticks(*_spread(table.index))
-        canvas.colorbar(image, ax=axes, label="prompts won")
+        canvas.colorbar(image, ax=axes, label="prompts won", ticks=MaxNLocator(6, integer=True))
 
     won = f"{table.loc[top, last]} of {prompts[last]} prompts in round {last}"
-    title = f"Client {top} won {won}" if table[last].any() else f"No prompt gave a pseudo-label in round {last}"
+    if not table[last].any():
+        title = f"No prompt gave a pseudo-label in round {last}"
+    elif len(clients) > 1 and table.loc[top, last] <= 1.5 * table[last].sum() / len(clients):
+        title = f"Wins are spread: no client won more than {won}"
+    else:
+        title = f"Client {top} won {won}"
     few = len(clients) <= len(CLIENT_COLOURS)
     return _figure(
         "wins",
@@ -276,7 +285,8 @@ def _churn_figure(run: Run) -> Figure | None:
     churn = run.rounds.set_index("round")["label_churn"].dropna()
 
     def draw(axes: Axes, canvas: Canvas) -> None:
-        axes.plot(churn.index, 100 * churn, color="#D55E00", marker="o", label="label changed since the round before")
+        if len(churn):
+            axes.plot(churn.index, 100 * churn, color="#D55E00", marker="o", label="label changed since the round before")
         axes.plot(abstained.index, 100 * abstained, color="#0072B2", marker="s", linestyle="--", label="no pseudo-label")
         axes.set_ylim(-3, 103)
         axes.set_ylabel("public prompts (%)")
@@ -284,8 +294,10 @@ def _churn_figure(run: Run) -> Figure | None:
         _legend(canvas, axes, 2)
 
     last = abstained.index[-1]
-    changed = f"{churn.iloc[-1]:.0%} of pseudo-labels changed in round {churn.index[-1]}" if len(churn) else ""
-    title = changed or f"{abstained.iloc[-1]:.0%} of prompts gave no pseudo-label in round {last}"
+    if len(churn):
+        title = f"The pseudo-label of {churn.iloc[-1]:.0%} of prompts changed in round {churn.index[-1]}"
+    else:
+        title = f"{abstained.iloc[-1]:.0%} of prompts gave no pseudo-label in round {last}"
     caption = (
         "Label churn, the share of public prompts whose pseudo-label is not what it was a round before (first known in "
         "round 2), and the share that gave none; measured. Zero churn means that labels settled, not that they are right."
@@ -370,11 +382,11 @@ def _timeline_figure(run: Run) -> Figure | None:
                     linewidth=0,
                     label=stage.replace("_", "-") if row == 0 else None,
                 )
-        for begin in run.rounds.loc[run.rounds["round"] > 0, ["round", "started_at"]].itertuples(index=False):
-            if len(run.rounds) <= 40:
-                position = squeeze(begin.started_at - start) / divisor
-                axes.axvline(position, color=FAINT, linewidth=0.8)
-                axes.text(position, -0.75, f" r{begin.round}", fontsize=8, va="center")
+        rounds = run.rounds[run.rounds["round"] > 0]
+        for round, began in list(zip(rounds["round"], rounds["started_at"], strict=True))[:: math.ceil(len(rounds) / 20) or 1]:
+            position = squeeze(began - start) / divisor
+            axes.axvline(position, color=FAINT, linewidth=0.8)
+            axes.text(position, -0.75, f" r{round}", fontsize=8, va="center")
         for position, lasted in pauses:
             axes.axvline(position / divisor, color="#D55E00", linestyle="--", linewidth=1.2)
             axes.text(position / divisor, len(shown) - 0.15, f" stopped {format_seconds(lasted)}", fontsize=8, color="#D55E00")
@@ -402,7 +414,7 @@ def _timeline_figure(run: Run) -> Figure | None:
         "Every piece of work by worker, timed by its machine's own clock; gaps are idle time. At the right, the share of "
         f"a worker's time that it was busy; rounds begin at the marks r1, r2, … Measured.{left_out}",
         draw,
-        size=(11.6, 1.5 + 0.3 * len(shown)),
+        size=(11.6, 1.5 + (0.3 if len(shown) <= 16 else 0.2) * len(shown)),
         wide=True,
     )
 

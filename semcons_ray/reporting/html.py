@@ -132,7 +132,7 @@ def headlines(run: Run) -> list[dict[str, str]]:
         first = {
             "label": f"Mean test NLL, {start} → round {nll.index[-1]}",
             "value": f"{format_number(nll.iloc[0])} → {format_number(nll.iloc[-1])}",
-            "note": f"{format_number(100 * relative, 1, signed=True)} %, nats a token, measured",
+            "note": f"{format_number(100 * relative, 1, signed=True)}%, nats a token, measured",
         }
     second = {"label": "Clients with a lower NLL", "value": "–", "note": "not measured"}
     if len(change) and run.num_rounds:

@@ -114,7 +114,7 @@ def test_threshold_and_missing_answers() -> None:
 # Against the reference, and properties ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 12), missing=st.sampled_from([0.0, 0.4]))
 @pytest.mark.parametrize("rule", SELECTING)
 def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, missing: float) -> None:
@@ -143,7 +143,7 @@ def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, m
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(5, 9))
 @pytest.mark.parametrize("rule", SELECTING)
 def test_client_order_does_not_matter(rule: str, seed: int, clients: int) -> None:
@@ -159,7 +159,7 @@ def test_client_order_does_not_matter(rule: str, seed: int, clients: int) -> Non
         assert float(first @ second) >= (0.8 if rule == "plurality" else 0.999999)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 9), chunk=st.sampled_from([1, 300, 2000, 1 << 20]))
 @pytest.mark.parametrize("rule", EVERY)
 def test_chunks_do_not_matter(rule: str, seed: int, clients: int, chunk: int) -> None:
@@ -169,7 +169,7 @@ def test_chunks_do_not_matter(rule: str, seed: int, clients: int, chunk: int) ->
     torch.testing.assert_close(whole.similarity, pieces.similarity, equal_nan=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), clients=st.integers(2, 9))
 @pytest.mark.parametrize("rule", SELECTING)
 def test_a_missing_client_is_as_if_it_were_not_there(rule: str, seed: int, clients: int) -> None:
@@ -184,7 +184,7 @@ def test_a_missing_client_is_as_if_it_were_not_there(rule: str, seed: int, clien
     assert with_it.tolist() == [kept[winner] for winner in without]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), copies=st.integers(2, 7))
 @pytest.mark.parametrize("rule", [*SELECTING, "longest", "shortest"])
 def test_equal_answers_tie_to_the_lowest_index(rule: str, seed: int, copies: int) -> None:
@@ -195,7 +195,7 @@ def test_equal_answers_tie_to_the_lowest_index(rule: str, seed: int, copies: int
     torch.testing.assert_close(found.agreement, torch.ones(3))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("rule", ["medoid", "plurality", "geometric_median"])
 def test_doubling_every_client_changes_no_winning_text(rule: str, seed: int) -> None:

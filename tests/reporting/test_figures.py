@@ -1,0 +1,157 @@
+import math
+import re
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from semcons_ray.reporting.figures import CLIENT_COLOURS, MAX_TIMELINE_WORKERS, client_colours, draw_figures
+from semcons_ray.reporting.tables import read_run
+from tests.reporting.builder import HOSTILE, write_run
+
+ALL = ["nll", "rouge_l", "similarity", "wins", "agreement", "churn", "bytes", "energy", "timeline"]
+
+
+def figures(folder, **shape):
+    return {figure.name: figure for figure in draw_figures(read_run(write_run(folder, **shape)))}
+
+
+def edit(folder, name, change):
+    frame = pd.read_parquet(folder / name)
+    change(frame)
+    frame.to_parquet(folder / name, index=False)
+    return {figure.name: figure for figure in draw_figures(read_run(folder))}
+
+
+def test_every_figure_is_an_svg_that_names_nothing_outside(tmp_path):
+    drawn = figures(tmp_path / "run")
+    assert list(drawn) == ALL
+    ids = []
+    for figure in drawn.values():
+        ElementTree.fromstring(figure.svg)
+        addresses = set(re.findall(r'https?://[^"\s<]+', figure.svg))
+        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, never fetched
+        ids += re.findall(r' id="([^"]+)"', figure.svg)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_caption_says_how_its_numbers_are_known(tmp_path):
+    for source in ("measured", "estimated"):
+        drawn = figures(tmp_path / source, energy_source=source)
+        assert source in drawn["energy"].caption
+        assert all(re.search(r"\b[Mm]easured\b", drawn[name].caption) for name in ALL if name != "energy")
+
+
+def test_titles_say_the_finding(tmp_path):
+    drawn = figures(tmp_path / "run")
+    assert drawn["nll"].title == "Mean test NLL fell from 2.00 to 1.60"
+    assert drawn["rouge_l"].title == "Mean ROUGE-L rose from 0.00 to 0.20"
+    assert drawn["wins"].title == "Wins are spread: no client won more than 2 of 5 prompts in round 2"
+    assert drawn["agreement"].title == "Clients agree at a mean cosine of 0.40"
+    assert drawn["churn"].title == "The pseudo-label of 40% of prompts changed in round 2"
+    assert drawn["bytes"].title == "453 B a round crossed the wire"
+    assert drawn["energy"].title == "Fine-tuning took 36% of 330 J (estimated)"  # 120 J beside 120, 60 and 30
+    # 12 + 12 + 6 + 3 seconds of work, and 3 of idling.
+    assert drawn["timeline"].title == "Loading models took 36% of work time; workers were busy 92% of the time"
+
+
+def test_a_run_that_got_worse_says_so_and_when_it_was_best(tmp_path):
+    folder = write_run(tmp_path / "run", num_rounds=3)
+
+    def overfit(metrics):
+        metrics["nll"] = metrics["round"].map({0: 2.0, 1: 1.5, 2: 1.8, 3: 2.4})
+
+    drawn = edit(folder, "metrics.parquet", overfit)
+    assert drawn["nll"].title == "Mean test NLL rose from 2.00 to 2.40; best after round 1 (1.50)"
+
+
+def test_one_client_that_takes_all_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", num_rounds=1)
+
+    def collapse(rows):
+        rows["chosen"] = (rows["client_id"] == 2) & (rows["prompt_id"] > 0)
+
+    assert edit(folder, "consensus/round_001.parquet", collapse)["wins"].title == "Client 2 won 4 of 5 prompts in round 1"
+
+
+def test_local_only_has_neither_bytes_nor_consensus(tmp_path):
+    assert list(figures(tmp_path / "run", local_only=True)) == ["nll", "rouge_l", "similarity", "energy", "timeline"]
+
+
+def test_energy_that_is_unavailable_is_not_drawn(tmp_path):
+    assert "energy" not in figures(tmp_path / "run", energy_source="unavailable")
+
+
+def test_a_metric_that_was_never_measured_is_not_drawn(tmp_path):
+    folder = write_run(tmp_path / "run")
+
+    def forget(metrics):
+        metrics["rouge_l"] = math.nan
+        metrics.loc[(metrics["client_id"] == 1) & (metrics["round"] == 1), "nll"] = math.nan
+
+    assert list(edit(folder, "metrics.parquet", forget)) == [name for name in ALL if name != "rouge_l"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"num_clients": 1, "num_rounds": 1, "num_prompts": 1},
+        {"num_clients": 1, "num_rounds": 0},
+        {"num_clients": 2, "num_rounds": 1, "lost": {1: (0, 1)}},
+        {"num_clients": 4, "models": ("org/$a_{", "b<c>&\"'", "packaged:d"), "lost": {1: (0,), 2: (0, 3)}},
+    ],
+)
+def test_small_mixed_and_broken_runs_are_drawn(tmp_path, shape):
+    for figure in figures(tmp_path / "run", **shape).values():
+        ElementTree.fromstring(figure.svg)
+
+
+def test_one_client_has_no_mean(tmp_path):
+    drawn = figures(tmp_path / "run", num_clients=1)
+    assert drawn["nll"].title.startswith("Test NLL fell")
+    assert "mean over clients" not in drawn["nll"].caption
+
+
+def test_models_that_differ_are_named_and_not_compared(tmp_path):
+    drawn = figures(tmp_path / "run", models=("org/one", "org/two"))
+    assert "1 · two" in drawn["nll"].svg
+    assert "compare levels within a model only" in drawn["nll"].caption
+    assert "compare levels" not in drawn["rouge_l"].caption
+
+
+def test_many_clients_stay_small_and_say_what_is_left_out(tmp_path):
+    drawn = figures(tmp_path / "run", num_clients=MAX_TIMELINE_WORKERS + 8, num_rounds=12, num_prompts=60)
+    assert sum(len(figure.svg) for figure in drawn.values()) < 1_500_000
+    assert "thin lines are all 48" in drawn["nll"].caption
+    assert "The 40 workers with most work of 48 are shown." in drawn["timeline"].caption
+
+
+def test_a_client_keeps_its_colour_in_every_figure(tmp_path):
+    drawn = figures(tmp_path / "run")
+    for name in ("nll", "rouge_l", "similarity", "wins"):
+        assert all(colour.lower() in drawn[name].svg for colour in CLIENT_COLOURS[:3])
+    assert len(set(client_colours(range(64)).values())) == 64
+    assert list(client_colours([3, 5]).values()) == list(CLIENT_COLOURS[:2])
+
+
+def test_a_stopped_run_does_not_stretch_the_timeline(tmp_path):
+    folder = write_run(tmp_path / "run")
+
+    def stop_before_the_last_round(frame):
+        frame.loc[frame["round"] == 2, "started_at"] += 7200.0
+
+    edit(folder, "rounds.parquet", stop_before_the_last_round)
+    drawn = edit(folder, "ledger.parquet", stop_before_the_last_round)
+    assert "stopped 2 h 00 min" in drawn["timeline"].svg
+    assert "time since the first work (s)" in drawn["timeline"].svg
+
+
+def test_the_same_run_gives_the_same_figures(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    assert draw_figures(run) == draw_figures(run)
+
+
+def test_hostile_names_are_escaped(tmp_path):
+    drawn = figures(tmp_path / "run", models=(HOSTILE, "m"))
+    assert all("<script" not in figure.svg and "<img" not in figure.svg for figure in drawn.values())
+    assert all(ElementTree.fromstring(figure.svg) is not None for figure in drawn.values())

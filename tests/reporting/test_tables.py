@@ -1,0 +1,256 @@
+import io
+import math
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from semcons_ray.errors import RunFolderError
+from semcons_ray.reporting.tables import (
+    agreement,
+    busy_share,
+    by_round_and_stage,
+    bytes_by_round,
+    energy,
+    format_number,
+    format_quantity,
+    format_seconds,
+    mean_by_round,
+    metric_by_round,
+    print_result,
+    quality,
+    read_run,
+    render_result,
+    short_model_name,
+    totals,
+    wins,
+    work_by_stage,
+)
+from tests.reporting.builder import ledger_row, metrics_row, write_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    """3 clients, 2 rounds, 5 prompts; client 1 is lost in round 2."""
+    return read_run(write_run(tmp_path / "run", lost={2: (1,)}))
+
+
+def test_a_run_folder_is_read_whole(run):
+    assert run.num_rounds == 2
+    assert sorted(set(run.consensus["round"])) == [1, 2]
+    assert len(run.consensus) == 2 * 5 * 3
+    assert run.config["prompts"]["budget"] == 5
+    assert run.placement["workers"][2]["clients"] == [2]
+    assert run.environment["cpu"] == "A CPU"
+
+
+def test_local_only_has_no_consensus_but_its_columns(tmp_path):
+    run = read_run(write_run(tmp_path / "run", local_only=True))
+    assert run.consensus.empty
+    assert wins(run.consensus).empty
+    assert bytes_by_round(run.ledger)["total_bytes"].tolist() == [0, 0]
+
+
+def test_answers_of_a_round_that_is_not_done_are_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("rounds", "metrics", "ledger"):
+        frame = pd.read_parquet(folder / f"{name}.parquet")
+        frame[frame["round"] < 2].to_parquet(folder / f"{name}.parquet", index=False)
+    run = read_run(folder)
+    assert (run.num_rounds, set(run.consensus["round"])) == (1, {1})
+    assert "1 of 2 rounds" in render_result(run)
+
+
+NEEDED = ("config.yaml", "rounds.parquet", "metrics.parquet", "ledger.parquet", "data.parquet", "environment.json",
+          "placement.json", "consensus/round_002.parquet")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_missing_is_named_in_one_line(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    (folder / name).unlink()
+    with pytest.raises(RunFolderError) as caught:
+        read_run(folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_damaged_is_named_in_one_line(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9] + b"\x00: [\n{")
+    with pytest.raises(RunFolderError) as caught:
+        read_run(folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    with pytest.raises(RunFolderError, match="is not a folder"):
+        read_run(tmp_path / "absent")
+
+
+def test_a_column_that_is_missing_or_of_the_wrong_kind_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    metrics.drop(columns="nll").to_parquet(folder / "metrics.parquet")
+    with pytest.raises(RunFolderError, match=r"metrics\.parquet lacks column nll"):
+        read_run(folder)
+    metrics.assign(nll="low").to_parquet(folder / "metrics.parquet")
+    with pytest.raises(RunFolderError, match=r"metrics\.parquet is damaged"):
+        read_run(folder)
+
+
+def test_json_that_is_no_object_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "placement.json").write_text("[1]")
+    with pytest.raises(RunFolderError, match=r"placement\.json is damaged: it holds a list"):
+        read_run(folder)
+
+
+def test_quality_from_base_to_last_measurement(run):
+    table = quality(run.metrics)
+    assert table["base_nll"].tolist() == [2.0, 2.0, 2.0]
+    # Client 1 was lost in round 2, so its last is round 1's 2 - 0.1 * 2.
+    assert table["last_nll"].tolist() == pytest.approx([1.8, 1.8, 1.4])
+    assert table["change_nll"].tolist() == pytest.approx([-0.2, -0.2, -0.6])
+    assert table["last_round"].tolist() == [2, 1, 2]
+    assert table["last_rouge_l"].tolist() == pytest.approx([0.2, 0.1, 0.2])
+    assert table["change_similarity"].tolist() == pytest.approx([0.2, 0.1, 0.2])
+
+
+def test_the_mean_keeps_the_last_measurement_of_a_client_that_sat_out(run):
+    assert mean_by_round(run.metrics, "nll").tolist() == pytest.approx([2.0, 1.8, (1.8 + 1.8 + 1.4) / 3])
+    assert math.isnan(metric_by_round(run.metrics, "nll").loc[2, 1])
+
+
+def test_what_was_never_measured_is_nan_and_not_zero():
+    metrics = pd.DataFrame(
+        [
+            metrics_row(0, 0, "m", rouge_l=math.nan),
+            metrics_row(1, 0, "m", rouge_l=math.nan, nll=math.nan),
+            metrics_row(1, 7, "m", rouge_l=math.nan, nll=1.5),  # a base that was not measured
+        ]
+    )
+    table = quality(metrics)
+    assert table["last_nll"].tolist() == [2.0, 1.5]
+    assert table["change_nll"].tolist()[0] == 0.0
+    assert math.isnan(table.loc[7, "change_nll"])
+    assert table["last_rouge_l"].isna().all()
+    assert metric_by_round(metrics, "rouge_l").empty
+
+
+def test_bytes_by_round(run):
+    table = bytes_by_round(run.ledger)
+    assert table["uplink_bytes"].tolist() == [100 + 101 + 102, 100 + 102]
+    assert table["downlink_bytes"].tolist() == [150, 100]
+    assert table["total_bytes"].tolist() == [453, 302]
+
+
+def test_work_by_stage_and_by_round(run):
+    table = work_by_stage(run.ledger)
+    assert table.index.tolist() == ["load", "fine_tune", "generate", "evaluate", "idle"]
+    assert table["seconds"].tolist() == pytest.approx([12.0, 10.0, 5.0, 2.5, 2.5])
+    assert table["joules"].tolist() == pytest.approx([120.0, 100.0, 50.0, 25.0, 0.0])
+    assert table["share"].tolist() == pytest.approx([12 / 32, 10 / 32, 5 / 32, 2.5 / 32, 2.5 / 32])
+    joules = by_round_and_stage(run.ledger, "energy_joules")
+    assert joules["fine_tune"].tolist() == [0.0, 60.0, 40.0]
+    assert joules.sum().sum() == pytest.approx(totals(run).joules)
+
+
+def test_energy_says_how_it_is_known():
+    def source(*rows):
+        return energy(pd.DataFrame([ledger_row(1, 0, "w", stage, 0.0, 1.0, source) for stage, source in rows]))
+
+    assert source(("embed", "measured"), ("idle", "estimated")) == (10.0, "measured")
+    assert source(("embed", "measured"), ("load", "estimated")) == (20.0, "measured and estimated")
+    assert source(("embed", "estimated"), ("load", "unavailable")) == (10.0, "estimated, partly unavailable")
+    assert source(("idle", "estimated")) == (0.0, "estimated")
+    joules, name = source(("embed", "unavailable"))
+    assert math.isnan(joules)
+    assert name == "unavailable"
+
+
+def test_busy_share_is_of_workers_whose_idle_time_is_known():
+    rows = [
+        ledger_row(1, 0, "a", "generate", 0.0, 3.0),
+        ledger_row(1, -1, "a", "idle", 0.0, 1.0),
+        ledger_row(1, -1, "server", "embed", 0.0, 3.0),
+    ]
+    share = busy_share(pd.DataFrame(rows))
+    assert share["a"] == 0.75
+    assert math.isnan(share["server"])
+
+
+def test_wins_count_pseudo_labels(run):
+    # Client (prompt + round) % 3 of prompts 1 to 4: prompts 2; 3 and so on; client 1 is lost in round 2.
+    assert wins(run.consensus).to_dict() == {1: {0: 1, 1: 1, 2: 2}, 2: {0: 2, 1: 0, 2: 1}}
+
+
+def test_agreement_counts_a_prompt_once(run):
+    table = agreement(run.consensus)
+    assert table.loc[1].to_dict() == pytest.approx(
+        {"mean": 0.4, "abstained": 0.2, "q10": 0.08, "q25": 0.2, "q50": 0.4, "q75": 0.6, "q90": 0.72}
+    )
+
+
+def test_totals(run):
+    cost = totals(run)
+    assert (cost.uplink_bytes, cost.downlink_bytes) == (505, 250)
+    assert (cost.wall_seconds, cost.setup_seconds) == (12.0, 4.0)
+    assert (cost.joules, cost.energy_source) == (295.0, "estimated")
+
+
+def test_the_result_table_shows_numbers_units_and_sources(run):
+    lines = [line.strip() for line in render_result(run, 100).splitlines()]
+    cells = [[cell.strip() for cell in line.split("│")] for line in lines]
+    assert ["0", "tiny-model", "2.000", "1.800", "−0.200", "0.200", "0.500"] in cells
+    assert ["1", "tiny-model", "2.000", "1.800 (round 1)", "−0.200", "0.100", "0.400"] in cells
+    assert ["mean", "", "2.000", "1.667", "−0.333", "0.167", "0.467"] in cells
+    assert "on the wire  505 B up, 250 B down (measured)" in lines
+    assert "wall time    12.0 s, set-up 4.0 s of it (measured)" in lines
+    assert "energy       295 J (estimated)" in lines
+
+
+def test_the_result_says_when_energy_is_unavailable(tmp_path):
+    text = render_result(read_run(write_run(tmp_path / "run", energy_source="unavailable")))
+    assert "energy       unavailable" in text
+
+
+def test_markup_in_a_name_is_only_text(tmp_path):
+    run = read_run(write_run(tmp_path / "run", models=("org/[bold]m[/x]",), settings={"name": "[red]"}))
+    text = render_result(run, 120)
+    assert "[red]: 2 of 2 rounds" in text
+    assert "x]" in text
+
+
+def test_the_result_goes_to_the_console_given(run):
+    stream = io.StringIO()
+    print_result(run, Console(file=stream, width=100, color_system=None))
+    assert stream.getvalue() == render_result(run, 100)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1.00 kB"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (123_456, "123 kB"),
+     (999_499, "999 kB"), (999_501, "1.00 MB"), (5e15, "5,000 TB"), (0.25, "0.25 B"), (math.nan, "–")],
+)  # fmt: skip
+def test_quantities_have_three_digits(value, text):
+    assert format_quantity(value, "B") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (200, "3 min 20 s"), (3599.6, "1 h 00 min"),
+     (18_120, "5 h 02 min"), (math.nan, "–")],
+)  # fmt: skip
+def test_seconds(value, text):
+    assert format_seconds(value) == text
+
+
+def test_numbers_and_names():
+    assert format_number(-0.5) == "−0.500"
+    assert format_number(0.5, 1, signed=True) == "+0.5"
+    assert format_number(math.nan) == "–"
+    assert [short_model_name(name) for name in ("org/model", "packaged:m", "/a/b/", "m", "/")] == [
+        "model", "m", "b", "m", "/"]  # fmt: skip
