@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -32,14 +32,12 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if rest and args.command != "run":
-            raise ConfigError(f"semcons {args.command} does not know {rest[0]}; see semcons {args.command} --help")
+        words, overrides = _split_settings(words) if words[:1] == ["run"] else (words, {})
+        args = _parser().parse_args(words)
+        args.overrides = overrides
         _quiet()
-        if args.command == "run":
-            args.overrides = _overrides(rest)
         code: int = args.function(args)
     except UserError as error:
         return _fail(error, error.exit_code)
@@ -54,10 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        self.exit(2, f"semcons: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     from semcons_ray import cost
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="semcons",
         description="Simulate federated fine-tuning of language models by semantic consensus, on Ray.",
         epilog=EXAMPLE,
@@ -161,19 +165,24 @@ def _finish(folder: Path) -> int:
     return 0
 
 
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """`--a.b value` and `--a.b=value` as nested settings; values are read as YAML."""
+def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part `--a.b value` and `--a.b=value` from the other words, as nested settings; values are read as YAML.
+
+    Before argparse, which would take the value of an option that it does not know for an argument.
+    """
+    others: list[str] = []
     nested: dict[str, Any] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected argument {word!r}; settings are given as --a.setting value")
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         key, equals, text = word[2:].partition("=")
+        if not word.startswith("--") or key in ("", "out", "help"):
+            others.append(word)
+            continue
         if not equals:
-            if not words:
+            if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
-            text = words.pop(0)
+            text = rest.pop(0)
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -185,7 +194,7 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise ConfigError(f"--{key}: {parent} was given a value itself")
         place[last] = value
-    return nested
+    return others, nested
 
 
 def _quiet() -> None:

@@ -57,9 +57,9 @@ def form_consensus(
     Ties go to the lowest client index, and scores within 1e-6 are a tie, so that neither the order of arrival nor the
     rounding of a device decides between equal answers. The threshold has the same tolerance.
 
-    The embeddings are only read, once, and may be larger than memory if they are memory-mapped. Working memory is a
-    few times `chunk_bytes`, or what one prompt takes, if that is more: C D float32 values, and C for the rules that
-    compare all pairs.
+    The embeddings are only read, once, or twice by rules that compare with a centre or in pairs; they may be larger
+    than memory if they are memory-mapped. Working memory is a few times the size of `similarity`, and a few times
+    `chunk_bytes` or what one prompt takes, if that is more: C D float32 values. Winners do not depend on `chunk_bytes`.
 
     Args:
         embeddings: Unit vectors of the answers, (P, C, D), floating point; computed with in float32. Rows of missing

@@ -18,6 +18,8 @@ from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError
 from semcons_ray.metering.environment import cpu_model, list_gpus, memory_limit_bytes, usable_cpus
 
+CONNECT_SECONDS = 10.0
+
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory of a cluster started here: messages are small, and Ray's default takes a third of the machine."""
 
@@ -42,8 +44,9 @@ def connect(address: str | None) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
         else:
+            _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PlacementError(
             f"cannot join a Ray cluster at resources.ray_address {address}: {reason} (a cluster that wants a token: set "
@@ -53,6 +56,13 @@ def connect(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    # Ray itself tries for minutes before it says that nobody is there.
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def list_nodes() -> tuple[Node, ...]:

@@ -159,7 +159,8 @@ class LanguageModel:
         Args:
             optimizer: State that an earlier call returned; None starts afresh.
         """
-        masters = {key: value.to(self.device).requires_grad_() for key, value in adapter.items()}
+        # In the model's order, whatever the adapter's: the optimizer's state goes by index.
+        masters = {key: adapter[key].to(self.device, copy=True).requires_grad_() for key in self._parameters}
         adamw = torch.optim.AdamW(masters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         if optimizer:
             adamw.load_state_dict({"state": _unflatten(optimizer), "param_groups": adamw.state_dict()["param_groups"]})

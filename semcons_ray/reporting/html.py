@@ -13,12 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from semcons_ray.errors import RunFolderError
-from semcons_ray.reporting.figures import client_colours, draw_figures
+from semcons_ray.reporting.drawing import client_colours
+from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.prompts import prompt_table
 from semcons_ray.reporting.tables import (
     Run,
@@ -103,65 +105,62 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     took_part = config["clients"]["participation"]
     sampled = f" {took_part:.0%} of the clients take part in a round." if took_part < 1 else ""
     sentence = (
-        f"{_count(count, 'client')} fine-tune{'s' if count == 1 else ''} {names} (LoRA, rank {model['lora']['rank']}) on "
-        f"{_count(data['examples_per_client'], 'private example')} each of {data['source']}, partition {data['partition']}"
-        f"{skew}, {length} a round for {_count(config['num_rounds'], 'round')}.{sampled} "
+        f"{_count(count, 'client')} fine-tune{'s' if count == 1 else ''} {names} (LoRA, rank {model['lora']['rank']}) "
+        f"on {_count(data['examples_per_client'], 'private example')} each of {data['source']}, "
+        f"partition {data['partition']}{skew}, {length} a round for {_count(config['num_rounds'], 'round')}.{sampled} "
     )
     if algorithm["name"] == "local_only":
         return sentence + f"Training is local only: nothing is exchanged. Seed {config['seed']}."
     threshold = algorithm["agreement_threshold"]
     abstains = f"and abstains under an agreement of {threshold:g}" if threshold > 0 else "and never abstains"
+    rule = algorithm["rule"].replace("_", " ")
     return sentence + (
-        f"All answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}), of which the server keeps one "
-        f"answer each by the {algorithm['rule'].replace('_', ' ')} rule as a pseudo-label {abstains}. Seed {config['seed']}."
+        f"They answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule the "
+        f"server keeps one answer to each as a pseudo-label, {abstains}. Seed {config['seed']}."
     )
 
 
 def headlines(run: Run) -> list[dict[str, str]]:
     """The numbers at the top of the page: label, value and a note each."""
-    cost, nll, clients = totals(run), mean_by_round(run.metrics, "nll"), quality(run.metrics)
-    change = clients["change_nll"].dropna()
+    cost = totals(run)
     total = cost.uplink_bytes + cost.downlink_bytes
-    if nll.empty:
-        first = {"label": "Mean test NLL", "value": "not measured", "note": "nats a token"}
-    elif len(nll) == 1:
-        first = {"label": f"Mean test NLL, round {nll.index[0]}", "value": format_number(nll.iloc[0]), "note": "nats a token, measured"}
-    else:
-        start = "base" if nll.index[0] == 0 else f"round {nll.index[0]}"
-        relative = nll.iloc[-1] / nll.iloc[0] - 1 if nll.iloc[0] else 0.0
-        first = {
-            "label": f"Mean test NLL, {start} → round {nll.index[-1]}",
-            "value": f"{format_number(nll.iloc[0])} → {format_number(nll.iloc[-1])}",
-            "note": f"{format_number(100 * relative, 1, signed=True)}%, nats a token, measured",
-        }
-    second = {"label": "Clients with a lower NLL", "value": "–", "note": "not measured"}
-    if len(change) and run.num_rounds:
-        worst, best = change.idxmax(), change.idxmin()
-        spread = f"from {format_number(change[best], signed=True)} (client {best}) to {format_number(change[worst], signed=True)} (client {worst})"
-        only = f"{format_number(change[best], signed=True)} nats a token"
-        second |= {
-            "value": f"{(change < 0).sum()} of {len(clients)}",
-            "note": spread if len(change) > 1 else only,
-        }
-    return [
-        first,
-        second,
-        {
-            "label": "On the wire",
-            "value": format_quantity(total, "B") if total else "nothing",
-            "note": f"{format_quantity(cost.uplink_bytes, 'B')} up, {format_quantity(cost.downlink_bytes, 'B')} down, measured",
-        },
-        {
-            "label": "Energy",
-            "value": format_quantity(cost.joules, "J") if cost.energy_source != "unavailable" else "unavailable",
-            "note": cost.energy_source if cost.energy_source != "unavailable" else "no counter and no estimate",
-        },
-        {
-            "label": "Wall time",
-            "value": format_seconds(cost.wall_seconds),
-            "note": f"set-up {format_seconds(cost.setup_seconds)} of it, measured",
-        },
-    ]
+    up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
+    known = cost.energy_source != "unavailable"
+    rows = [
+        _nll_headline(mean_by_round(run.metrics, "nll")),
+        _clients_headline(quality(run.metrics)["change_nll"]),
+        ("On the wire", format_quantity(total, "B") if total else "nothing", f"{up} up, {down} down, measured"),
+        ("Energy", format_quantity(cost.joules, "J") if known else "unavailable",
+         cost.energy_source if known else "no counter and no estimate"),
+        ("Wall time", format_seconds(cost.wall_seconds),
+         f"set-up {format_seconds(cost.setup_seconds)} of it, measured"),
+    ]  # fmt: skip
+    return [{"label": label, "value": value, "note": note} for label, value, note in rows]
+
+
+def _nll_headline(mean: pd.Series[float]) -> tuple[str, str, str]:
+    if mean.empty:
+        return "Mean test NLL", "not measured", "nats a token"
+    first, last, since = mean.iloc[0], mean.iloc[-1], "base" if mean.index[0] == 0 else f"round {mean.index[0]}"
+    if len(mean) == 1:
+        return f"Mean test NLL, {since}", format_number(last), "nats a token, measured"
+    return (
+        f"Mean test NLL, {since} → round {mean.index[-1]}",
+        f"{format_number(first)} → {format_number(last)}",
+        f"{format_number(100 * (last / first - 1), 1, signed=True)}%, nats a token, measured",
+    )
+
+
+def _clients_headline(change: pd.Series[float]) -> tuple[str, str, str]:
+    measured = {int(str(client)): float(value) for client, value in change.dropna().items()}
+    if not measured:
+        return "Clients with a lower NLL", "–", "not measured"
+    best, worst = min(measured, key=lambda c: measured[c]), max(measured, key=lambda c: measured[c])
+    value = f"{sum(by < 0 for by in measured.values())} of {len(change)}"
+    note = f"{format_number(measured[best], signed=True)} (client {best})"
+    if len(measured) > 1:
+        note = f"from {note} to {format_number(measured[worst], signed=True)} (client {worst})"
+    return "Clients with a lower NLL", value, note
 
 
 def energy_note(placement: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -40,18 +41,18 @@ def prompt_table(run: Run, max_bytes: int = MAX_TABLE_BYTES) -> dict[str, Any]:
     prompts: dict[int, list[int]] = {}
     rounds: list[dict[str, Any]] = []
     shown = 0
-    for round, answers in sorted(run.consensus.groupby("round"), key=lambda item: item[0], reverse=True):
-        rows: list[list[Any]] = []
-        for prompt_id, group in answers.groupby("prompt_id"):
+    for round in sorted(set(run.consensus["round"]), reverse=True):
+        rows: list[tuple[int, float | None, int, list[list[Any]]]] = []
+        for _, group in run.consensus[run.consensus["round"] == round].groupby("prompt_id"):
             if size >= max_bytes:
                 break
-            prompt = int(prompt_id)
+            prompt = int(group["prompt_id"].iloc[0])
             if prompt not in prompts and prompt < len(public):
                 example = public.iloc[prompt]
                 prompts[prompt] = [index(example["prompt"]), index(example["response"]), index(example["category"])]
-            row = [prompt, _rounded(group["agreement"].iloc[0]), int(group["abstained"].iloc[0]), _answers(group, index)]
-            rows.append(row)
-            size += 40 + sum(25 + 4 * len(answer[3]) for answer in row[3])
+            answers = _answers(group, index)
+            rows.append((prompt, _rounded(group["agreement"].iloc[0]), int(group["abstained"].iloc[0]), answers))
+            size += 40 + sum(25 + 4 * len(answer[3]) for answer in answers)
         if rows:
             rounds.append({"round": int(round), "rows": rows})
             shown += len(rows)
@@ -64,13 +65,13 @@ def prompt_table(run: Run, max_bytes: int = MAX_TABLE_BYTES) -> dict[str, Any]:
     }
 
 
-def _answers(group: pd.DataFrame, index: Any) -> list[list[Any]]:
+def _answers(group: pd.DataFrame, index: Callable[[str], int]) -> list[list[Any]]:
     entries = []
     for text, same in group[group["answer"] != ""].groupby("answer", sort=False):
         chosen = same.loc[same["chosen"], "client_id"]
         entries.append(
             [
-                index(text),
+                index(str(text)),
                 _rounded(same["similarity"].mean()),
                 int(chosen.iloc[0]) if len(chosen) else -1,
                 [int(client) for client in same["client_id"]],

@@ -125,7 +125,7 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(path)
     except FileNotFoundError as error:
-        raise RunFolderError(f"{path} is missing: the run has not come that far, or the folder is incomplete") from error
+        raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
         raise RunFolderError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if absent := [name for name in columns if name not in frame]:
@@ -141,7 +141,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunFolderError(f"{path} is missing: the run has not come that far, or the folder is incomplete") from error
+        raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
@@ -245,7 +245,7 @@ def wins(consensus: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(consensus: pd.DataFrame) -> pd.DataFrame:
-    """Distribution of agreement over prompts. Index round; columns mean, abstained (a share), q10, q25, q50, q75, q90."""
+    """Distribution over prompts. Index round; columns mean, abstained (a share) and percentiles q10 to q90."""
     prompts = consensus.drop_duplicates(["round", "prompt_id"]).groupby("round")
     table = prompts.agg(mean=("agreement", "mean"), abstained=("abstained", "mean"))
     for quantile in QUANTILES:
@@ -308,8 +308,8 @@ def print_result(run: Run, console: Console | None = None) -> None:
     (console or Console()).print(_result(run))
 
 
-def render_result(run: Run, width: int = 100) -> str:
-    """What `print_result` prints, as plain text of at most `width` columns."""
+def render_result(run: Run, width: int | None = None) -> str:
+    """What `print_result` prints, as plain text of `width` columns at most; by default the terminal's."""
     stream = io.StringIO()
     print_result(run, Console(file=stream, width=width, color_system=None))
     return stream.getvalue()
@@ -330,12 +330,14 @@ def _result(run: Run) -> Group:
         table.add_section()
         table.add_row("mean", "", *_quality_cells(clients.mean(numeric_only=True)), style="bold")
     cost = totals(run)
-    energy_text = f"{format_quantity(cost.joules, 'J')} ({cost.energy_source})"
+    up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
+    wall, setup = format_seconds(cost.wall_seconds), format_seconds(cost.setup_seconds)
+    joules = f"{format_quantity(cost.joules, 'J')} ({cost.energy_source})"
     lines = (
-        f"on the wire  {format_quantity(cost.uplink_bytes, 'B')} up, {format_quantity(cost.downlink_bytes, 'B')} down (measured)",
-        f"wall time    {format_seconds(cost.wall_seconds)}, set-up {format_seconds(cost.setup_seconds)} of it (measured)",
-        f"energy       {energy_text if cost.energy_source != 'unavailable' else 'unavailable'}",
-    )  # fmt: skip
+        f"on the wire  {up} up, {down} down (measured)",
+        f"wall time    {wall}, set-up {setup} of it (measured)",
+        f"energy       {joules if cost.energy_source != 'unavailable' else 'unavailable'}",
+    )
     return Group(table, Text(), *(Text(line) for line in lines))
 
 

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from semcons_ray.config import RuleName
 from semcons_ray.consensus import Consensus, form_consensus
 from semcons_ray.errors import ConfigError
 from tests.consensus import reference
@@ -111,7 +112,7 @@ def test_threshold_and_missing_answers() -> None:
     assert form(answers, mask, threshold=0.61).abstained.tolist() == [True, False, True]
 
 
-# Against the reference, and properties ---------------------------------------------------------------------------------
+# Against the reference, and properties --------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -222,7 +223,53 @@ def test_a_memory_mapped_file_gives_the_same(tmp_path: Any) -> None:
     assert torch.equal(form(mapped, mask, chunk_bytes=500).winner, form(embeddings, mask, chunk_bytes=500).winner)
 
 
-# Bad input --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", SELECTING)
+def test_equal_answers_tie_to_the_lowest_index_among_many(rule: str) -> None:
+    """Six texts, each given by every sixth of 600 clients: the first client with the winning text is elected."""
+    texts = unit(np.random.default_rng(5).normal(size=(20, 6, 64)) + 0.5)
+    embeddings, weights = texts.repeat(1, 100, 1), torch.ones(600)
+    found = form(embeddings, rule=rule, weights=weights, num_byzantine=150, trim=0.3)
+    assert bool((found.winner < 6).all())
+    for chunk in (1, 5_000_000):
+        again = form(embeddings, rule=rule, weights=weights, num_byzantine=150, trim=0.3, chunk_bytes=chunk)
+        assert torch.equal(again.winner, found.winner)
+
+
+def test_trimmed_keeps_the_first_of_equal_answers() -> None:
+    """Of four equal answers and one other, 40% is that other and one of the equal ones: the last."""
+    vector = unit(np.random.default_rng(6).normal(size=(1, 2, 384)))
+    assert form(vector[:, [0, 0, 1, 0, 0]], rule="trimmed", trim=0.4).winner.tolist() == [0]
+    assert form(vector[:, [1, 0, 0, 0, 0]], rule="trimmed", trim=0.4).winner.tolist() == [1]
+
+
+def test_an_opinion_and_a_threshold_include_their_border() -> None:
+    """Cosines of exactly 0.8, which float32 rounds to either side."""
+    answers = torch.tensor([[[0.6, 0.8], [1.0, 0.0], [0.6, -0.8], [0.8, 0.6], [-1.0, 0.0]]])
+    found = form(answers[:, 1:4], rule="plurality", plurality_similarity=0.8)
+    assert found.winner.tolist() == [0]
+    assert form(answers[:, [1, 3]], threshold=0.8).abstained.tolist() == [False]
+    assert form(answers[:, [1, 3]], threshold=0.80001).abstained.tolist() == [True]
+
+
+def test_multi_krum_by_hand() -> None:
+    """At 0, 10, 20 and 90 degrees with f = 1: the score is the nearest neighbour's cosine, the first of equals wins."""
+    angles = torch.deg2rad(torch.tensor([90.0, 0.0, 10.0, 20.0, 22.0]))
+    answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    assert form(answers[:, :4], rule="multi_krum", num_byzantine=1).winner.tolist() == [1]
+    # Five answers: the two nearest count, and 20 degrees has 2 and 10 degrees to go.
+    assert form(answers, rule="multi_krum", num_byzantine=1).winner.tolist() == [3]
+    # More bad clients than answers: still the nearest neighbour.
+    assert form(answers, rule="multi_krum", num_byzantine=40).winner.tolist() == [3]
+
+
+def test_every_rule_of_the_config_is_known() -> None:
+    embeddings, mask = random_case(7, 1, 4)
+    assert set(EVERY) == set(get_args(RuleName))
+    assert all(form(embeddings, mask, rule).winner.shape == (1,) for rule in get_args(RuleName))
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def write_run(
         for client in present:
             start, worker = started_at, f"worker-{client}"
             metrics.append(metrics_row(round, client, model_of[client]))
-            for stage, seconds in (("fine_tune", 2.0), ("generate", 1.0), ("evaluate", 0.5)) if round else (("load", 4.0),):
+            visit = {"fine_tune": 2.0, "generate": 1.0, "evaluate": 0.5} if round else {"load": 4.0}
+            for stage, seconds in visit.items():
                 ledger.append(
                     ledger_row(
                         round,
@@ -110,6 +111,14 @@ def write_run(
     return folder
 
 
+def forget_rounds_after(folder: Path, last: int) -> Path:
+    """Leave what a run that was killed after round `last` was committed would have left."""
+    for name in ("rounds", "metrics", "ledger"):
+        frame = pd.read_parquet(folder / f"{name}.parquet")
+        frame[frame["round"] <= last].to_parquet(folder / f"{name}.parquet", index=False)
+    return folder
+
+
 def metrics_row(round: int, client: int, model: str, **values: float) -> dict:
     nll = 2.0 - 0.1 * round * (client + 1)
     return {
@@ -154,7 +163,7 @@ def consensus_rows(round, num_prompts, num_clients, present, answer) -> list[dic
             "answer": answer(round, prompt, client) if client in present else "",
             "similarity": 0.5 + client / 100 if client in present else math.nan,
             "chosen": prompt > 0 and client == (prompt + round) % num_clients and client in present,
-            "agreement": prompt / num_prompts,
+            "agreement": prompt / num_prompts if present else math.nan,
             "abstained": prompt == 0,
         }
         for prompt in range(num_prompts)

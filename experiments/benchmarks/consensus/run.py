@@ -1,0 +1,209 @@
+"""How fast, and in how much memory, a consensus is formed. Writes results.json beside this file.
+
+    python experiments/benchmarks/consensus/run.py
+
+speed     1,000 clients x 1,000 prompts x 384 dimensions, float32, in memory (1.5 GB). Each rule against reading the
+          same memory twice, which a medoid cannot do without unless it finds it in the cache.
+mapped    10,000 clients x 1,000 prompts in one call, on a memory-mapped file larger than the memory it may use.
+streamed  the same answers, made and handed over 20 prompts at a time: the process never holds more of them.
+
+Every case runs in a fresh process; memory cases may allocate 4 GiB at most (RLIMIT_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semcons_ray.consensus import form_consensus
+from semcons_ray.metering.environment import describe_environment
+
+DIMENSION = 384
+SPEED_SHAPE = (1000, 1000)  # prompts, clients
+MEMORY_SHAPE = (1000, 10_000)
+MEMORY_LIMIT = 4 * 2**30
+SLAB = 20  # prompts made at a time
+REPETITIONS = 15
+RULES_REPETITIONS = 5
+# These compare all pairs: on this many prompts, against reading those twice.
+PAIRWISE = ("plurality", "multi_krum")
+PAIRWISE_PROMPTS = 100
+PER_PROMPT = ("medoid", "weighted_medoid", "geometric_median", "trimmed", "random_client", "longest")
+
+
+def answers(prompts: range, num_clients: int) -> Tensor:
+    """Unit vectors around one centre a prompt, as answers to one prompt are; the same for every caller."""
+    made = torch.empty(len(prompts), num_clients, DIMENSION)
+    for row, prompt in zip(made, prompts, strict=True):
+        generator = torch.Generator().manual_seed(prompt)
+        row.normal_(generator=generator).add_(torch.randn(DIMENSION, generator=generator))
+        row.div_(torch.linalg.vector_norm(row, dim=1, keepdim=True))
+    return made
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def read_twice(embeddings: Tensor) -> None:
+    embeddings.sum()
+    embeddings.sum()
+
+
+def speed() -> dict[str, Any]:
+    prompts, clients = SPEED_SHAPE
+    embeddings = answers(range(prompts), clients)
+    found: dict[str, Any] = {"shape": [prompts, clients, DIMENSION], "bytes": embeddings.nbytes, "rules": {}}
+    for rule in PER_PROMPT + PAIRWISE:
+        part = embeddings[:PAIRWISE_PROMPTS] if rule in PAIRWISE else embeddings
+        consensus(part[:1], rule)  # the first call sets up the kernels
+        # In turn, so that what slows the machine down for a while slows both.
+        reading, forming = [], []
+        for _ in range(REPETITIONS if rule == "medoid" else RULES_REPETITIONS):
+            reading.append(seconds(lambda part=part: read_twice(part)))
+            forming.append(seconds(lambda part=part, rule=rule: consensus(part, rule)))
+        found["rules"][rule] = {
+            "prompts": len(part),
+            "seconds": median(forming),
+            "seconds_of_reading_twice": median(reading),
+            "ratio": median(forming) / median(reading),
+            "all_ratios": [round(a / b, 3) for a, b in zip(forming, reading, strict=True)],
+        }
+    return found
+
+
+def consensus(embeddings: Tensor, rule: str) -> Tensor:
+    prompts, clients, _ = embeddings.shape
+    return form_consensus(
+        embeddings,
+        torch.ones(prompts, clients, dtype=torch.bool),
+        rule=rule,
+        weights=torch.arange(1.0, clients + 1),
+        lengths=torch.arange(clients).expand(prompts, clients),
+        generator=np.random.default_rng(0),
+    ).winner
+
+
+def mapped(path: Path) -> dict[str, Any]:
+    prompts, clients = MEMORY_SHAPE
+    size = prompts * clients * DIMENSION
+    embeddings = torch.from_file(str(path), shared=True, size=size).view(prompts, clients, DIMENSION)
+    return under_limit(lambda: consensus(embeddings, "medoid"))
+
+
+def streamed() -> dict[str, Any]:
+    prompts, clients = MEMORY_SHAPE
+    return under_limit(
+        lambda: torch.cat([consensus(answers(slab, clients), "medoid") for slab in slabs(range(prompts))])
+    )
+
+
+def slabs(prompts: range) -> Iterator[range]:
+    for start in prompts[::SLAB]:
+        yield prompts[start : start + SLAB]
+
+
+def under_limit(work: Callable[[], Tensor]) -> dict[str, Any]:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    before, peak, done = memory(), memory(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            for key, value in memory().items():
+                peak[key] = max(peak[key], value)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    winner = work()
+    duration = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return {
+        "shape": [*MEMORY_SHAPE, DIMENSION],
+        "seconds": duration,
+        "anonymous_bytes_before": before["RssAnon"],
+        "peak_anonymous_bytes": peak["RssAnon"],
+        "peak_file_mapped_bytes": peak["RssFile"],
+        "peak_resident_bytes": memory()["VmHWM"],
+        "limit_bytes": MEMORY_LIMIT,
+        "winner_checksum": int((winner * torch.arange(1, len(winner) + 1)).sum()),
+    }
+
+
+def memory() -> dict[str, int]:
+    """Bytes, by the names of /proc/self/status."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return {key[:-1]: int(rest[0]) * 1024 for key, *rest in lines if key in ("RssAnon:", "RssFile:", "VmHWM:")}
+
+
+def write_file(path: Path) -> None:
+    prompts, clients = MEMORY_SHAPE
+    needed, free = 4 * prompts * clients * DIMENSION, shutil.disk_usage(path.parent).free
+    if needed > 0.9 * free:
+        sys.exit(f"{path.parent} has {free / 1e9:.0f} GB free; the mapped case needs {needed / 1e9:.0f}: --folder")
+    with path.open("wb") as file:
+        for slab in slabs(range(prompts)):
+            answers(slab, clients).numpy().tofile(file)
+
+
+def fresh_process(case: str, threads: int, *more: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--case", case, "--threads", str(threads), *more]
+    print(case, "with", threads, "threads", file=sys.stderr, flush=True)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output)
+    return {"threads": threads, **result}
+
+
+def run_all(folder: str | None, threads: int) -> None:
+    results: dict[str, Any] = {
+        "environment": describe_environment(),
+        "device": "cpu",
+        "speed": [fresh_process("speed", count) for count in sorted({1, threads})],
+        "streamed": fresh_process("streamed", threads),
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "embeddings.bin"
+        write_file(path)
+        results["mapped"] = fresh_process("mapped", threads, "--file", str(path))
+    (Path(__file__).parent / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="Where to put 15 GB for a while; by default the temporary folder.")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--case", choices=["speed", "mapped", "streamed"], help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "speed": speed,
+        "mapped": lambda: mapped(arguments.file),
+        "streamed": streamed,
+    }
+    if arguments.case:
+        print(json.dumps(cases[arguments.case]()))
+    else:
+        run_all(arguments.folder, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
