@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from semcons_ray.assembly import Placement, cluster, find_models, parts, place, prepare_data
@@ -146,7 +148,7 @@ class Rounds:
                 num_answered=len(answered),
                 lost=", ".join(str(client) for client in visitor.asked if client not in answered),
                 num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
-                mean_agreement=float(verdict.agreement.mean()) if verdict else math.nan,
+                mean_agreement=_mean(verdict.agreement) if verdict else math.nan,
                 label_churn=label_churn(PseudoLabels.decode(downlink), verdict.labels, len(self.split.public))
                 if verdict
                 else math.nan,
@@ -229,6 +231,12 @@ def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> 
     old = dict(zip(before.prompt_ids, before.responses, strict=True))
     new = dict(zip(after.prompt_ids, after.responses, strict=True))
     return sum(old.get(prompt) != new.get(prompt) for prompt in range(num_prompts)) / num_prompts
+
+
+def _mean(agreement: npt.NDArray[np.float32]) -> float:
+    """Over the prompts that anybody answered."""
+    answered = agreement[~np.isnan(agreement)]
+    return float(answered.mean()) if answered.size else math.nan
 
 
 def _consensus_table(verdict: Verdict) -> pd.DataFrame:
