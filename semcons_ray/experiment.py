@@ -82,7 +82,8 @@ def resume_experiment(out: Path, observer: Observer) -> RunFolder:
 def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) -> None:
     commits = folder.commits()
     clients = range(config.clients.num_clients)
-    if len(commits) > config.num_rounds and all((folder.adapters / client_folder(client)).is_dir() for client in clients):
+    exported = all((folder.adapters / client_folder(client)).is_dir() for client in clients)
+    if len(commits) > config.num_rounds and exported:
         folder.write_tables(commits)
         return
     observer.stage("reading data")

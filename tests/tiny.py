@@ -29,7 +29,9 @@ def examples() -> list[dict[str, str]]:
     for i, left in enumerate(NUMBERS):
         for j, right in enumerate(NUMBERS):
             rows.append({"prompt": f"add {left} and {right}", "response": f"it is {i + j}", "category": "add"})
-            rows.append({"prompt": f"which is more, {left} or {right}?", "response": NUMBERS[max(i, j)], "category": "more"})
+            rows.append(
+                {"prompt": f"which is more, {left} or {right}?", "response": NUMBERS[max(i, j)], "category": "more"}
+            )
             rows.append({"prompt": f"spell {left} {right}", "response": " ".join(left + right), "category": "spell"})
     return rows
 

@@ -49,7 +49,7 @@ def connect(address: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PlacementError(
-            f"cannot join a Ray cluster at resources.ray_address {address}: {reason} (a cluster that wants a token: set "
+            f"cannot join a Ray cluster at resources.ray_address {address}: {reason} (if it wants a token: set "
             f"RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token)"
         ) from error
     try:

@@ -198,9 +198,9 @@ def _explain(demand: Demand, rooms: Sequence[_Room], limits: Limits, device: str
     most = max(room.memory for room in rooms)
     if most < demand.host_bytes:
         return (
-            f"no node has the {demand.host_bytes / GIB:.1f} GiB of memory that a worker of {demand.model} needs; the most "
-            f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size or model.max_length, or "
-            f"raise resources.memory_limit_gib"
+            f"a worker of {demand.model} needs {demand.host_bytes / GIB:.1f} GiB of memory, and the most a node has "
+            f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size or model.max_length, "
+            f"or raise resources.memory_limit_gib"
         )
     if device == "cpu":
         return (

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,8 +28,7 @@ from semcons_ray.metering.energy import NodeEnergy
 
 logger = logging.getLogger(__name__)
 
-DEPTH = 2
-"""Visits a worker has in hand: the next is there before the last is done, so it never waits for the driver."""
+_REPLY = msgspec.msgpack.Decoder(Reply)
 
 
 class _Worker:
@@ -37,7 +37,6 @@ class _Worker:
     def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol) -> None:
         self.plan = plan
         self.spec = spec
-        self.waiting: deque[int] = deque()
         self.in_hand: dict[ray.ObjectRef[Any], int] = {}
         self.head_since = 0.0
         self.start()
@@ -98,49 +97,36 @@ class RayFleet:
         self.meters = {worker.plan.node: ray.get(ref) for worker, ref in zip(self._metering, meters, strict=True)}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        """See `Fleet.visit`."""
+        """See `Fleet.visit`. An actor works its calls off in order, so only the first of each needs to be watched."""
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
-        workers = list(self._workers.values())
-        for worker in workers:
-            worker.in_hand.clear()  # what an abandoned round left
-            worker.waiting = deque(client for client in worker.plan.clients if client in downlinks)
-        flight: dict[ray.ObjectRef[Any], _Worker] = {}
 
-        def send(worker: _Worker) -> None:
-            while worker.waiting and len(worker.in_hand) < DEPTH:
-                if not worker.in_hand:
-                    worker.head_since = time.monotonic()
-                client = worker.waiting.popleft()
-                ref = worker.actor.visit.remote(client, round, shared[downlinks[client]], evaluate)
-                worker.in_hand[ref] = client
-                flight[ref] = worker
+        def send(worker: _Worker, clients: Sequence[int]) -> None:
+            worker.head_since = time.monotonic()
+            worker.in_hand = {
+                worker.actor.visit.remote(client, round, shared[downlinks[client]], evaluate): client
+                for client in clients
+            }
 
         def replace(worker: _Worker, reason: str) -> None:
-            for ref in worker.in_hand:
-                flight.pop(ref, None)
-            in_hand = list(worker.in_hand.values())
-            worker.in_hand.clear()
-            worker.waiting.extendleft(reversed(in_hand))
-            client = in_hand[0]
-            attempts[client] += 1
-            logger.warning("round %d, client %d, attempt %d: %s", round, client, attempts[client], reason)
-            if attempts[client] > self._max_restarts:
-                worker.waiting.popleft()
-                lost[client] = reason
+            first, *others = worker.in_hand.values()
+            attempts[first] += 1
+            logger.warning("round %d, client %d, attempt %d: %s", round, first, attempts[first], reason)
+            if attempts[first] > self._max_restarts:
+                lost[first] = reason
             worker.replace()
-            send(worker)
+            send(worker, others if first in lost else [first, *others])
 
-        for worker in workers:
-            send(worker)
-        while flight:
-            deadline = min(worker.head_since for worker in flight.values()) + self._timeout_seconds
-            ready, _ = ray.wait(list(flight), timeout=max(deadline - time.monotonic(), 0.0))
+        for worker in self._workers.values():
+            send(worker, [client for client in worker.plan.clients if client in downlinks])
+        while heads := {next(iter(worker.in_hand)): worker for worker in self._workers.values() if worker.in_hand}:
+            deadline = min(worker.head_since for worker in heads.values()) + self._timeout_seconds
+            ready, _ = ray.wait(list(heads), timeout=max(deadline - time.monotonic(), 0.0))
             for ref in ready:
-                worker = flight[ref]
+                worker = heads[ref]
                 try:
-                    reply = ray.get(ref)
+                    reply = _REPLY.decode(ray.get(ref))
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
@@ -148,12 +134,11 @@ class RayFleet:
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({_first_line(error)})")
                 else:
-                    del flight[ref], worker.in_hand[ref]
+                    del worker.in_hand[ref]
                     worker.head_since = time.monotonic()
-                    send(worker)
                     yield reply
             if not ready:
-                for worker in {id(worker): worker for worker in flight.values()}.values():
+                for worker in heads.values():
                     if time.monotonic() - worker.head_since >= self._timeout_seconds:
                         replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
         check_quorum(round, len(downlinks), lost, self._quorum)

@@ -82,7 +82,11 @@ class Client:
             pairs += [Pair(self.prompts[prompt_id], response, weight) for prompt_id, response in answered]
         with self.ledger.stage("fine_tune", round=round, client_id=self.client_id) as work:
             result = self.model.fine_tune(
-                self.adapter, pairs, self.training, stream(self.seed, round, self.client_id, "fine_tune"), self.optimizer
+                self.adapter,
+                pairs,
+                self.training,
+                stream(self.seed, round, self.client_id, "fine_tune"),
+                self.optimizer,
             )
             work.tokens = result.tokens
             work.downlink_bytes = downlink_bytes

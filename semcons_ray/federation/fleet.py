@@ -197,7 +197,7 @@ def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: fl
     if lost and (answered < quorum * num_asked or answered == 0):
         reasons = "; ".join(f"client {client}: {reason}" for client, reason in sorted(lost.items()))
         raise QuorumError(
-            f"round {round}: {answered} of {num_asked} clients answered, failures.quorum asks for {quorum:.0%}. {reasons}"
+            f"round {round}: {answered} of {num_asked} clients answered, and failures.quorum is {quorum:g}. {reasons}"
         )
 
 

@@ -109,9 +109,7 @@ class HostSpec:
 class ClientHost:
     """Clients that share a base model; visits are exactly once, whatever crashes between them."""
 
-    def __init__(
-        self, clients: Mapping[int, Client], algorithm: Algorithm, store: ClientStore, ledger: Ledger
-    ) -> None:
+    def __init__(self, clients: Mapping[int, Client], algorithm: Algorithm, store: ClientStore, ledger: Ledger) -> None:
         self.clients = clients
         self.algorithm = algorithm
         self.store = store

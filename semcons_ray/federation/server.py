@@ -224,4 +224,3 @@ class ServerSpec:
                 resolve_model(self.embedding_model), batch_size=self.embedding_batch_size, device=self.device
             )
         return Server(embedder, num_prompts=self.num_prompts, rule=self.rule, seed=self.seed, ledger=ledger)
-

@@ -7,7 +7,6 @@ starts from the file before it. Two files a client are kept, since a round in pr
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
 
@@ -65,7 +64,7 @@ class ClientStore:
         folder = self.folder / client_folder(client_id)
         if not folder.is_dir():
             return []
-        return sorted(int(name[6:-12]) for name in os.listdir(folder) if name.startswith("round_"))
+        return sorted(int(path.stem[6:]) for path in folder.glob("round_*"))
 
     @staticmethod
     def _open(path: Path) -> safe_open:

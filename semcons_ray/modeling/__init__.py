@@ -1,1 +1,1 @@
-"""Language models, adapters and sentence embeddings: the only importers of transformers, PEFT and sentence-transformers."""
+"""Language models, adapters, sentence embeddings: the only importers of transformers, PEFT, sentence-transformers."""

@@ -63,7 +63,9 @@ class Embedder:
     def _compute(self, texts: Sequence[str]) -> None:
         if not texts:
             return
-        lengths = [len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]]
+        lengths = [
+            len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]
+        ]
         by_length: dict[int, list[str]] = defaultdict(list)
         for text, length in zip(texts, lengths, strict=True):
             by_length[self._padded(length)].append(text)

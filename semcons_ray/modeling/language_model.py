@@ -184,7 +184,9 @@ class LanguageModel:
                     adamw.step()
                     for key, parameter in self._parameters.items():
                         parameter.copy_(masters[key])
-                loss_sum, learnt, processed = loss_sum + loss.item() * len(rows), learnt + len(rows), processed + int(mask.sum())
+                loss_sum += loss.item() * len(rows)
+                learnt += len(rows)
+                processed += int(mask.sum())
         self.model.eval()
         for key, master in masters.items():
             adapter[key] = master.detach().cpu()
@@ -222,7 +224,9 @@ class LanguageModel:
         return answers, tokens
 
     @torch.no_grad()
-    def negative_log_likelihood(self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int) -> tuple[float, int, int]:
+    def negative_log_likelihood(
+        self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int
+    ) -> tuple[float, int, int]:
         """Sum of NLL over response tokens (nats), how many there are, and tokens processed."""
         self.load_adapter(adapter)
         examples = [self._encode(pair) for pair in pairs]
@@ -307,9 +311,7 @@ class LanguageModel:
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
 
 
-def _batches(
-    lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator
-) -> Iterator[list[int]]:
+def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:
     """Index batches of `local_epochs` passes, or of as many passes as `local_steps` needs."""
     size, steps = training.batch_size, 0
     epochs = training.local_epochs if training.local_steps is None else training.local_steps

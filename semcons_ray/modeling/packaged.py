@@ -89,7 +89,7 @@ def _downloaded(name: str) -> str:
     except Exception as error:  # a wrong name, no network, no access: the user must see to all of them
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"cannot find model '{name}' on the hub ({reason}); a local model is a path that begins with / ./ ../ or ~, "
+            f"cannot find model '{name}' on the hub ({reason}); a local one is a path that begins with / ./ ../ or ~, "
             f"a packaged one {PREFIX}NAME"
         ) from error
 
@@ -125,7 +125,9 @@ def _converted(name: str, source: Path, sha256: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise ModelError(f"cannot write the model cache {target.parent}: {error.strerror}; set SEMCONS_CACHE") from error
+        raise ModelError(
+            f"cannot write the cache {target.parent}: {error.strerror}; set SEMCONS_CACHE"
+        ) from error
     try:
         # In a process of its own: reading the file takes 1 GB, which this one would keep.
         subprocess.run([sys.executable, "-m", __spec__.name, str(source), str(beside)], check=True, capture_output=True)

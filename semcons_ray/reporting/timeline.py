@@ -108,11 +108,7 @@ def without_pauses(spans: Sequence[Span]) -> tuple[Callable[[float], float], lis
     """
     stretches = merged(spans)
     longest = max(60.0, sum(right - left for left, right in stretches))
-    pauses = [
-        (before[1], after[0])
-        for before, after in pairwise(stretches)
-        if after[0] - before[1] > longest
-    ]
+    pauses = [(before[1], after[0]) for before, after in pairwise(stretches) if after[0] - before[1] > longest]
 
     def squeeze(seconds: float) -> float:
         return seconds - sum(min(max(seconds - left, 0.0), right - left) for left, right in pauses)

@@ -13,9 +13,7 @@ def no_embedding(indices):
 
 
 def choose(candidates, category, budget, name, embed=no_embedding):
-    return order_prompts(
-        np.array(candidates), np.array(category), budget=budget, selection=name, embed=embed
-    ).tolist()
+    return order_prompts(np.array(candidates), np.array(category), budget=budget, selection=name, embed=embed).tolist()
 
 
 def test_random_takes_the_candidates_as_they_come():

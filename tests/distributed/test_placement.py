@@ -8,7 +8,9 @@ from semcons_ray.errors import PlacementError
 SMALL = Demand("small", (0, 1, 2, 3), host_bytes=2 * GIB, device_bytes=1 * GIB)
 
 
-def node(name: str = "a", cpus: float = 4, gpus: float = 0, memory: float = 64, gpu_memory: float | None = None) -> Node:
+def node(
+    name: str = "a", cpus: float = 4, gpus: float = 0, memory: float = 64, gpu_memory: float | None = None
+) -> Node:
     return Node(name, name, cpus, gpus, int(memory * GIB), None if gpu_memory is None else int(gpu_memory * GIB))
 
 

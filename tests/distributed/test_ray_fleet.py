@@ -28,12 +28,11 @@ def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[Make
 
     def make(*clients: tuple[int, ...], timeout: float = 60.0, quorum: float = 0.5, **trouble: Any) -> RayFleet:
         plans = [
-            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, "m", ids, 1, 0.0, 0) for i, ids in enumerate(clients)
+            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, "m", ids, 1, 0.0, 0)
+            for i, ids in enumerate(clients)
         ]
         specs = [FakeSpec(plan.name, tmp_path, **trouble) for plan in plans]
-        made.append(
-            RayFleet(plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False)
-        )
+        made.append(RayFleet(plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False))
         return made[-1]
 
     yield make
@@ -76,13 +75,13 @@ def test_too_few_answers_end_the_round_with_the_reasons(make_fleet: MakeFleet) -
 
 def test_what_the_user_must_mend_is_not_retried(make_fleet: MakeFleet, tmp_path: Path) -> None:
     fleet = make_fleet((0,), troubles={0: "refuse"}, times=9)
-    with pytest.raises(ModelError, match="^change model.name$"):
+    with pytest.raises(ModelError, match=r"^change model\.name$"):
         uplinks(fleet)
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_model_that_does_not_load_says_so(make_fleet: MakeFleet) -> None:
-    with pytest.raises(ModelError, match="^cannot load model nothing$"):
+    with pytest.raises(ModelError, match=r"^cannot load model nothing$"):
         make_fleet((0,), loads=False)
 
 

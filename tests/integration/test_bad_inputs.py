@@ -95,7 +95,10 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "run without --out": (lambda p: ["run"], "required: --out"),
     "a setting without its value": (lambda p: p.run("--seed"), "--seed needs a value"),
     "a stray word": (lambda p: ["run", "a.yaml", "b.yaml", *p.out], "unrecognized arguments: b.yaml"),
-    "a setting where there are none": (lambda p: ["report", str(p.finished), "--seed", "1"], "unrecognized arguments: --seed 1"),
+    "a setting where there are none": (
+        lambda p: ["report", str(p.finished), "--seed", "1"],
+        "unrecognized arguments: --seed 1",
+    ),
     "a value for a section and for what is in it": (lambda p: p.run("--data", "5", "--data.split", "x"), "data"),
     "a value that is no YAML": (lambda p: p.run("--name", "[a"), "cannot read '[a'"),
     # the config
@@ -128,7 +131,9 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "budget over data": (lambda p: p.run("--prompts.budget", "5000"), "prompts.budget"),
     "clients over data": (lambda p: p.run("--clients.num_clients", "500"), "data.examples_per_client"),
     "one category, and skewed by it": (
-        lambda p: p.data("one.jsonl", "".join(json.dumps({"prompt": str(i), "response": "r"}) + "\n" for i in range(99))),
+        lambda p: p.data(
+            "one.jsonl", "".join(json.dumps({"prompt": str(i), "response": "r"}) + "\n" for i in range(99))
+        ),
         "data.partition",
     ),
     # models
@@ -160,7 +165,10 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "resume with half a config": (lambda p: ["resume", str(p.copy(damage="config.yaml"))], "config.yaml"),
     "resume with half a commit": (lambda p: ["resume", str(p.copy(damage="state/round_001.msgpack"))], "round_001"),
     "report of nothing": (lambda p: ["report", "/no/such"], "/no/such"),
-    "report of a run without metrics": (lambda p: ["report", str(p.copy(without="metrics.parquet"))], "metrics.parquet"),
+    "report of a run without metrics": (
+        lambda p: ["report", str(p.copy(without="metrics.parquet"))],
+        "metrics.parquet",
+    ),
     "report of half a ledger": (lambda p: ["report", str(p.copy(damage="ledger.parquet"))], "ledger.parquet"),
     "init over a config": (lambda p: ["init", str(Path(p.write("x/config.yaml", "seed: 1")).parent)], "exists"),
     "cost of an unknown model": (lambda p: ["cost", "--model", "/no/such"], "/no/such"),

@@ -44,7 +44,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     traffic = [pd.read_parquet(run / "ledger.parquet") for run in (one, other)]
     keys = ["round", "client_id", "stage"]
     sums = [
-        rows[rows.stage.isin(["fine_tune", "generate"])].groupby(keys)[["tokens", "uplink_bytes", "downlink_bytes"]].max()
+        rows[rows.stage.isin(["fine_tune", "generate"])]
+        .groupby(keys)[["tokens", "uplink_bytes", "downlink_bytes"]]
+        .max()
         for rows in traffic
     ]
     pd.testing.assert_frame_equal(*sums, check_exact=True)

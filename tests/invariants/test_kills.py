@@ -33,7 +33,9 @@ def undisturbed(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactor
 
 def kill_actor(name: str) -> None:
     """kill -9 of one actor of this run."""
-    mine = [child for child in psutil.Process().children(recursive=True) if name in child.name() + " ".join(child.cmdline())]
+    mine = [
+        child for child in psutil.Process().children(recursive=True) if name in child.name() + " ".join(child.cmdline())
+    ]
     assert mine, f"no process of {name}"
     os.kill(mine[0].pid, signal.SIGKILL)
 

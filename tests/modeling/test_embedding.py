@@ -22,7 +22,9 @@ def embedder(folder: str) -> Embedder:
 
 
 def test_vectors_are_those_of_sentence_transformers(embedder: Embedder, folder: str) -> None:
-    expected = SentenceTransformer(folder, device="cpu").encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
+    expected = SentenceTransformer(folder, device="cpu").encode(
+        TEXTS, convert_to_tensor=True, normalize_embeddings=True
+    )
     torch.testing.assert_close(embedder.embed(TEXTS), expected, rtol=1e-4, atol=1e-5)
 
 

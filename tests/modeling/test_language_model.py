@@ -42,7 +42,9 @@ def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama:
     total, tokens = 0.0, 0
     for pair in PAIRS:
         turns = [{"role": "user", "content": pair.prompt}]
-        prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+        prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
         response = [*tokenizer(pair.response)["input_ids"], tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss.detach()

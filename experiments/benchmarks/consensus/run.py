@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -86,6 +87,7 @@ def speed() -> dict[str, Any]:
             "ratio": median(forming) / median(reading),
             "all_ratios": [round(a / b, 3) for a, b in zip(forming, reading, strict=True)],
         }
+    found["load_average"] = os.getloadavg()[0]  # above `threads`, the machine was busy with something else, too
     return found
 
 

@@ -50,5 +50,8 @@ run_simulation(
     server_app,
     client_app,
     num_supernodes=clients,
-    backend_config={"init_args": {"num_cpus": 2, "log_to_driver": False}, "client_resources": {"num_cpus": 1, "num_gpus": 0}},
+    backend_config={
+        "init_args": {"num_cpus": 2, "log_to_driver": False},
+        "client_resources": {"num_cpus": 1, "num_gpus": 0},
+    },
 )

@@ -85,9 +85,14 @@ def compare(num_clients: int) -> dict[str, Any]:
             received += sum(len(uplink) for uplink in ray.get(done))
         return received
 
-    seconds: dict[str, list[float]] = {"ours": [], "raw": []}
+    def gathered_round(round: int) -> int:
+        downlink_ref = ray.put(DOWNLINK)
+        refs = [raw[client % NUM_WORKERS].visit.remote(client, downlink_ref) for client in range(num_clients)]
+        return sum(len(uplink) for uplink in ray.get(refs))
+
+    seconds: dict[str, list[float]] = {"ours": [], "raw": [], "gathered": []}
     for round in range(1, WARM_UP + ROUNDS + 1):
-        for name, run in (("ours", our_round), ("raw", raw_round)):
+        for name, run in (("ours", our_round), ("raw", raw_round), ("gathered", gathered_round)):
             began = time.perf_counter()
             received = run(round)
             if round > WARM_UP:
@@ -97,8 +102,15 @@ def compare(num_clients: int) -> dict[str, Any]:
     fleet.close()
     for actor in raw:
         ray.kill(actor)
-    ours, other = statistics.median(seconds["ours"]), statistics.median(seconds["raw"])
-    return {"clients": num_clients, "ours_seconds": ours, "raw_ray_seconds": other, "ours_over_raw_ray": ours / other}
+    ours, other, gathered = (statistics.median(seconds[name]) for name in ("ours", "raw", "gathered"))
+    return {
+        "clients": num_clients,
+        "ours_seconds": ours,
+        "raw_ray_seconds": other,
+        "ours_over_raw_ray": ours / other,
+        "raw_ray_gathered_seconds": gathered,
+        "ours_over_raw_ray_gathered": ours / gathered,
+    }
 
 
 def main() -> None:
