@@ -1,0 +1,149 @@
+"""The round itself, with clients and a server that only take notes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from semcons_ray.config import AlgorithmConfig
+from semcons_ray.errors import ClientError, QuorumError, UserError
+from semcons_ray.federation.algorithms import LocalOnly, SemanticConsensus, build_algorithm
+from semcons_ray.federation.fleet import LocalFleet, Reply
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.messages import PseudoLabels
+
+LABELS = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("x", "y"))
+COHORT = Cohort(num_clients=3, participation=1.0, seed=0)
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+
+    # as a client
+    def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
+        self.taken.append(("fine_tune", round, labels, more))
+
+    def answer(self, round: int, compression: str) -> bytes:
+        self.taken.append(("answer", round, compression))
+        return b"answers"
+
+    # as a server
+    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+        self.taken.append(("begin", round, tuple(client_ids)))
+
+    def collect(self, uplink: bytes) -> None:
+        self.taken.append(("collect", uplink))
+
+    def conclude(self) -> Any:
+        self.taken.append("conclude")
+        return type("Verdict", (), {"labels": LABELS})()
+
+
+def reply(client_id: int, round: int = 1) -> Reply:
+    return Reply(
+        client_id=client_id,
+        round=round,
+        uplink=b"from %d" % client_id,
+        train_loss=0.0,
+        num_private=1,
+        num_pseudo_labels=0,
+        evaluation=None,
+        rows=(),
+    )
+
+
+class Backwards:
+    """A fleet whose clients answer last first."""
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        self.asked = (round, dict(downlinks), evaluate)
+        yield from (reply(client, round) for client in reversed(list(downlinks)))
+
+
+def test_a_client_trains_on_the_labels_it_is_sent_and_then_answers() -> None:
+    client = Notes()
+    downlink = LABELS.encode("zstd")
+    algorithm = SemanticConsensus(COHORT, pseudo_label_weight=0.5, compression="zstd")
+    assert algorithm.visit(client, 2, downlink) == b"answers"  # type: ignore[arg-type]
+    assert client.taken == [
+        ("fine_tune", 2, LABELS, {"weight": 0.5, "downlink_bytes": len(downlink)}),
+        ("answer", 2, "zstd"),
+    ]
+
+
+def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
+    fleet, server = Backwards(), Notes()
+    outcome = SemanticConsensus(COHORT).run_round(1, b"labels", fleet, server, evaluate=True)  # type: ignore[arg-type]
+    assert fleet.asked == (1, dict.fromkeys(range(3), b"labels"), True)
+    assert server.taken == [
+        ("begin", 1, (0, 1, 2)),
+        ("collect", b"from 2"),
+        ("collect", b"from 1"),
+        ("collect", b"from 0"),
+        "conclude",
+    ]
+    assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
+    assert PseudoLabels.decode(outcome.next_downlink) == LABELS
+
+
+def test_the_first_round_has_no_labels() -> None:
+    assert PseudoLabels.decode(SemanticConsensus(COHORT).first_downlink()).prompt_ids == ()
+
+
+def test_local_only_sends_nothing_either_way() -> None:
+    client, fleet, server = Notes(), Backwards(), Notes()
+    algorithm = LocalOnly(COHORT)
+    assert algorithm.visit(client, 1, b"") == b""  # type: ignore[arg-type]
+    assert [note[0] for note in client.taken] == ["fine_tune"]
+    outcome = algorithm.run_round(1, b"", fleet, server, evaluate=False)  # type: ignore[arg-type]
+    assert fleet.asked == (1, dict.fromkeys(range(3), b""), False)
+    assert server.taken == []
+    assert outcome.next_downlink == b""
+
+
+def test_algorithms_are_built_by_name() -> None:
+    settings = AlgorithmConfig(pseudo_label_weight=0.25, compression="none")
+    assert build_algorithm(settings, COHORT) == SemanticConsensus(COHORT, 0.25, "none")
+    assert build_algorithm(AlgorithmConfig(name="local_only"), COHORT) == LocalOnly(COHORT)
+
+
+class Host:
+    def __init__(self, failing: Mapping[int, Exception]) -> None:
+        self.failing = failing
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+        if client_id in self.failing:
+            raise self.failing[client_id]
+        return reply(client_id, round)
+
+    def export_adapter(self, client_id: int, folder: Any) -> None:
+        raise NotImplementedError
+
+
+def local_fleet(failing: Mapping[int, Exception], quorum: float) -> LocalFleet:
+    return LocalFleet({"worker-0": Host(failing)}, {"worker-0": range(4)}, node="n", quorum=quorum)
+
+
+def visited(fleet: LocalFleet) -> list[int]:
+    return [reply.client_id for reply in fleet.visit(1, dict.fromkeys(range(4), b""), evaluate=False)]
+
+
+def test_a_failed_client_is_left_out_while_the_quorum_holds() -> None:
+    assert visited(local_fleet({2: ClientError("ill")}, quorum=0.75)) == [0, 1, 3]
+
+
+def test_without_its_quorum_a_round_does_not_count() -> None:
+    failing = {1: ClientError("ill"), 2: ClientError("asleep")}
+    with pytest.raises(QuorumError, match=r"2 of 4 clients answered.*client 1: ill; client 2: asleep"):
+        visited(local_fleet(failing, quorum=0.75))
+
+
+def test_nobody_is_no_quorum_even_if_none_is_asked_for() -> None:
+    with pytest.raises(QuorumError):
+        visited(local_fleet(dict.fromkeys(range(4), ClientError("gone")), quorum=0.0))
+
+
+def test_what_the_user_must_mend_ends_the_run_at_once() -> None:
+    with pytest.raises(UserError, match="mend me"):
+        visited(local_fleet({0: UserError("mend me")}, quorum=0.0))

@@ -1,0 +1,124 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from semcons_ray.errors import MessageError
+from semcons_ray.federation.server import Server
+from semcons_ray.messages import Answers
+from semcons_ray.metering.ledger import Ledger
+
+ANGLES = {"left": 0.0, "middle": 40.0, "right": 90.0, "": 0.0}
+
+
+class Compass:
+    """An embedder of four words, by angle."""
+
+    dimension = 2
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        angles = torch.deg2rad(torch.tensor([ANGLES[text] for text in texts]))
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def server(rule: str = "medoid", **settings: object) -> Server:
+    return Server(Compass(), num_prompts=2, rule={"rule": rule, **settings}, seed=0, ledger=Ledger("server", "n"))
+
+
+def uplink(client_id: int, *answers: str, round_number: int = 1, num_examples: int = 1) -> bytes:
+    return Answers(round_number=round_number, client_id=client_id, num_examples=num_examples, answers=answers).encode(
+        "zstd"
+    )
+
+
+def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
+    judge = server()
+    judge.begin(1, [2, 5, 9])
+    judge.collect(uplink(9, "right", "left"))
+    judge.collect(uplink(2, "left", "left"))
+    judge.collect(uplink(5, "middle", "right"))
+    verdict = judge.conclude()
+    assert verdict.client_ids == (2, 5, 9)
+    assert verdict.winner.tolist() == [5, 2]
+    assert verdict.labels.responses == ("middle", "left")
+    assert verdict.labels.prompt_ids == (0, 1)
+    assert verdict.labels.round_number == 1
+    assert [row.stage for row in verdict.rows] == ["embed", "embed", "embed", "consensus"]
+
+
+def test_order_of_arrival_and_repetition_change_nothing() -> None:
+    messages = [uplink(0, "left", "middle"), uplink(1, "right", "middle"), uplink(2, "middle", "left")]
+    verdicts = []
+    for order in ([0, 1, 2], [2, 0, 1, 0, 2]):
+        judge = server()
+        judge.begin(1, [0, 1, 2])
+        for index in order:
+            judge.collect(messages[index])
+        verdicts.append(judge.conclude())
+    assert verdicts[0].labels == verdicts[1].labels
+    assert verdicts[0].similarity.tolist() == verdicts[1].similarity.tolist()
+
+
+def test_missing_clients_and_empty_answers_have_no_vote() -> None:
+    judge = server()
+    judge.begin(1, [0, 1, 2])
+    judge.collect(uplink(1, "", "right"))
+    verdict = judge.conclude()
+    assert verdict.winner.tolist() == [-1, 1]
+    assert verdict.labels.prompt_ids == (1,)
+    assert verdict.answers == (("", ""), ("", "right"), ("", ""))
+
+
+def test_a_round_without_any_answer_abstains() -> None:
+    judge = server()
+    judge.begin(1, [0])
+    assert judge.conclude().labels.prompt_ids == ()
+
+
+def test_agreement_under_the_threshold_gives_no_label() -> None:
+    judge = server(threshold=0.9)
+    judge.begin(1, [0, 1])
+    judge.collect(uplink(0, "left", "left"))
+    judge.collect(uplink(1, "right", "left"))
+    verdict = judge.conclude()
+    assert verdict.abstained.tolist() == [True, False]
+    assert verdict.labels.responses == ("left",)
+
+
+def test_weights_are_the_numbers_of_private_examples() -> None:
+    judge = server("weighted_medoid")
+    judge.begin(1, [0, 1, 2])
+    for client, word, examples in ((0, "left", 1), (1, "left", 1), (2, "right", 50)):
+        judge.collect(uplink(client, word, word, num_examples=examples))
+    assert judge.conclude().winner.tolist() == [2, 2]
+
+
+def test_a_new_round_forgets_the_old_one() -> None:
+    judge = server()
+    judge.begin(1, [0])
+    judge.collect(uplink(0, "left", "left"))
+    judge.begin(2, [1])
+    judge.collect(uplink(1, "right", "right", round_number=2))
+    assert judge.conclude().labels.responses == ("right", "right")
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (uplink(0, "left"), "gave 1 answers to 2 prompts"),
+        (uplink(7, "left", "left"), "does not await an answer of client 7"),
+        (uplink(0, "left", "left", round_number=3), "does not await"),
+        (b"\x00nonsense", "Answers"),
+    ],
+)
+def test_messages_that_do_not_belong_are_refused(message: bytes, says: str) -> None:
+    judge = server()
+    judge.begin(1, [0])
+    with pytest.raises(MessageError, match=says):
+        judge.collect(message)
+
+
+def test_similarity_of_predictions_to_references() -> None:
+    cosines = server().similarity(1, ["left", "right", ""], ["left", "left", "left"])
+    assert cosines == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)

@@ -1,0 +1,74 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from semcons_ray.errors import RunFolderError
+from semcons_ray.federation.fleet import Evaluation, Reply
+from semcons_ray.federation.store import ClientStore
+from semcons_ray.metering.ledger import LedgerRow
+
+
+def reply(round: int, client_id: int = 0) -> Reply:
+    row = LedgerRow(
+        round=round, client_id=client_id, worker="w", node="n", stage="generate", started_at=1.0, duration_seconds=0.5
+    )
+    return Reply(
+        client_id=client_id,
+        round=round,
+        uplink=b"\x00\xff" * round,
+        train_loss=0.25,
+        num_private=3,
+        num_pseudo_labels=2,
+        evaluation=Evaluation(nll_sum=1.5, num_tokens=4, answers=("a", "ü")),
+        rows=(row,),
+    )
+
+
+def test_a_visit_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    tensors = {"adapter.a": torch.arange(6.0).view(2, 3), "optimizer.0.step": torch.tensor(7.0)}
+    store.save(tensors, reply(1))
+    saved = ClientStore(tmp_path).reply(0, 1)
+    assert saved is not None
+    assert saved.uplink == b"\x00\xff"
+    assert saved.evaluation == Evaluation(nll_sum=1.5, num_tokens=4, answers=("a", "ü"))
+    assert saved.rows[0].stage == "generate"
+    loaded = store.load(0, before=2)
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+
+
+def test_a_repeated_visit_starts_from_the_state_before_it(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    for round in (1, 2):
+        store.save({"x": torch.tensor(float(round))}, reply(round))
+    assert float(store.load(0, before=2)["x"]) == 1.0
+    assert float(store.load(0, before=3)["x"]) == 2.0
+    assert store.load(0, before=1) == {}
+    assert store.load(5, before=9) == {}
+    assert store.reply(0, 3) is None
+
+
+def test_old_visits_are_dropped(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    for round in range(1, 6):
+        store.save({"x": torch.zeros(1)}, reply(round))
+    assert sorted(path.name for path in (tmp_path / "client_000").iterdir()) == [
+        "round_004.safetensors",
+        "round_005.safetensors",
+    ]
+
+
+def test_clients_are_kept_apart(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save({"x": torch.zeros(1)}, reply(1, client_id=0))
+    assert store.reply(1, 1) is None
+
+
+def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save({"x": torch.zeros(1)}, reply(1))
+    (tmp_path / "client_000" / "round_001.safetensors").write_bytes(b"half")
+    with pytest.raises(RunFolderError, match="delete it, and resume repeats that visit"):
+        store.reply(0, 1)

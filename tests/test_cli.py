@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from semcons_ray.cli import main
+from semcons_ray.config import ExperimentConfig, load_config
+
+
+def test_init_writes_every_setting_and_run_can_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", str(tmp_path / "new")]) == 0
+    path = tmp_path / "new" / "config.yaml"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert load_config(path) == ExperimentConfig()
+    assert set(yaml.safe_load(path.read_text())) == set(ExperimentConfig.model_fields)
+    assert "# " in path.read_text()
+
+
+@pytest.mark.parametrize("command", ["init", "doctor", "run", "resume", "report", "cost"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: semcons {command}" in text
+    assert len(text.splitlines()) > 5
+
+
+def test_help_of_run_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = capsys.readouterr().out
+    for section, field in ExperimentConfig.model_fields.items():
+        names = getattr(field.annotation, "model_fields", None)
+        for name in [f"{section}.{key}" for key in names] if names else [section]:
+            assert f"--{name}" in text
+    assert "--algorithm.rule [medoid]" in text
+
+
+def test_doctor_prints_checks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) in (0, 2)
+    assert "torch" in capsys.readouterr().out
+
+
+def test_cost_states_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "--model", "llama-3.1-405b"]) == 0
+    assert "1011" in capsys.readouterr().out.replace(",", "")
