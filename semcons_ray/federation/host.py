@@ -12,15 +12,18 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, SemconsError
-from semcons_ray.federation.client import Client
 from semcons_ray.federation.fleet import Algorithm, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.ledger import Ledger
+
+if TYPE_CHECKING:
+    from semcons_ray.federation.client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class HostSpec:
         """
         import torch
 
+        from semcons_ray.federation.client import Client
         from semcons_ray.modeling.language_model import LanguageModel
         from semcons_ray.modeling.packaged import resolve_model
 
