@@ -58,6 +58,25 @@ def test_mixed_architectures_agree_too(
     assert_same_run(tmp_path / "local", tmp_path / "ray")
 
 
+def test_smollm2_agrees_too(tmp_path: Path) -> None:
+    config = validate_config(
+        {
+            "num_rounds": 2,
+            "data": {"examples_per_client": 8, "num_test": 4},
+            "prompts": {"budget": 6},
+            "clients": {"num_clients": 2},
+            "evaluation": {"num_answers": 2},
+            "resources": {"device": "cpu"},
+        },
+        where="test",
+    )
+    assert "2 clients on 1 workers" in run(config, tmp_path / "local", fleet="local")
+    assert "2 clients on 2 workers" in run(config, tmp_path / "own", fleet="ray")
+    assert "2 clients on 1 workers" in run(config, tmp_path / "packed", fleet="ray", max_workers=1)
+    assert_same_run(tmp_path / "local", tmp_path / "own")
+    assert_same_run(tmp_path / "local", tmp_path / "packed")
+
+
 def test_a_seed_changes_everything(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run(tiny_config(), tmp_path / "zero", fleet="local")
     run(tiny_config(seed=1), tmp_path / "one", fleet="local")
