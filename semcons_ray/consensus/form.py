@@ -73,8 +73,8 @@ def form_consensus(
         weights: Of the clients, (C,), not negative, for weighted_medoid.
         lengths: Characters of each answer, (P, C), for longest and shortest.
         generator: For random_client, which draws one number a prompt.
-        chunk_bytes: Memory that a chunk of prompts may take; None: what stays in a CPU's cache (so that a chunk is
-            read from memory once, however often a rule goes over it), and 256 MiB on a GPU.
+        chunk_bytes: Memory that a chunk of prompts may take; None: on a CPU what stays in its cache, 2 MiB a thread
+            (so that a chunk is read from memory once, however often a rule goes over it), and 256 MiB on a GPU.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -82,7 +82,7 @@ def form_consensus(
     """
     if not -1 <= threshold <= 1:
         raise ConfigError(f"algorithm.agreement_threshold must be in [-1, 1], not {threshold}")
-    chunk_bytes = chunk_bytes or (2**21 if embeddings.device.type == "cpu" else 2**28)
+    chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**28)
     score = _rule(rule, plurality_similarity, trim, num_byzantine, chunk_bytes)
     _check(embeddings, mask, rule, weights, lengths, generator)
     num_prompts, num_clients, dimension = embeddings.shape

@@ -91,6 +91,7 @@ def _title(ledger: pd.DataFrame) -> str:
     top = str(stages["share"].idxmax())
     title = f"{STAGE_NAMES[top]} took {stages['share'].max():.0%} of work time"
     metered = ledger[ledger["worker"].isin(ledger.loc[ledger["stage"] == "idle", "worker"])]
+    metered = metered[metered["worker"] != "server"]  # it waits for clients by design, and takes no core
     total = metered["duration_seconds"].sum()
     if not total > 0:
         return title
