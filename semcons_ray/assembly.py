@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.sources import load_examples
@@ -58,7 +60,7 @@ def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
         return read_split(path)
     data, prompts = config.data, config.prompts
 
-    def embed(texts):  # type: ignore[no-untyped-def]
+    def embed(texts: Sequence[str]) -> Tensor:
         from semcons_ray.modeling.embedding import Embedder
 
         server = config.server
@@ -125,10 +127,11 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
             "resources": resources.model_copy(update={"device": device}),
         }
     )
-    batch_size = max(training.batch_size, 1)
     demands = []
     for name, folder in folders.items():
-        footprint = measure_footprint(folder, dtype=dtype, max_length=config.model.max_length, batch_size=batch_size)
+        footprint = measure_footprint(
+            folder, dtype=dtype, max_length=config.model.max_length, batch_size=training.batch_size
+        )
         clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
         demands.append(Demand(name, clients, footprint.host_bytes, footprint.device_bytes))
     limits = Limits(
