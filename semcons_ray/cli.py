@@ -86,9 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("init", _init, "Write DIR/config.yaml: every setting with its default and a comment.")
     sub.add_argument("folder", type=Path, metavar="DIR")
 
-    command(
-        "doctor", _doctor, "Say what this machine has, what works on it, and what to do about the rest."
-    )
+    command("doctor", _doctor, "Say what this machine has, what works on it, and what to do about the rest.")
 
     sub = command(
         "run",
@@ -100,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for all that the run writes")
 
-    sub = command(
-        "resume", _resume, "Go on with a run that was killed or failed; its numbers stay the same."
-    )
+    sub = command("resume", _resume, "Go on with a run that was killed or failed; its numbers stay the same.")
     sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
 
     sub = command("report", _report, "Print a run's result table and write its report.html anew.")

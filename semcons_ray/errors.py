@@ -57,3 +57,8 @@ class ClientError(SemconsError):
 
 class QuorumError(SemconsError):
     """Too few clients answered for the round to count."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line: its first, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -98,9 +98,7 @@ class RunFolder:
         if not path.is_dir():
             raise RunFolderError(f"{path} is not a folder")
         if not (path / "config.yaml").is_file():
-            raise RunFolderError(
-                f"{path} has no config.yaml, so it is no run folder; semcons run --out DIR makes one"
-            )
+            raise RunFolderError(f"{path} has no config.yaml, so it is no run folder; semcons run --out DIR makes one")
         self.path = path
         self.state = path / "state"
         self.data = path / "data.parquet"
@@ -114,9 +112,7 @@ class RunFolder:
             RunFolderError: It holds something already, or cannot be written.
         """
         if (path / "config.yaml").is_file():
-            raise RunFolderError(
-                f"{path} holds a run: go on with semcons resume {path}, or choose another --out"
-            )
+            raise RunFolderError(f"{path} holds a run: go on with semcons resume {path}, or choose another --out")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(f"{path} is not empty; choose another --out")
         try:

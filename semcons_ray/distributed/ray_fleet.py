@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from semcons_ray.distributed.cluster import worker_environment
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.worker import WorkerActor
-from semcons_ray.errors import ClientError, UserError
+from semcons_ray.errors import ClientError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
 from semcons_ray.metering.energy import NodeEnergy
 
@@ -132,7 +132,7 @@ class RayFleet:
                         raise error.cause from None
                     replace(worker, str(error.cause))
                 except RayError as error:
-                    replace(worker, f"{worker.plan.name} died ({_first_line(error)})")
+                    replace(worker, f"{worker.plan.name} died ({first_line(error)})")
                 else:
                     del worker.in_hand[ref]
                     worker.head_since = time.monotonic()
@@ -175,8 +175,4 @@ class RayFleet:
         except RayTaskError as error:
             raise error.cause from None
         except RayError as error:
-            raise ClientError(f"{who} did not finish: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ClientError(f"{who} did not finish: {first_line(error)}") from error

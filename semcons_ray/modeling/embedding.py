@@ -16,7 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from semcons_ray.errors import ModelError
+from semcons_ray.errors import ModelError, first_line
 
 SHORTEST_LENGTH = 16
 MAX_CACHED = 200_000
@@ -38,7 +38,7 @@ class Embedder:
         try:
             self.model = SentenceTransformer(name, device=device)
         except Exception as error:  # the library raises many kinds; all mean the same to the user
-            raise ModelError(f"cannot load server.embedding_model {name}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"cannot load server.embedding_model {name}: {first_line(error)}") from error
         self.batch_size = batch_size
         self.device = torch.device(device)
         self._tokenizer: Any = self.model.tokenizer

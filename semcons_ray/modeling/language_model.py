@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, TrainingConfig
-from semcons_ray.errors import ModelError
+from semcons_ray.errors import ModelError, first_line
 
 Adapter = dict[str, Tensor]
 
@@ -90,7 +90,7 @@ class LanguageModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
-            raise ModelError(f"cannot load model {name}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load model {name}: {first_line(error)}") from error
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._scored: Tensor | None = None
@@ -109,7 +109,7 @@ class LanguageModel:
             try:
                 model = get_peft_model(base, peft_config, autocast_adapter_dtype=False)
             except ValueError as error:
-                raise ModelError(f"model.lora.target_modules does not fit {name}: {_first_line(error)}") from error
+                raise ModelError(f"model.lora.target_modules does not fit {name}: {first_line(error)}") from error
         self._parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
         self._fresh = {key: value.detach().float().cpu().clone() for key, value in self._parameters.items()}
         # float16 gradients underflow without loss scaling; an adapter in float32 is cheap.
@@ -338,7 +338,3 @@ def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

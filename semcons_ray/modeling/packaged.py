@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from semcons_ray.errors import ModelError
+from semcons_ray.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,9 @@ def _downloaded(name: str) -> str:
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except Exception as error:  # a wrong name, no network, no access: the user must see to all of them
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"cannot find model '{name}' on the hub ({reason}); a local one is a path that begins with / ./ ../ or ~, "
-            f"a packaged one {PREFIX}NAME"
+            f"cannot find model '{name}' on the hub ({first_line(error)}); a local one is a path that begins with "
+            f"/ ./ ../ or ~, a packaged one {PREFIX}NAME"
         ) from error
 
 
@@ -125,9 +124,7 @@ def _converted(name: str, source: Path, sha256: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise ModelError(
-            f"cannot write the cache {target.parent}: {error.strerror}; set SEMCONS_CACHE"
-        ) from error
+        raise ModelError(f"cannot write the cache {target.parent}: {error.strerror}; set SEMCONS_CACHE") from error
     try:
         # In a process of its own: reading the file takes 1 GB, which this one would keep.
         subprocess.run([sys.executable, "-m", __spec__.name, str(source), str(beside)], check=True, capture_output=True)

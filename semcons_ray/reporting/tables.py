@@ -20,7 +20,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from semcons_ray.errors import ConfigError, RunFolderError
+from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
 
@@ -127,14 +127,14 @@ def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
     except FileNotFoundError as error:
         raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
-        raise RunFolderError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
     if absent := [name for name in columns if name not in frame]:
         raise RunFolderError(f"{path} lacks column {', '.join(absent)}: another version wrote it, or it is damaged")
     texts = {name: "" for name, kind in columns.items() if kind == "str"}
     try:
         return frame[list(columns)].astype(dict(columns)).fillna(texts)
     except (TypeError, ValueError) as error:
-        raise RunFolderError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        raise RunFolderError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
