@@ -189,6 +189,7 @@ def parts(
             server_spec,
             node_id=placement.nodes[0].node_id,
             gpus=resources.server_gpus if resources.device == "cuda" else 0.0,
+            timeout_seconds=failures.visit_timeout_seconds,
             max_restarts=failures.max_restarts,
         )
         fleet = RayFleet(

@@ -161,7 +161,9 @@ class ResourcesConfig(Settings):
 class FailuresConfig(Settings):
     """What happens when a client dies or is slow."""
 
-    visit_timeout_seconds: float = Field(3600.0, gt=0, description="A client visit that takes longer is given up.")
+    visit_timeout_seconds: float = Field(
+        3600.0, gt=0, description="A client's visit, or a call of the server, that takes longer is given up."
+    )
     max_restarts: int = Field(2, ge=0, description="Restarts of a client in a round before it is left out.")
     quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer, or a round fails.")
 

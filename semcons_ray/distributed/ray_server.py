@@ -14,7 +14,7 @@ from torch import Tensor
 
 from semcons_ray.distributed.cluster import worker_environment
 from semcons_ray.distributed.worker import ServerActor
-from semcons_ray.errors import SemconsError
+from semcons_ray.errors import SemconsError, first_line
 from semcons_ray.federation.server import ServerSpec, Verdict
 from semcons_ray.metering.ledger import LedgerRow
 
@@ -31,10 +31,13 @@ class RayServer:
         spec: How the actor builds its server.
         node_id: Node it runs on.
         gpus: GPU share.
+        timeout_seconds: A call that takes longer counts as a death.
         max_restarts: How often it is replaced in a call before that is an error.
     """
 
-    def __init__(self, spec: ServerSpec, *, node_id: str, gpus: float, max_restarts: int) -> None:
+    def __init__(
+        self, spec: ServerSpec, *, node_id: str, gpus: float, timeout_seconds: float, max_restarts: int
+    ) -> None:
         self._spec = spec
         self._options = {
             "num_cpus": 0,  # it works while clients generate, seldom and shortly: a core of its own would lie idle
@@ -42,6 +45,7 @@ class RayServer:
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
             "runtime_env": worker_environment(spec.threads),
         }
+        self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._heard: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[ray.ObjectRef[Any]] = []
@@ -95,14 +99,15 @@ class RayServer:
     def _ask(self, method: str, *arguments: Any) -> Any:
         for attempt in range(self._max_restarts + 1):
             try:
-                ray.get(self._pending)
-                answer = ray.get(getattr(self._actor, method).remote(*arguments))
+                ray.get(self._pending, timeout=self._timeout_seconds)
+                answer = ray.get(getattr(self._actor, method).remote(*arguments), timeout=self._timeout_seconds)
                 self._pending.clear()
                 return answer
             except RayTaskError as error:
                 raise error.cause from None
             except RayError as error:
-                logger.warning("the server died (attempt %d of %d): %s", attempt + 1, self._max_restarts + 1, error)
+                reason = first_line(error)
+                logger.warning("the server died (attempt %d of %d): %s", attempt + 1, self._max_restarts + 1, reason)
                 ray.kill(self._actor, no_restart=True)
                 self._start()
         raise SemconsError(f"the server died {self._max_restarts + 1} times in {method}; see the Ray logs")

@@ -71,10 +71,15 @@ class ServerActor:
 
     def __init__(self) -> None:
         self._server: Server | None = None
+        self._failure: Exception | None = None
 
     def load(self, spec: ServerSpec) -> None:
         """Load the embedding model."""
-        self._server = spec.build()
+        try:
+            self._server = spec.build()
+        except Exception as error:
+            self._failure = error
+            raise
 
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         """See `Server.begin`."""
@@ -103,5 +108,5 @@ class ServerActor:
 
     def _loaded(self) -> Server:
         if self._server is None:
-            raise RuntimeError("asked before it was loaded")
+            raise self._failure or RuntimeError("asked before it was loaded")
         return self._server
