@@ -34,6 +34,19 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, values: Any) -> Any:
+        """A section of which a YAML file keeps only the name is None there."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None or key not in fields or not isinstance(fields[key].default, Settings)
+        }
+
 
 class DataConfig(Settings):
     """Which question/answer data, and how it is divided among clients, public prompts and the test set."""
@@ -172,8 +185,8 @@ class ExperimentConfig(Settings):
     """One experiment: everything that decides its numbers."""
 
     name: str = Field("semantic-consensus", description="A title for tables and the report.")
-    seed: int = Field(0, ge=0)
-    num_rounds: int = Field(3, ge=1)
+    seed: int = Field(0, ge=0, description="Decides every random number.")
+    num_rounds: int = Field(3, ge=1, description="Rounds of communication; round 0, the base model, comes on top.")
     algorithm: AlgorithmConfig = AlgorithmConfig()
     data: DataConfig = DataConfig()
     prompts: PromptsConfig = PromptsConfig()

