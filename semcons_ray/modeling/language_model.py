@@ -287,7 +287,7 @@ class LanguageModel:
         """Hook before the output embedding: compute logits of the positions that are scored, (1, N, V), and no others.
 
         Where nothing is scored, in generation, this makes the input contiguous: for a slice that is not, a matmul
-        copies the whole output embedding once a row, which took half of the time.
+        copies the whole output embedding once a row.
         """
         hidden, scored, self._scored = inputs[0], self._scored, None
         return (hidden.contiguous() if scored is None else hidden[scored][None],)
