@@ -13,7 +13,7 @@ from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
-from semcons_ray.distributed.placement import Demand, Limits, Node, WorkerPlan, plan_workers
+from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, WorkerPlan, plan_workers
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.errors import PlacementError
@@ -25,7 +25,6 @@ from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_footprint
 from semcons_ray.modeling.packaged import resolve_model
 
-GIB = 1 << 30
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 
 
@@ -39,15 +38,20 @@ class Placement:
     demands: dict[str, Demand]
 
     @property
+    def server_gpus(self) -> float:
+        """GPU share of the server; 0 where it works on the CPU."""
+        resources = self.config.resources
+        return resources.server_gpus if resources.device == "cuda" else 0.0
+
+    @property
     def watts(self) -> dict[str, float]:
         """Watts of each process when busy, for where energy must be estimated."""
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
-        resources = self.config.resources
-        server_gpus = resources.server_gpus if resources.device == "cuda" else 0.0
+        threads = self.config.resources.threads_per_worker
         return {
             worker.name: estimate_watts(worker.threads, worker.gpus, gpu_watts[worker.node_id])
             for worker in self.workers
-        } | {"server": estimate_watts(resources.threads_per_worker, server_gpus, self.nodes[0].gpu_watts)}
+        } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
 
 
 def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
@@ -158,7 +162,7 @@ def parts(
     server_spec = ServerSpec(
         embedding_model=config.server.embedding_model,
         embedding_batch_size=config.server.embedding_batch_size,
-        device="cuda" if resources.device == "cuda" and resources.server_gpus else "cpu",
+        device="cuda" if placement.server_gpus else "cpu",
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
         rule={
@@ -170,7 +174,11 @@ def parts(
         },
         seed=config.seed,
     )
-    specs = [_host_spec(placement, worker, split, algorithm, state) for worker in placement.workers]
+    public_prompts = b""
+    if algorithm.uses_public_prompts:
+        message = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
+        public_prompts = message.encode(config.algorithm.compression)
+    specs = [_host_spec(placement, worker, split, public_prompts, algorithm, state) for worker in placement.workers]
     fleet: Fleet
     server: ServerProtocol
     if resources.fleet == "local":
@@ -188,7 +196,7 @@ def parts(
         server = RayServer(
             server_spec,
             node_id=placement.nodes[0].node_id,
-            gpus=resources.server_gpus if resources.device == "cuda" else 0.0,
+            gpus=placement.server_gpus,
             timeout_seconds=failures.visit_timeout_seconds,
             max_restarts=failures.max_restarts,
         )
@@ -208,10 +216,14 @@ def parts(
 
 
 def _host_spec(
-    placement: Placement, worker: WorkerPlan, split: DataSplit, algorithm: Algorithm, state: Path
+    placement: Placement,
+    worker: WorkerPlan,
+    split: DataSplit,
+    public_prompts: bytes,
+    algorithm: Algorithm,
+    state: Path,
 ) -> HostSpec:
     config = placement.config
-    prompts = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
     return HostSpec(
         worker=worker.name,
         model=config.model.model_copy(update={"name": worker.model}),
@@ -219,7 +231,7 @@ def _host_spec(
         threads=worker.threads,
         algorithm=algorithm,
         private={client: split.private[client] for client in worker.clients},
-        public_prompts=prompts.encode(config.algorithm.compression) if algorithm.uses_public_prompts else b"",
+        public_prompts=public_prompts,
         test=split.test,
         num_answers=config.evaluation.num_answers,
         training=config.training,

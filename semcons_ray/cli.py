@@ -19,7 +19,7 @@ import yaml
 
 from semcons_ray import __version__
 from semcons_ray.config import describe_settings, load_config
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
 
 EXAMPLE = """\
 examples:
@@ -39,13 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.overrides = overrides
         _quiet()
         code: int = args.function(args)
-    except UserError as error:
-        return _fail(error, error.exit_code)
     except SemconsError as error:
-        return _fail(error, error.exit_code)
+        return _fail(error)
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"), 2)
+        return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"))
     except KeyboardInterrupt:
         print("interrupted; semcons resume goes on with the run", file=sys.stderr)
         return 130
@@ -142,9 +140,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from semcons_ray.run_folder import RunFolder
-
-    RunFolder(args.folder).read_config()
     from semcons_ray.experiment import resume_experiment
     from semcons_ray.progress import Progress
 
@@ -207,9 +202,9 @@ def _quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: SemconsError) -> int:
     print(f"semcons: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
+    return error.exit_code
 
 
 if __name__ == "__main__":

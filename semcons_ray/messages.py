@@ -83,3 +83,7 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.responses) or min(self.prompt_ids, default=0) < 0:
             raise MessageError("PseudoLabels: needs one prompt id, from 0, for each response")
+
+
+NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
+"""What there is before the first exchange."""

@@ -154,11 +154,7 @@ class RunFolder:
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a parquet file."""
-        path = self.path / name
-        path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f".{path.name}")
-        frame.to_parquet(beside, index=False)
-        beside.rename(path)
+        self._write(name, frame.to_parquet(index=False))
 
     def commit(self, commits: Sequence[Commit]) -> None:
         """Make the last of `commits` done, and bring the tables up to date."""

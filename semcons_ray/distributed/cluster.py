@@ -103,9 +103,17 @@ def _probe(node_id: str) -> ray.ObjectRef[Node]:
     return ray.remote(this_node).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
 
-def worker_environment(threads: int) -> dict[str, object]:
-    """Ray runtime environment of an actor: threads beyond its share of the cores made runs 3 to 10 times slower."""
+def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    """Ray's options for an actor: on this node while it is there, with this many threads.
+
+    Threads beyond its share of the cores made runs 3 to 10 times slower.
+    """
     variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     passed_on = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
     variables |= {key: os.environ[key] for key in passed_on if key in os.environ}
-    return {"env_vars": variables}
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
+        "runtime_env": {"env_vars": variables},
+    }

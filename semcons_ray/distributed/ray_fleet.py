@@ -17,9 +17,8 @@ from typing import Any
 import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from semcons_ray.distributed.cluster import worker_environment
+from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, UserError, first_line
@@ -43,12 +42,11 @@ class _Worker:
 
     def start(self) -> None:
         """Make the actor and let it load."""
-        self.actor = WorkerActor.options(  # type: ignore[attr-defined]
-            num_cpus=self.plan.threads if not self.plan.gpus else 0,
-            num_gpus=self.plan.gpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(self.plan.node_id, soft=True),
-            runtime_env=worker_environment(self.plan.threads),
-        ).remote()
+        plan = self.plan
+        options = actor_options(
+            node_id=plan.node_id, threads=plan.threads, num_cpus=0 if plan.gpus else plan.threads, num_gpus=plan.gpus
+        )
+        self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
         self.load_ref = self.actor.load.remote(self.spec)
 
     def replace(self) -> None:
@@ -159,10 +157,10 @@ class RayFleet:
             worker = self._worker_of[client_id]
             arguments = (client_id, folder / client_folder(client_id))
             try:
-                self._get(worker.actor.export_adapter.remote(*arguments), f"{worker.plan.name}")
+                self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
             except ClientError:
                 worker.replace()
-                self._get(worker.actor.export_adapter.remote(*arguments), f"{worker.plan.name}")
+                self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
 
     def close(self) -> None:
         """Kill the actors."""

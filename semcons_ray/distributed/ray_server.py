@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
-from semcons_ray.distributed.cluster import worker_environment
+from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.worker import ServerActor
 from semcons_ray.errors import SemconsError, first_line
 from semcons_ray.federation.server import ServerSpec, Verdict
@@ -39,12 +36,8 @@ class RayServer:
         self, spec: ServerSpec, *, node_id: str, gpus: float, timeout_seconds: float, max_restarts: int
     ) -> None:
         self._spec = spec
-        self._options = {
-            "num_cpus": 0,  # it works while clients generate, seldom and shortly: a core of its own would lie idle
-            "num_gpus": gpus,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
-            "runtime_env": worker_environment(spec.threads),
-        }
+        # No core of its own, which would lie idle: it works while clients generate, seldom and shortly.
+        self._options = actor_options(node_id=node_id, threads=spec.threads, num_cpus=0, num_gpus=gpus)
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._heard: list[tuple[str, tuple[Any, ...]]] = []
@@ -67,10 +60,6 @@ class RayServer:
         self._heard.clear()
         self._pending.clear()
         return verdict
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """See `ServerProtocol.embed`."""
-        return torch.tensor(self._ask("embed", tuple(texts)))
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`."""

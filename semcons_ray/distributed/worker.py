@@ -93,11 +93,6 @@ class ServerActor:
         """See `Server.conclude`."""
         return self._loaded().conclude()
 
-    def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """See `Server.embed`; rows as lists."""
-        rows: list[list[float]] = self._loaded().embed(texts).tolist()
-        return rows
-
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `Server.similarity`."""
         return self._loaded().similarity(round, predictions, references)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,10 +104,6 @@ class HostSpec:
                 for client_id, private in self.private.items()
             }
         return ClientHost(clients, self.algorithm, ClientStore(self.state), ledger)
-
-    def with_clients(self, worker: str, client_ids: tuple[int, ...]) -> HostSpec:
-        """The same for some of the clients, under another worker's name."""
-        return replace(self, worker=worker, private={client: self.private[client] for client in client_ids})
 
 
 class ClientHost:

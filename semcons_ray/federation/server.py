@@ -62,10 +62,6 @@ class ServerProtocol(Protocol):
         """Form the consensus from what was collected."""
         ...
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (N, D), on the CPU."""
-        ...
-
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """Cosine of each prediction to its reference, for evaluation."""
         ...
@@ -177,10 +173,6 @@ class Server:
             labels=labels,
             rows=tuple(self._ledger.take()),
         )
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """See `ServerProtocol.embed`."""
-        return self._embedder.embed(texts).cpu()
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`. An empty prediction is like nothing: 0."""

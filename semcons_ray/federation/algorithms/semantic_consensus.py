@@ -28,12 +28,10 @@ from typing import TYPE_CHECKING, ClassVar
 from semcons_ray.federation.fleet import RoundOutcome, Visitor
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.messages import PseudoLabels
+from semcons_ray.messages import NO_LABELS, PseudoLabels
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
     from semcons_ray.federation.client import Client
-
-NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
 
 
 @dataclass(frozen=True)
