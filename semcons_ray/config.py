@@ -26,7 +26,28 @@ RuleName = Literal[
     "random_client",
     "longest",
     "shortest",
+    "reference",
 ]
+"""From random_client on they are controls; `reference` takes the data's own answers instead of a client's."""
+
+
+AlgorithmName = Literal[
+    "semantic_consensus",
+    "local_only",
+    "centralized",
+    "fedavg_lora",
+    "one_shot_fedavg_lora",
+    "fedprox",
+    "scaffold",
+    "ffa_lora",
+    "flora",
+    "flexlora",
+    "hetlora",
+]
+"""Those after centralized average weights."""
+
+ANY_MODELS = ("semantic_consensus", "local_only")
+ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
 
 class Settings(BaseModel):
@@ -107,6 +128,9 @@ class ClientsConfig(Settings):
         description="Shares of clients by model name, for mixed architectures; empty: all use model.name.",
     )
     participation: float = Field(1.0, gt=0, le=1, description="Share of clients sampled for a round.")
+    lora_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="LoRA ranks dealt out to clients in turn, up to model.lora.rank; empty: all have that."
+    )
 
 
 class TrainingConfig(Settings):
@@ -125,14 +149,16 @@ class GenerationConfig(Settings):
     """How a client answers prompts."""
 
     max_new_tokens: int = Field(24, ge=1, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0, description="Of answers to public prompts; 0 is greedy. Test prompts are always answered greedily."
+    )
     batch_size: int = Field(32, ge=1)
 
 
 class AlgorithmConfig(Settings):
     """What happens in a round."""
 
-    name: Literal["semantic_consensus", "local_only"] = "semantic_consensus"
+    name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or one to compare it with.")
     rule: RuleName = Field("medoid", description="How the server picks one answer a prompt.")
     agreement_threshold: float = Field(
         0.0, ge=-1, le=1, description="A prompt whose agreement is lower gives no pseudo-label; FedCT uses 0.8."
@@ -141,6 +167,15 @@ class AlgorithmConfig(Settings):
     trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
     num_byzantine: int = Field(1, ge=0, description="Bad clients that multi_krum tolerates.")
     pseudo_label_weight: float = Field(1.0, ge=0, description="Loss weight of a pseudo-label beside a private example.")
+    self_labels: bool = Field(
+        False,
+        description="For the others: clients also train on their own answers to the public prompts. With local_only "
+        "that is self-training, a consensus of one.",
+    )
+    proximal_mu: float = Field(0.01, ge=0, description="Strength of fedprox's proximal term.")
+    weight_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float16", description="Type of adapter weights on the wire."
+    )
     compression: Literal["none", "zstd"] = Field("zstd", description="Compression of messages.")
 
 
@@ -209,7 +244,24 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
             )
+        name, ranks = self.algorithm.name, self.clients.lora_ranks
+        if max(ranks, default=0) > self.model.lora.rank:
+            raise ValueError(
+                f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
+            )
+        if name not in ANY_MODELS and len(set(self.client_models())) > 1:
+            raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
+        if name not in ANY_RANKS and len(set(self.client_ranks())) > 1:
+            raise ValueError(
+                f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
+                "flora, flexlora and hetlora take them"
+            )
         return self
+
+    def client_ranks(self) -> tuple[int, ...]:
+        """LoRA rank of each client, shape (C,)."""
+        ranks = self.clients.lora_ranks or (self.model.lora.rank,)
+        return tuple(ranks[client % len(ranks)] for client in range(self.clients.num_clients))
 
     def client_models(self) -> tuple[str, ...]:
         """Model name of each client, shape (C,): shares rounded by largest remainder, models in the mix's order."""
@@ -244,7 +296,7 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> E
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} holds a {type(loaded).__name__}, not settings (key: value)")
         values = loaded or {}
-    return validate_config(_merged(values, overrides or {}), where=str(path) if path else "command line")
+    return validate_config(merge_settings(values, overrides or {}), where=str(path) if path else "command line")
 
 
 def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:
@@ -256,7 +308,7 @@ def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:
     try:
         return ExperimentConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(_describe(item) for item in error.errors())}") from error
+        raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
 
 
 def dump_config(config: ExperimentConfig) -> str:
@@ -292,15 +344,17 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
         lines.append(f"  --{'.'.join((*parents, name))} [{text}]{'  ' + help_text if help_text else ''}")
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with others laid over them; both stay as they are."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = merge_settings(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
-def _describe(item: Any) -> str:
+def describe_error(item: Any) -> str:
+    """One of the mistakes that a pydantic ValidationError lists, in a few words that name the key."""
     key = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # not the branches of a union
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}'"

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -22,41 +24,80 @@ from semcons_ray.config import load_config
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.modeling.packaged import PREFIX, resolve_model
 
+if TYPE_CHECKING:  # the rest of the command line starts without matplotlib and transformers
+    from matplotlib.figure import Figure as Canvas
+    from transformers import PreTrainedModel
+
 ALL_LINEAR = "all-linear"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+# Bytes a token. Text: as SmolLM2's tokenizer cuts the packaged data, 4.2 for answers and 4.0 for questions; zstd makes
+# that 1.7 in a message of 500 questions, 2.5 in one of 500 (very short) answers. Ids: no vocabulary here needs 4 bytes.
+ENCODING_BYTES = {"utf-8": 4.0, "utf-8+zstd": 1.7, "int32-ids": 4.0, "int24-ids": 3.0}
+FIGURE_TARGETS = ("q,v", "q,k,v,o", ALL_LINEAR)
 
-# Layers, hidden size, query width (heads * head size), key/value width, feed-forward width: the published config.json.
+
+class Shape(NamedTuple):
+    """What a published config.json says of a model with gated feed-forward layers.
+
+    Attributes:
+        queries: Width of the queries: heads times head size, which is not always `hidden`.
+        keys: Width of the keys, and of the values.
+        embeddings: 1 if input and output embedding are the same matrix, else 2.
+    """
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    feed_forward: int
+    vocabulary: int
+    embeddings: int
+
+    @property
+    def parameters(self) -> int:
+        """Of matrices; norms and biases, less than 0.1%, are left out."""
+        attention = 2 * (self.queries + self.keys)
+        return self.hidden * (self.layers * (attention + 3 * self.feed_forward) + self.embeddings * self.vocabulary)
+
+    @property
+    def linear_maps(self) -> dict[str, int]:
+        """Sum of d_in + d_out over the layers, by name."""
+        widths = {"q": self.queries, "k": self.keys, "v": self.keys, "o": self.queries}
+        widths |= dict.fromkeys(("gate", "up", "down"), self.feed_forward)
+        return {f"{name}_proj": self.layers * (self.hidden + width) for name, width in widths.items()}
+
+
 SHAPES = {
-    "llama-3.1-8b": (32, 4096, 4096, 1024, 14336),
-    "llama-3.1-70b": (80, 8192, 8192, 1024, 28672),
-    "llama-3.1-405b": (126, 16384, 16384, 1024, 53248),
-    "llama-3.2-1b": (16, 2048, 2048, 512, 8192),
-    "llama-3.2-3b": (28, 3072, 3072, 1024, 8192),
-    "qwen2.5-0.5b": (24, 896, 896, 128, 4864),
-    "qwen2.5-1.5b": (28, 1536, 1536, 256, 8960),
-    "qwen2.5-3b": (36, 2048, 2048, 256, 11008),
-    "qwen2.5-7b": (28, 3584, 3584, 512, 18944),
-    "qwen2.5-14b": (48, 5120, 5120, 1024, 13824),
-    "qwen2.5-32b": (64, 5120, 5120, 1024, 27648),
-    "qwen2.5-72b": (80, 8192, 8192, 1024, 29568),
-    "qwen3-0.6b": (28, 1024, 2048, 1024, 3072),
-    "qwen3-1.7b": (28, 2048, 2048, 1024, 6144),
-    "qwen3-4b": (36, 2560, 4096, 1024, 9728),
-    "qwen3-8b": (36, 4096, 4096, 1024, 12288),
-    "qwen3-14b": (40, 5120, 5120, 1024, 17408),
-    "qwen3-32b": (64, 5120, 8192, 1024, 25600),
-    "gemma-2-2b": (26, 2304, 2048, 1024, 9216),
-    "gemma-2-9b": (42, 3584, 4096, 2048, 14336),
-    "gemma-2-27b": (46, 4608, 4096, 2048, 36864),
-    "gemma-3-270m": (18, 640, 1024, 256, 2048),
-    "gemma-3-1b": (26, 1152, 1024, 256, 6912),
-    "gemma-3-4b": (34, 2560, 2048, 1024, 10240),
-    "gemma-3-12b": (48, 3840, 4096, 2048, 15360),
-    "gemma-3-27b": (62, 5376, 4096, 2048, 21504),
-    "mistral-7b": (32, 4096, 4096, 1024, 14336),
-    "smollm2-135m": (30, 576, 576, 192, 1536),
-    "smollm2-360m": (32, 960, 960, 320, 2560),
-    "smollm2-1.7b": (24, 2048, 2048, 2048, 8192),
+    "llama-3.1-8b": Shape(32, 4096, 4096, 1024, 14336, 128256, 2),
+    "llama-3.1-70b": Shape(80, 8192, 8192, 1024, 28672, 128256, 2),
+    "llama-3.1-405b": Shape(126, 16384, 16384, 1024, 53248, 128256, 2),
+    "llama-3.2-1b": Shape(16, 2048, 2048, 512, 8192, 128256, 1),
+    "llama-3.2-3b": Shape(28, 3072, 3072, 1024, 8192, 128256, 1),
+    "qwen2.5-0.5b": Shape(24, 896, 896, 128, 4864, 151936, 1),
+    "qwen2.5-1.5b": Shape(28, 1536, 1536, 256, 8960, 151936, 1),
+    "qwen2.5-3b": Shape(36, 2048, 2048, 256, 11008, 151936, 1),
+    "qwen2.5-7b": Shape(28, 3584, 3584, 512, 18944, 152064, 2),
+    "qwen2.5-14b": Shape(48, 5120, 5120, 1024, 13824, 152064, 2),
+    "qwen2.5-32b": Shape(64, 5120, 5120, 1024, 27648, 152064, 2),
+    "qwen2.5-72b": Shape(80, 8192, 8192, 1024, 29568, 152064, 2),
+    "qwen3-0.6b": Shape(28, 1024, 2048, 1024, 3072, 151936, 1),
+    "qwen3-1.7b": Shape(28, 2048, 2048, 1024, 6144, 151936, 1),
+    "qwen3-4b": Shape(36, 2560, 4096, 1024, 9728, 151936, 1),
+    "qwen3-8b": Shape(36, 4096, 4096, 1024, 12288, 151936, 2),
+    "qwen3-14b": Shape(40, 5120, 5120, 1024, 17408, 151936, 2),
+    "qwen3-32b": Shape(64, 5120, 8192, 1024, 25600, 151936, 2),
+    "gemma-2-2b": Shape(26, 2304, 2048, 1024, 9216, 256000, 1),
+    "gemma-2-9b": Shape(42, 3584, 4096, 2048, 14336, 256000, 1),
+    "gemma-2-27b": Shape(46, 4608, 4096, 2048, 36864, 256000, 1),
+    "gemma-3-270m": Shape(18, 640, 1024, 256, 2048, 262144, 1),
+    "gemma-3-1b": Shape(26, 1152, 1024, 256, 6912, 262144, 1),
+    "gemma-3-4b": Shape(34, 2560, 2048, 1024, 10240, 262208, 1),
+    "gemma-3-12b": Shape(48, 3840, 4096, 2048, 15360, 262208, 1),
+    "gemma-3-27b": Shape(62, 5376, 4096, 2048, 21504, 262208, 1),
+    "mistral-7b": Shape(32, 4096, 4096, 1024, 14336, 32768, 2),
+    "smollm2-135m": Shape(30, 576, 576, 192, 1536, 49152, 1),
+    "smollm2-360m": Shape(32, 960, 960, 320, 2560, 49152, 1),
+    "smollm2-1.7b": Shape(24, 2048, 2048, 2048, 8192, 49152, 1),
 }
 
 
@@ -154,32 +195,31 @@ def read_linear_maps(model: str) -> dict[str, int]:
     Args:
         model: A key of `SHAPES`, a config.json or a folder with one, `packaged:NAME`, or a hub id. For all but the
             first the model is built without memory for its weights, and its linear maps are those that PEFT would
-            adapt: of the text part, without the output embedding.
+            adapt: of the text part, without the output embedding. In a mixture of experts, each expert's weight is
+            a linear map with an adapter of its own, as with PEFT's `target_parameters`.
 
     Raises:
-        ModelError: The name is unknown, or the config cannot be read or is not of a dense causal language model.
+        ModelError: The name is unknown, or the config cannot be read or is not of a causal language model.
     """
     if model.lower() in SHAPES:
-        layers, hidden, queries, keys, feed_forward = SHAPES[model.lower()]
-        return {
-            "q_proj": layers * (hidden + queries),
-            "k_proj": layers * (hidden + keys),
-            "v_proj": layers * (hidden + keys),
-            "o_proj": layers * (queries + hidden),
-            "gate_proj": layers * (hidden + feed_forward),
-            "up_proj": layers * (hidden + feed_forward),
-            "down_proj": layers * (feed_forward + hidden),
-        }
-    path = Path(model).expanduser()
-    if path.exists():
-        return _build_linear_maps(str(path))
-    if model.startswith(PREFIX):
-        return _build_linear_maps(resolve_model(model))
-    if "/" not in model or path.suffix == ".json":
-        raise ModelError(
-            f"--model {model}: no such file, and none of {', '.join(SHAPES)}; a hub id has the form owner/name"
-        )
-    return _build_linear_maps(model)
+        return SHAPES[model.lower()].linear_maps
+    return _sum_linear_maps(_build(model))
+
+
+def count_parameters(model: str) -> int:
+    """Parameters of a model, named as for `read_linear_maps`; of a built-in one, to 0.1%.
+
+    Raises:
+        ModelError: See `read_linear_maps`.
+    """
+    if model.lower() in SHAPES:
+        return SHAPES[model.lower()].parameters
+    return sum(parameter.numel() for parameter in _build(model).parameters())
+
+
+def split_targets(targets: str) -> list[str] | str:
+    """Targets of the command line, with commas between, as `estimate` takes them."""
+    return ALL_LINEAR if targets == ALL_LINEAR else targets.split(",")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,12 +257,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Tokens of an answer; a public prompt is taken to be as long. Default: %(default)s.",
     )
     parser.add_argument(
-        "--bytes-per-token",
-        type=float,
-        default=4.0,
-        metavar="B",
-        help="Bytes a token: 4 is an int32 token id, and about what English text comes to in UTF-8. "
-        "Default: %(default)s.",
+        "--encoding",
+        choices=ENCODING_BYTES,
+        default="utf-8",
+        help="What a token is sent as: "
+        + ", ".join(f"{name} ({size:g} bytes)" for name, size in ENCODING_BYTES.items())
+        + "; of text, that is typical of English. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--bytes-per-token", type=float, metavar="B", help="Bytes a token, instead of those of --encoding."
     )
     parser.add_argument(
         "--clients",
@@ -238,6 +281,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Rounds; for the total. Default: %(default)s.",
     )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="Draw the total over model size, of the built-in models, into this .svg or .png file.",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -247,30 +296,87 @@ def run(args: argparse.Namespace) -> int:
         ModelError: See `read_linear_maps`.
         ConfigError: See `estimate`.
     """
-    cost = estimate(
-        read_linear_maps(args.model),
-        targets=ALL_LINEAR if args.targets == ALL_LINEAR else args.targets.split(","),
-        rank=args.rank,
-        dtype=args.dtype,
-        prompts=args.prompts,
-        tokens=args.tokens,
-        bytes_per_token=args.bytes_per_token,
-        clients=args.clients,
-        rounds=args.rounds,
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("rank", "dtype", "prompts", "tokens")}
+    settings |= {"clients": args.clients, "rounds": args.rounds}
+    settings["bytes_per_token"] = (
+        ENCODING_BYTES[args.encoding] if args.bytes_per_token is None else args.bytes_per_token
     )
+    encoding = args.encoding if args.bytes_per_token is None else "as given"
+    cost = estimate(read_linear_maps(args.model), targets=split_targets(args.targets), **settings)
     console = Console(highlight=False, markup=False)
     adapter = f"LoRA of rank {args.rank} on {args.targets}, {cost.parameters:,} parameters in {args.dtype}"
-    answers = f"{args.prompts:,} prompts, {args.tokens:,} tokens an answer, {args.bytes_per_token:g} bytes a token"
+    answers = f"{args.prompts:,} prompts, {args.tokens:,} tokens an answer"
     console.print(f"weights: {args.model}, {adapter}")
-    console.print(f"text: {answers}")
+    console.print(f"text: {answers}, {settings['bytes_per_token']:g} bytes a token ({encoding})")
     console.print(_table(cost))
     console.print(
         "Analytic, not measured. Weights: one adapter up and the average of all down, as in FedAvg. Text: the answers "
         "up, as many pseudo-labels down, and the public prompts once. Left out: framing and prompt ids (at most 10 "
-        "bytes a prompt), compression, and abstention, which sends fewer pseudo-labels. What a run really sent is in "
-        "its ledger."
+        "bytes a prompt), and abstention, which sends fewer pseudo-labels. What a run really sent is in its ledger."
     )
+    if args.figure:
+        draw_figure(args.figure, args.model, args.targets, **settings)
+        console.print(f"figure: {args.figure}", soft_wrap=True)
     return 0
+
+
+def draw_figure(path: Path, model: str, targets: str, **settings: Any) -> None:
+    """Draw what a client sends and gets over a run, by model size: LoRA weights of the built-in models, and text.
+
+    Args:
+        path: A file to write, .svg or .png.
+        model: The model at which the ratio is stated.
+        targets: Its targets, as on the command line.
+        settings: Those of `estimate`.
+
+    Raises:
+        ConfigError: The file's ending is another one.
+        ModelError: See `read_linear_maps`.
+    """
+    from semcons_ray.reporting.drawing import BLUE, CLIENT_COLOURS, INK, MARKERS, log_axis, place_legend, save
+
+    marked = estimate(read_linear_maps(model), targets=split_targets(targets), **settings)
+    size, clients = count_parameters(model) / 1e9, settings["clients"]
+    shapes = sorted(SHAPES.values(), key=lambda shape: shape.parameters)
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.add_subplot()
+        for position, names in enumerate(FIGURE_TARGETS):
+            costs = [estimate(shape.linear_maps, targets=split_targets(names), **settings) for shape in shapes]
+            axes.plot(
+                [shape.parameters / 1e9 for shape in shapes],
+                [cost.total_bytes(cost.weights) / clients for cost in costs],
+                color=CLIENT_COLOURS[position + 1],
+                marker=MARKERS[position],
+                linewidth=1,
+                label=f"LoRA on {names}",
+            )
+        text, weights = (marked.total_bytes(traffic) / clients for traffic in (marked.text, marked.weights))
+        axes.axhline(text, color=BLUE, linewidth=2.5, label="text")
+        axes.plot(size, weights, color=INK, marker="D")
+        axes.annotate("", (size, weights), (size, text), arrowprops={"arrowstyle": "<->", "color": INK})
+        left = size < 7  # the middle of the axis
+        axes.annotate(
+            f"{Path(model.removesuffix('/config.json')).name}\n{targets}: {marked.total_ratio:,.1f}x",
+            (size, text**0.7 * weights**0.3),
+            xytext=(6 if left else -6, 0),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="center",
+        )
+        axes.set_title(
+            f"LoRA of rank {settings['rank']} in {settings['dtype']}; {settings['prompts']:,} prompts x "
+            f"{settings['tokens']:,} tokens x {settings['bytes_per_token']:g} bytes",
+            fontsize=10,
+            loc="left",
+        )
+        axes.set_xlabel("parameters of the model (billions)")
+        axes.set_ylabel(f"bytes a client, {settings['rounds']:,} rounds, both ways")
+        log_axis(axes, "x")
+        log_axis(axes, "y", "B")
+        place_legend(canvas, axes, 4)
+
+    save(path, draw)
 
 
 def _table(cost: Cost) -> Table:
@@ -303,28 +409,49 @@ def _select(linear_maps: Mapping[str, int], targets: Sequence[str] | str) -> set
     return chosen
 
 
-def _build_linear_maps(source: str) -> dict[str, int]:
+def _build(model: str) -> PreTrainedModel:
+    """The text part of a model that is not built in, without memory for its weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
+    path, source = Path(model).expanduser(), model
+    if path.exists():
+        source = str(path)
+    elif model.startswith(PREFIX):
+        source = resolve_model(model)
+    elif "/" not in model or path.suffix == ".json":
+        raise ModelError(
+            f"--model {model}: no such file, and none of {', '.join(SHAPES)}; a hub id has the form owner/name"
+        )
     try:
-        config = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(source)
+        text = config.get_text_config(decoder=True)
+        # Of some models that see, transformers knows the text part only without its output embedding.
+        bare = type(text) is not type(config) and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            built: PreTrainedModel = (AutoModel if bare else AutoModelForCausalLM).from_config(text)
     except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"--model {source}: {lines[0]} Give a built-in name, or the config.json of a causal language model."
         ) from error
-    sums: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if path.endswith(".experts"):  # not linear maps but stacked weights, which PEFT adapts in ways of its own
-            raise ModelError(f"--model {source} is a mixture of experts; only dense models are counted")
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not model.get_output_embeddings():
-            name = path.rpartition(".")[2]
-            sums[name] = sums.get(name, 0) + sum(module.weight.shape)
-    return sums
+    return built
+
+
+def _sum_linear_maps(built: PreTrainedModel) -> dict[str, int]:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    sums: Counter[str] = Counter()
+    for path, module in built.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not built.get_output_embeddings():
+            sums[name] += sum(module.weight.shape)
+        elif name == "experts":  # their weights are stacked: E experts by d_in by d_out, or d_out by d_in
+            for stack, weight in module.named_parameters(recurse=False):
+                if weight.ndim == 3:
+                    sums[stack] += weight.shape[0] * sum(weight.shape[1:])
+    return dict(sums)
 
 
 def _si(size: float) -> str:

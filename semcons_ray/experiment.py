@@ -9,18 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from semcons_ray.assembly import Placement, cluster, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.data.split import DataSplit
+from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.placement import describe_plan
 from semcons_ray.evaluation.scores import mean_rouge_l
 from semcons_ray.federation.algorithms import build_algorithm
-from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome, client_folder
+from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol, Verdict
 from semcons_ray.messages import PseudoLabels
@@ -81,13 +80,13 @@ def resume_experiment(out: Path, observer: Observer) -> RunFolder:
 
 def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) -> None:
     commits = folder.commits()
-    clients = range(config.clients.num_clients)
-    exported = all((folder.adapters / client_folder(client)).is_dir() for client in clients)
-    if len(commits) > config.num_rounds and exported:
+    if folder.is_finished(config.num_rounds):
         folder.write_tables(commits)
         return
     observer.stage("reading data")
     split = prepare_data(config, folder.data)
+    if config.algorithm.name == "centralized":
+        split = pooled(split)
     observer.stage("finding models")
     models = find_models(config)
     with cluster(config) as nodes:
@@ -98,16 +97,21 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         observer.stage("loading models")
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
-        algorithm = build_algorithm(config.algorithm, cohort)
+        algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
         with parts(placement, split, algorithm, folder.state) as (fleet, server):
             _write_environment(folder, placement, fleet)
             rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer)
             while len(commits) <= config.num_rounds:
-                commits.append(rounds.run(len(commits), commits, began))
-                folder.commit(commits)
+                commit, state = rounds.run(len(commits), began)
+                commits.append(commit)
+                folder.commit(commits, state)
                 observer.round_ends(commits[-1].summary, commits[-1].metrics)
             observer.stage("writing adapters")
-            fleet.export_adapters(clients, folder.adapters.resolve())
+            last = config.num_rounds + 1
+            trained = [client for client, private in enumerate(split.private) if private]
+            downlinks = algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
+            with folder.writing_adapters() as adapters:
+                fleet.export_adapters(last, downlinks, adapters)
 
 
 @dataclass(frozen=True)
@@ -122,25 +126,26 @@ class Rounds:
     server: ServerProtocol
     observer: Observer
 
-    def run(self, round: int, commits: Sequence[Commit], began: float) -> Commit:
-        """One round. Round 0 measures the base models; it counts from `began`, when models began to load."""
+    def run(self, round: int, began: float) -> tuple[Commit, bytes]:
+        """One round, and what the server takes into the next.
+
+        Round 0 measures the base models; it counts from `began`, when models began to load.
+        """
         config = self.placement.config
         started_at = time.time() if round else began
         visitor = _Watched(self.fleet, self.observer, config.num_rounds)
+        state = self.folder.server_state(round - 1) if round else self.algorithm.first_state()
         if round == 0:
-            outcome = self._measure_base(visitor)
-            downlink = outcome.next_downlink
+            outcome = self._measure_base(visitor, state)
         else:
-            downlink = commits[-1].next_downlink
             evaluate = round % config.evaluation.every == 0 or round == config.num_rounds
-            outcome = self.algorithm.run_round(round, downlink, visitor, self.server, evaluate=evaluate)
-        metrics = self._metrics(outcome.replies)
+            outcome = self.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
         verdict: Verdict | None = outcome.verdict
         if verdict:
             self.folder.write_table(f"consensus/round_{round:03d}.parquet", _consensus_table(verdict))
         ended_at = time.time()
         answered = {reply.client_id for reply in outcome.replies}
-        return Commit(
+        commit = Commit(
             summary=RoundRow(
                 round=round,
                 started_at=started_at,
@@ -150,59 +155,55 @@ class Rounds:
                 lost=", ".join(str(client) for client in visitor.asked if client not in answered),
                 num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
                 mean_agreement=_mean(verdict.agreement) if verdict else math.nan,
-                label_churn=label_churn(PseudoLabels.decode(downlink), verdict.labels, len(self.split.public))
+                label_churn=label_churn(PseudoLabels.decode(state), verdict.labels, len(self.split.public))
                 if verdict
                 else math.nan,
             ),
-            metrics=metrics if round else self._for_every_client(metrics),
+            metrics=tuple(self._metrics(round, outcome)),
             ledger=tuple(self._ledger(round, outcome, started_at, ended_at)),
-            next_downlink=outcome.next_downlink,
         )
+        return commit, outcome.next_state
 
-    def _measure_base(self, visitor: _Watched) -> RoundOutcome:
-        first = {model: client for client, model in reversed([*enumerate(self.placement.config.client_models())])}
-        replies = visitor.visit(0, dict.fromkeys(sorted(first.values()), b""), evaluate=True)
-        return RoundOutcome(replies=tuple(replies), next_downlink=self.algorithm.first_downlink())
+    def _measure_base(self, visitor: _Watched, state: bytes) -> RoundOutcome:
+        # Before training, all clients of one architecture are the same model: it is measured once.
+        models = self.placement.config.client_models()
+        first = {model: client for client, model in reversed([*enumerate(models)])}
+        replies = tuple(visitor.visit(0, dict.fromkeys(sorted(first.values()), b""), evaluate=True))
+        measured = {models[reply.client_id]: reply.evaluation for reply in replies}
+        evaluations = {client: measured.get(model) for client, model in enumerate(models)}
+        return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
-    def _metrics(self, replies: Sequence[Reply]) -> tuple[MetricsRow, ...]:
+    def _metrics(self, round: int, outcome: RoundOutcome) -> Iterator[MetricsRow]:
         config = self.placement.config
         references = [example.response for example in self.split.test[: config.evaluation.num_answers]]
-        models = config.client_models()
-        rows = []
-        for reply in replies:
-            measured = reply.evaluation
+        replies = {reply.client_id: reply for reply in outcome.replies}
+        scores: dict[int, tuple[float, float]] = {}  # by identity, since clients may share one evaluation
+        for client_id, measured in sorted(outcome.evaluations.items()):
             if measured is None:
                 continue
+            if id(measured) not in scores:
+                cosines = self.server.similarity(round, measured.answers, references)
+                mean_cosine = sum(cosines) / len(cosines) if cosines else math.nan
+                scores[id(measured)] = mean_rouge_l(measured.answers, references), mean_cosine
+            rouge_l, similarity = scores[id(measured)]
             nll = measured.nll_sum / max(measured.num_tokens, 1)
-            cosines = self.server.similarity(reply.round, measured.answers, references)
-            rows.append(
-                MetricsRow(
-                    round=reply.round,
-                    client_id=reply.client_id,
-                    model=models[reply.client_id],
-                    nll=nll,
-                    perplexity=math.exp(min(nll, 700.0)),
-                    rouge_l=mean_rouge_l(measured.answers, references),
-                    similarity=sum(cosines) / len(cosines) if cosines else math.nan,
-                    train_loss=reply.train_loss,
-                    num_private=reply.num_private,
-                    num_pseudo_labels=reply.num_pseudo_labels,
-                )
+            reply = replies.get(client_id)
+            yield MetricsRow(
+                round=round,
+                client_id=client_id,
+                model=config.client_models()[client_id],
+                nll=nll,
+                perplexity=math.exp(min(nll, 700.0)),
+                rouge_l=rouge_l,
+                similarity=similarity,
+                train_loss=reply.train_loss if reply else math.nan,
+                num_private=len(self.split.private[client_id]),
+                num_pseudo_labels=reply.num_pseudo_labels if reply else 0,
             )
-        return tuple(rows)
-
-    def _for_every_client(self, base: Sequence[MetricsRow]) -> tuple[MetricsRow, ...]:
-        # Before training, all clients of one architecture are the same model: it is measured once.
-        measured = {row.model: row for row in base}
-        return tuple(
-            msgspec.structs.replace(measured[model], client_id=client, num_private=len(self.split.private[client]))
-            for client, model in enumerate(self.placement.config.client_models())
-            if model in measured
-        )
 
     def _ledger(self, round: int, outcome: RoundOutcome, started_at: float, ended_at: float) -> list[LedgerRow]:
         rows = [row for reply in outcome.replies for row in reply.rows]
-        rows += outcome.verdict.rows if outcome.verdict else ()
+        rows += [*outcome.rows, *(outcome.verdict.rows if outcome.verdict else ())]
         rows += self.server.take_rows()
         rows += idle_rows(rows, round, started_at, ended_at, self.fleet.workers)
         return apportion(rows, self.fleet.laps(), self.placement.watts)
@@ -223,6 +224,9 @@ class _Watched:
         for reply in self._fleet.visit(round, downlinks, evaluate=evaluate):
             self._observer.client_done(reply)
             yield reply
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        return self._fleet.measure(round, downlinks)
 
 
 def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> float:

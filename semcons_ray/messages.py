@@ -1,10 +1,11 @@
-"""What crosses the wire between clients and the server: three messages, each with its encoding and byte count.
+"""What crosses the wire between clients and the server: five messages, each with its encoding and byte count.
 
 Schema (docs/wire.md has the same in prose). A message is one byte of framing, then a MessagePack map; the
 framing byte is 0 for plain and 1 for zstd. The map has the key `type` (below) and the fields of the class, in
 order. Nothing is pickled. A figure of "bytes" anywhere in this package is the length of what `encode` returns.
 
-Legend: P public prompts. Everything that leaves a client is an `Answers`.
+Legend: P public prompts. Semantic consensus uses the first three: everything that leaves a client is an `Answers`. The
+weight-averaging baselines use the last two.
 """
 
 from __future__ import annotations
@@ -83,6 +84,22 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
     def __post_init__(self) -> None:
         if len(self.prompt_ids) != len(self.responses) or min(self.prompt_ids, default=0) < 0:
             raise MessageError("PseudoLabels: needs one prompt id, from 0, for each response")
+
+
+class AdapterUpdate(Message, frozen=True, kw_only=True, tag="adapter_update"):
+    """Client to server, by weight-averaging baselines: what the client has trained, as safetensors."""
+
+    round_number: int
+    client_id: int
+    num_examples: int
+    tensors: bytes
+
+
+class GlobalAdapter(Message, frozen=True, kw_only=True, tag="global_adapter"):
+    """Server to client, by weight-averaging baselines: what was made of all updates, as safetensors."""
+
+    round_number: int
+    tensors: bytes
 
 
 NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())

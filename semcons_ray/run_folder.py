@@ -4,6 +4,7 @@
     environment.json        versions and machine; placement.json: workers, nodes and energy meters
     data.parquet            who holds which example
     state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
+    state/server_NNN        what the server takes from a round into the next; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py)
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
     consensus/round_NNN.parquet                       every answer to every prompt, and what was chosen
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +83,6 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     summary: RoundRow
     metrics: tuple[MetricsRow, ...]
     ledger: tuple[LedgerRow, ...]
-    next_downlink: bytes
 
 
 class RunFolder:
@@ -140,6 +141,19 @@ class RunFolder:
                 raise RunFolderError(f"{self.path} is in use by another process") from error
             yield
 
+    def is_finished(self, num_rounds: int) -> bool:
+        """Whether nothing is left to do: adapters come last, and all at once."""
+        return (self.state / f"round_{num_rounds:03d}.msgpack").is_file() and self.adapters.is_dir()
+
+    @contextlib.contextmanager
+    def writing_adapters(self) -> Iterator[Path]:
+        """A folder that becomes `adapters` when all are written."""
+        beside = self.path.resolve() / ".adapters"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        beside.rename(self.adapters)
+
     def read_config(self) -> ExperimentConfig:
         """The run's settings."""
         return load_config(self.path / "config.yaml")
@@ -156,10 +170,27 @@ class RunFolder:
         """Write a parquet file."""
         self._write(name, frame.to_parquet(index=False))
 
-    def commit(self, commits: Sequence[Commit]) -> None:
-        """Make the last of `commits` done, and bring the tables up to date."""
-        self._write(f"state/round_{len(commits) - 1:03d}.msgpack", msgspec.msgpack.encode(commits[-1]))
+    def commit(self, commits: Sequence[Commit], next_state: bytes) -> None:
+        """Make the last of `commits` done, with what the server takes on, and bring the tables up to date."""
+        round = len(commits) - 1
+        self._write(f"state/server_{round:03d}", next_state)
+        self._write(f"state/round_{round:03d}.msgpack", msgspec.msgpack.encode(commits[-1]))
+        (self.state / f"server_{round - 2:03d}").unlink(missing_ok=True)
         self.write_tables(commits)
+
+    def server_state(self, round: int) -> bytes:
+        """What the server takes from a committed round into the next.
+
+        Raises:
+            RunFolderError: It is missing.
+        """
+        path = self.state / f"server_{round:03d}"
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot read {path}: {error.strerror}; start the run again in a new folder"
+            ) from error
 
     def commits(self) -> list[Commit]:
         """Commits of the rounds done, from 0 on.

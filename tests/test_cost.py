@@ -14,45 +14,57 @@ from transformers import (
     LlamaConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLTextConfig,
 )
 
-from semcons_ray.cost import ALL_LINEAR, DTYPE_BYTES, SHAPES, add_arguments, estimate, read_linear_maps, run
+from semcons_ray.cost import (
+    ALL_LINEAR,
+    DTYPE_BYTES,
+    ENCODING_BYTES,
+    SHAPES,
+    add_arguments,
+    count_parameters,
+    estimate,
+    read_linear_maps,
+    run,
+)
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.messages import Answers, PseudoLabels, PublicPrompts
 
-# Parameters without embeddings, in billions: for Qwen the model cards, for Gemma the tables of the technical reports
-# (arXiv:2408.00118 and 2503.19786), for the others the card's total less the embeddings.
+# Billions of parameters without embeddings, and in all. For Qwen the model cards, for Gemma the tables of the technical
+# reports (arXiv:2408.00118 and 2503.19786, of the text part), for the others the card's total, less the embeddings.
 PUBLISHED = {
-    "llama-3.1-8b": 8.03 - 2 * 128256 * 4096 / 1e9,
-    "llama-3.1-70b": 70.55 - 2 * 128256 * 8192 / 1e9,
-    "llama-3.1-405b": 405.85 - 2 * 128256 * 16384 / 1e9,
-    "llama-3.2-1b": 1.236 - 128256 * 2048 / 1e9,
-    "llama-3.2-3b": 3.213 - 128256 * 3072 / 1e9,
-    "qwen2.5-0.5b": 0.36,
-    "qwen2.5-1.5b": 1.31,
-    "qwen2.5-3b": 2.77,
-    "qwen2.5-7b": 6.53,
-    "qwen2.5-14b": 13.1,
-    "qwen2.5-32b": 31.0,
-    "qwen2.5-72b": 70.0,
-    "qwen3-0.6b": 0.44,
-    "qwen3-1.7b": 1.4,
-    "qwen3-4b": 3.6,
-    "qwen3-8b": 6.95,
-    "qwen3-14b": 13.2,
-    "qwen3-32b": 31.2,
-    "gemma-2-2b": 2.024,
-    "gemma-2-9b": 8.324,
-    "gemma-2-27b": 26.047,
-    "gemma-3-270m": 0.1,
-    "gemma-3-1b": 0.698,
-    "gemma-3-4b": 3.209,
-    "gemma-3-12b": 10.759,
-    "gemma-3-27b": 25.6,
-    "mistral-7b": 7.248 - 2 * 32768 * 4096 / 1e9,
-    "smollm2-135m": 0.1345 - 49152 * 576 / 1e9,
-    "smollm2-360m": 0.3618 - 49152 * 960 / 1e9,
-    "smollm2-1.7b": 1.711 - 49152 * 2048 / 1e9,
+    "llama-3.1-8b": (8.03 - 2 * 128256 * 4096 / 1e9, 8.03),
+    "llama-3.1-70b": (70.55 - 2 * 128256 * 8192 / 1e9, 70.55),
+    "llama-3.1-405b": (405.85 - 2 * 128256 * 16384 / 1e9, 405.85),
+    "llama-3.2-1b": (1.236 - 128256 * 2048 / 1e9, 1.236),
+    "llama-3.2-3b": (3.213 - 128256 * 3072 / 1e9, 3.213),
+    "qwen2.5-0.5b": (0.36, 0.49),
+    "qwen2.5-1.5b": (1.31, 1.54),
+    "qwen2.5-3b": (2.77, 3.09),
+    "qwen2.5-7b": (6.53, 7.61),
+    "qwen2.5-14b": (13.1, 14.7),
+    "qwen2.5-32b": (31.0, 32.5),
+    "qwen2.5-72b": (70.0, 72.7),
+    "qwen3-0.6b": (0.44, 0.6),
+    "qwen3-1.7b": (1.4, 1.7),
+    "qwen3-4b": (3.6, 4.0),
+    "qwen3-8b": (6.95, 8.2),
+    "qwen3-14b": (13.2, 14.8),
+    "qwen3-32b": (31.2, 32.8),
+    "gemma-2-2b": (2.024, 2.024 + 0.590),
+    "gemma-2-9b": (8.324, 8.324 + 0.918),
+    "gemma-2-27b": (26.047, 26.047 + 1.180),
+    "gemma-3-270m": (0.1, 0.27),
+    "gemma-3-1b": (0.698, 0.698 + 0.302),
+    "gemma-3-4b": (3.209, 3.209 + 0.675),
+    "gemma-3-12b": (10.759, 10.759 + 1.012),
+    "gemma-3-27b": (25.6, 25.600 + 1.416),
+    "mistral-7b": (7.248 - 2 * 32768 * 4096 / 1e9, 7.248),
+    "smollm2-135m": (0.1345 - 49152 * 576 / 1e9, 0.1345),
+    "smollm2-360m": (0.3618 - 49152 * 960 / 1e9, 0.3618),
+    "smollm2-1.7b": (1.711 - 49152 * 2048 / 1e9, 1.711),
 }
 
 
@@ -103,9 +115,11 @@ def test_the_worked_example():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_built_in_shape_has_the_published_number_of_parameters(name):
-    layers, hidden, queries, keys, feed_forward = SHAPES[name]
-    parameters = layers * hidden * (2 * queries + 2 * keys + 3 * feed_forward)
-    assert parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
+    shape = SHAPES[name]
+    without_embeddings, total = PUBLISHED[name]
+    parameters = shape.layers * shape.hidden * (2 * shape.queries + 2 * shape.keys + 3 * shape.feed_forward)
+    assert parameters / 1e9 == pytest.approx(without_embeddings, rel=0.01)
+    assert count_parameters(name.upper()) / 1e9 == pytest.approx(total, rel=0.015)
 
 
 def test_smollm2_by_hand():
@@ -242,10 +256,42 @@ def test_a_config_of_no_language_model_is_one_clear_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mixture_of_experts_is_refused_and_not_undercounted(tmp_path):
-    config = Qwen3MoeConfig(**TINY, moe_intermediate_size=32, num_experts=4)
-    with pytest.raises(ModelError, match="mixture of experts"):
-        read_linear_maps(write_config(tmp_path, config.to_dict()))
+def test_each_expert_of_a_mixture_counts_as_peft_trains_it(tmp_path):
+    config = Qwen3MoeConfig(**TINY, head_dim=16, moe_intermediate_size=32, num_experts=4)
+    maps = read_linear_maps(write_config(tmp_path, config.to_dict()))
+    assert maps["gate_up_proj"] == 2 * 4 * (48 + 2 * 32)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lora = LoraConfig(
+        r=3,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    trained = sum(weight.numel() for weight in get_peft_model(model, lora).parameters() if weight.requires_grad)
+    assert estimate(maps, targets=["q", "gate_up", "down"], rank=3).parameters == trained
+
+
+def test_a_text_part_without_output_embedding_counts_as_well(tmp_path):
+    text = Qwen3VLTextConfig(**TINY, head_dim=16)
+    maps = read_linear_maps(write_config(tmp_path, Qwen3VLConfig(text_config=text.to_dict()).to_dict()))
+    assert maps == read_linear_maps(write_config(tmp_path, Qwen3Config(**TINY, head_dim=16).to_dict()))
+
+
+def test_the_built_in_count_of_parameters_is_that_of_the_config(tmp_path):
+    config = Qwen3Config(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+    path = write_config(tmp_path, config.to_dict())
+    assert read_linear_maps(path) == read_linear_maps("qwen3-0.6b")
+    assert count_parameters(path) == pytest.approx(count_parameters("qwen3-0.6b"), rel=0.001)
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_clear_line(monkeypatch):
@@ -278,6 +324,43 @@ def test_the_command_line_reaches_every_argument(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert f"{4 * sum(read_linear_maps('smollm2-135m').values()):,} parameters in int8" in out
     assert "125 B" in out
+
+
+def test_over_a_hundred_rounds_the_worked_example_comes_to_about_1006():
+    cost = estimate(read_linear_maps("llama-3.1-405b"), targets=["q", "v"], clients=4, rounds=100)
+    assert cost.total_ratio == pytest.approx(202_309_632 * 200 / (200_000 * 201)) == pytest.approx(1006, abs=1)
+
+
+@pytest.mark.parametrize(("encoding", "size"), ENCODING_BYTES.items())
+def test_an_encoding_stands_for_its_bytes_a_token_unless_they_are_given(capsys, monkeypatch, encoding, size):
+    monkeypatch.setenv("COLUMNS", "200")
+    run(parse("--encoding", encoding))
+    assert f"{size:g} bytes a token ({encoding})" in capsys.readouterr().out
+    run(parse("--encoding", encoding, "--bytes-per-token", "3.25"))
+    assert "3.25 bytes a token (as given)" in capsys.readouterr().out
+
+
+def test_the_figure_states_the_ratio_of_the_chosen_model(tmp_path, capsys):
+    path = tmp_path / "figure.svg"
+    run(parse("--rounds", "100", "--figure", str(path)))
+    drawn = path.read_text()
+    assert "1,006.5x" in drawn
+    assert all(f"LoRA on {targets}" in drawn for targets in ("q,v", "q,k,v,o", ALL_LINEAR))
+    assert f"figure: {path}" in capsys.readouterr().out
+    run(parse("--rounds", "100", "--figure", str(path)))
+    assert path.read_text() == drawn
+
+
+def test_the_figure_takes_a_model_that_the_table_lacks(tmp_path):
+    model = write_config(tmp_path, GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=50).to_dict())
+    path = tmp_path / "figure.png"
+    run(parse("--model", model, "--targets", "c_attn", "--figure", str(path)))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_in_another_format_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.svg or \.png"):
+        run(parse("--figure", str(tmp_path / "figure.pdf")))
 
 
 def test_the_help_gives_an_example_that_parses(capsys, monkeypatch):

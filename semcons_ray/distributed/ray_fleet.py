@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,26 @@ class RayFleet:
         self.meters = {worker.plan.node: ray.get(ref) for worker, ref in zip(self._metering, meters, strict=True)}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        """See `Fleet.visit`. An actor works its calls off in order, so only the first of each needs to be watched."""
+        """See `Fleet.visit`."""
+        return self._ask(
+            round, downlinks, lambda actor, client, downlink: actor.visit.remote(client, round, downlink, evaluate)
+        )
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        """See `Fleet.measure`."""
+        return self._ask(
+            round, downlinks, lambda actor, client, downlink: actor.measure.remote(client, round, downlink)
+        )
+
+    def _ask(self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]) -> Iterator[Reply]:
+        """Replies to `call`. An actor works its calls off in order, so only the first of each needs to be watched."""
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
 
         def send(worker: _Worker, clients: Sequence[int]) -> None:
             worker.head_since = time.monotonic()
-            worker.in_hand = {
-                worker.actor.visit.remote(client, round, shared[downlinks[client]], evaluate): client
-                for client in clients
-            }
+            worker.in_hand = {call(worker.actor, client, shared[downlinks[client]]): client for client in clients}
 
         def replace(worker: _Worker, reason: str) -> None:
             first, *others = worker.in_hand.values()
@@ -151,11 +160,11 @@ class RayFleet:
                 logger.warning("%s does not answer; energy of node %s is estimated", worker.plan.name, worker.plan.node)
         return [energy for energy in energies if energy is not None]
 
-    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
+    def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """See `Fleet.export_adapters`."""
-        for client_id in client_ids:
+        for client_id, downlink in downlinks.items():
             worker = self._worker_of[client_id]
-            arguments = (client_id, folder / client_folder(client_id))
+            arguments = (client_id, round, downlink, folder / client_folder(client_id))
             try:
                 self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
             except ClientError:

@@ -44,9 +44,13 @@ class WorkerActor:
         """See `Host.visit`; the `Reply` as MessagePack, which is quicker to make and read than a pickle."""
         return msgspec.msgpack.encode(self._loaded().visit(client_id, round, downlink, evaluate))
 
-    def export_adapter(self, client_id: int, folder: Path) -> None:
+    def measure(self, client_id: int, round: int, downlink: bytes) -> bytes:
+        """See `Host.measure`; encoded as by `visit`."""
+        return msgspec.msgpack.encode(self._loaded().measure(client_id, round, downlink))
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         """See `Host.export_adapter`."""
-        self._loaded().export_adapter(client_id, folder)
+        self._loaded().export_adapter(client_id, round, downlink, folder)
 
     def start_meter(self, uses_gpu: bool) -> str:
         """Meter this node's energy from now on; the meter's name, empty where the node has none."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
 from semcons_ray.config import GenerationConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.federation.fleet import Evaluation
-from semcons_ray.federation.randomness import stream
-from semcons_ray.messages import Answers, PseudoLabels
+from semcons_ray.federation.randomness import Stage, stream
+from semcons_ray.federation.weights import Adapter, pack, stacked, with_rank
+from semcons_ray.messages import AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
-from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair
 
-_ADAPTER, _OPTIMIZER = "adapter.", "optimizer."
+_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
 
 
 class Client:
@@ -28,6 +30,7 @@ class Client:
         test: The common test set.
         num_answers: How many test prompts are answered at an evaluation.
         model: Base model with a place for an adapter; shared between the clients of a worker.
+        rank: LoRA rank of this client's adapter, at most the model's; the components beyond it stay zero.
         seed: The experiment's.
         ledger: Where its work is written down.
     """
@@ -41,6 +44,7 @@ class Client:
         test: Sequence[Example],
         num_answers: int,
         model: LanguageModel,
+        rank: int,
         training: TrainingConfig,
         generation: GenerationConfig,
         seed: int,
@@ -52,6 +56,7 @@ class Client:
         self.test = [Pair(example.prompt, example.response) for example in test]
         self.num_answers = num_answers
         self.model = model
+        self.rank = rank
         self.training = training
         self.generation = generation
         self.seed = seed
@@ -60,22 +65,43 @@ class Client:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Become what `state` returned earlier; an empty dict is a client that has not begun."""
-        self.adapter = {key[len(_ADAPTER) :]: value for key, value in tensors.items() if key.startswith(_ADAPTER)}
-        self.optimizer = {key[len(_OPTIMIZER) :]: value for key, value in tensors.items() if key.startswith(_OPTIMIZER)}
+        self.adapter, self.optimizer, self.frozen, self.memory = (
+            {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+            for part in (_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY)
+        )
         if not self.adapter:
-            self.adapter = self.model.fresh_adapter()
+            self.adapter = self.fresh_adapter()
         self.train_loss = math.nan
         self.num_pseudo_labels = 0
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next visit needs: adapter and optimizer state (random streams need none)."""
-        return {
-            **{_ADAPTER + key: value for key, value in self.adapter.items()},
-            **{_OPTIMIZER + key: value for key, value in self.optimizer.items()},
-        }
+        """Everything that the next visit needs; random streams need none.
 
-    def fine_tune(self, round: int, labels: PseudoLabels, *, weight: float = 1.0, downlink_bytes: int = 0) -> None:
-        """Train the adapter on private examples joined with pseudo-labels, each of `weight` in the loss."""
+        The adapter, the optimizer's state, a frozen adapter that stands beside the base model, and what else an
+        algorithm remembers.
+        """
+        parts = {_ADAPTER: self.adapter, _OPTIMIZER: self.optimizer, _FROZEN: self.frozen, _MEMORY: self.memory}
+        return {part + key: value for part, tensors in parts.items() for key, value in tensors.items()}
+
+    def fresh_adapter(self, round: int | None = None) -> Adapter:
+        """An adapter of this client's rank whose update is zero: the common one, or one drawn for a round."""
+        drawn = None if round is None else stream(self.seed, round, self.client_id, "adapter")
+        return with_rank(self.model.fresh_adapter(drawn), self.rank)
+
+    def fine_tune(
+        self,
+        round: int,
+        labels: PseudoLabels,
+        *,
+        weight: float = 1.0,
+        downlink_bytes: int = 0,
+        adjust: Adjust | None = None,
+    ) -> None:
+        """Train the adapter on private examples joined with pseudo-labels, each of `weight` in the loss.
+
+        Args:
+            adjust: What an algorithm does to gradients before each step.
+        """
         pairs = list(self.private)
         if weight > 0:
             answered = zip(labels.prompt_ids, labels.responses, strict=True)
@@ -87,6 +113,8 @@ class Client:
                 self.training,
                 stream(self.seed, round, self.client_id, "fine_tune"),
                 self.optimizer,
+                frozen=self.frozen,
+                adjust=adjust,
             )
             work.tokens = result.tokens
             work.downlink_bytes = downlink_bytes
@@ -97,9 +125,7 @@ class Client:
     def answer(self, round: int, compression: str = "none") -> bytes:
         """Answer every public prompt; returns the encoded `Answers`."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            answers, work.tokens = self.model.generate(
-                self.adapter, self.prompts, self.generation, stream(self.seed, round, self.client_id, "generate")
-            )
+            answers, work.tokens = self._answers(self.prompts, round, "generate", self.generation)
             uplink = Answers(
                 round_number=round, client_id=self.client_id, num_examples=len(self.private), answers=tuple(answers)
             ).encode(compression)
@@ -110,13 +136,42 @@ class Client:
         """Score the reference answers of the test set, and answer some of its prompts."""
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
             nll_sum, num_tokens, scored = self.model.negative_log_likelihood(
-                self.adapter, self.test, self.generation.batch_size
+                self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
             )
-            answers, generated = self.model.generate(
-                self.adapter,
-                [pair.prompt for pair in self.test[: self.num_answers]],
-                self.generation,
-                stream(self.seed, round, self.client_id, "evaluate"),
-            )
+            prompts = [pair.prompt for pair in self.test[: self.num_answers]]
+            greedy = self.generation.model_copy(update={"temperature": 0.0})
+            answers, generated = self._answers(prompts, round, "evaluate", greedy)
             work.tokens = scored + generated
         return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens, answers=tuple(answers))
+
+    def label_prompts(self, round: int) -> PseudoLabels:
+        """The client's own answers to the public prompts, as labels to train on; nothing is sent."""
+        with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
+            answers, work.tokens = self._answers(self.prompts, round, "generate", self.generation)
+        given = [prompt for prompt, answer in enumerate(answers) if answer]
+        return PseudoLabels(
+            round_number=round - 1, prompt_ids=tuple(given), responses=tuple(answers[prompt] for prompt in given)
+        )
+
+    def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
+        """The encoded `AdapterUpdate` of these tensors."""
+        with self.ledger.stage("encode", round=round, client_id=self.client_id) as work:
+            uplink = AdapterUpdate(
+                round_number=round,
+                client_id=self.client_id,
+                num_examples=len(self.private),
+                tensors=pack(tensors, dtype),
+            ).encode(compression)
+            work.uplink_bytes = len(uplink)
+        return uplink
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter to an existing folder, with the frozen one if there is one, in PEFT's format."""
+        both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
+        self.model.export_adapter(both, folder)
+
+    def _answers(
+        self, prompts: Sequence[str], round: int, stage: Stage, generation: GenerationConfig
+    ) -> tuple[list[str], int]:
+        generator = stream(self.seed, round, self.client_id, stage)
+        return self.model.generate(self.adapter, prompts, generation, generator, frozen=self.frozen)

@@ -7,9 +7,9 @@ downlink message.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -48,27 +48,53 @@ class Reply(msgspec.Struct, frozen=True):
 class Algorithm(Protocol):
     """What `experiment.py` runs round by round; see semantic_consensus.py for the one to read first."""
 
-    uses_public_prompts: ClassVar[bool]
-
-    def first_downlink(self) -> bytes:
-        """The encoded message that clients get in round 1."""
+    @property
+    def uses_public_prompts(self) -> bool:
+        """Whether clients are sent the public prompts."""
         ...
 
-    def run_round(self, round: int, downlink: bytes, fleet: Visitor, server: Any, *, evaluate: bool) -> RoundOutcome:
-        """The server's part of a round: visits participants, and says what the next downlink message is."""
+    def first_state(self) -> bytes:
+        """What the server takes into round 1."""
+        ...
+
+    def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
+        """The encoded message that each of these clients gets at the start of a round."""
+        ...
+
+    def run_round(self, round: int, state: bytes, fleet: Visitor, server: Any, *, evaluate: bool) -> RoundOutcome:
+        """The server's part of a round: visits participants, and says what the server takes into the next."""
         ...
 
     def visit(self, client: Any, round: int, downlink: bytes) -> bytes:
         """The client's part of a round: takes the encoded downlink message, returns the encoded uplink message."""
         ...
 
+    def adopt(self, client: Any, round: int, downlink: bytes) -> None:
+        """Make the client's model the one that it starts the round with."""
+        ...
+
 
 class RoundOutcome(msgspec.Struct, frozen=True):
-    """A round's replies, the next downlink message, and the consensus (None where an algorithm forms none)."""
+    """What a round came to.
+
+    Attributes:
+        replies: Of the participants, by client id.
+        next_state: What the server takes into the next round.
+        evaluations: Of the model that each client has after the round, where it was measured.
+        verdict: The consensus; None where an algorithm forms none.
+        rows: Work that is in no reply and no verdict.
+    """
 
     replies: tuple[Reply, ...]
-    next_downlink: bytes
+    next_state: bytes
+    evaluations: Mapping[int, Evaluation | None]
     verdict: Any = None
+    rows: tuple[LedgerRow, ...] = ()
+
+
+def own_evaluations(replies: Sequence[Reply]) -> dict[int, Evaluation | None]:
+    """For algorithms that leave each client a model of its own: what each visit measured."""
+    return {reply.client_id: reply.evaluation for reply in replies}
 
 
 class Visitor(Protocol):
@@ -78,6 +104,14 @@ class Visitor(Protocol):
         """Visit the clients named, with a downlink message each; replies come as they are ready.
 
         A client that dies or is too slow is tried again from its last state, up to a limit, then left out.
+
+        Raises:
+            QuorumError: Fewer clients answered than the quorum asks for.
+        """
+        ...
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        """Evaluate the model that each client named makes of a message; nothing is trained, sent or kept.
 
         Raises:
             QuorumError: Fewer clients answered than the quorum asks for.
@@ -102,8 +136,8 @@ class Fleet(Visitor, Protocol):
         """Energy that each metered node used since the last call."""
         ...
 
-    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
-        """Write each client's last adapter to `folder`/client_NNN in PEFT's format."""
+    def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
+        """Write the adapter that each client named would start `round` with to `folder`/client_NNN, for PEFT."""
         ...
 
     def close(self) -> None:
@@ -131,8 +165,12 @@ class Host(Protocol):
         """Visit one client."""
         ...
 
-    def export_adapter(self, client_id: int, folder: Path) -> None:
-        """Write a client's last adapter to `folder`."""
+    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+        """Evaluate the model that a client makes of a message after a round."""
+        ...
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
+        """Write the adapter that a client would start `round` with to `folder`."""
         ...
 
 
@@ -169,10 +207,19 @@ class LocalFleet:
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""
+        return self._ask(round, downlinks, lambda host, client, downlink: host.visit(client, round, downlink, evaluate))
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        """See `Fleet.measure`."""
+        return self._ask(round, downlinks, lambda host, client, downlink: host.measure(client, round, downlink))
+
+    def _ask(
+        self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Host, int, bytes], Reply]
+    ) -> Iterator[Reply]:
         lost: dict[int, str] = {}
         for client_id, downlink in downlinks.items():
             try:
-                reply = self._host_of[client_id].visit(client_id, round, downlink, evaluate)
+                reply = call(self._host_of[client_id], client_id, downlink)
             except UserError:
                 raise
             except ClientError as error:
@@ -181,10 +228,10 @@ class LocalFleet:
                 yield reply
         check_quorum(round, len(downlinks), lost, self._quorum)
 
-    def export_adapters(self, client_ids: Sequence[int], folder: Path) -> None:
+    def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """See `Fleet.export_adapters`."""
-        for client_id in client_ids:
-            self._host_of[client_id].export_adapter(client_id, folder / client_folder(client_id))
+        for client_id, downlink in downlinks.items():
+            self._host_of[client_id].export_adapter(client_id, round, downlink, folder / client_folder(client_id))
 
     def close(self) -> None:
         """Drop the models."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, SemconsError
-from semcons_ray.federation.fleet import Algorithm, Reply
+from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.ledger import Ledger
@@ -39,6 +39,7 @@ class HostSpec:
         threads: CPU threads.
         algorithm: What the clients do on a visit.
         private: Private examples by client.
+        ranks: LoRA rank by client.
         public_prompts: The encoded `PublicPrompts` message; empty where the algorithm uses none.
         test: The common test set.
         num_answers: Test prompts answered at an evaluation.
@@ -52,6 +53,7 @@ class HostSpec:
     threads: int
     algorithm: Algorithm
     private: Mapping[int, tuple[Example, ...]]
+    ranks: Mapping[int, int]
     public_prompts: bytes
     test: tuple[Example, ...]
     num_answers: int
@@ -96,6 +98,7 @@ class HostSpec:
                     test=self.test,
                     num_answers=self.num_answers,
                     model=model,
+                    rank=self.ranks[client_id],
                     training=self.training,
                     generation=self.generation,
                     seed=self.seed,
@@ -131,14 +134,39 @@ class ClientHost:
             client.restore(self.store.load(client_id, before=round))
             uplink = self.algorithm.visit(client, round, downlink) if round else b""
             evaluation = client.evaluate(round) if evaluate else None
-        except SemconsError:
-            raise
         except Exception as error:
-            logger.exception("client %d failed in round %d", client_id, round)
-            reason = f"{type(error).__name__}: {error}"
-            raise ClientError(f"client {client_id}, round {round}, {self.ledger.worker}: {reason}") from error
-        reply = Reply(
-            client_id=client_id,
+            raise self._failed(client_id, round, error) from error
+        reply = self._reply(client, round, uplink, evaluation)
+        self.store.save(client.state(), reply)
+        return reply
+
+    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+        """Evaluate the model that the client would start the next round with; its stored state stays as it is.
+
+        Raises:
+            ClientError: The client failed; says which, when, and why.
+        """
+        try:
+            client = self._before(client_id, round + 1, downlink)
+            evaluation = client.evaluate(round)
+        except Exception as error:
+            raise self._failed(client_id, round, error) from error
+        return self._reply(client, round, b"", evaluation)
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
+        """Write the adapter that the client would start `round` with, in PEFT's format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._before(client_id, round, downlink).export(folder)
+
+    def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
+        client = self.clients[client_id]
+        client.restore(self.store.load(client_id, before=round))
+        self.algorithm.adopt(client, round, downlink)
+        return client
+
+    def _reply(self, client: Client, round: int, uplink: bytes, evaluation: Evaluation | None) -> Reply:
+        return Reply(
+            client_id=client.client_id,
             round=round,
             uplink=uplink,
             train_loss=client.train_loss,
@@ -147,12 +175,9 @@ class ClientHost:
             evaluation=evaluation,
             rows=tuple(self.ledger.take()),
         )
-        self.store.save(client.state(), reply)
-        return reply
 
-    def export_adapter(self, client_id: int, folder: Path) -> None:
-        """Write the client's last adapter in PEFT's format."""
-        client = self.clients[client_id]
-        client.restore(self.store.load(client_id, before=1 << 30))
-        folder.mkdir(parents=True, exist_ok=True)
-        client.model.export_adapter(client.adapter, folder)
+    def _failed(self, client_id: int, round: int, error: Exception) -> SemconsError:
+        if isinstance(error, SemconsError):
+            return error
+        logger.error("client %d failed in round %d", client_id, round, exc_info=error)
+        return ClientError(f"client {client_id}, round {round}, {self.ledger.worker}: {type(error).__name__}: {error}")

@@ -11,8 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-Stage = Literal["participation", "fine_tune", "generate", "evaluate", "consensus"]
-_STAGES: dict[Stage, int] = {"participation": 1, "fine_tune": 2, "generate": 3, "evaluate": 4, "consensus": 5}
+Stage = Literal["participation", "fine_tune", "generate", "evaluate", "consensus", "adapter"]
+_STAGES: dict[Stage, int] = {
+    "participation": 1,
+    "fine_tune": 2,
+    "generate": 3,
+    "evaluate": 4,
+    "consensus": 5,
+    "adapter": 6,
+}
 
 SERVER = -1
 

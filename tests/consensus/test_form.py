@@ -105,9 +105,7 @@ def test_threshold_and_missing_answers() -> None:
     verdict = form(answers, mask, threshold=0.6)
     assert verdict.winner.tolist() == [0, 1, -1]
     torch.testing.assert_close(verdict.agreement, torch.tensor([0.6, 1.0, NAN]), equal_nan=True)
-    torch.testing.assert_close(
-        verdict.similarity, torch.tensor([[0.6, 0.6], [NAN, 1.0], [NAN, NAN]]), equal_nan=True
-    )
+    torch.testing.assert_close(verdict.similarity, torch.tensor([[0.6, 0.6], [NAN, 1.0], [NAN, NAN]]), equal_nan=True)
     assert verdict.abstained.tolist() == [False, False, True]
     assert form(answers, mask, threshold=0.61).abstained.tolist() == [True, False, True]
 
@@ -223,7 +221,6 @@ def test_a_memory_mapped_file_gives_the_same(tmp_path: Any) -> None:
     assert torch.equal(form(mapped, mask, chunk_bytes=500).winner, form(embeddings, mask, chunk_bytes=500).winner)
 
 
-
 @pytest.mark.parametrize("rule", SELECTING)
 def test_equal_answers_tie_to_the_lowest_index_among_many(rule: str) -> None:
     """Six texts, each given by every sixth of 600 clients: the first client with the winning text is elected."""
@@ -265,8 +262,8 @@ def test_multi_krum_by_hand() -> None:
 
 def test_every_rule_of_the_config_is_known() -> None:
     embeddings, mask = random_case(7, 1, 4)
-    assert set(EVERY) == set(get_args(RuleName))
-    assert all(form(embeddings, mask, rule).winner.shape == (1,) for rule in get_args(RuleName))
+    assert {*EVERY, "reference"} == set(get_args(RuleName))
+    assert all(form(embeddings, mask, rule).winner.shape == (1,) for rule in EVERY)
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

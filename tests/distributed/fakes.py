@@ -48,6 +48,9 @@ class FakeHost:
             num_pseudo_labels=0, evaluation=None, rows=(),
         )  # fmt: skip
 
-    def export_adapter(self, client_id: int, folder: Path) -> None:
+    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+        return self.visit(client_id, round, b"measured " + downlink, True)
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "who").write_text(str(client_id))
+        (folder / "who").write_text(f"{client_id} {round} {downlink.decode()}")

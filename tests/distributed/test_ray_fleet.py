@@ -88,5 +88,11 @@ def test_a_model_that_does_not_load_says_so(make_fleet: MakeFleet) -> None:
 def test_adapters_are_exported_even_by_a_worker_that_died(make_fleet: MakeFleet, tmp_path: Path) -> None:
     fleet = make_fleet((0, 1))
     ray.kill(fleet._workers["worker-0"].actor)
-    fleet.export_adapters([0, 1], tmp_path / "adapters")
-    assert (tmp_path / "adapters" / "client_001" / "who").read_text() == "1"
+    fleet.export_adapters(3, {0: b"zero", 1: b"one"}, tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "client_001" / "who").read_text() == "1 3 one"
+
+
+def test_measuring_asks_only_those_named_and_survives_a_death_too(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet((0, 1), (2,), troubles={1: "die"})
+    replies = {reply.client_id: reply.uplink for reply in fleet.measure(1, {1: b"adapter ", 2: b"adapter "})}
+    assert replies == {1: b"measured adapter 1", 2: b"measured adapter 2"}

@@ -1,13 +1,26 @@
 """The round itself, with clients and a server that only take notes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from semcons_ray.config import AlgorithmConfig
+from semcons_ray.config import AlgorithmConfig, AlgorithmName
 from semcons_ray.errors import ClientError, QuorumError, UserError
-from semcons_ray.federation.algorithms import LocalOnly, SemanticConsensus, build_algorithm
+from semcons_ray.federation.algorithms import (
+    Centralized,
+    FedAvgLora,
+    FedProx,
+    FfaLora,
+    FlexLora,
+    Flora,
+    HetLora,
+    LocalOnly,
+    OneShotFedAvgLora,
+    Scaffold,
+    SemanticConsensus,
+    build_algorithm,
+)
 from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.messages import PseudoLabels
@@ -84,11 +97,11 @@ def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
         "conclude",
     ]
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
-    assert PseudoLabels.decode(outcome.next_downlink) == LABELS
+    assert PseudoLabels.decode(outcome.next_state) == LABELS
 
 
 def test_the_first_round_has_no_labels() -> None:
-    assert PseudoLabels.decode(SemanticConsensus(COHORT).first_downlink()).prompt_ids == ()
+    assert PseudoLabels.decode(SemanticConsensus(COHORT).first_state()).prompt_ids == ()
 
 
 def test_local_only_sends_nothing_either_way() -> None:
@@ -99,13 +112,30 @@ def test_local_only_sends_nothing_either_way() -> None:
     outcome = algorithm.run_round(1, b"", fleet, server, evaluate=False)  # type: ignore[arg-type]
     assert fleet.asked == (1, dict.fromkeys(range(3), b""), False)
     assert server.taken == []
-    assert outcome.next_downlink == b""
+    assert outcome.next_state == b""
 
 
 def test_algorithms_are_built_by_name() -> None:
-    settings = AlgorithmConfig(pseudo_label_weight=0.25, compression="none")
-    assert build_algorithm(settings, COHORT) == SemanticConsensus(COHORT, 0.25, "none")
-    assert build_algorithm(AlgorithmConfig(name="local_only"), COHORT) == LocalOnly(COHORT)
+    settings = {"pseudo_label_weight": 0.25, "compression": "none", "proximal_mu": 0.5, "self_labels": True}
+    ranks = (4, 4, 4)
+    built = {
+        name: build_algorithm(AlgorithmConfig.model_validate({**settings, "name": name}), COHORT, ranks, 7)
+        for name in get_args(AlgorithmName)
+    }
+    averaging = (COHORT, ranks, "float16", "none", True)
+    assert built == {
+        "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none"),
+        "local_only": LocalOnly(COHORT, self_labels=True),
+        "centralized": Centralized(COHORT, self_labels=True),
+        "fedavg_lora": FedAvgLora(*averaging),
+        "one_shot_fedavg_lora": OneShotFedAvgLora(*averaging, num_rounds=7),
+        "fedprox": FedProx(*averaging, mu=0.5),
+        "scaffold": Scaffold(*averaging),
+        "ffa_lora": FfaLora(*averaging),
+        "flora": Flora(*averaging),
+        "flexlora": FlexLora(*averaging),
+        "hetlora": HetLora(*averaging),
+    }
 
 
 class Host:
@@ -117,7 +147,10 @@ class Host:
             raise self.failing[client_id]
         return reply(client_id, round)
 
-    def export_adapter(self, client_id: int, folder: Any) -> None:
+    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+        raise NotImplementedError
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Any) -> None:
         raise NotImplementedError
 
 

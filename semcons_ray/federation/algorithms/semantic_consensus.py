@@ -22,10 +22,11 @@ What the abstract leaves open, and what we chose:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from semcons_ray.federation.fleet import RoundOutcome, Visitor
+from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
 from semcons_ray.messages import NO_LABELS, PseudoLabels
@@ -50,18 +51,22 @@ class SemanticConsensus:
 
     uses_public_prompts: ClassVar[bool] = True
 
-    def first_downlink(self) -> bytes:
+    def first_state(self) -> bytes:
         """Before the first exchange there are no pseudo-labels."""
         return NO_LABELS.encode(self.compression)
 
+    def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
+        """The pseudo-labels, the same for all."""
+        return dict.fromkeys(client_ids, state)
+
     def run_round(
-        self, round: int, downlink: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+        self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
         """The server's part: send the last pseudo-labels out, collect answers, form the next pseudo-labels.
 
         Args:
             round: From 1.
-            downlink: The encoded `PseudoLabels` of the round before.
+            state: The encoded `PseudoLabels` of the round before.
             fleet: The clients.
             server: Embeds answers while others are still at work.
             evaluate: Whether clients are measured on the test set after their visit.
@@ -72,13 +77,14 @@ class SemanticConsensus:
         participants = self.cohort.sample(round)
         server.begin(round, participants)
         replies = []
-        for reply in fleet.visit(round, dict.fromkeys(participants, downlink), evaluate=evaluate):
+        for reply in fleet.visit(round, self.downlinks(round, state, participants), evaluate=evaluate):
             server.collect(reply.uplink)
             replies.append(reply)
         verdict = server.conclude()
         return RoundOutcome(
             replies=tuple(sorted(replies, key=lambda reply: reply.client_id)),
-            next_downlink=verdict.labels.encode(self.compression),
+            next_state=verdict.labels.encode(self.compression),
+            evaluations=own_evaluations(replies),
             verdict=verdict,
         )
 
@@ -87,3 +93,6 @@ class SemanticConsensus:
         labels = PseudoLabels.decode(downlink)
         client.fine_tune(round, labels, weight=self.pseudo_label_weight, downlink_bytes=len(downlink))
         return client.answer(round, self.compression)
+
+    def adopt(self, client: Client, round: int, downlink: bytes) -> None:
+        """A client's model is its own."""

@@ -1,0 +1,254 @@
+"""A comparison: arms, which are algorithms with their settings, each run with the same seeds, data, models and budget.
+
+    comparison.yaml         what is compared, resolved
+    runs/ARM/seed_N/        a run folder each; see run_folder.py
+    rounds.csv, summary.csv, stages.csv    see reporting/comparison.py
+    table.md, pareto.svg, pareto.png       the summary, to read
+    environment.json        versions and machine, of the first run
+
+The same command goes on with what is not finished; arms and seeds may be added to a folder, or taken out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from semcons_ray.batch import Job, run_jobs
+from semcons_ray.config import Settings, describe_error, merge_settings, validate_config
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+from semcons_ray.reporting.comparison import Comparison, compare_runs
+from semcons_ray.reporting.pareto import write_pareto
+from semcons_ray.reporting.summary import summary_markdown
+from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
+from semcons_ray.run_folder import MetricsRow, RunFolder
+
+DEFAULT_ARMS: dict[str, dict[str, Any]] = {
+    "semantic consensus": {},
+    "local only": {"algorithm": {"name": "local_only"}},
+    "FedAvg-LoRA": {"algorithm": {"name": "fedavg_lora"}},
+    "FedProx": {"algorithm": {"name": "fedprox"}},
+    "SCAFFOLD": {"algorithm": {"name": "scaffold"}},
+    "FFA-LoRA": {"algorithm": {"name": "ffa_lora"}},
+    "FLoRA": {"algorithm": {"name": "flora"}},
+    "FlexLoRA": {"algorithm": {"name": "flexlora"}},
+    "HetLoRA": {"algorithm": {"name": "hetlora"}},
+    "one-shot FedAvg-LoRA": {"algorithm": {"name": "one_shot_fedavg_lora"}},
+    "centralized": {"algorithm": {"name": "centralized"}},
+    "FedAvg-LoRA + own labels": {"algorithm": {"name": "fedavg_lora", "self_labels": True}},
+    "self-training": {"algorithm": {"name": "local_only", "self_labels": True}},
+    "random client": {"algorithm": {"rule": "random_client"}},
+    "longest answer": {"algorithm": {"rule": "longest"}},
+    "shortest answer": {"algorithm": {"rule": "shortest"}},
+    "reference answers": {"algorithm": {"rule": "reference"}},
+}
+"""Algorithms first, then controls: bounds, and other ways to label the public prompts."""
+
+_Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+
+
+class ComparisonConfig(Settings):
+    """What is compared; only `arms` differ from each other.
+
+    Attributes:
+        name: A title for the table and the figure.
+        seeds: Each arm is run with each of them.
+        reference: The arm that "gap closed" is measured to.
+        baseline: The arm that it is measured from.
+        experiment: Settings of all runs; what is left out has its default.
+        arms: Settings laid over `experiment`, by label. The first arm is what the others are held against.
+    """
+
+    name: str = "comparison"
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    reference: str = "FedAvg-LoRA"
+    baseline: str = "local only"
+    experiment: _Section = Field(default_factory=dict)
+    arms: dict[str, _Section] = Field(DEFAULT_ARMS, min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ComparisonConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {', '.join(map(str, self.seeds))} name a seed twice")
+        for key in ("reference", "baseline"):
+            if key in self.model_fields_set and (arm := getattr(self, key)) not in self.arms:
+                raise ValueError(f"{key} '{arm}' is not among the arms, {', '.join(self.arms)}")
+        folders: dict[str, str] = {}
+        for arm, settings in self.arms.items():
+            if not _slug(arm):
+                raise ValueError(f"arms.{arm}: a label needs letters or digits")
+            if (other := folders.setdefault(_slug(arm), arm)) != arm:
+                raise ValueError(f"arms.{arm} and arms.{other} would share a folder; rename one")
+            if "seed" in settings:
+                raise ValueError(f"arms.{arm}.seed: all arms have the same; give seeds")
+        if (seed := self.experiment.get("seed", 0)) not in (0, *self.seeds):
+            raise ValueError(f"experiment.seed is {seed}, which is not among the seeds; change seeds instead")
+        return self
+
+
+@dataclass(frozen=True)
+class ArmRun(Job):
+    """One run of a comparison."""
+
+    arm: str
+    seed: int
+
+
+def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
+    """Read a comparison, or an experiment to compare the default arms on; `overrides` are laid over the experiment.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+    """
+    values = _read_yaml(path) if path else {}
+    if not values.keys() & (ComparisonConfig.model_fields.keys() - {"name"}):
+        values = {"experiment": values} | ({"name": values["name"]} if "name" in values else {})
+    if isinstance(experiment := values.get("experiment") or {}, dict):
+        values = {**values, "experiment": merge_settings(experiment, overrides or {})}
+    if overrides and "name" in overrides:
+        values["name"] = overrides["name"]
+    where = str(path) if path else "command line"
+    try:
+        return ComparisonConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not settings (key: value)")
+    return values or {}
+
+
+def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
+    """Every run, all arms of a seed before the next seed.
+
+    Raises:
+        ConfigError: A setting is refused; one line that names the arm and the key.
+    """
+    validate_config(comparison.experiment, where="experiment")
+    runs = []
+    for seed in comparison.seeds:
+        for arm, settings in comparison.arms.items():
+            own = {"name": f"{arm}, seed {seed}", "seed": seed}
+            values = merge_settings(merge_settings(comparison.experiment, settings), own)
+            config = validate_config(values, where=f"arm '{arm}'")
+            runs.append(ArmRun(config, out / "runs" / _slug(arm) / f"seed_{seed}", arm, seed))
+    return runs
+
+
+def run_comparison(
+    comparison: ComparisonConfig, out: Path, say: Callable[[str], None]
+) -> tuple[Comparison | None, int]:
+    """Do the runs that are not finished, and write what all came to.
+
+    Args:
+        comparison: What to compare.
+        out: A new folder, or that of a comparison with the same settings.
+        say: Told a line a run, and what failed.
+
+    Returns:
+        The comparison of the runs that are finished, None if there is none; and how many failed.
+
+    Raises:
+        UserError: A setting is refused, or `out` holds something else. Nothing has been run then.
+    """
+    runs = plan_runs(comparison, out)
+    _check_folder(out, runs)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "comparison.yaml", dump_comparison(comparison))
+    todo = [run for run in runs if not run.finished]
+    numbers = itertools.count(len(runs) - len(todo) + 1)
+    failed = 0
+
+    def report(run: ArmRun, seconds: Callable[[], float]) -> None:
+        nonlocal failed
+        try:
+            outcome = f"({seconds():.0f} s)"
+            metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
+            outcome = f"NLL {mean_by_round(metrics, 'nll').iloc[-1]:.3f} {outcome}"
+        except SemconsError as error:
+            failed += 1
+            outcome = f"failed: {' '.join(str(error).split())}"
+        say(f"[{next(numbers):>{len(str(len(runs)))}}/{len(runs)}] {run.arm}, seed {run.seed}: {outcome}")
+
+    if len(todo) < len(runs):
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
+    try:
+        run_jobs(todo, report)
+    except SemconsError as error:
+        failed += 1
+        say(f"{error}; the same command goes on with what is left")
+    return _write_results(comparison, runs, out), failed
+
+
+def dump_comparison(comparison: ComparisonConfig) -> str:
+    """The comparison as YAML that `load_comparison` reads, with every default of the experiment written out."""
+    values = comparison.model_dump(mode="json")
+    for key in ("reference", "baseline"):
+        if values[key] not in comparison.arms:
+            del values[key]
+    experiment = validate_config(comparison.experiment, where="experiment")
+    values["experiment"] = experiment.model_dump(mode="json", exclude={"seed", "name"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _check_folder(out: Path, runs: Sequence[ArmRun]) -> None:
+    if out.exists() and not (out / "comparison.yaml").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is not empty and holds no comparison; choose another --out")
+    for run in runs:
+        if run.folder.exists():
+            wanted = run.config.model_dump(exclude={"resources": True})
+            stored = RunFolder(run.folder).read_config().model_dump(exclude={"resources": True})
+            if wanted["model"]["dtype"] == "auto":
+                stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
+            if difference := next(_differences(stored, wanted), ""):
+                raise RunFolderError(f"{run.folder} was run with {difference}; remove it, or choose another --out")
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key in wanted:
+        one, other = stored[key], wanted[key]
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            yield from _differences(one, other, f"{above}{key}.")
+        elif one != other:
+            yield f"{above}{key} = {one!r}, and not {other!r}"
+
+
+def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Path) -> Comparison | None:
+    position = {arm: index for index, arm in enumerate(comparison.arms)}
+    finished = sorted((run for run in runs if run.finished), key=lambda run: position[run.arm])
+    if not finished:
+        return None
+    landmarks = {"reference": comparison.reference, "baseline": comparison.baseline}
+    folders = {(run.arm, run.seed): run.folder for run in finished}
+    result = compare_runs(folders, first=next(iter(comparison.arms)), **landmarks)
+    _write(out / "rounds.csv", result.rounds.to_csv(index=False))
+    _write(out / "summary.csv", result.summary.to_csv())
+    _write(out / "stages.csv", result.stages.to_csv())
+    _write(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
+    _write(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
+    write_pareto(result.summary, comparison.name, out)
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    beside.rename(path)
+
+
+def _slug(arm: str) -> str:
+    """A name for the arm's folder."""
+    return re.sub(r"[^\w.]+", "-", arm.casefold()).strip("-.")

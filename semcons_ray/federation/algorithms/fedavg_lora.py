@@ -1,0 +1,126 @@
+"""FedAvg on LoRA adapters: the server averages A and B over clients, and sends them back.
+
+Source: J. Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning" (FedIT), arXiv:2305.05644;
+the average is H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data"
+(FedAvg), arXiv:1602.05629: weighted by the number of private examples.
+
+A client starts each round from the average, with its optimizer afresh unless `training.keep_optimizer` is set; in round
+1 all start from the same random A, and B = 0, which the seed tells them. The other weight baselines are this one with
+another way to adopt, to train or to aggregate.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semcons_ray.federation.fleet import Evaluation, RoundOutcome, Visitor
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.server import ServerProtocol
+from semcons_ray.federation.weights import Adapter, pack, unpack, weighted_mean
+from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter
+from semcons_ray.metering.ledger import Ledger
+
+if TYPE_CHECKING:  # the driver runs algorithms without loading transformers
+    from semcons_ray.federation.client import Client
+    from semcons_ray.modeling.language_model import Adjust
+
+
+@dataclass(frozen=True)
+class FedAvgLora:
+    """One round, top to bottom.
+
+    Attributes:
+        cohort: Who takes part in a round.
+        ranks: LoRA rank of each client, (C,).
+        dtype: Of tensors on the wire: "float32", "float16" or "bfloat16".
+        compression: Of messages, "none" or "zstd".
+        self_labels: Whether clients also train on their own answers to the public prompts, so as to have seen what the
+            clients of a semantic consensus see.
+    """
+
+    cohort: Cohort
+    ranks: tuple[int, ...]
+    dtype: str = "float16"
+    compression: str = "none"
+    self_labels: bool = False
+
+    @property
+    def uses_public_prompts(self) -> bool:
+        """Only to label them."""
+        return self.self_labels
+
+    def first_state(self) -> bytes:
+        """Nothing is averaged yet."""
+        return b""
+
+    def run_round(
+        self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+    ) -> RoundOutcome:
+        """Send the average out, let participants train, average anew, and measure that.
+
+        Args:
+            round: From 1.
+            state: What `aggregate` returned the round before.
+            fleet: The clients.
+            server: Not used: an average needs no embedding.
+            evaluate: Whether the new average is measured on the test set.
+
+        Raises:
+            QuorumError: Too few clients answered.
+        """
+        visits = fleet.visit(round, self.downlinks(round, state, self.cohort.sample(round)), evaluate=False)
+        replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
+        ledger = Ledger("driver", socket.gethostname())
+        with ledger.stage("aggregate", round=round):
+            state = self.aggregate(round, state, [AdapterUpdate.decode(reply.uplink) for reply in replies])
+        rows = ledger.take()
+        evaluations: dict[int, Evaluation | None] = {}
+        if evaluate:  # clients of one rank have the same model then, so it is measured once
+            first = {rank: client for client, rank in reversed([*enumerate(self.ranks)])}
+            for reply in fleet.measure(round, self.downlinks(round + 1, state, sorted(first.values()))):
+                same = [client for client, rank in enumerate(self.ranks) if rank == self.ranks[reply.client_id]]
+                evaluations |= dict.fromkeys(same, reply.evaluation)
+                rows += reply.rows
+        return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations, rows=tuple(rows))
+
+    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+        """The mean of A and of B, weighted by private examples; the next state."""
+        adapters = [unpack(update.tensors) for update in updates]
+        return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
+
+    def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
+        """The average, as each client gets it; encoded once a rank."""
+        if not state:
+            return dict.fromkeys(client_ids, b"")
+        encoded: dict[int, bytes] = {}
+        for rank in {self.ranks[client_id] for client_id in client_ids}:
+            tensors = pack(self.share(unpack(state), rank), self.dtype)
+            encoded[rank] = GlobalAdapter(round_number=round - 1, tensors=tensors).encode(self.compression)
+        return {client_id: encoded[self.ranks[client_id]] for client_id in client_ids}
+
+    def share(self, average: Adapter, rank: int) -> Adapter:
+        """What of the average a client of `rank` is sent: all of it, since ranks are equal."""
+        return average
+
+    def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
+        """The client's part: start from the average, train, and send the adapter back."""
+        self.adopt(client, round, downlink)
+        labels = client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS
+        client.fine_tune(round, labels, downlink_bytes=len(downlink), adjust=self.adjust(client))
+        return client.upload(round, self.trained(client), self.dtype, self.compression)
+
+    def adopt(self, client: Client, round: int, downlink: bytes) -> None:
+        """Take the average for the client's adapter; before there is one, the common beginning."""
+        sent = unpack(GlobalAdapter.decode(downlink).tensors) if downlink else {}
+        client.adapter = {**client.fresh_adapter(), **sent}
+
+    def adjust(self, client: Client) -> Adjust | None:
+        """What is done to gradients before each step: nothing."""
+        return None
+
+    def trained(self, client: Client) -> Adapter:
+        """What is sent of the client's adapter: all of it."""
+        return client.adapter

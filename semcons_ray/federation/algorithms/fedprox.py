@@ -1,0 +1,38 @@
+"""FedProx on LoRA adapters: FedAvg whose clients are held near the average they began the round with.
+
+Source: T. Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127, equation 2: each client
+minimises F_k(w) + mu/2 |w - w_t|^2, where w_t is the average. Here w is the adapter's A and B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+
+if TYPE_CHECKING:
+    from semcons_ray.federation.client import Client
+    from semcons_ray.modeling.language_model import Adjust, Parameters
+
+
+@dataclass(frozen=True)
+class FedProx(FedAvgLora):
+    """FedAvg-LoRA with a proximal term.
+
+    Attributes:
+        mu: Its strength.
+    """
+
+    mu: float = 0.01
+
+    def adjust(self, client: Client) -> Adjust:
+        """Add the gradient of the proximal term, mu (w - w_t)."""
+        start = {key: value.clone() for key, value in client.adapter.items()}
+
+        def pull_back(parameters: Parameters) -> None:
+            for key, parameter in parameters.items():
+                if parameter.grad is not None:
+                    parameter.grad += self.mu * (parameter - start[key].to(parameter.device))
+
+        return pull_back

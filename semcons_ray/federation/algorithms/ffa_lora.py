@@ -1,0 +1,36 @@
+"""FFA-LoRA: A stays as it was drawn; clients train and exchange B only.
+
+Source: Y. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv:2403.12313. With one A for all,
+the mean of the products B_k A is the product of the mean of B_k with A, exactly, and half the bytes or so are saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.weights import Adapter
+
+if TYPE_CHECKING:
+    from semcons_ray.federation.client import Client
+    from semcons_ray.modeling.language_model import Adjust, Parameters
+
+
+@dataclass(frozen=True)
+class FfaLora(FedAvgLora):
+    """FedAvg-LoRA with A frozen at its common beginning, which the seed tells every client."""
+
+    def adjust(self, client: Client) -> Adjust:
+        """Drop the gradients of A."""
+
+        def freeze(parameters: Parameters) -> None:
+            for key, parameter in parameters.items():
+                if "lora_A" in key:
+                    parameter.grad = None
+
+        return freeze
+
+    def trained(self, client: Client) -> Adapter:
+        """B only."""
+        return {key: value for key, value in client.adapter.items() if "lora_B" in key}

@@ -1,0 +1,31 @@
+"""FlexLoRA: the server averages the products B_k A_k, and splits the average anew by SVD, to each client's rank.
+
+Source: J. Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+arXiv:2402.11505. The mean of products is not the product of means: this averages what the models do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.weights import Adapter, pack, stacked, truncated_svd, unpack, with_rank
+from semcons_ray.messages import AdapterUpdate
+
+
+@dataclass(frozen=True)
+class FlexLora(FedAvgLora):
+    """FedAvg over products, by truncated SVD."""
+
+    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+        """The best adapter of the greatest rank for the mean product, weighted by private examples."""
+        total = sum(update.num_examples for update in updates)
+        product = stacked(
+            [unpack(update.tensors) for update in updates], [update.num_examples / total for update in updates]
+        )
+        return pack(truncated_svd(product, max(self.ranks)), "float32")
+
+    def share(self, average: Adapter, rank: int) -> Adapter:
+        """The first `rank` singular components, which are the best adapter of that rank."""
+        return with_rank(average, rank)

@@ -1,0 +1,31 @@
+"""HetLoRA: clients of different ranks; adapters are padded with zeros for the average, and cut for each client.
+
+Source: Y. J. Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+arXiv:2401.06432: zero-padding, truncation, and sparsity-weighted aggregation, where a client weighs as the Frobenius
+norm of its update B_k A_k. Its self-pruning of ranks is left out: ranks here are what the user gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.weights import Adapter, pack, unpack, update_norm, weighted_mean, with_rank
+from semcons_ray.messages import AdapterUpdate
+
+
+@dataclass(frozen=True)
+class HetLora(FedAvgLora):
+    """FedAvg-LoRA over zero-padded adapters."""
+
+    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+        """The mean of padded A and B, weighted by the norms of the updates."""
+        adapters = [with_rank(unpack(update.tensors), max(self.ranks)) for update in updates]
+        norms = [update_norm(adapter) for adapter in adapters]
+        # Nobody has learnt anything where all norms are 0; then all weigh alike.
+        return pack(weighted_mean(adapters, norms if any(norms) else [1.0] * len(norms)), "float32")
+
+    def share(self, average: Adapter, rank: int) -> Adapter:
+        """The first `rank` components."""
+        return with_rank(average, rank)

@@ -1,0 +1,44 @@
+"""One-shot FedAvg-LoRA: clients train apart for all rounds, and are averaged once, after the last.
+
+Source: Z. Wang et al., "One Communication Round is All It Needs for Federated Fine-Tuning Foundation Models",
+arXiv:2412.04650. The same local training as FedAvg-LoRA at one round's bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.local_only import LocalOnly
+from semcons_ray.federation.fleet import RoundOutcome, Visitor
+from semcons_ray.federation.server import ServerProtocol
+from semcons_ray.messages import NO_LABELS
+
+if TYPE_CHECKING:
+    from semcons_ray.federation.client import Client
+
+
+@dataclass(frozen=True)
+class OneShotFedAvgLora(FedAvgLora):
+    """Local training, and in the last round FedAvg-LoRA.
+
+    Attributes:
+        num_rounds: The last round.
+    """
+
+    num_rounds: int = 1
+
+    def run_round(
+        self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+    ) -> RoundOutcome:
+        """As local training before the last round; see FedAvgLora.run_round."""
+        if round < self.num_rounds:
+            return LocalOnly(self.cohort).run_round(round, state, fleet, server, evaluate=evaluate)
+        return super().run_round(round, state, fleet, server, evaluate=evaluate)
+
+    def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
+        """Train on with the own adapter; send it after the last round."""
+        labels = client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS
+        client.fine_tune(round, labels)
+        return client.upload(round, client.adapter, self.dtype, self.compression) if round == self.num_rounds else b""

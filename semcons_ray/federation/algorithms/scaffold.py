@@ -1,0 +1,82 @@
+"""SCAFFOLD on LoRA adapters: FedAvg whose clients correct their gradients for how their data differ.
+
+Source: S. P. Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+arXiv:1910.06378, algorithm 1 with a server step of 1: client k adds c - c_k to every gradient, where c_k estimates its
+own gradient and c all clients' mean; afterwards x <- mean of y_k, and c <- c + |S|/N mean of the changes of c_k.
+
+Where this departs from it: the paper's option II, c_k <- c_k - c + (x - y_k) / (K lr), is the mean of the raw gradients
+along the client's path if steps are those of SGD. With AdamW, steps are not gradients, so that mean is taken itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.weights import Adapter, pack, unpack, weighted_mean
+from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+
+if TYPE_CHECKING:
+    from semcons_ray.federation.client import Client
+    from semcons_ray.modeling.language_model import Adjust, Parameters
+
+_CONTROL = "control."
+
+
+@dataclass(frozen=True)
+class Scaffold(FedAvgLora):
+    """FedAvg-LoRA with control variates; they double the bytes.
+
+    A client holds c_k and c in `client.memory`, under "own." and "common.".
+    """
+
+    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+        """The plain mean of y_k, and c moved by the mean change of c_k."""
+        sent = [unpack(update.tensors) for update in updates]
+        mean = weighted_mean(sent, [1.0] * len(sent))
+        share = len(updates) / self.cohort.num_clients
+        before = unpack(state)
+        for key in [key for key in mean if key.startswith(_CONTROL)]:
+            mean[key] = before.get(key, torch.zeros_like(mean[key])) + share * mean[key]
+        return pack(mean, "float32")
+
+    def adopt(self, client: Client, round: int, downlink: bytes) -> None:
+        """Take the average for the adapter, and keep c."""
+        sent = unpack(GlobalAdapter.decode(downlink).tensors) if downlink else {}
+        client.adapter = client.fresh_adapter()
+        for key, value in client.adapter.items():
+            client.adapter[key] = sent.get(key, value)
+            client.memory["common." + key] = sent.get(_CONTROL + key, torch.zeros_like(value))
+
+    def adjust(self, client: Client) -> Adjust:
+        """Add c - c_k to every gradient, and take the mean of the raw ones for the next c_k."""
+        memory = client.memory
+        zero = {key: torch.zeros_like(value) for key, value in client.adapter.items()}
+        correction = {key: memory["common." + key] - memory.get("own." + key, zero[key]) for key in zero}
+        steps = 0
+        memory.update({"mean." + key: value for key, value in zero.items()})
+
+        def correct(parameters: Parameters) -> None:
+            nonlocal steps
+            steps += 1
+            for key, parameter in parameters.items():
+                if parameter.grad is not None:
+                    memory["mean." + key] += (parameter.grad.cpu() - memory["mean." + key]) / steps
+                    parameter.grad += correction[key].to(parameter.device)
+
+        return correct
+
+    def trained(self, client: Client) -> Adapter:
+        """The adapter, and how c_k has changed."""
+        memory = client.memory
+        changes = {}
+        for key, value in client.adapter.items():
+            new = memory.pop("mean." + key)
+            changes[_CONTROL + key] = new - memory.get("own." + key, torch.zeros_like(value))
+            memory["own." + key] = new
+            del memory["common." + key]
+        return {**client.adapter, **changes}

@@ -1,0 +1,106 @@
+"""Adapters as matrices: how the weight baselines pack, average, stack and cut them.
+
+An adapter is a dict of float32 tensors, for every adapted module a pair A (r, in) and B (out, r) whose keys differ in
+`lora_A` and `lora_B`; the module's update is `scaling` times B A. All adapters here share one scaling, also where
+ranks differ, so that sums of products mean what they say.
+
+Legend: r rank, R sum of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from semcons_ray.errors import MessageError
+
+Adapter = dict[str, Tensor]
+
+
+def pack(tensors: Adapter, dtype: str) -> bytes:
+    """The tensors as safetensors, in `dtype`: "float32", "float16" or "bfloat16"."""
+    return save({key: value.to(getattr(torch, dtype)).contiguous() for key, value in tensors.items()})
+
+
+def unpack(data: bytes) -> Adapter:
+    """What `pack` packed, as float32; nothing for no bytes.
+
+    Raises:
+        MessageError: The bytes are not safetensors.
+    """
+    try:
+        return {key: value.float() for key, value in load(data).items()} if data else {}
+    except SafetensorError as error:
+        raise MessageError(f"tensors: {error}") from error
+
+
+def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Sum of w_k / sum(w) times each tensor; accumulated in float64, in the order given."""
+    total = sum(weights)
+    return {
+        key: torch.stack([adapter[key].double() * (w / total) for adapter, w in zip(adapters, weights, strict=True)])
+        .sum(dim=0)
+        .float()
+        for key in adapters[0]
+    }
+
+
+def factors(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Keys of A and B of each adapted module."""
+    return ((key, key.replace("lora_A", "lora_B")) for key in adapter if "lora_A" in key)
+
+
+def rank_of(adapter: Adapter) -> int:
+    """r, taken from the first module."""
+    return next(adapter[a].shape[0] for a, _ in factors(adapter))
+
+
+def with_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter with its first `rank` components: cut, or padded with zeros, which leave B A as it is."""
+    result = {}
+    for a, b in factors(adapter):
+        kept = min(rank, adapter[a].shape[0])
+        result[a] = adapter[a].new_zeros(rank, adapter[a].shape[1])
+        result[b] = adapter[b].new_zeros(adapter[b].shape[0], rank)
+        result[a][:kept] = adapter[a][:kept]
+        result[b][:, :kept] = adapter[b][:, :kept]
+    return result
+
+
+def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """One adapter of rank R whose product is the weighted sum of products, exactly: [w_k A_k] below each other, [B_k]
+    side by side."""
+    result = {}
+    for a, b in factors(adapters[0]):
+        result[a] = torch.cat([w * adapter[a] for adapter, w in zip(adapters, weights, strict=True)])
+        result[b] = torch.cat([adapter[b] for adapter in adapters], dim=1)
+    return result
+
+
+def truncated_svd(adapter: Adapter, rank: int) -> Adapter:
+    """The best adapter of `rank` for the same product, in Frobenius norm: B = U S and A = V^T of the SVD.
+
+    The SVD is that of an (R, R) core between QR factors, so no (out, in) matrix is made. Components come in descending
+    order of their singular values: the first r' of them are the best of rank r'.
+    """
+    result = {}
+    for a, b in factors(adapter):
+        q_b, r_b = torch.linalg.qr(adapter[b].double())
+        q_a, r_a = torch.linalg.qr(adapter[a].double().T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        cut = {a: (vh @ q_a.T)[:rank].float(), b: (q_b @ (u * s))[:, :rank].float()}
+        result.update(with_rank(cut, rank))
+    return result
+
+
+def update_norm(adapter: Adapter) -> float:
+    """Frobenius norm of all the products B A together, from r by r matrices: |B A|^2 = <B^T B, A A^T>."""
+    squared = 0.0
+    for a, b in factors(adapter):
+        squared += float(((adapter[b].T @ adapter[b]).double() * (adapter[a] @ adapter[a].T).double()).sum())
+    return math.sqrt(max(squared, 0.0))

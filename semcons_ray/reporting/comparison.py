@@ -1,0 +1,182 @@
+"""Runs of several arms side by side: what each reached, and what it cost in bytes, seconds and joules.
+
+An arm is an algorithm with its settings; it is run once a seed, and arms of one seed share data and base models. So
+differences between arms are taken seed by seed. Costs leave out evaluation, which is the simulator's, and idling.
+Bytes are lengths of encoded messages and seconds are timed, both measured; joules carry their source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.reporting.tables import (
+    STAGES,
+    columns_of,
+    energy,
+    mean_by_round,
+    metric_by_round,
+    read_table,
+)
+from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+
+NOT_COUNTED = ("evaluate", "idle")
+KEYS = ["arm", "seed"]
+LABELS = ["arm", "algorithm", "seed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Finished runs, compared; the frames are those of the files that they are named after.
+
+    Attributes:
+        rounds: A row an arm, seed and evaluated round, see `costs_by_round`; with columns arm, algorithm and seed.
+        summary: A row an arm, see `summarize`.
+        stages: Index arm and stage; columns seconds and joules (means over seeds; all stages).
+    """
+
+    rounds: pd.DataFrame
+    summary: pd.DataFrame
+    stages: pd.DataFrame
+
+
+def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference: str, baseline: str) -> Comparison:
+    """Read and compare run folders, given by arm and seed; see `summarize` for the other arguments.
+
+    Raises:
+        RunFolderError: A table is missing or damaged; one line that names the file.
+    """
+    rounds, stages = [], []
+    for (arm, seed), folder in runs.items():
+        ledger = read_table(folder / "ledger.parquet", columns_of(LedgerRow))
+        table = costs_by_round(
+            read_table(folder / "metrics.parquet", columns_of(MetricsRow)),
+            read_table(folder / "rounds.parquet", columns_of(RoundRow)),
+            ledger,
+        ).reset_index()
+        table = table.assign(arm=arm, algorithm=RunFolder(folder).read_config().algorithm.name, seed=seed)
+        rounds.append(table[[*LABELS, *table.columns.drop(LABELS)]])
+        stages.append(_work(ledger).assign(arm=arm, seed=seed))
+    together = pd.concat(rounds, ignore_index=True)
+    return Comparison(
+        rounds=together,
+        summary=summarize(together, first=first, reference=reference, baseline=baseline),
+        stages=mean_work(pd.concat(stages, ignore_index=True)),
+    )
+
+
+def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
+    """One run by evaluated round.
+
+    A client that was not measured in a round counts with its last measurement. A measured NLL of NaN, which is what a
+    model that diverged gives, counts as infinite.
+
+    Returns:
+        Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients), rouge_l, similarity
+        and train_loss (means over clients); and, from the run's beginning to the round's end, visits (of clients,
+        asked for), uplink_bytes, downlink_bytes, total_bytes, seconds (of work, summed over workers), joules and
+        energy_source.
+    """
+    nll = metric_by_round(metrics.assign(nll=metrics["nll"].fillna(math.inf)), "nll").ffill()
+    table = pd.DataFrame({"mean_nll": nll.mean(axis="columns"), "worst_nll": nll.max(axis="columns")})
+    for metric in ("rouge_l", "similarity"):
+        table[metric] = mean_by_round(metrics, metric)
+    table["train_loss"] = metrics.groupby("round")["train_loss"].mean()
+    asked = rounds.set_index("round")["num_participants"].where(rounds.set_index("round").index > 0, 0)
+    traffic = ledger.groupby("round")[["uplink_bytes", "downlink_bytes"]].sum()
+    sums = traffic.assign(visits=asked).cumsum().reindex(table.index, method="ffill").astype("int64")
+    table[["visits", "uplink_bytes", "downlink_bytes"]] = sums[["visits", "uplink_bytes", "downlink_bytes"]]
+    table["total_bytes"] = table["uplink_bytes"] + table["downlink_bytes"]
+    work = ledger[~ledger["stage"].isin(NOT_COUNTED)]
+    until = [work[work["round"] <= round] for round in table.index]
+    table["seconds"] = [rows["duration_seconds"].sum() for rows in until]
+    table["joules"], table["energy_source"] = zip(*map(energy, until), strict=True)
+    return table
+
+
+def summarize(rounds: pd.DataFrame, *, first: str, reference: str, baseline: str) -> pd.DataFrame:
+    """One row an arm, in the order of `rounds`; means are over seeds, half widths of 95% t-intervals over seeds.
+
+    Args:
+        rounds: As in `Comparison`.
+        first: The arm that others are held against.
+        reference: The arm that closes the gap: whole.
+        baseline: The arm that closes nothing of it.
+
+    Returns:
+        Index arm; columns algorithm, seeds (how many), nll and nll_half_width (after the last round; nats a token),
+        worst_nll, rouge_l, similarity, bytes, bytes_per_visit (of a client in a round), bytes_ratio (of the
+        reference to the arm), seconds, joules, energy_source, gap_closed (share of the way from the baseline's NLL to
+        the reference's; NaN where the reference is no better), difference and difference_half_width (NLL less that of
+        `first`, by seeds that both have), nll_at_equal_bytes (at the last evaluated round by when the arm had sent no
+        more than `first` in all; round 0 at the latest). NaN where an arm that is needed is not there, and half
+        widths for a single seed.
+    """
+    last = rounds.sort_values("round").groupby(KEYS, sort=False).tail(1).set_index(KEYS).sort_index()
+    of_first = last.loc[first] if first in last.index else last.iloc[:0].droplevel("arm")
+    budgets = rounds["seed"].map(of_first["total_bytes"])
+    within = rounds[budgets.notna() & ((rounds["round"] == 0) | (rounds["total_bytes"] <= budgets))]
+    at_equal_bytes = within.sort_values("round").groupby(KEYS)["mean_nll"].last().groupby("arm").mean()
+    rows = {}
+    for arm in dict.fromkeys(rounds["arm"]):
+        of_arm = last.loc[arm]
+        seeds = of_arm.index.intersection(of_first.index)
+        nll, half_width = mean_and_half_width(of_arm["mean_nll"])
+        difference = mean_and_half_width(of_arm.loc[seeds, "mean_nll"] - of_first.loc[seeds, "mean_nll"])
+        mean = of_arm.mean(numeric_only=True)
+        rows[arm] = {
+            "algorithm": of_arm["algorithm"].iloc[0],
+            "seeds": len(of_arm),
+            "nll": nll,
+            "nll_half_width": half_width,
+            **{name: mean[name] for name in ("worst_nll", "rouge_l", "similarity")},
+            "bytes": mean["total_bytes"],
+            "bytes_per_visit": mean["total_bytes"] / mean["visits"],
+            "bytes_ratio": math.nan,
+            **{name: mean[name] for name in ("seconds", "joules")},
+            "energy_source": " or ".join(dict.fromkeys(of_arm["energy_source"])),
+            "gap_closed": math.nan,
+            "difference": difference[0],
+            "difference_half_width": difference[1],
+            "nll_at_equal_bytes": at_equal_bytes.get(arm, math.nan),
+        }
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+    reached = table["nll"].to_dict()
+    if reference in reached:
+        # Infinite for an arm that sends nothing.
+        table["bytes_ratio"] = table["bytes"].to_dict()[reference] / table["bytes"]
+    if reference in reached and baseline in reached:
+        gap = reached[baseline] - reached[reference]
+        table["gap_closed"] = (reached[baseline] - table["nll"]) / (gap if gap > 0 else math.nan)
+    return table
+
+
+def mean_and_half_width(values: pd.Series[float]) -> tuple[float, float]:
+    """Mean of independent values and the half width of its 95% t-interval, which is NaN for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return float(values.mean()), math.nan
+    with np.errstate(invalid="ignore"):  # infinite values have a mean, and no spread
+        spread = float(np.std(values.to_numpy(), ddof=1))
+        return float(np.mean(values.to_numpy())), float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
+
+
+def _work(ledger: pd.DataFrame) -> pd.DataFrame:
+    stages = ledger.groupby("stage")
+    joules = stages["energy_joules"].sum(min_count=1)  # NaN, and not 0, where it is unavailable
+    return pd.DataFrame({"seconds": stages["duration_seconds"].sum(), "joules": joules}).reset_index()
+
+
+def mean_work(work: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of seconds and joules by arm and stage; a stage that a seed did not have counts as 0."""
+    stages = [stage for stage in STAGES if stage in set(work["stage"])]
+    order = pd.MultiIndex.from_product([dict.fromkeys(work["arm"]), stages], names=["arm", "stage"])
+    table = work.set_index([*KEYS, "stage"]).unstack("stage", fill_value=0.0).groupby("arm").mean()
+    return pd.DataFrame(table.stack("stage", future_stack=True)).reindex(order)

@@ -1,0 +1,191 @@
+"""Quality against cost: a figure of a comparison's arms, over bytes, seconds and joules, with their Pareto fronts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save, scale
+from semcons_ray.reporting.tables import format_quantity
+
+FAMILIES = {
+    "semantic_consensus": BLUE,
+    "local_only": "#009E73",
+    "centralized": "#009E73",
+    "fedavg_lora": ORANGE,
+    "one_shot_fedavg_lora": ORANGE,
+    "fedprox": ORANGE,
+    "scaffold": ORANGE,
+    "ffa_lora": ORANGE,
+    "flora": ORANGE,
+    "flexlora": ORANGE,
+    "hetlora": ORANGE,
+}
+"""Colours of algorithms that exchange answers, nothing, and weights; `OTHERS` is for the rest."""
+OTHERS = "#CC79A7"
+NOT_FEDERATED = ("centralized",)
+"""Bounds that no federation can be expected to reach: drawn, and left out of the Pareto front."""
+SIZE = 8.0
+
+Style = tuple[str, str, str]
+"""Colour, marker and the colour that it is filled with."""
+
+
+def pareto_front(costs: pd.Series[float], losses: pd.Series[float]) -> list[str]:
+    """The arms that none beats: as cheap and as good, and better in one of them. From the cheapest to the best.
+
+    Of arms that are equal in both, the first is kept. One whose cost or loss is not finite is left out.
+    """
+    finite = [str(arm) for arm in costs.index if math.isfinite(costs[arm]) and math.isfinite(losses[arm])]
+    front: list[str] = []
+    for arm in sorted(finite, key=lambda arm: (costs[arm], losses[arm])):
+        if not front or losses[arm] < losses[front[-1]]:
+            front.append(arm)
+    return front
+
+
+def write_pareto(summary: pd.DataFrame, title: str, folder: Path) -> None:
+    """Draw pareto.svg and pareto.png in `folder`; the same for the same numbers.
+
+    Args:
+        summary: See `comparison.summarize`.
+        title: Heading of the figure.
+        folder: An existing folder.
+    """
+    size = (12.5, max(4.6, 1.0 + 0.21 * len(summary)))
+    with warnings.catch_warnings():
+        # Matplotlib measures text in its own font; the viewer of the SVG has others.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        for ending in ("svg", "png"):
+            save(folder / f"pareto.{ending}", lambda canvas: _draw(canvas, summary, title), size)
+
+
+def _draw(canvas: Canvas, summary: pd.DataFrame, title: str) -> None:
+    styles = dict(zip(summary.index, arm_styles(summary["algorithm"].tolist()), strict=True))
+    shown = summary[summary["nll"].map(math.isfinite)]
+    panels = canvas.subplots(1, 3, sharey=True)
+    sources = "; ".join(dict.fromkeys(summary["energy_source"]))
+    places = (
+        _bytes_axis(panels[0], shown["bytes"]),
+        _axis(panels[1], shown["seconds"], "time at work", "s"),
+        _axis(panels[2], shown["joules"], f"energy, {sources}", "J"),
+    )
+    _nll_axis(panels[0], shown)
+    # In the order of the markers from the top down, so that the eye finds its way.
+    handles = [_handle(arm, styles[arm]) for arm in summary["nll"].sort_values(ascending=False).index]
+    handles.append(Line2D([], [], color=FAINT, label="Pareto front"))
+    canvas.legend(handles=handles, loc="outside right center", handlelength=1.4, labelspacing=0.45)
+    bars = "bars: 95% t-interval over seeds; " if summary["nll_half_width"].notna().any() else ""
+    heading = f"{title} ({bars}markers that would hide each other are set apart)"
+    canvas.suptitle(heading, x=0.01, ha="left", fontsize=10, color=INK)
+    canvas.draw_without_rendering()  # places the axes, which says where markers would hide each other
+    nll, half_width = shown["nll"].to_dict(), shown["nll_half_width"].to_dict()
+    federated = shown[~shown["algorithm"].isin(NOT_FEDERATED)].index
+    for axes, place in zip(panels, places, strict=True):
+        front = pareto_front(place[federated], shown["nll"])
+        for arm, x in _dodged(axes, place, shown["nll"], front).items():
+            _draw_arm(axes, x, nll[arm], half_width[arm], styles[arm])
+        if front:
+            steps = [*((place[arm], nll[arm]) for arm in front), (axes.get_xlim()[1], nll[front[-1]])]
+            axes.step(*zip(*steps, strict=True), where="post", color=FAINT, zorder=0)
+
+
+def _draw_arm(axes: Axes, x: float, nll: float, half_width: float, style: Style) -> None:
+    colour, marker, face = style
+    if not math.isnan(half_width):
+        axes.vlines(x, nll - half_width, nll + half_width, color=colour, linewidth=0.9, alpha=0.6, zorder=1)
+    edge, width = ("white", 0.4) if face == colour else (colour, 1.2)
+    axes.plot(x, nll, marker, markersize=SIZE, markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
+
+
+def _handle(arm: str, style: Style) -> Line2D:
+    colour, marker, face = style
+    return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, markersize=SIZE, linewidth=0, label=arm)
+
+
+def _nll_axis(axes: Axes, shown: pd.DataFrame) -> None:
+    widths = shown["nll_half_width"].fillna(0.0)
+    low, high = (shown["nll"] - widths).min(), (shown["nll"] + widths).max()
+    margin = 0.05 * (high - low) or 0.1
+    if not shown.empty:
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_ylabel("mean test NLL after the last round")
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _dodged(axes: Axes, x: pd.Series[float], y: pd.Series[float], first: Sequence[str]) -> dict[str, float]:
+    """Where to draw each arm: where it is, or a little aside where another would hide it. `first` are not moved."""
+    step = SIZE / 72 * axes.figure.dpi / 2
+    placed: list[tuple[float, float]] = []
+    drawn = {}
+    for arm in [*first, *(arm for arm in x.dropna().index if arm not in first)]:
+        across, up = axes.transData.transform((x[arm], y[arm]))
+        for shift in (0, 1, -1, 2, -2, 3, -3, 4, -4):
+            near = across + shift * step
+            if all(math.hypot(near - other, up - height) >= 1.2 * step for other, height in placed):
+                break
+        placed.append((near, up))
+        drawn[arm] = float(axes.transData.inverted().transform((near, up))[0]) if near != across else x[arm]
+    return drawn
+
+
+def arm_styles(algorithms: Sequence[str]) -> list[Style]:
+    """Colour, marker and its filling, of arms by their algorithms; no two alike among 24 of a colour."""
+    seen: Counter[str] = Counter()
+    styles: list[Style] = []
+    for algorithm in algorithms:
+        colour = FAMILIES.get(algorithm, OTHERS)
+        turn, position = divmod(seen[colour], len(MARKERS))
+        red, green, blue = (0.4 * part + 0.6 for part in to_rgb(colour))
+        faces = (colour, "white", to_hex((red, green, blue)))
+        styles.append((colour, MARKERS[position], faces[turn % len(faces)]))
+        seen[colour] += 1
+    return styles
+
+
+def _axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Series[float]:
+    """A linear axis from 0; returns where each arm is on it."""
+    largest = float(values.max()) if values.notna().any() else 0.0
+    divisor, unit = scale(largest, unit)
+    axes.set_xlabel(f"{label} ({unit})")
+    axes.set_xlim(0, largest * 1.08 / divisor or 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    return values / divisor
+
+
+def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
+    """A logarithmic axis with a place of its own at the left for 0; returns where each arm is on it."""
+    axes.set_xlabel("bytes on the wire")
+    sent = values[values > 0]
+    low, high = (math.log10(sent.min()), math.log10(sent.max())) if len(sent) else (0.0, 0.0)
+    span = max(high - low, 0.5)
+    nothing = 10 ** (low - 0.17 * span)
+    steps = (1, 2, 5) if span < 1.5 else (1,)
+    marks = [step * 10**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
+    marks = [mark for mark in marks if low - 0.06 * span <= math.log10(mark) <= high + 0.06 * span]
+    ticks = {float(mark): _short_bytes(mark) for mark in marks[:: math.ceil(len(marks) / 5) or 1]}
+    if len(ticks) < 2:
+        ticks = {10**power: format_quantity(10**power, "B") for power in (low, high)}
+    if len(sent) < len(values):
+        ticks = {nothing: "0", **(ticks if len(sent) else {})}
+        axes.axvline(10 ** (low - 0.1 * span), color=FAINT, linestyle=":", linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** (low - (0.24 if len(sent) < len(values) else 0.08) * span), 10 ** (high + 0.08 * span))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    return values.where(values > 0, nothing)
+
+
+def _short_bytes(value: float) -> str:
+    divisor, unit = scale(value, "B")
+    return f"{value / divisor:g} {unit}"

@@ -1,0 +1,118 @@
+"""A comparison's summary as text: a table for the terminal, and one in Markdown."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Iterable
+
+import pandas as pd
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds
+
+WIDTH = 120
+SHOWN = (
+    "arm",
+    "test NLL",
+    "vs first",
+    "gap closed",
+    "NLL at equal bytes",
+    "ROUGE-L",
+    "bytes",
+    "fewer",
+    "time",
+    "energy",
+)
+"""Columns of `summary_cells` that fit on a terminal."""
+
+
+def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary as texts under short headings, a row an arm."""
+    most = summary["seeds"].max()
+    rows = []
+    for position, (arm, row) in enumerate(summary.iterrows()):
+        rows.append(
+            {
+                "arm": f"{arm}" if row["seeds"] == most else f"{arm} ({row['seeds']} of {most} seeds)",
+                "test NLL": _interval(row["nll"], row["nll_half_width"]),
+                "worst client": format_number(row["worst_nll"]),
+                "vs first": _interval(row["difference"], row["difference_half_width"], signed=True)
+                if position
+                else "–",
+                "gap closed": format_number(100 * row["gap_closed"], 0)
+                + ("" if math.isnan(row["gap_closed"]) else "%"),
+                "NLL at equal bytes": format_number(row["nll_at_equal_bytes"]),
+                "ROUGE-L": format_number(row["rouge_l"]),
+                "similarity": format_number(row["similarity"]),
+                "bytes": format_quantity(row["bytes"], "B"),
+                "a client and round": format_quantity(row["bytes_per_visit"], "B"),
+                "fewer": _ratio(row["bytes_ratio"]),
+                "time": format_seconds(row["seconds"]),
+                "energy": format_quantity(row["joules"], "J"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _interval(mean: float, half_width: float, *, signed: bool = False) -> str:
+    return format_number(mean, signed=signed) + ("" if math.isnan(half_width) else f" ± {format_number(half_width)}")
+
+
+def _ratio(value: float) -> str:
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    return f"{value:,.0f}×" if value >= 9.95 else f"{value:.2g}×"
+
+
+def notes(summary: pd.DataFrame, *, reference: str, baseline: str) -> list[str]:
+    """What the columns mean, a line each."""
+    first, most = summary.index[0], summary["seeds"].max()
+    lines = [f"Means over {most} seeds, ± half of the 95% t-interval." if most > 1 else "One seed: no spread is known."]
+    if len(summary) > 1 and summary["difference"].notna().any():
+        lines.append(f"vs first: NLL less that of {first}, seed by seed; below 0 is better.")
+        lines.append(f"NLL at equal bytes: when no more was sent than by {first} in all.")
+    if reference in summary.index:
+        lines.append(f"fewer: bytes of {reference} for one of the arm's.")
+        if baseline in summary.index:
+            lines.append(f"gap closed: of the NLL from {baseline} (0%) to {reference} (100%).")
+    sources = "; ".join(dict.fromkeys(summary["energy_source"]))
+    lines.append(f"Work of all clients and the server without evaluation; bytes and time measured, energy {sources}.")
+    return lines
+
+
+def render_summary(
+    summary: pd.DataFrame, title: str, *, reference: str, baseline: str, width: int | None = None
+) -> str:
+    """The summary as plain text; by default as wide as the terminal, or `WIDTH` columns where there is none."""
+    cells = summary_cells(summary)[list(SHOWN)]
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                  padding=(0, 1), collapse_padding=True)  # fmt: skip
+    for name in cells:
+        # In two lines, else the heading and not the numbers would decide how wide the column is.
+        heading = str(name).replace("at equal", "at\nequal").replace("gap closed", "gap\nclosed")
+        table.add_column(heading, justify="left" if name == "arm" else "right", overflow="fold", vertical="bottom")
+    for row in cells.to_numpy().tolist():
+        table.add_row(*map(Text, row))
+    stream = io.StringIO()
+    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    lines = [Text(line) for line in notes(summary, reference=reference, baseline=baseline)]
+    Console(file=stream, width=width, color_system=None).print(Group(table, Text(), *lines))
+    return stream.getvalue()
+
+
+def summary_markdown(summary: pd.DataFrame, title: str, *, reference: str, baseline: str) -> str:
+    """The summary as a Markdown table with all columns of `summary_cells`."""
+    cells = summary_cells(summary)
+
+    def line(values: Iterable[object]) -> str:
+        return "| " + " | ".join(str(value).replace("|", "\\|") for value in values) + " |"
+
+    rows = [line(row) for row in cells.to_numpy().tolist()]
+    rule = line(["---"] + ["---:"] * (len(cells.columns) - 1))
+    said = [f"- {note}" for note in notes(summary, reference=reference, baseline=baseline)]
+    return "\n".join([f"# {title}", "", line(cells.columns), rule, *rows, "", *said, ""])

@@ -1,0 +1,12 @@
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def load_script(name: str) -> ModuleType:
+    """The module experiments/NAME/run.py."""
+    path = Path(__file__).parents[2] / "experiments" / name / "run.py"
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,333 @@
+"""Each weight baseline in closed form, on matrices small enough to check by hand."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from semcons_ray.federation.algorithms import (
+    Centralized,
+    FedAvgLora,
+    FedProx,
+    FfaLora,
+    FlexLora,
+    Flora,
+    HetLora,
+    LocalOnly,
+    OneShotFedAvgLora,
+    Scaffold,
+)
+from semcons_ray.federation.fleet import Evaluation, Reply
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.weights import Adapter, pack, stacked, unpack
+from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
+
+A, B = "q.lora_A.weight", "q.lora_B.weight"
+TWO = Cohort(num_clients=2, participation=1.0, seed=0)
+EQUAL = (1, 1)
+OWN = PseudoLabels(round_number=1, prompt_ids=(0,), responses=("mine",))
+
+
+def lora(a: list[list[float]], b: list[list[float]]) -> Adapter:
+    return {A: torch.tensor(a), B: torch.tensor(b)}
+
+
+ONE, OTHER = lora([[1.0, 2.0]], [[2.0], [0.0]]), lora([[3.0, -2.0]], [[4.0], [1.0]])
+
+
+def update(tensors: Adapter, num_examples: int, client_id: int = 0) -> AdapterUpdate:
+    return AdapterUpdate(
+        round_number=1, client_id=client_id, num_examples=num_examples, tensors=pack(tensors, "float32")
+    )
+
+
+def product(adapter: Adapter) -> torch.Tensor:
+    return adapter[B] @ adapter[A]
+
+
+class FakeClient:
+    """A client whose training is told; it starts from zero update."""
+
+    def __init__(self, trained: Adapter | None = None, num_private: int = 1) -> None:
+        self.taught = trained
+        self.private = [None] * num_private
+        self.adapter, self.frozen, self.memory = self.fresh_adapter(), {}, {}  # type: ignore[var-annotated]
+        self.notes: list[Any] = []
+
+    def fresh_adapter(self, round: int | None = None) -> Adapter:
+        return lora([[float(round or 1), 0.5]], [[0.0], [0.0]])
+
+    def label_prompts(self, round: int) -> PseudoLabels:
+        return OWN
+
+    def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
+        self.notes.append((round, labels, more.get("downlink_bytes", 0)))
+        if self.taught is not None:
+            self.adapter = self.taught
+
+    def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
+        return update(tensors, len(self.private)).encode(compression)
+
+
+class FakeFleet:
+    """Real visits of fake clients, last first; `measure` counts how often it is asked."""
+
+    def __init__(self, algorithm: Any, clients: Sequence[FakeClient]) -> None:
+        self.algorithm, self.clients = algorithm, clients
+        self.measured: list[tuple[int, bytes]] = []
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        for client in reversed(list(downlinks)):
+            uplink = self.algorithm.visit(self.clients[client], round, downlinks[client])
+            yield self.reply(client, round, uplink, float(client) if evaluate else None)
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        for client, downlink in downlinks.items():
+            self.measured.append((client, downlink))
+            yield self.reply(client, round, b"", 10.0 + client)
+
+    def reply(self, client: int, round: int, uplink: bytes, nll: float | None) -> Reply:
+        evaluation = None if nll is None else Evaluation(nll_sum=nll, num_tokens=1, answers=())
+        return Reply(
+            client_id=client, round=round, uplink=uplink, train_loss=0.0, num_private=1, num_pseudo_labels=0,
+            evaluation=evaluation, rows=(),
+        )  # fmt: skip
+
+
+def test_fedavg_averages_a_and_b_by_private_examples() -> None:
+    mean = unpack(FedAvgLora(TWO, EQUAL).aggregate(1, b"", [update(ONE, 1), update(OTHER, 3)]))
+    assert mean[A].tolist() == [[2.5, -1.0]]
+    assert mean[B].tolist() == [[3.5], [0.75]]
+
+
+def test_a_fedavg_round_from_message_to_message() -> None:
+    clients = [FakeClient(ONE, num_private=1), FakeClient(OTHER, num_private=3)]
+    algorithm = FedAvgLora(TWO, EQUAL, dtype="float32", compression="zstd")
+    fleet = FakeFleet(algorithm, clients)
+    outcome = algorithm.run_round(1, algorithm.first_state(), fleet, None, evaluate=True)  # type: ignore[arg-type]
+    assert [reply.client_id for reply in outcome.replies] == [0, 1]
+    assert unpack(outcome.next_state)[A].tolist() == [[2.5, -1.0]]
+    # The new average is measured, once, and is every client's.
+    [(client, downlink)] = fleet.measured
+    assert client == 0
+    assert unpack(GlobalAdapter.decode(downlink).tensors)[B].tolist() == [[3.5], [0.75]]
+    assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 10.0, 1: 10.0}
+    assert [row.stage for row in outcome.rows] == ["aggregate"]
+    # In the next round both start from it.
+    algorithm.adopt(clients[1], 2, downlink)  # type: ignore[arg-type]
+    assert clients[1].adapter[A].tolist() == [[2.5, -1.0]]
+    # Without evaluation nobody is asked.
+    assert algorithm.run_round(2, outcome.next_state, FakeFleet(algorithm, clients), None, evaluate=False).evaluations == {}  # type: ignore[arg-type]  # fmt: skip
+    assert clients[0].notes[1] == (2, NO_LABELS, len(downlink))
+
+
+def test_self_labels_are_learnt_from_the_second_round_on() -> None:
+    for algorithm in (
+        FedAvgLora(TWO, EQUAL, self_labels=True),
+        LocalOnly(TWO, self_labels=True),
+        OneShotFedAvgLora(TWO, EQUAL, self_labels=True, num_rounds=3),
+    ):
+        client = FakeClient()
+        assert algorithm.uses_public_prompts
+        for round in (1, 2):
+            algorithm.visit(client, round, b"")  # type: ignore[arg-type]
+        assert [labels for _, labels, _ in client.notes] == [NO_LABELS, OWN]
+    assert not FedAvgLora(TWO, EQUAL).uses_public_prompts
+    assert not LocalOnly(TWO).uses_public_prompts
+
+
+class Quadratic(FakeClient):
+    """Minimises a/2 |w - b|^2 over A alone by K steps of SGD, with an algorithm's `adjust`."""
+
+    def __init__(self, curvature: float, minimum: float, steps: int = 5, lr: float = 0.1) -> None:
+        super().__init__()
+        self.curvature, self.minimum, self.steps, self.lr = curvature, minimum, steps, lr
+        self.path: list[float] = []
+
+    def fresh_adapter(self, round: int | None = None) -> Adapter:
+        return {A: torch.zeros(1, 1), B: torch.zeros(1, 1)}
+
+    def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
+        parameters = {key: torch.nn.Parameter(value.clone()) for key, value in self.adapter.items()}
+        self.path = []
+        for _ in range(self.steps):
+            raw = self.curvature * (float(parameters[A].detach()) - self.minimum)
+            parameters[A].grad = torch.tensor([[raw]])
+            parameters[B].grad = None
+            with torch.no_grad():
+                if more["adjust"] is not None:
+                    more["adjust"](parameters)
+                assert parameters[A].grad is not None
+                self.path.append(float(parameters[A].grad))
+                parameters[A] -= self.lr * parameters[A].grad
+        self.adapter = {key: value.detach() for key, value in parameters.items()}
+
+
+def rounds(algorithm: Any, clients: Sequence[FakeClient], count: int) -> Adapter:
+    state = algorithm.first_state()
+    for round in range(1, count + 1):
+        state = algorithm.run_round(round, state, FakeFleet(algorithm, clients), None, evaluate=False).next_state
+    return unpack(state)
+
+
+def test_fedavg_of_several_steps_misses_the_minimum_that_scaffold_finds() -> None:
+    # f = (1/2 (w + 1)^2 + 4/2 (w - 2)^2) / 2 has its minimum at (1 * -1 + 4 * 2) / 5 = 1.4. Client k contracts by
+    # s_k = (1 - lr a_k)^5, so FedAvg's fixed point is sum (1 - s_k) b_k / sum (1 - s_k).
+    clients = [Quadratic(1.0, -1.0), Quadratic(4.0, 2.0)]
+    slow, fast = 1 - 0.9**5, 1 - 0.6**5
+    fixed = (slow * -1.0 + fast * 2.0) / (slow + fast)
+    assert float(rounds(FedAvgLora(TWO, EQUAL, "float32"), clients, 100)[A]) == pytest.approx(fixed, abs=1e-4)
+    assert abs(fixed - 1.4) > 0.2
+    clients = [Quadratic(1.0, -1.0), Quadratic(4.0, 2.0)]
+    assert float(rounds(Scaffold(TWO, EQUAL, "float32"), clients, 100)[A]) == pytest.approx(1.4, abs=1e-4)
+
+
+def test_scaffold_of_sgd_is_the_papers_option_two() -> None:
+    algorithm = Scaffold(TWO, EQUAL, "float32")
+    client = Quadratic(2.0, 3.0, steps=4)
+    client.memory["own." + A] = torch.tensor([[0.7]])
+    downlink = {A: torch.tensor([[1.0]]), B: torch.zeros(1, 1), "control." + A: torch.tensor([[0.2]])}
+    message = GlobalAdapter(round_number=1, tensors=pack(downlink, "float32")).encode()
+    sent = unpack(AdapterUpdate.decode(algorithm.visit(client, 2, message)).tensors)  # type: ignore[arg-type]
+    assert client.path[0] == pytest.approx(2.0 * (1.0 - 3.0) + 0.2 - 0.7)  # g - c_k + c
+    option_two = 0.7 - 0.2 + (1.0 - float(sent[A])) / (4 * 0.1)
+    assert float(client.memory["own." + A]) == pytest.approx(option_two, rel=1e-5)
+    assert float(sent["control." + A]) == pytest.approx(option_two - 0.7, rel=1e-5)
+    assert not [key for key in client.memory if not key.startswith("own.")]
+
+
+def test_scaffold_moves_c_by_the_share_of_clients_that_answered() -> None:
+    algorithm = Scaffold(Cohort(num_clients=8, participation=0.25, seed=0), (1,) * 8)
+    before = pack({A: torch.tensor([[0.0]]), "control." + A: torch.tensor([[1.0]])}, "float32")
+    sent = [{A: torch.tensor([[x]]), "control." + A: torch.tensor([[c]])} for x, c in ((1.0, 4.0), (3.0, -2.0))]
+    after = unpack(algorithm.aggregate(2, before, [update(sent[0], 1), update(sent[1], 9)]))
+    assert float(after[A]) == 2.0
+    assert float(after["control." + A]) == 1.0 + 2 / 8 * 1.0
+
+
+def test_fedprox_pulls_towards_where_the_round_began() -> None:
+    client = FakeClient()
+    client.adapter = lora([[1.0, 0.0]], [[0.0], [0.0]])
+    adjust = FedProx(TWO, EQUAL, mu=0.5).adjust(client)  # type: ignore[arg-type]
+    parameters = {A: torch.nn.Parameter(torch.tensor([[3.0, -1.0]])), B: torch.nn.Parameter(torch.zeros(2, 1))}
+    parameters[A].grad = torch.tensor([[10.0, 20.0]])
+    with torch.no_grad():
+        adjust(parameters)
+    assert parameters[A].grad.tolist() == [[11.0, 19.5]]
+    assert parameters[B].grad is None
+
+
+def test_fedprox_has_its_fixed_point_where_gradient_and_pull_balance() -> None:
+    # One client: a (w - b) + mu (w - w0) = 0 from w0 = 0 is w = a b / (a + mu).
+    client = Quadratic(2.0, 3.0, steps=200)
+    FedProx(TWO, EQUAL, "float32", mu=1.0).visit(client, 1, b"")  # type: ignore[arg-type]
+    assert float(client.adapter[A]) == pytest.approx(2.0)
+
+
+def test_ffa_freezes_a_and_its_mean_of_products_is_exact() -> None:
+    algorithm = FfaLora(TWO, EQUAL, "float32")
+    parameters = {A: torch.nn.Parameter(torch.ones(1, 2)), B: torch.nn.Parameter(torch.ones(2, 1))}
+    parameters[A].grad, parameters[B].grad = torch.ones(1, 2), torch.ones(2, 1)
+    algorithm.adjust(FakeClient())(parameters)  # type: ignore[arg-type]
+    assert parameters[A].grad is None
+    assert parameters[B].grad is not None
+    common = [[1.0, 0.5]]
+    clients = [FakeClient(lora(common, [[2.0], [0.0]]), 1), FakeClient(lora(common, [[4.0], [1.0]]), 3)]
+    state = rounds(algorithm, clients, 1)
+    assert set(state) == {B}
+    message = GlobalAdapter(round_number=1, tensors=pack(state, "float32")).encode()
+    algorithm.adopt(clients[0], 2, message)  # type: ignore[arg-type]
+    expected = 0.25 * product(lora(common, [[2.0], [0.0]])) + 0.75 * product(lora(common, [[4.0], [1.0]]))
+    assert torch.equal(product(clients[0].adapter), expected)
+
+
+def test_flexlora_splits_the_mean_product_anew() -> None:
+    mean = 0.25 * product(ONE) + 0.75 * product(OTHER)
+    updates = [update(ONE, 1), update(OTHER, 3)]
+    whole = unpack(FlexLora(TWO, (2, 1)).aggregate(1, b"", updates))
+    torch.testing.assert_close(product(whole), mean)
+    u, s, vh = torch.linalg.svd(mean)
+    best = s[0] * u[:, :1] @ vh[:1]
+    torch.testing.assert_close(product(FlexLora(TWO, (2, 1)).share(whole, 1)), best)
+    torch.testing.assert_close(product(unpack(FlexLora(TWO, (1, 1)).aggregate(1, b"", updates))), best)
+
+
+def test_hetlora_pads_weighs_by_norm_and_cuts() -> None:
+    low = lora([[3.0, 0.0]], [[1.0], [0.0]])  # norm 3
+    high = lora([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])  # norm 1
+    algorithm = HetLora(TWO, (1, 2))
+    mean = unpack(algorithm.aggregate(1, b"", [update(low, 1), update(high, 100)]))
+    assert mean[A].tolist() == [[2.25, 0.25], [0.25, 0.0]]
+    assert mean[B].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert algorithm.share(mean, 1)[A].tolist() == [[2.25, 0.25]]
+    zero = lora([[1.0, 0.0]], [[0.0], [0.0]])
+    assert unpack(algorithm.aggregate(1, b"", [update(zero, 1), update(zero, 1)]))[A].tolist()[0] == [1.0, 0.0]
+
+
+def test_clients_of_each_rank_are_sent_and_measured_by_rank() -> None:
+    algorithm = HetLora(Cohort(num_clients=3, participation=1.0, seed=0), (1, 2, 1), "float32")
+    low, high = lora([[3.0, 0.0]], [[1.0], [0.0]]), lora([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
+    fleet = FakeFleet(algorithm, [FakeClient(low), FakeClient(high), FakeClient(low)])
+    outcome = algorithm.run_round(1, b"", fleet, None, evaluate=True)  # type: ignore[arg-type]
+    assert {client: unpack(GlobalAdapter.decode(sent).tensors)[A].shape[0] for client, sent in fleet.measured} == {
+        0: 1,
+        1: 2,
+    }
+    assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 10.0, 1: 11.0, 2: 10.0}
+
+
+def test_flora_adds_the_exact_weighted_sum_every_round() -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = Flora(TWO, EQUAL, "float32")
+    state = algorithm.first_state()
+    for round in (1, 2):
+        fleet = FakeFleet(algorithm, clients)
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    downlink = algorithm.downlinks(3, state, [1])[1]
+    algorithm.adopt(clients[1], 3, downlink)  # type: ignore[arg-type]
+    mean = 0.25 * product(ONE) + 0.75 * product(OTHER)
+    torch.testing.assert_close(product(clients[1].frozen), 2 * mean)
+    assert product(clients[1].adapter).abs().sum() == 0
+    assert clients[1].adapter[A][0, 0] == 3.0  # drawn anew, for round 3
+    assert clients[1].frozen[A].shape[0] == 4
+
+
+def test_flora_sends_a_client_that_was_away_what_it_missed() -> None:
+    cohort = Cohort(num_clients=3, participation=0.34, seed=1)
+    algorithm = Flora(cohort, (1, 1, 1), "float32")
+    clients = [FakeClient(lora([[float(k + 1), 0.0]], [[1.0], [0.0]])) for k in range(3)]
+    state = algorithm.first_state()
+    sampled = [cohort.sample(round) for round in range(1, 7)]
+    assert len({client for clients in sampled for client in clients}) > 1
+    for round in range(1, 7):
+        fleet = FakeFleet(algorithm, clients)
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    stacks = [unpack(stack) for stack in msgspec.msgpack.decode(state, type=list[bytes])]
+    everything = product(stacked(stacks, [1.0] * 6))
+    for client_id, client in enumerate(clients):
+        algorithm.adopt(client, 7, algorithm.downlinks(7, state, [client_id])[client_id])  # type: ignore[arg-type]
+        torch.testing.assert_close(product(client.frozen), everything)
+
+
+def test_one_shot_trains_apart_and_averages_once() -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = OneShotFedAvgLora(TWO, EQUAL, "float32", num_rounds=2)
+    fleet = FakeFleet(algorithm, clients)
+    first = algorithm.run_round(1, b"", fleet, None, evaluate=True)  # type: ignore[arg-type]
+    assert [reply.uplink for reply in first.replies] == [b"", b""]
+    assert {c: e.nll_sum for c, e in first.evaluations.items() if e} == {0: 0.0, 1: 1.0}
+    assert first.next_state == b""
+    second = algorithm.run_round(2, first.next_state, fleet, None, evaluate=True)  # type: ignore[arg-type]
+    assert unpack(second.next_state)[A].tolist() == [[2.5, -1.0]]
+    assert len(fleet.measured) == 1
+
+
+def test_centralized_trains_client_0_for_all() -> None:
+    clients = [FakeClient(), FakeClient()]
+    algorithm = Centralized(TWO)
+    outcome = algorithm.run_round(1, b"", FakeFleet(algorithm, clients), None, evaluate=True)  # type: ignore[arg-type]
+    assert [reply.client_id for reply in outcome.replies] == [0]
+    assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 0.0, 1: 0.0}
+    assert clients[1].notes == []

@@ -1,0 +1,102 @@
+"""Algebra of adapters, against dense matrices."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from semcons_ray.errors import MessageError
+from semcons_ray.federation.weights import (
+    Adapter,
+    pack,
+    rank_of,
+    stacked,
+    truncated_svd,
+    unpack,
+    update_norm,
+    weighted_mean,
+    with_rank,
+)
+
+OUT, IN = 7, 5
+
+
+def adapter(rank: int, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{name}.{half}.weight": torch.randn(shape, generator=generator)
+        for name in ("q", "v")
+        for half, shape in (("lora_A", (rank, IN)), ("lora_B", (OUT, rank)))
+    }
+
+
+def product(adapter: Adapter, name: str = "q") -> torch.Tensor:
+    return adapter[f"{name}.lora_B.weight"].double() @ adapter[f"{name}.lora_A.weight"].double()
+
+
+def close(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_packed_tensors_come_back_and_cost_what_their_type_does(dtype: str, size: int) -> None:
+    tensors = {"a": torch.tensor([[1.0, -2.5]]), "b": torch.arange(64.0)}
+    packed = pack(tensors, dtype)
+    assert {key: value.tolist() for key, value in unpack(packed).items()} == {
+        key: value.tolist() for key, value in tensors.items()
+    }
+    assert all(value.dtype == torch.float32 for value in unpack(packed).values())
+    assert 66 * size < len(packed) < 66 * size + 200
+
+
+def test_bytes_that_are_no_safetensors_are_refused() -> None:
+    with pytest.raises(MessageError, match="tensors"):
+        unpack(b"garbage")
+    assert unpack(b"") == {}
+
+
+def test_the_mean_is_weighted() -> None:
+    mean = weighted_mean([{"w": torch.tensor([1.0, 8.0])}, {"w": torch.tensor([5.0, 0.0])}], [1, 3])
+    assert mean["w"].tolist() == [4.0, 2.0]
+
+
+@given(ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_a_stack_is_the_weighted_sum_of_products(ranks: list[int], seed: int) -> None:
+    adapters = [adapter(rank, seed + i) for i, rank in enumerate(ranks)]
+    weights = [0.5 + i for i in range(len(ranks))]
+    stack = stacked(adapters, weights)
+    assert rank_of(stack) == sum(ranks)
+    for name in ("q", "v"):
+        close(product(stack, name), sum(w * product(a, name) for w, a in zip(weights, adapters, strict=True)))  # type: ignore[arg-type]
+
+
+@given(rank=st.integers(1, 6), cut=st.integers(1, 6), seed=st.integers(0, 99))
+def test_truncation_is_the_best_approximation_of_its_rank(rank: int, cut: int, seed: int) -> None:
+    whole = adapter(rank, seed)
+    u, s, vh = np.linalg.svd(product(whole).numpy())
+    best = torch.from_numpy((u[:, :cut] * s[:cut]) @ vh[:cut]) if cut <= len(s) else product(whole)
+    small = truncated_svd(whole, cut)
+    assert rank_of(small) == cut
+    close(product(small), best)
+    lower = max(1, cut - 1)  # components come in order, so fewer of them are the best of fewer
+    close(product(with_rank(small, lower)), torch.from_numpy((u[:, :lower] * s[:lower]) @ vh[:lower]))
+
+
+def test_padding_leaves_the_product_and_cutting_keeps_the_first_components() -> None:
+    small = adapter(2, seed=1)
+    padded = with_rank(small, 4)
+    assert rank_of(padded) == 4
+    assert torch.equal(product(padded), product(small))
+    back = with_rank(padded, 2)
+    assert all(torch.equal(back[key], small[key]) for key in small)
+    assert padded["q.lora_A.weight"][2:].abs().sum() == 0
+    assert padded["q.lora_B.weight"][:, 2:].abs().sum() == 0
+
+
+def test_the_norm_is_that_of_the_products_of_all_modules() -> None:
+    some = adapter(3, seed=2)
+    dense = math.hypot(float(product(some, "q").norm()), float(product(some, "v").norm()))
+    assert update_norm(some) == pytest.approx(dense, rel=1e-5)

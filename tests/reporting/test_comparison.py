@@ -1,0 +1,276 @@
+import io
+import math
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+
+from semcons_ray.errors import RunFolderError
+from semcons_ray.reporting.comparison import (
+    compare_runs,
+    costs_by_round,
+    mean_and_half_width,
+    summarize,
+)
+from semcons_ray.reporting.pareto import arm_styles, pareto_front, write_pareto
+from semcons_ray.reporting.summary import render_summary, summary_cells, summary_markdown
+from semcons_ray.reporting.tables import read_run
+from tests.reporting.builder import HOSTILE, write_run
+
+T_OF_2 = 4.302652729911275  # 97.5th percentile of Student's t, from a table
+LANDMARKS = {"reference": "averaging", "baseline": "alone"}
+
+
+def arm(name, finals, total_bytes, *, base=2.0, middle=1.5, algorithm="semantic_consensus", joules=30.0):
+    """An arm's rounds 0, 1 and 2 for seeds 0, 1, ... that end at `finals`."""
+    return pd.DataFrame(
+        [
+            {
+                "arm": name,
+                "algorithm": algorithm,
+                "seed": seed,
+                "round": round,
+                "mean_nll": nll,
+                "worst_nll": nll + 0.5,
+                "rouge_l": 0.1 * round,
+                "similarity": 0.2 * round,
+                "train_loss": 1.0,
+                "visits": 4 * round,
+                "uplink_bytes": sent,
+                "downlink_bytes": 0,
+                "total_bytes": sent,
+                "seconds": 10.0 * (round + 1) + seed,
+                "joules": joules * (round + 1),
+                "energy_source": "unavailable" if math.isnan(joules) else "estimated",
+            }
+            for seed, final in enumerate(finals)
+            for round, (nll, sent) in enumerate(zip((base, middle, final), total_bytes, strict=True))
+        ]
+    )
+
+
+@pytest.fixture
+def rounds():
+    return pd.concat(
+        [
+            arm("consensus", (1.2, 1.3, 1.1), (10, 50, 100)),
+            arm("alone", (1.4, 1.6, 1.2), (0, 0, 0), algorithm="local_only"),
+            arm("averaging", (1.0, 1.1, 0.9), (0, 80, 160), algorithm="fedavg_lora"),
+            arm("heavy", (0.8, 0.8, 0.8), (200, 400, 600), algorithm="flora"),
+        ],
+        ignore_index=True,
+    )
+
+
+@pytest.fixture
+def summary(rounds):
+    return summarize(rounds, first="consensus", **LANDMARKS)
+
+
+def test_means_and_t_intervals(summary):
+    assert summary.index.tolist() == ["consensus", "alone", "averaging", "heavy"]
+    assert summary["nll"].tolist() == pytest.approx([1.2, 1.4, 1.0, 0.8])
+    # Standard deviations of 0.1, 0.2, 0.1 and 0 over three seeds.
+    widths = [T_OF_2 * deviation / math.sqrt(3) for deviation in (0.1, 0.2, 0.1, 0.0)]
+    assert summary["nll_half_width"].tolist() == pytest.approx(widths)
+    assert summary.loc["consensus", ["worst_nll", "rouge_l", "similarity"]].tolist() == pytest.approx([1.7, 0.2, 0.4])
+    assert summary.loc["consensus", ["seconds", "joules"]].tolist() == pytest.approx([31.0, 90.0])
+    assert summary["seeds"].tolist() == [3, 3, 3, 3]
+
+
+def test_bytes_of_a_visit_and_how_many_fewer(summary):
+    assert summary["bytes"].tolist() == [100, 0, 160, 600]
+    assert summary["bytes_per_visit"].tolist() == [12.5, 0, 20, 75]
+    assert summary["bytes_ratio"].tolist() == pytest.approx([1.6, math.inf, 1.0, 160 / 600])
+
+
+def test_gap_closed_is_0_for_the_baseline_and_1_for_the_reference(summary):
+    assert summary["gap_closed"].tolist() == pytest.approx([0.5, 0.0, 1.0, 1.5])
+
+
+def test_no_gap_where_the_reference_is_no_better(rounds):
+    table = summarize(rounds, first="consensus", reference="alone", baseline="averaging")
+    assert table["gap_closed"].isna().all()
+
+
+def test_differences_are_taken_seed_by_seed(summary):
+    assert summary["difference"].tolist() == pytest.approx([0.0, 0.2, -0.2, -0.4])
+    # Against consensus: alone +0.2, +0.3, +0.1; averaging always -0.2; heavy -0.4, -0.5, -0.3.
+    widths = [T_OF_2 * deviation / math.sqrt(3) for deviation in (0.0, 0.1, 0.0, 0.1)]
+    assert summary["difference_half_width"].tolist() == pytest.approx(widths, abs=1e-9)
+
+
+def test_nll_at_equal_bytes(summary):
+    # Consensus sent 100 B: averaging had by round 1, and heavy not even by round 0, which is always granted.
+    assert summary["nll_at_equal_bytes"].tolist() == pytest.approx([1.2, 1.4, 1.5, 2.0])
+
+
+def test_an_arm_with_fewer_seeds_is_paired_by_those_it_has(rounds):
+    some = rounds[(rounds["arm"] != "alone") | (rounds["seed"] == 1)]
+    row = summarize(some, first="consensus", **LANDMARKS).loc["alone"]
+    assert (row["seeds"], row["nll"], row["difference"]) == pytest.approx((1, 1.6, 0.3))
+    assert math.isnan(row["nll_half_width"])
+    assert math.isnan(row["difference_half_width"])
+    cells = summary_cells(summarize(some, first="consensus", **LANDMARKS))
+    assert cells["arm"].tolist()[1] == "alone (1 of 3 seeds)"
+    assert cells["test NLL"].tolist()[1] == "1.600"
+
+
+def test_what_needs_an_arm_that_is_not_there_is_nan(rounds):
+    table = summarize(rounds[rounds["arm"].isin(["alone", "heavy"])], first="consensus", **LANDMARKS)
+    for column in ("bytes_ratio", "gap_closed", "difference", "nll_at_equal_bytes"):
+        assert table[column].isna().all(), column
+    assert "vs first" not in render_summary(table, "t", **LANDMARKS).split("\n\n")[1]
+
+
+def test_one_value_has_no_interval_and_two_have_a_wide_one():
+    assert mean_and_half_width(pd.Series([3.0])) == (3.0, pytest.approx(math.nan, nan_ok=True))
+    assert mean_and_half_width(pd.Series([1.0, 3.0])) == pytest.approx((2.0, 12.706204736))
+
+
+def test_costs_by_round_leave_out_evaluation_and_idling(tmp_path):
+    run = read_run(write_run(tmp_path / "run", lost={2: (1,)}))
+    table = costs_by_round(run.metrics, run.rounds, run.ledger)
+    assert table.index.tolist() == [0, 1, 2]
+    # Client 1 was lost in round 2 and counts with its 1.8 of round 1.
+    assert table["mean_nll"].tolist() == pytest.approx([2.0, 1.8, (1.8 + 1.8 + 1.4) / 3])
+    assert table["worst_nll"].tolist() == pytest.approx([2.0, 1.9, 1.8])
+    assert table["rouge_l"].tolist() == pytest.approx([0.0, 0.1, 0.5 / 3])
+    assert table["train_loss"].tolist() == pytest.approx([math.nan, 1.0, 1.0], nan_ok=True)
+    assert table["visits"].tolist() == [0, 3, 6]
+    assert table["uplink_bytes"].tolist() == [0, 303, 505]
+    assert table["downlink_bytes"].tolist() == [0, 150, 250]
+    assert table["total_bytes"].tolist() == [0, 453, 755]
+    # Three loads of 4 s, then 3 s of fine-tuning and generating a visit, at 10 W.
+    assert table["seconds"].tolist() == pytest.approx([12.0, 21.0, 27.0])
+    assert table["joules"].tolist() == pytest.approx([120.0, 210.0, 270.0])
+    assert set(table["energy_source"]) == {"estimated"}
+
+
+def test_rounds_without_evaluation_count_towards_the_next(tmp_path):
+    run = read_run(write_run(tmp_path / "run", num_rounds=3))
+    table = costs_by_round(run.metrics[run.metrics["round"].isin([0, 3])], run.rounds, run.ledger)
+    assert table.index.tolist() == [0, 3]
+    assert table.loc[3, ["visits", "total_bytes"]].tolist() == [9, 3 * 453]
+
+
+def test_a_model_that_diverged_is_infinitely_bad_and_not_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    metrics.loc[metrics["round"] == 2, "nll"] = math.nan
+    metrics.to_parquet(folder / "metrics.parquet", index=False)
+    good = write_run(tmp_path / "good")
+    runs = {("good", 0): good, ("good", 1): good, ("bad", 0): folder, ("bad", 1): good}
+    result = compare_runs(runs, first="good", **LANDMARKS)
+    assert result.summary["nll"].tolist() == [pytest.approx(1.6), math.inf]
+    assert math.isnan(result.summary.loc["bad", "nll_half_width"])
+    write_pareto(result.summary, "diverged", tmp_path)
+
+
+def test_run_folders_become_rounds_summary_and_stages(tmp_path):
+    runs = {
+        (name, seed): write_run(tmp_path / f"{name}{seed}", local_only=name == "alone", num_rounds=1 + seed)
+        for name in ("consensus", "alone")
+        for seed in (0, 1)
+    }
+    result = compare_runs(runs, first="consensus", **LANDMARKS)
+    assert result.rounds.columns[:4].tolist() == ["arm", "algorithm", "seed", "round"]
+    assert len(result.rounds) == 2 * (2 + 3)
+    assert result.summary["algorithm"].tolist() == ["semantic_consensus", "local_only"]
+    assert result.stages.index.names == ["arm", "stage"]
+    stages = result.stages.loc["consensus"]
+    assert stages.index.tolist() == ["load", "fine_tune", "generate", "evaluate", "idle"]
+    # Seed 0 has one round of 3 visits, seed 1 two.
+    assert stages["seconds"].tolist() == pytest.approx([12.0, 9.0, 4.5, 2.25, 2.25])
+    assert stages["joules"].tolist() == pytest.approx([120.0, 90.0, 45.0, 22.5, 0.0])
+
+
+def test_a_stage_that_one_seed_lacks_counts_as_nothing(tmp_path):
+    runs = {("a", seed): write_run(tmp_path / str(seed)) for seed in (0, 1)}
+    ledger = pd.read_parquet(tmp_path / "0" / "ledger.parquet")
+    ledger[ledger["stage"] != "load"].to_parquet(tmp_path / "0" / "ledger.parquet", index=False)
+    stages = compare_runs(runs, first="a", **LANDMARKS).stages
+    assert stages.loc[("a", "load"), "seconds"] == pytest.approx(6.0)
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "ledger.parquet").unlink()
+    with pytest.raises(RunFolderError, match=r"ledger\.parquet is missing"):
+        compare_runs({("a", 0): folder}, first="a", **LANDMARKS)
+
+
+def test_the_pareto_front_by_hand():
+    costs = pd.Series({"free": 0.0, "cheap": 1.0, "beaten": 2.0, "good": 3.0, "same": 3.0, "dear": 9.0, "worse": 1.0})
+    losses = pd.Series({"free": 5.0, "cheap": 3.0, "beaten": 3.0, "good": 1.0, "same": 1.0, "dear": 1.5, "worse": 4.0})
+    assert pareto_front(costs, losses) == ["free", "cheap", "good"]
+    losses["good"] = math.inf
+    assert pareto_front(costs, losses) == ["free", "cheap", "same"]
+    assert pareto_front(costs.iloc[:0], losses) == []
+
+
+def test_no_two_of_24_arms_look_alike():
+    names = ["semantic_consensus"] * 24 + ["fedavg_lora"] * 24 + ["not known"] * 24
+    assert len(set(arm_styles(names))) == len(names)
+
+
+def test_the_figure_is_drawn_and_names_every_arm(summary, tmp_path):
+    write_pareto(summary, HOSTILE, tmp_path)
+    svg = (tmp_path / "pareto.svg").read_text(encoding="utf-8")
+    texts = {text for element in ElementTree.fromstring(svg).iter() for text in [(element.text or "").strip()] if text}
+    assert {*summary.index, "Pareto front", "0", "time at work (s)", "energy, estimated (J)"} <= texts
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    write_pareto(summary, HOSTILE, tmp_path)
+    assert (tmp_path / "pareto.svg").read_text(encoding="utf-8") == svg
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        [arm("alone", (1.4,), (0, 0, 0))],  # nothing was sent
+        [arm("diverged", (math.inf, math.inf), (1, 2, 3))],
+        [arm("unmetered", (1.4, 1.3), (1, 2, 3), joules=math.nan)],
+        [arm(f"arm {number}", (1.4, 1.4), (0, 1000, 2000)) for number in range(20)],  # all in one place
+    ],
+)
+def test_figures_of_odd_comparisons_are_drawn(arms, tmp_path):
+    table = summarize(pd.concat(arms), first=arms[0]["arm"][0], **LANDMARKS)
+    write_pareto(table, "odd", tmp_path)
+    ElementTree.parse(tmp_path / "pareto.svg")
+    assert render_summary(table, "odd", **LANDMARKS)
+
+
+def test_the_table_fits_a_terminal(rounds):
+    names = {name: f"{name}, with a label that says a lot about it" for name in set(rounds["arm"])}
+    table = summarize(rounds.replace({"arm": names}), first=names["consensus"], **LANDMARKS)
+    text = render_summary(table, "wide", **LANDMARKS, width=120)
+    head = text.split("\n\n")[0]
+    assert max(map(len, head.splitlines())) <= 120
+    assert "1.200 ± 0.248" in head
+    assert "+0.200 ± 0.248" in head
+
+
+def test_the_table_says_what_its_columns_mean(summary):
+    text = render_summary(summary, "[red] title", **LANDMARKS, width=120)
+    assert text.startswith("[red] title")
+    cells = summary_cells(summary).set_index("arm")
+    assert cells.loc["consensus"].tolist() == [
+        *("1.200 ± 0.248", "1.700", "–", "50%", "1.200", "0.200", "0.400", "100 B", "12.5 B", "1.6×", "31.0 s", "90 J"),
+    ]
+    assert cells["fewer"].tolist() == ["1.6×", "∞", "1×", "0.27×"]
+    assert "Means over 3 seeds, ± half of the 95% t-interval." in text
+    assert "gap closed: of the NLL from alone (0%) to averaging (100%)." in text
+    assert "energy estimated" in text
+
+
+def test_markdown_has_a_row_an_arm_and_escapes_bars(summary):
+    text = summary_markdown(summary.rename(index={"alone": "a|b"}), "title", **LANDMARKS)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(summary)
+    assert rows[3].startswith("| a\\|b | 1.400 ± 0.497 | 1.900 | +0.200 ± 0.248 |")
+    assert {row.replace("\\|", "").count("|") for row in rows} == {14}
+
+
+def test_the_frames_survive_csv(summary):
+    read = pd.read_csv(io.StringIO(summary.to_csv()), index_col="arm")
+    pd.testing.assert_frame_equal(read, summary, check_dtype=False)
