@@ -134,7 +134,12 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
     demands = []
     for name, folder in folders.items():
         footprint = measure_footprint(
-            folder, dtype=dtype, max_length=config.model.max_length, batch_size=training.batch_size
+            folder,
+            dtype=dtype,
+            max_length=config.model.max_length,
+            batch_size=training.batch_size,
+            generation_batch_size=config.generation.batch_size,
+            max_new_tokens=config.generation.max_new_tokens,
         )
         clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
         demands.append(Demand(name, clients, footprint.host_bytes, footprint.device_bytes))
@@ -144,6 +149,7 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
         max_workers=len(demands) if resources.fleet == "local" else resources.max_workers,
         server_bytes=SERVER_BYTES,
         server_gpus=resources.server_gpus,
+        one_by_one=resources.fleet == "local",
     )
     limit = resources.memory_limit_gib
     planned = nodes if limit is None else tuple(node.limited(int(limit * GIB)) for node in nodes)

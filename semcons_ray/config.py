@@ -137,6 +137,13 @@ class TrainingConfig(Settings):
     """A client's fine-tuning in one round."""
 
     learning_rate: float = Field(5e-4, gt=0)
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share that the adapter of before a round, from round 2 on, keeps in the client's moving average, "
+        "which it goes on with; 0: none.",
+    )
     batch_size: int = Field(4, ge=1)
     local_epochs: int = Field(1, ge=1, description="Passes over private data and pseudo-labels in a round.")
     local_steps: int | None = Field(None, ge=1, description="Optimizer steps in a round; replaces local_epochs.")

@@ -1,8 +1,8 @@
 """Where clients run: a plan made from measured model sizes and the cluster's resources, before anything is loaded.
 
 Every client gets an actor of its own where cores (or GPUs) and memory allow. Where they do not, an actor hosts several
-clients of one architecture, which take turns in one base model. Nothing here names Ray: a plan is a pure function of
-its arguments.
+clients of one architecture, which take turns in one base model. Every architecture needs an actor; where there are more
+of them than cores, actors share cores. Nothing here names Ray: a plan is a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from semcons_ray.errors import PlacementError
 
 GIB = 1 << 30
+
+SHARES_A_CORE = 10_000
+"""Cores are booked in steps of 0.0001."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One actor."""
+    """One actor. `shared_cpus` is its share of its node's cores, if it shares them with other actors; else None."""
 
     name: str
     node_id: str
@@ -68,17 +71,29 @@ class WorkerPlan:
     threads: int
     gpus: float
     memory_bytes: int
+    shared_cpus: float | None = None
+
+    @property
+    def num_cpus(self) -> float:
+        """Cores to book for it: one a thread, a share of them, or none beside a GPU."""
+        if self.gpus:
+            return 0
+        return self.threads if self.shared_cpus is None else self.shared_cpus
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a worker takes, and what is kept back, from `resources` in the config."""
+    """What a worker takes, and what is kept back, from `resources` in the config.
+
+    Where workers work `one_by_one`, in one process, each has all cores to itself.
+    """
 
     threads_per_worker: int
     gpus_per_worker: float
     max_workers: int | None
     server_bytes: int
     server_gpus: float
+    one_by_one: bool = False
 
 
 @dataclass
@@ -93,7 +108,7 @@ class _Room:
         if self.memory < demand.host_bytes:
             return False
         if device == "cpu":
-            return self.cpus >= limits.threads_per_worker
+            return (self.node.cpus if limits.one_by_one else self.cpus) >= limits.threads_per_worker
         share = limits.gpus_per_worker
         room = self.node.gpu_memory_bytes
         return self.gpus >= share - 1e-9 and (room is None or demand.device_bytes <= room * min(share, 1.0))
@@ -106,15 +121,21 @@ class _Room:
         else:
             self.gpus -= limits.gpus_per_worker
 
+    def shared_cpus(self, limits: Limits, device: str) -> float | None:
+        """A worker's share of the cores, if there are too few for all workers here."""
+        if device != "cpu" or limits.one_by_one or self.cpus >= 0:
+            return None
+        return self.node.cpus * SHARES_A_CORE // self.workers / SHARES_A_CORE
+
 
 @dataclass
 class _Group:
     demand: Demand
-    nodes: list[Node] = field(default_factory=list)
+    rooms: list[_Room] = field(default_factory=list)
 
     @property
     def load(self) -> float:
-        return len(self.demand.clients) / len(self.nodes) if self.nodes else float("inf")
+        return len(self.demand.clients) / len(self.rooms) if self.rooms else float("inf")
 
 
 def plan_workers(
@@ -123,7 +144,8 @@ def plan_workers(
     """Workers for all clients: one a model first, then one more where the clients per worker are most, while it fits.
 
     Workers go to the node with the fewest of them, so that clients spread over the cluster; clients are dealt out to
-    the workers of their model in turn.
+    the workers of their model in turn. Where cores are too few for one worker a model, those that are left over go
+    where workers a core are fewest, and all on such a node have equal shares of its cores.
 
     Raises:
         PlacementError: Not even one worker for each model fits; names the setting to change.
@@ -139,37 +161,40 @@ def plan_workers(
         )
     for group in groups:
         room = _best(rooms, group.demand, limits, device)
+        if room is None and device == "cpu":
+            room = _least_crowded(rooms, group.demand, limits)
         if room is None:
             raise PlacementError(_explain(group.demand, rooms, limits, device))
         room.take(group.demand, limits, device)
-        group.nodes.append(room.node)
+        group.rooms.append(room)
     growing = list(groups)
-    while growing and (limits.max_workers is None or sum(len(group.nodes) for group in groups) < limits.max_workers):
+    while growing and (limits.max_workers is None or sum(len(group.rooms) for group in groups) < limits.max_workers):
         group = max(growing, key=lambda group: group.load)
         room = _best(rooms, group.demand, limits, device) if group.load > 1 else None
         if room is None:
             growing.remove(group)
             continue
         room.take(group.demand, limits, device)
-        group.nodes.append(room.node)
+        group.rooms.append(room)
     shares = [
-        (group, node, group.demand.clients[start :: len(group.nodes)])
+        (group, room, group.demand.clients[start :: len(group.rooms)])
         for group in groups
-        for start, node in enumerate(group.nodes)
+        for start, room in enumerate(group.rooms)
     ]
     shares.sort(key=lambda share: share[2][0])
     return tuple(
         WorkerPlan(
             name=f"worker-{index}",
-            node_id=node.node_id,
-            node=node.name,
+            node_id=room.node.node_id,
+            node=room.node.name,
             model=group.demand.model,
             clients=clients,
             threads=limits.threads_per_worker,
             gpus=limits.gpus_per_worker if device != "cpu" else 0.0,
             memory_bytes=group.demand.host_bytes,
+            shared_cpus=room.shared_cpus(limits, device),
         )
-        for index, (group, node, clients) in enumerate(shares)
+        for index, (group, room, clients) in enumerate(shares)
     )
 
 
@@ -178,8 +203,13 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
     clients = sum(len(worker.clients) for worker in workers)
     nodes = len({worker.node_id for worker in workers})
     lines = [f"{clients} clients on {len(workers)} workers, {nodes} node{'s' if nodes > 1 else ''}, device {device}"]
+    sharing = sum(worker.shared_cpus is not None for worker in workers)
+    if sharing:
+        lines.append(f"  models are more than cores: {sharing} workers share cores, and each is slower for it")
     for worker in workers:
         share = f"{worker.gpus:g} GPU" if worker.gpus else f"{worker.threads} thread{'s' if worker.threads > 1 else ''}"
+        if worker.shared_cpus is not None:
+            share += f" sharing cores ({worker.shared_cpus:.2g})"
         memory = f"{worker.memory_bytes / GIB:.1f} GiB"
         if worker.gpus:
             memory += f" + {sizes[worker.model].device_bytes / GIB:.1f} GiB of the GPU"
@@ -194,18 +224,29 @@ def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -
     return min(fitting, key=lambda room: (room.workers, -room.memory), default=None)
 
 
+def _least_crowded(rooms: Sequence[_Room], demand: Demand, limits: Limits) -> _Room | None:
+    """Where one more worker shares the cores: threads beyond a node's cores help nobody, so it must have enough."""
+    fitting = [
+        room for room in rooms if room.memory >= demand.host_bytes and room.node.cpus >= limits.threads_per_worker
+    ]
+    return min(fitting, key=lambda room: (room.workers / room.node.cpus, -room.memory), default=None)
+
+
 def _explain(demand: Demand, rooms: Sequence[_Room], limits: Limits, device: str) -> str:
+    if device == "cpu":
+        rooms = [room for room in rooms if room.node.cpus >= limits.threads_per_worker]
+        if not rooms:
+            return (
+                f"no node has {limits.threads_per_worker} CPU cores for a worker of {demand.model}; lower "
+                f"resources.threads_per_worker, or use a machine with more"
+            )
     most = max(room.memory for room in rooms)
     if most < demand.host_bytes:
         return (
             f"a worker of {demand.model} needs {demand.host_bytes / GIB:.1f} GiB of memory, and the most a node has "
-            f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size or model.max_length, "
-            f"or raise resources.memory_limit_gib"
-        )
-    if device == "cpu":
-        return (
-            f"no node has {limits.threads_per_worker} free CPU cores for a worker of {demand.model}; lower "
-            f"resources.threads_per_worker, or use fewer models in clients.mix"
+            f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size, "
+            f"generation.batch_size or model.max_length, fewer models in clients.mix, or raise "
+            f"resources.memory_limit_gib"
         )
     if max(room.gpus for room in rooms) < limits.gpus_per_worker:
         return (

@@ -43,9 +43,7 @@ class _Worker:
     def start(self) -> None:
         """Make the actor and let it load."""
         plan = self.plan
-        options = actor_options(
-            node_id=plan.node_id, threads=plan.threads, num_cpus=0 if plan.gpus else plan.threads, num_gpus=plan.gpus
-        )
+        options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
         self.load_ref = self.actor.load.remote(self.spec)
 

@@ -69,6 +69,7 @@ class Client:
             {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
             for part in (_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY)
         )
+        self.has_trained = bool(self.adapter)
         if not self.adapter:
             self.adapter = self.fresh_adapter()
         self.train_loss = math.nan
@@ -106,6 +107,7 @@ class Client:
         if weight > 0:
             answered = zip(labels.prompt_ids, labels.responses, strict=True)
             pairs += [Pair(self.prompts[prompt_id], response, weight) for prompt_id, response in answered]
+        before = dict(self.adapter)
         with self.ledger.stage("fine_tune", round=round, client_id=self.client_id) as work:
             result = self.model.fine_tune(
                 self.adapter,
@@ -118,6 +120,9 @@ class Client:
             )
             work.tokens = result.tokens
             work.downlink_bytes = downlink_bytes
+        if self.has_trained and (decay := self.training.ema_decay) > 0:
+            # Averages along a client's path lose the noise of its steps, as averages over clients do.
+            self.adapter = {key: decay * before[key] + (1 - decay) * value for key, value in self.adapter.items()}
         self.optimizer = result.optimizer
         self.train_loss = result.loss
         self.num_pseudo_labels = len(pairs) - len(self.private)

@@ -12,38 +12,73 @@ from typing import Any
 from semcons_ray.errors import ModelError
 
 PROCESS_BYTES = 600 << 20
-"""A process that has imported torch, transformers and PEFT, and the allocator's slack, measured on Linux."""
+"""A process that has imported torch, transformers and PEFT, and the libraries' caches, measured on Linux."""
+
+TOKENIZER_GROWTH = 10
+"""A tokenizer's memory a byte of its file: 9.7 and 9.8 measured, by what Gemma 3's and Qwen2.5's add to SmolLM2's."""
+
+HEAP_GROWTH = 2
+"""A process's heap against what is alive in it at most. The C library gives memory back from the heap's end only, and
+a batch leaves holes: 1.6 to 2.0 measured with six layers of each of the three models and batches of one length.
+Batches of ever new lengths leave more."""
+
+LOSS_ROWS = 64
+"""Rows of logits that are turned into losses at a time."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a worker needs: `weights` once, `activations` at the peak of a batch, `process` for itself."""
+    """Bytes a worker needs.
+
+    Attributes:
+        weights: The model's.
+        activations: Of a training batch, or the cache of keys and values of a batch of answers: the larger.
+        logits: Of a training or an evaluation batch, with what becomes of them.
+        tokenizer: The tokenizer's tables.
+        process: The process itself.
+    """
 
     weights: int
     activations: int
+    logits: int
+    tokenizer: int = 0
     process: int = PROCESS_BYTES
 
     @property
     def host_bytes(self) -> int:
-        """What a worker on the CPU needs of the host's memory."""
-        return self.weights + self.activations + self.process
+        """What a worker on the CPU needs of the host's memory. Logits are too large for the heap, and leave no holes.
+
+        They come on top of the heap at its largest, since it does not shrink when a batch is done.
+        """
+        return self.weights + HEAP_GROWTH * self.activations + self.logits + self.tokenizer + self.process
 
     @property
     def device_bytes(self) -> int:
         """What a worker on a GPU needs of the GPU's memory."""
-        return self.weights + self.activations
+        return self.weights + self.activations + self.logits
 
 
-def measure_footprint(folder: Path, *, dtype: str, max_length: int, batch_size: int) -> Footprint:
-    """Footprint of one worker that trains and runs the model in `folder`.
+def measure_footprint(
+    folder: Path,
+    *,
+    dtype: str,
+    max_length: int,
+    batch_size: int,
+    generation_batch_size: int,
+    max_new_tokens: int,
+) -> Footprint:
+    """Footprint of one worker that trains, evaluates and runs the model in `folder`.
 
-    Weights are counted from the headers of the safetensors files. Activations are bounded by what a training batch
-    of B sequences of T tokens keeps for the backward pass: about 26 hidden vectors and 3 of the feed-forward width
-    a layer, the attention weights three times in float32, and logits with their gradients of the responses, which are
-    half of the tokens at most. For SmolLM2-135M in bfloat16 on a CPU with B 8 and T 192, responses that long, this is
-    3.4 GB; the process was seen to grow by 3.4.
+    Weights are counted from the headers of the safetensors files. A training batch of B sequences of T tokens keeps
+    for the backward pass, for each token and layer, at most 10 hidden vectors, 9 as wide as all attention heads, keys
+    and values, 4 of the feed-forward width, and T attention weights of each head in float32. That is what a layer of
+    Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. Each bound takes sequences as long as they may be.
+
+    Logits are of the responses, half of the tokens at most. In training each is there in the model's dtype and as a
+    float32 log-probability; in evaluation, whose batches are as large as those of answers, in the model's dtype. On top
+    come two float32 copies of `LOSS_ROWS` rows.
 
     Raises:
         ModelError: The folder holds no safetensors weights or no readable config.json.
@@ -55,11 +90,22 @@ def measure_footprint(folder: Path, *, dtype: str, max_length: int, batch_size: 
     config = _read_config(folder)
     width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     feed_forward = int(config.get("intermediate_size", 4 * width))
-    tokens, size = batch_size * max_length, _BYTES[dtype]
-    kept = tokens * layers * (26 * width + 3 * feed_forward) * size
-    attention = 3 * tokens * max_length * layers * int(config.get("num_attention_heads", 0)) * 4
-    logits = tokens // 2 * int(config.get("vocab_size", 0)) * 16
-    return Footprint(weights=parameters * size, activations=kept + attention + logits)
+    heads = int(config.get("num_attention_heads") or 1)
+    head_width = int(config.get("head_dim") or width // heads)
+    key_values = 2 * int(config.get("num_key_value_heads") or heads) * head_width
+    vocabulary, size = int(config.get("vocab_size", 0)), _BYTES[dtype]
+    vectors = 10 * width + 9 * heads * head_width + key_values + 4 * feed_forward
+    kept = batch_size * max_length * layers * (vectors * size + heads * max_length * 4)
+    cache = generation_batch_size * (max_length + max_new_tokens) * layers * key_values * size
+    learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2
+    rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
+    tokenizer = folder / "tokenizer.json"
+    return Footprint(
+        weights=parameters * size,
+        activations=max(kept, cache),
+        logits=vocabulary * rows,
+        tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

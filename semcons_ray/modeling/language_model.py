@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
+from semcons_ray.modeling.footprint import LOSS_ROWS
 
 Adapter = dict[str, Tensor]
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -237,7 +238,7 @@ class LanguageModel:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self._eos_ids(),
         )
-        encoded = [self._prompt_ids(prompt)[-self.max_length :] for prompt in prompts]
+        encoded = [self._cut(self._prompt_ids(prompt), self.max_length) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
         answers, tokens = [""] * len(prompts), 0
         with self._seeded(generator), self._beside(frozen):
@@ -288,8 +289,15 @@ class LanguageModel:
         space = "" if self.tokenizer.chat_template else " "
         response = self.tokenizer(space + pair.response, add_special_tokens=False)["input_ids"]
         response = [*response, self.tokenizer.eos_token_id][: self.max_length // 2]
-        prompt = prompt[-(self.max_length - len(response)) :]
+        prompt = self._cut(prompt, self.max_length - len(response))
         return [*prompt, *response], len(prompt)
+
+    def _cut(self, prompt: list[int], length: int) -> list[int]:
+        """The end of a prompt too long; a first token that marks the beginning of every text stays before it."""
+        if len(prompt) <= length:
+            return prompt
+        kept = 1 if prompt[0] == self.tokenizer.bos_token_id else 0
+        return prompt[:kept] + prompt[len(prompt) - length + kept :]
 
     def _collate(
         self, examples: Sequence[tuple[list[int], int]], weights: Sequence[float], *, pad_left: bool
@@ -311,8 +319,10 @@ class LanguageModel:
         is_label = labels != IGNORED
         self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits[0].float(), labels[is_label], reduction="none")
-        return loss, is_label.nonzero()[:, 0]
+        # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
+        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(labels[is_label], LOSS_ROWS), strict=True)
+        losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
+        return torch.cat(losses), is_label.nonzero()[:, 0]
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Hook before the output embedding: compute logits of the positions that are scored, (1, N, V), and no others.

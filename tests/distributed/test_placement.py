@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, describe_plan, plan_workers
+from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, WorkerPlan, describe_plan, plan_workers
 from semcons_ray.errors import PlacementError
 
 SMALL = Demand("small", (0, 1, 2, 3), host_bytes=2 * GIB, device_bytes=1 * GIB)
@@ -58,6 +58,83 @@ def test_the_server_keeps_its_share_of_the_gpu() -> None:
     assert len(plan) == 3
 
 
+def models(*host_gib: float) -> list[Demand]:
+    """Models a, b, ... of these sizes, with a client each."""
+    return [Demand("abcde"[i], (i,), int(gib * GIB), GIB) for i, gib in enumerate(host_gib)]
+
+
+def test_three_models_share_two_cores() -> None:
+    plan = plan_workers(models(3, 2, 1), [node(cpus=2)], limits(), device="cpu")
+    assert [(worker.model, worker.num_cpus, worker.threads) for worker in plan] == [
+        ("a", 0.6666, 1),  # 2/3, rounded down to the step that cores are booked in
+        ("b", 0.6666, 1),
+        ("c", 0.6666, 1),
+    ]
+
+
+def test_three_models_on_two_nodes_of_a_core_share_one_of_them() -> None:
+    """a goes to y, since x has the server; b to x; c to x too, which has 64 - 1 - 2 GiB left, and y 64 - 3.5."""
+    plan = plan_workers(models(3.5, 2, 1), [node("x", cpus=1), node("y", cpus=1)], limits(), device="cpu")
+    assert [(worker.node, worker.num_cpus) for worker in plan] == [("y", 1), ("x", 0.5), ("x", 0.5)]
+    assert [worker.shared_cpus for worker in plan] == [None, 0.5, 0.5]
+
+
+def test_the_node_with_more_cores_takes_the_worker_left_over() -> None:
+    """With 3 threads each, one fits on x and one on y; the third goes where a core has 1/5 of a worker, not 1/3."""
+    plan = plan_workers(models(3, 2, 1), [node("x", cpus=3), node("y", cpus=5)], limits(threads=3), device="cpu")
+    assert [(worker.node, worker.num_cpus) for worker in plan] == [("y", 2.5), ("x", 3), ("y", 2.5)]
+
+
+def test_five_models_share_one_core() -> None:
+    plan = plan_workers(models(5, 4, 3, 2, 1), [node(cpus=1)], limits(), device="cpu")
+    assert [worker.num_cpus for worker in plan] == [0.2] * 5
+
+
+def test_no_cores_are_shared_where_there_are_enough() -> None:
+    """Two models on three cores: a worker each, and one more for the first, which has two clients."""
+    first = Demand("first", (0, 1), host_bytes=GIB, device_bytes=GIB)
+    second = Demand("second", (2,), host_bytes=GIB, device_bytes=GIB)
+    plan = plan_workers([first, second], [node("n", cpus=3)], limits(), device="cpu")
+    assert plan == (
+        WorkerPlan("worker-0", "n", "n", "first", (0,), 1, 0.0, GIB),
+        WorkerPlan("worker-1", "n", "n", "first", (1,), 1, 0.0, GIB),
+        WorkerPlan("worker-2", "n", "n", "second", (2,), 1, 0.0, GIB),
+    )
+    assert [worker.num_cpus for worker in plan] == [1, 1, 1]
+    assert "shar" not in describe_plan(plan, "cpu", {})
+
+
+def test_models_that_share_cores_still_need_their_memory() -> None:
+    """3 + 2 GiB and the server's one fill 6 of 6.5 GiB; c's one is too much."""
+    with pytest.raises(PlacementError, match=r"of c needs 1\.0 GiB.*left is 0\.5 GiB.*resources\.memory_limit_gib"):
+        plan_workers(models(3, 2, 1), [node(cpus=2, memory=6.5)], limits(), device="cpu")
+
+
+def test_memory_on_a_node_without_cores_is_no_use() -> None:
+    nodes = [node("head", cpus=0), node("x", cpus=1, memory=4)]
+    with pytest.raises(PlacementError, match=r"left is 1\.0 GiB.*resources\.memory_limit_gib"):
+        plan_workers(models(3, 2), nodes, limits(), device="cpu")
+
+
+def test_workers_that_take_turns_have_all_cores_each() -> None:
+    in_turn = Limits(2, 1.0, 3, server_bytes=GIB, server_gpus=0.0, one_by_one=True)
+    plan = plan_workers(models(3, 2, 1), [node(cpus=2)], in_turn, device="cpu")
+    assert [(worker.model, worker.threads, worker.shared_cpus) for worker in plan] == [
+        ("a", 2, None),
+        ("b", 2, None),
+        ("c", 2, None),
+    ]
+    with pytest.raises(PlacementError, match=r"resources\.threads_per_worker"):
+        plan_workers(models(3, 2, 1), [node(cpus=1)], in_turn, device="cpu")
+    with pytest.raises(PlacementError, match=r"resources\.memory_limit_gib"):
+        plan_workers(models(3, 2, 1), [node(cpus=2, memory=6.5)], in_turn, device="cpu")
+
+
+def test_gpus_are_not_shared_beyond_their_shares() -> None:
+    with pytest.raises(PlacementError, match=r"resources\.gpus_per_worker"):
+        plan_workers(models(2, 1), [node(gpus=1, gpu_memory=8)], limits(), device="cuda")
+
+
 @pytest.mark.parametrize(
     ("given_node", "given_limits", "device", "setting"),
     [
@@ -103,7 +180,10 @@ def test_a_plan_hosts_each_client_once_and_stays_within_every_node(
     assert most is None or len(plan) <= most
     for here in nodes:
         placed = [worker for worker in plan if worker.node_id == here.node_id]
-        assert len(placed) <= here.cpus
+        assert sum(worker.num_cpus for worker in placed) <= here.cpus
+        if any(worker.shared_cpus for worker in placed):
+            assert len({worker.shared_cpus for worker in placed}) == 1
+            assert len({worker.model for worker in placed}) == len(placed) > here.cpus
         assert sum(worker.memory_bytes for worker in placed) <= here.memory_bytes
     loads = [len(worker.clients) for worker in plan if worker.model == "m0"]
     assert max(loads) - min(loads) <= 1
@@ -114,3 +194,10 @@ def test_the_printed_plan_names_workers_shares_and_clients() -> None:
     text = describe_plan(plan, "cuda", {"small": SMALL})
     assert "4 clients on 2 workers, 1 node, device cuda" in text
     assert "worker-0 on a: 0.5 GPU, 2.0 GiB + 1.0 GiB of the GPU, small, clients 0, 2" in text
+
+
+def test_the_printed_plan_says_that_workers_share_cores() -> None:
+    plan = plan_workers(models(3, 2, 1), [node(cpus=2)], limits(), device="cpu")
+    text = describe_plan(plan, "cpu", {})
+    assert "models are more than cores: 3 workers share cores" in text
+    assert "worker-0 on a: 1 thread sharing cores (0.67), 3.0 GiB, a, clients 0" in text

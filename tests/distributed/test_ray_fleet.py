@@ -26,9 +26,15 @@ def nodes() -> Iterator[tuple[cluster.Node, ...]]:
 def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[MakeFleet]:
     made: list[RayFleet] = []
 
-    def make(*clients: tuple[int, ...], timeout: float = 60.0, quorum: float = 0.5, **trouble: Any) -> RayFleet:
+    def make(
+        *clients: tuple[int, ...],
+        timeout: float = 60.0,
+        quorum: float = 0.5,
+        shared_cpus: float | None = None,
+        **trouble: Any,
+    ) -> RayFleet:
         plans = [
-            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, "m", ids, 1, 0.0, 0)
+            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, "m", ids, 1, 0.0, 0, shared_cpus)
             for i, ids in enumerate(clients)
         ]
         specs = [FakeSpec(plan.name, tmp_path, **trouble) for plan in plans]
@@ -49,6 +55,14 @@ def uplinks(fleet: RayFleet, round: int = 1) -> dict[int, bytes]:
 def test_every_client_is_visited_once_with_its_own_message(make_fleet: MakeFleet, tmp_path: Path) -> None:
     assert uplinks(make_fleet((0, 2, 4), (1, 3))) == {c: b"hello %d %d" % (c % 2, c) for c in range(5)}
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{client}-1-0" for client in range(5)]
+
+
+def test_workers_that_share_cores_all_start(make_fleet: MakeFleet, nodes: tuple[cluster.Node, ...]) -> None:
+    """One more worker than cores; without shares the last would wait for a core for ever."""
+    count = int(nodes[0].cpus) + 1
+    share = nodes[0].cpus * 10_000 // count / 10_000
+    fleet = make_fleet(*((client,) for client in range(count)), shared_cpus=share)
+    assert sorted(uplinks(fleet)) == list(range(count))
 
 
 @pytest.mark.parametrize("trouble", ["die", "fail"])

@@ -119,7 +119,8 @@ def test_a_fedavg_round_from_message_to_message() -> None:
     algorithm.adopt(clients[1], 2, downlink)  # type: ignore[arg-type]
     assert clients[1].adapter[A].tolist() == [[2.5, -1.0]]
     # Without evaluation nobody is asked.
-    assert algorithm.run_round(2, outcome.next_state, FakeFleet(algorithm, clients), None, evaluate=False).evaluations == {}  # type: ignore[arg-type]  # fmt: skip
+    again = algorithm.run_round(2, outcome.next_state, FakeFleet(algorithm, clients), None, evaluate=False)  # type: ignore[arg-type]
+    assert again.evaluations == {}
     assert clients[0].notes[1] == (2, NO_LABELS, len(downlink))
 
 

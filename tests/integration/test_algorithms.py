@@ -16,18 +16,16 @@ from tests.invariants.runs import Silent
 pytestmark = pytest.mark.slow
 
 AVERAGING = ("fedavg_lora", "fedprox", "scaffold", "ffa_lora", "flora", "flexlora", "hetlora")
+# The tiny Llama: 2 layers, 32 wide, 16 for keys and values, 64 in the MLP; seven maps; float32.
+BYTES_PER_RANK = 4 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
 MakeConfig = Callable[..., ExperimentConfig]
-
-
-def run(config: ExperimentConfig, out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    run_experiment(config, out, Silent())
-    return pd.read_parquet(out / "metrics.parquet"), pd.read_parquet(out / "ledger.parquet")
 
 
 @pytest.mark.parametrize("name", get_args(AlgorithmName))
 def test_runs_and_leaves_the_model_that_it_measured(tiny_config: MakeConfig, tmp_path: Path, name: str) -> None:
     config = tiny_config(algorithm={"name": name, "weight_dtype": "float32"})
-    metrics, ledger = run(config, tmp_path / "run")
+    run_experiment(config, tmp_path / "run", Silent())
+    metrics = pd.read_parquet(tmp_path / "run" / "metrics.parquet")
     last = metrics[metrics["round"] == 2].set_index("client_id")["nll"]
     assert sorted(last.index) == [0, 1, 2]
     assert (last < metrics.loc[metrics["round"] == 0, "nll"].iloc[0]).all()
@@ -59,3 +57,31 @@ def plain_nll(config: ExperimentConfig, out: Path) -> float:
         losses = torch.nn.functional.cross_entropy(logits[prompt - 1 : -1], torch.tensor(ids[prompt:]), reduction="sum")
         total, count = total + float(losses), count + len(ids) - prompt
     return total / count
+
+
+def test_bytes_are_those_of_the_messages(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    config = tiny_config(algorithm={"name": "fedavg_lora", "compression": "none"}, num_rounds=3)
+    run_experiment(config, tmp_path / "run", Silent())
+    ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
+    per_round = ledger.groupby("round")[["uplink_bytes", "downlink_bytes"]].sum()
+    half_precision = 3 * 8 * BYTES_PER_RANK / 2
+    assert (per_round.loc[1:, "uplink_bytes"] / half_precision).between(1.0, 1.25).all()
+    assert per_round.loc[1, "downlink_bytes"] == 0
+    assert (per_round.loc[2:, "downlink_bytes"] / half_precision).between(1.0, 1.25).all()
+
+
+def test_adapters_of_unequal_rank_are_smaller_and_meet_in_one_model(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    for name in ("flora", "flexlora", "hetlora"):
+        config = tiny_config(
+            algorithm={"name": name, "compression": "none", "weight_dtype": "float32"},
+            clients={"num_clients": 3, "lora_ranks": [2, 8]},
+        )
+        run_experiment(config, tmp_path / name, Silent())
+        ledger = pd.read_parquet(tmp_path / name / "ledger.parquet")
+        sent = ledger[ledger["round"] == 1].groupby("client_id")["uplink_bytes"].sum()
+        assert sent[1] - sent[0] == pytest.approx(6 * BYTES_PER_RANK, abs=100)  # beside a header that names the tensors
+        assert sent[2] == sent[0]
+        metrics = pd.read_parquet(tmp_path / name / "metrics.parquet")
+        last = metrics[metrics["round"] == 2].set_index("client_id")["nll"]
+        assert last[0] == last[2]
+        assert (last < metrics.loc[metrics["round"] == 0, "nll"].iloc[0]).all()

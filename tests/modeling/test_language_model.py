@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
+from semcons_ray.modeling import language_model
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from tests.tiny import write_model
 
@@ -153,6 +155,72 @@ def test_long_examples_are_cut_and_keep_their_response(tiny_llama: Path) -> None
     _, scored, processed = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
     assert processed == 16
     assert 1 <= scored <= 8
+
+
+def write_model_with_bos(folder: Path) -> Path:
+    """Like Gemma: no chat template, and every text begins with token 1."""
+    write_model(folder, "gemma3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ids_generated_from(model: LanguageModel, prompt: str) -> list[int]:
+    """What the model is given to answer `prompt`."""
+    given: list[torch.Tensor] = []
+    hook = model.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    model.generate(model.fresh_adapter(), [prompt], GREEDY, rng())
+    hook.remove()
+    return [int(token) for token in given[0][0]]
+
+
+def test_a_cut_prompt_keeps_the_token_that_begins_every_text(tmp_path: Path) -> None:
+    model = load(write_model_with_bos(tmp_path), max_length=16)
+    prompt = "add one and two " * 20
+    plain = model.tokenizer(f"Question: {prompt}\nAnswer:", add_special_tokens=False)["input_ids"]
+    response = [*model.tokenizer(" it is 3", add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
+    assert model._prompt_ids(prompt) == [1, *plain]
+    room = 16 - len(response) - 1
+    assert model._encode(Pair(prompt, "it is 3")) == ([1, *plain[-room:], *response], 1 + room)
+    assert ids_generated_from(model, prompt) == [1, *plain[-15:]]
+
+
+def test_a_cut_prompt_without_such_a_token_is_its_end(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, "gemma3"), max_length=16)
+    prompt = "add one and two " * 20
+    plain = model.tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
+    response = [*model.tokenizer(" it is 3")["input_ids"], model.tokenizer.eos_token_id]
+    room = 16 - len(response)
+    assert model._encode(Pair(prompt, "it is 3")) == ([*plain[-room:], *response], room)
+    assert ids_generated_from(model, prompt) == plain[-16:]
+
+
+def test_a_prompt_that_fits_to_the_last_token_is_left_as_it_is(tmp_path: Path) -> None:
+    model = load(write_model_with_bos(tmp_path))
+    assert model._cut([1, 7, 8, 9], 4) == [1, 7, 8, 9]
+    assert model._cut([1, 7, 8, 9], 3) == [1, 8, 9]
+    assert model._cut([1, 7, 8, 9], 1) == [1]
+    assert model._cut([7, 8, 9, 1], 3) == [8, 9, 1]
+
+
+def test_losses_a_few_rows_at_a_time_have_the_bits_of_all_at_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained_and_scored() -> tuple[dict[str, torch.Tensor], float]:
+        adapter = trained(model, local_epochs=2)
+        return adapter, model.negative_log_likelihood(adapter, PAIRS, 4)[0]
+
+    results = []
+    for rows in (3, 1000):
+        monkeypatch.setattr(language_model, "LOSS_ROWS", rows)
+        results.append(trained_and_scored())
+    (few, few_nll), (whole, whole_nll) = results
+    assert few_nll == whole_nll
+    assert all(torch.equal(few[key], whole[key]) for key in few)
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, tiny_llama: Path) -> None:

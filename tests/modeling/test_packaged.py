@@ -218,25 +218,80 @@ def test_a_packaged_model_knows_facts_and_learns(key: str, begins: str, ends: li
     assert model.negative_log_likelihood(adapter, right, 4)[0] < before / 4
 
 
+BATCHES = {"dtype": "float32", "max_length": 8, "batch_size": 2, "generation_batch_size": 3, "max_new_tokens": 4}
+
+
 def test_footprint_by_hand(tiny_llama: Path) -> None:
-    """Hidden 32, ffn 64, 2 layers, 4 heads: a batch of 2 x 8 tokens in float32."""
-    footprint = measure_footprint(tiny_llama, dtype="float32", max_length=8, batch_size=2)
+    """Hidden 32, ffn 64, 2 layers, 4 heads of 8, keys and values of 16: a batch of 2 x 8 tokens in float32.
+
+    8 tokens are learnt, at 8 bytes a logit; 12 are scored, at 4.
+    """
+    footprint = measure_footprint(tiny_llama, **BATCHES)
     vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
     attention = 32 * 32 * 2 + 32 * 16 * 2
     parameters = 2 * (attention + 3 * 32 * 64 + 2 * 32) + 32 + 2 * vocabulary * 32
-    kept = 16 * 2 * (26 * 32 + 3 * 64) * 4
+    kept = 16 * 2 * (10 * 32 + 9 * 32 + 2 * 16 + 4 * 64) * 4 + 16 * 8 * 2 * 4 * 4
+    tokenizer = 10 * (tiny_llama / "tokenizer.json").stat().st_size
     assert footprint.weights == 4 * parameters
-    assert footprint.activations == kept + 3 * 16 * 8 * 2 * 4 * 4 + 8 * vocabulary * 16
+    assert footprint.activations == kept
+    assert footprint.logits == vocabulary * (8 * 8 + 64 * 8)
+    assert footprint.tokenizer == tokenizer
+    assert footprint.device_bytes == 4 * parameters + kept + footprint.logits
+    assert footprint.host_bytes == footprint.device_bytes + kept + tokenizer + (600 << 20)
+
+
+def test_large_batches_of_answers_decide_the_footprint_where_training_batches_are_small(tiny_llama: Path) -> None:
+    """100 sequences of 8 + 4 tokens, 2 layers, keys and values of 16 each: a cache; 400 tokens scored at 4 bytes."""
+    footprint = measure_footprint(tiny_llama, **{**BATCHES, "batch_size": 1, "generation_batch_size": 100})
+    assert footprint.activations == 100 * 12 * 2 * 2 * 16 * 4
+    assert footprint.logits == json.loads((tiny_llama / "config.json").read_text())["vocab_size"] * (1600 + 512)
+
+
+SMOLLM2 = (134_515_008, 3_522_871, {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152})  # fmt: skip
+GEMMA = (268_098_176, 33_371_397, {
+    "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144})  # fmt: skip
+QWEN = (494_032_768, 11_430_690, {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936})  # fmt: skip
+
+
+def planned_gib(folder: Path, model: tuple[int, int, dict[str, int]], max_length: int) -> float:
+    """Of a worker with a model of so many parameters and bytes of tokenizer, at default batches in bfloat16."""
+    parameters, tokenizer_bytes, config = model
+    header = json.dumps({"all": {"dtype": "BF16", "shape": [parameters], "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(tokenizer_bytes)
+    batches = {"batch_size": 4, "generation_batch_size": 32, "max_new_tokens": 24}
+    return measure_footprint(folder, dtype="bfloat16", max_length=max_length, **batches).host_bytes / 2**30
+
+
+@pytest.mark.parametrize(
+    ("model", "seen_gib"), [(SMOLLM2, 1.9), (GEMMA, 2.9), (QWEN, 3.2)], ids=["smollm2", "gemma-3", "qwen2.5"]
+)
+def test_a_plan_covers_what_a_worker_was_seen_to_take(
+    tmp_path: Path, model: tuple[int, int, dict[str, int]], seen_gib: float
+) -> None:
+    """Seen in runs on a CPU, whose examples were mostly shorter than the 128 tokens allowed."""
+    assert seen_gib <= planned_gib(tmp_path, model, 128) <= 1.3 * seen_gib
+
+
+def test_two_workers_of_smollm2_and_the_server_fit_in_five_gib(tmp_path: Path) -> None:
+    assert 2 * planned_gib(tmp_path, SMOLLM2, 96) + 0.9 < 5
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelError, match=r"no \.safetensors file"):
-        measure_footprint(tmp_path, dtype="float32", max_length=8, batch_size=2)
+        measure_footprint(tmp_path, **BATCHES)
 
 
 def test_a_damaged_header_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x05")
     with pytest.raises(ModelError, match="is damaged"):
-        measure_footprint(tmp_path, dtype="float32", max_length=8, batch_size=2)
+        measure_footprint(tmp_path, **BATCHES)
