@@ -226,6 +226,26 @@ def test_target_modules_are_a_list_or_all_linear():
     assert config.model.lora.target_modules == ("q_proj", "v_proj")
 
 
+def test_ranks_are_dealt_out_in_turn():
+    config = validate_config({"clients": {"num_clients": 5, "lora_ranks": [2, 8]}}, where="here")
+    assert config.client_ranks() == (2, 8, 2, 8, 2)
+    assert ExperimentConfig().client_ranks() == (8, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"clients": {"lora_ranks": [4, 16]}}, "clients.lora_ranks goes up to 16, over model.lora.rank = 8"),
+        ({"algorithm": {"name": "fedavg_lora"}, "clients": {"lora_ranks": [4, 8]}}, "needs equal ranks"),
+        ({"algorithm": {"name": "fedavg_lora"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
+        ({"algorithm": {"name": "centralized"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
+    ],
+)
+def test_what_an_algorithm_cannot_take_is_refused(values, says):
+    with pytest.raises(ConfigError, match=says):
+        validate_config(values, where="here")
+
+
 def test_every_rule_is_accepted():
     for rule in get_args(RuleName):
         assert validate_config({"algorithm": {"rule": rule}}, where="here").algorithm.rule == rule

@@ -70,6 +70,20 @@ def test_missing_clients_and_empty_answers_have_no_vote() -> None:
     assert verdict.answers == (("", ""), ("", "right"), ("", ""))
 
 
+def test_references_are_handed_out_instead_of_what_was_elected() -> None:
+    judge = Server(
+        Compass(), num_prompts=2, rule={"rule": "medoid"}, references=("north", "south"), seed=0,
+        ledger=Ledger("server", "n"),
+    )  # fmt: skip
+    judge.begin(1, [0, 1])
+    judge.collect(uplink(0, "left", ""))
+    judge.collect(uplink(1, "middle", ""))
+    verdict = judge.conclude()
+    assert verdict.labels.responses == ("north", "south")
+    assert verdict.winner.tolist() == [-1, -1]
+    assert verdict.agreement[0] == pytest.approx(0.766, abs=1e-3)  # cos 40 degrees: how far the clients agree
+
+
 def test_a_round_without_any_answer_abstains() -> None:
     judge = server()
     judge.begin(1, [0])

@@ -34,8 +34,9 @@ class Silent:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Metrics, answers, votes, bytes on the wire and adapters are equal to the last bit."""
-    tables = ["metrics.parquet", *sorted(path.relative_to(one).as_posix() for path in one.glob("consensus/*.parquet"))]
-    assert len(tables) > 1
+    votes = [sorted(path.name for path in run.glob("consensus/*.parquet")) for run in (one, other)]
+    assert votes[0] == votes[1]
+    tables = ["metrics.parquet", *(f"consensus/{name}" for name in votes[0])]
     for name in tables:
         pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
     timeless = ["round", "num_participants", "num_answered", "lost", "num_labels", "mean_agreement", "label_churn"]
@@ -44,7 +45,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     traffic = [pd.read_parquet(run / "ledger.parquet") for run in (one, other)]
     keys = ["round", "client_id", "stage"]
     sums = [
-        rows[rows.stage.isin(["fine_tune", "generate"])]
+        rows[rows.stage.isin(["fine_tune", "generate", "encode"])]
         .groupby(keys)[["tokens", "uplink_bytes", "downlink_bytes"]]
         .max()
         for rows in traffic

@@ -33,8 +33,9 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
             "generation": {"temperature": 1.0},
             "model": {"lora": {"dropout": 0.2}},
         },
+        {"clients": {"num_clients": 4, "participation": 0.75}, "algorithm": {"name": "scaffold", "self_labels": True}},
     ],
-    ids=["defaults", "everything that draws random numbers"],
+    ids=["defaults", "everything that draws random numbers", "weights and what clients remember"],
 )
 def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
     tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, object]

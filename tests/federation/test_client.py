@@ -1,0 +1,149 @@
+"""A client with a tiny real model: what it keeps, sends and averages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
+from semcons_ray.data.examples import Example
+from semcons_ray.federation.client import Client
+from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
+from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers
+from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.language_model import LanguageModel
+
+EXAMPLES = [Example(f"add one and {word}", f"it is {word}", "add") for word in ("two", "three", "four", "five")]
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LanguageModel:
+    return LanguageModel(str(tiny_llama), lora=LoraConfig(rank=4), dtype="float32", device="cpu", max_length=64)
+
+
+@pytest.fixture
+def make_client(model: LanguageModel) -> MakeClient:
+    def make(rank: int = 4, **training: Any) -> Client:
+        return Client(
+            1,
+            private=EXAMPLES,
+            prompts=["add one and six", "spell two"],
+            test=EXAMPLES[:2],
+            num_answers=1,
+            model=model,
+            rank=rank,
+            training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
+            generation=GenerationConfig(max_new_tokens=4),
+            seed=0,
+            ledger=Ledger("worker-0", "here"),
+        )
+
+    return make
+
+
+def after(client: Client, state: dict[str, torch.Tensor], round: int) -> dict[str, torch.Tensor]:
+    client.restore(state)
+    client.fine_tune(round, NO_LABELS)
+    return client.state()
+
+
+def test_a_moving_average_begins_in_the_second_round_and_is_half_of_each(make_client: MakeClient) -> None:
+    plain, averaging = make_client(), make_client(ema_decay=0.25)
+    first = after(averaging, {}, 1)
+    assert all(torch.equal(value, first[key]) for key, value in after(plain, {}, 1).items())
+    trained = after(plain, first, 2)
+    for key, value in after(averaging, first, 2).items():
+        torch.testing.assert_close(value, 0.25 * first[key] + 0.75 * trained[key])
+        assert not torch.equal(value, trained[key])
+
+
+def test_all_that_a_client_is_goes_into_its_state_and_comes_back(make_client: MakeClient) -> None:
+    client = make_client(keep_optimizer=True)
+    client.fine_tune(1, NO_LABELS)
+    client.frozen, client.memory = dict(client.adapter), {"own": torch.ones(2)}
+    state = client.state()
+    other = make_client()
+    other.restore(state)
+    assert other.state().keys() == state.keys()
+    assert all(torch.equal(other.state()[key], value) for key, value in state.items())
+    assert other.optimizer
+    assert rank_of(other.frozen) == 4
+    other.restore({})
+    assert not (other.frozen or other.memory or other.optimizer)
+
+
+def test_a_client_of_a_lower_rank_is_the_padded_one_whose_further_components_stay_zero(make_client: MakeClient) -> None:
+    client = make_client(rank=2)
+    client.fine_tune(1, NO_LABELS)
+    assert rank_of(client.adapter) == 2
+    padded = make_client()
+    padded.adapter = with_rank(padded.fresh_adapter(), 2)
+    padded.adapter = with_rank(padded.adapter, 4)
+    padded.fine_tune(1, NO_LABELS)
+    for key, value in with_rank(client.adapter, 4).items():
+        torch.testing.assert_close(padded.adapter[key], value)
+    assert client.evaluate(1).nll_sum == pytest.approx(padded.evaluate(1).nll_sum)
+
+
+def test_a_frozen_adapter_beside_the_base_is_that_adapter(make_client: MakeClient) -> None:
+    client = make_client()
+    client.fine_tune(1, NO_LABELS)
+    evaluated = client.evaluate(1)
+    client.frozen, client.adapter = client.adapter, client.fresh_adapter(2)
+    beside = client.evaluate(1)
+    assert beside.nll_sum == pytest.approx(evaluated.nll_sum, rel=1e-5)
+    assert beside.answers == evaluated.answers
+    # Training goes on from there: the same first loss, and the stack of both is the model.
+    client.fine_tune(2, NO_LABELS)
+    both = make_client()
+    both.adapter = stacked([client.frozen, client.adapter], [1.0, 1.0])
+    assert client.evaluate(2).nll_sum < evaluated.nll_sum
+    both.frozen, both.adapter = both.adapter, both.fresh_adapter()
+    assert both.evaluate(2).nll_sum == pytest.approx(client.evaluate(2).nll_sum, rel=1e-5)
+
+
+def test_adapters_drawn_for_a_round_differ_by_round_and_change_nothing_yet(make_client: MakeClient) -> None:
+    client = make_client()
+    first, second, again = client.fresh_adapter(1), client.fresh_adapter(2), client.fresh_adapter(1)
+    some = next(key for key in first if "lora_A" in key)
+    bound = first[some].shape[1] ** -0.5
+    assert torch.equal(first[some], again[some])
+    assert not torch.equal(first[some], second[some])
+    assert 0.8 * bound < first[some].abs().max() <= bound
+    assert all(not value.any() for key, value in first.items() if "lora_B" in key)
+
+
+def test_its_own_answers_are_labels_and_go_nowhere(make_client: MakeClient) -> None:
+    client = make_client()
+    labels = client.label_prompts(2)
+    assert labels.round_number == 1
+    sent = Answers.decode(client.answer(2))
+    assert dict(zip(labels.prompt_ids, labels.responses, strict=True)) == {
+        prompt: answer for prompt, answer in enumerate(sent.answers) if answer
+    }
+    own, answered = client.ledger.take()
+    assert (own.stage, own.uplink_bytes) == ("generate", 0)
+    assert answered.uplink_bytes > 0
+
+
+def test_an_upload_is_what_it_says_and_counted(make_client: MakeClient) -> None:
+    client = make_client()
+    uplink = client.upload(3, {"w": torch.tensor([0.5, -1.0])}, "float16", "none")
+    update = AdapterUpdate.decode(uplink)
+    assert (update.round_number, update.client_id, update.num_examples) == (3, 1, 4)
+    assert unpack(update.tensors)["w"].tolist() == [0.5, -1.0]
+    [row] = client.ledger.take()
+    assert (row.stage, row.uplink_bytes) == ("encode", len(uplink))
+
+
+def test_test_prompts_are_answered_greedily_whatever_the_temperature(
+    model: LanguageModel, make_client: MakeClient
+) -> None:
+    client = make_client()
+    greedy = client.evaluate(1).answers
+    client.generation = GenerationConfig(max_new_tokens=4, temperature=5.0)
+    assert client.evaluate(1).answers == greedy
+    assert client.label_prompts(2).responses != make_client().label_prompts(2).responses
