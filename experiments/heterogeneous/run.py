@@ -24,20 +24,20 @@ def twins(comparison: Path) -> pd.DataFrame:
             name: frame[frame["round"] == last].set_index("client_id")
             for name, frame in (("consensus", together), ("local", alone))
         }
-        for client in base.index:
-            rows.append(
-                {
-                    "seed": int(folder.name.removeprefix("seed_")),
-                    "client_id": client,
-                    "model": base.loc[client, "model"].removeprefix("packaged:"),
-                    "base_nll": base.loc[client, "nll"],
-                    "local_nll": ends["local"].loc[client, "nll"],
-                    "consensus_nll": ends["consensus"].loc[client, "nll"],
-                    "local_rouge_l": ends["local"].loc[client, "rouge_l"],
-                    "consensus_rouge_l": ends["consensus"].loc[client, "rouge_l"],
-                    "votes_won": votes[client],
-                }
-            )
+        rows += [
+            {
+                "seed": int(folder.name.removeprefix("seed_")),
+                "client_id": client,
+                "model": base.loc[client, "model"].removeprefix("packaged:"),
+                "base_nll": base.loc[client, "nll"],
+                "local_nll": ends["local"].loc[client, "nll"],
+                "consensus_nll": ends["consensus"].loc[client, "nll"],
+                "local_rouge_l": ends["local"].loc[client, "rouge_l"],
+                "consensus_rouge_l": ends["consensus"].loc[client, "rouge_l"],
+                "votes_won": votes[client],
+            }
+            for client in base.index
+        ]
     return pd.DataFrame(rows)
 
 

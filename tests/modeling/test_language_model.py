@@ -56,7 +56,10 @@ def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama:
     assert nll == pytest.approx(total, rel=1e-5)
 
 
-def test_greedy_answers_equal_those_of_plain_transformers_one_by_one(model: LanguageModel, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("length", [1, 8, 9, 30])
+def test_greedy_answers_equal_those_of_plain_transformers_one_by_one(
+    model: LanguageModel, tiny_llama: Path, length: int
+) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     expected = []
@@ -64,10 +67,33 @@ def test_greedy_answers_equal_those_of_plain_transformers_one_by_one(model: Lang
         turns = [{"role": "user", "content": pair.prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        output = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        output = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    answers, _ = model.generate(model.fresh_adapter(), [pair.prompt for pair in PAIRS], GREEDY, rng())
+    settings = GREEDY.model_copy(update={"max_new_tokens": length})
+    answers, _ = model.generate(model.fresh_adapter(), [pair.prompt for pair in PAIRS], settings, rng())
     assert answers == expected
+
+
+def test_answers_that_end_are_left_alone_and_the_others_go_on(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained(model, local_epochs=150)  # which has learnt to end
+    settings = GREEDY.model_copy(update={"max_new_tokens": 16, "batch_size": 3})
+    prompts = [pair.prompt for pair in PAIRS]
+    at_once = model.generate(adapter, prompts, settings, rng())
+    batches = []
+    continued = model._continued
+
+    def spy(texts: list[list[int]], steps: int, temperature: float) -> list[list[int]]:
+        batches.append((len(texts), steps))
+        return continued(texts, steps, temperature)
+
+    monkeypatch.setattr(model, "_continued", spy)
+    monkeypatch.setattr(language_model, "FIRST_TOKENS", 1)
+    assert model.generate(adapter, prompts, settings, rng()) == at_once
+    assert [steps for _, steps in batches] == [1, 1, 2, 4, 8][: len(batches)]
+    assert batches[0][0] == 3
+    assert batches[-1][0] < 3
 
 
 def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: LanguageModel, tmp_path: Path) -> None:
