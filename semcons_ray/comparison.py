@@ -30,19 +30,26 @@ from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.run_folder import MetricsRow, RunFolder
 
+
+def _averaging(name: str, **settings: Any) -> dict[str, Any]:
+    # An average over clients takes the place of one along a client's path.
+    return {"algorithm": {"name": name, **settings}, "training": {"ema_decay": 0.0}}
+
+
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
     "local only": {"algorithm": {"name": "local_only"}},
-    "FedAvg-LoRA": {"algorithm": {"name": "fedavg_lora"}},
-    "FedProx": {"algorithm": {"name": "fedprox"}},
-    "SCAFFOLD": {"algorithm": {"name": "scaffold"}},
-    "FFA-LoRA": {"algorithm": {"name": "ffa_lora"}},
-    "FLoRA": {"algorithm": {"name": "flora"}},
-    "FlexLoRA": {"algorithm": {"name": "flexlora"}},
-    "HetLoRA": {"algorithm": {"name": "hetlora"}},
-    "one-shot FedAvg-LoRA": {"algorithm": {"name": "one_shot_fedavg_lora"}},
-    "centralized": {"algorithm": {"name": "centralized"}},
-    "FedAvg-LoRA + own labels": {"algorithm": {"name": "fedavg_lora", "self_labels": True}},
+    "FedAvg-LoRA": _averaging("fedavg_lora"),
+    "FedProx": _averaging("fedprox"),
+    "SCAFFOLD": _averaging("scaffold"),
+    "FFA-LoRA": _averaging("ffa_lora"),
+    "FLoRA": _averaging("flora"),
+    "FlexLoRA": _averaging("flexlora"),
+    "HetLoRA": _averaging("hetlora"),
+    "one-shot FedAvg-LoRA": _averaging("one_shot_fedavg_lora"),
+    "centralized": _averaging("centralized"),
+    "FedAvg-LoRA + own labels": _averaging("fedavg_lora", self_labels=True),
+    "local only, not averaged": _averaging("local_only"),
     "self-training": {"algorithm": {"name": "local_only", "self_labels": True}},
     "random client": {"algorithm": {"rule": "random_client"}},
     "longest answer": {"algorithm": {"rule": "longest"}},

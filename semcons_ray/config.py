@@ -138,7 +138,7 @@ class TrainingConfig(Settings):
 
     learning_rate: float = Field(5e-4, gt=0)
     ema_decay: float = Field(
-        0.0,
+        0.5,
         ge=0,
         lt=1,
         description="Share that the adapter of before a round, from round 2 on, keeps in the client's moving average, "
@@ -157,7 +157,7 @@ class GenerationConfig(Settings):
 
     max_new_tokens: int = Field(24, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(
-        0.0, ge=0, description="Of answers to public prompts; 0 is greedy. Test prompts are always answered greedily."
+        1.0, ge=0, description="Of answers to public prompts; 0 is greedy. Test prompts are always answered greedily."
     )
     batch_size: int = Field(32, ge=1)
 

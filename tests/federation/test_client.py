@@ -36,7 +36,7 @@ def make_client(model: LanguageModel) -> MakeClient:
             model=model,
             rank=rank,
             training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
-            generation=GenerationConfig(max_new_tokens=4),
+            generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
             seed=0,
             ledger=Ledger("worker-0", "here"),
         )
@@ -51,7 +51,7 @@ def after(client: Client, state: dict[str, torch.Tensor], round: int) -> dict[st
 
 
 def test_a_moving_average_begins_in_the_second_round_and_is_half_of_each(make_client: MakeClient) -> None:
-    plain, averaging = make_client(), make_client(ema_decay=0.25)
+    plain, averaging = make_client(ema_decay=0.0), make_client(ema_decay=0.25)
     first = after(averaging, {}, 1)
     assert all(torch.equal(value, first[key]) for key, value in after(plain, {}, 1).items())
     trained = after(plain, first, 2)

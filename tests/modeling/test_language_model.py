@@ -14,7 +14,7 @@ from semcons_ray.modeling.language_model import LanguageModel, Pair
 from tests.tiny import write_model
 
 PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
-GREEDY = GenerationConfig(max_new_tokens=8, batch_size=2)
+GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0, batch_size=2)
 
 
 def load(folder: Path, **changes: object) -> LanguageModel:

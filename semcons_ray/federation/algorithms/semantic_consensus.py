@@ -15,6 +15,10 @@ What the abstract leaves open, and what we chose:
                   medoid under cosine similarity (consensus/ has the other rules)
     abstention    a prompt whose agreement is under a threshold gives no pseudo-label (FedCT, arXiv:2310.05696)
     pseudo-labels private data joined with them, an equal weight an example, as in FedCT
+    answers       drawn at temperature 1, not greedy: a label then carries how sure a client is, and who learns many
+                  of them learns the mixture of the clients' distributions; greedy answers teach overconfidence
+    averaging     a client goes on with the mean of its adapter before and after a round (`training.ema_decay`): along
+                  its own path it loses the noise that averaging over clients takes from FedAvg, and nothing is sent
     order         a client trains and answers in one visit, with no barrier between the two; so the pseudo-labels of
                   a round are learnt in the next, and before the first exchange training is local
     ties          the lowest client index, so that results do not depend on who answers first
