@@ -112,6 +112,7 @@ def test_a_fedavg_round_from_message_to_message() -> None:
     # The new average is measured, once, and is every client's.
     [(client, downlink)] = fleet.measured
     assert client == 0
+    assert GlobalAdapter.decode(downlink).round_number == 1
     assert unpack(GlobalAdapter.decode(downlink).tensors)[B].tolist() == [[3.5], [0.75]]
     assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 10.0, 1: 10.0}
     assert [row.stage for row in outcome.rows] == ["aggregate"]
@@ -305,6 +306,10 @@ def test_flora_sends_a_client_that_was_away_what_it_missed() -> None:
     for round in range(1, 7):
         fleet = FakeFleet(algorithm, clients)
         state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+        if round == 1:  # nobody has seen the first stack yet, whether visited or not
+            sent = [GlobalAdapter.decode(downlink) for downlink in algorithm.downlinks(2, state, range(3)).values()]
+            assert len(sent) == 3
+            assert {message.round_number for message in sent} == {1}
     stacks = [unpack(stack) for stack in msgspec.msgpack.decode(state, type=list[bytes])]
     everything = product(stacked(stacks, [1.0] * 6))
     for client_id, client in enumerate(clients):
