@@ -282,7 +282,13 @@ def test_on_ray_runs_follow_one_another(values: dict[str, Any], tmp_path: Path) 
 def test_an_interrupt_ends_all_processes(whom: str, values: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, {**values, "experiment": {**values["experiment"], "num_rounds": 50}})
     command = [sys.executable, "-m", "semcons_ray.cli", "compare", str(path), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # a shell's background jobs, such as a CI's, may have been told to ignore it
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/runs/*/seed_0/state/round_001.msgpack")):
         assert process.poll() is None, process.communicate()
