@@ -33,7 +33,6 @@ def draw(canvas: Canvas, table: pd.DataFrame, source: str) -> None:
             axes.barh(order, widths[stage], left=left, height=0.7, color=STAGE_COLOURS[stage], label=STAGE_NAMES[stage])
             left = left + widths[stage]
         axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
 

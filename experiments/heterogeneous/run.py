@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure as Canvas
+
+from semcons_ray.reporting.drawing import BLUE, FAINT, save
 
 HERE = Path(__file__).parent
 
@@ -41,20 +43,16 @@ def twins(comparison: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
+def draw(canvas: Canvas, means: pd.DataFrame) -> None:
     """A line a client from its twin's NLL to its own."""
-    means = table.groupby(["client_id", "model"], as_index=False).mean(numeric_only=True)
-    figure, axes = plt.subplots(figsize=(7, 0.7 * len(means) + 1.2), layout="constrained")
+    axes = canvas.subplots()
     places = range(len(means), 0, -1)
-    axes.hlines(places, means["local_nll"], means["consensus_nll"], color="#9aa3ad")
+    axes.hlines(places, means["local_nll"], means["consensus_nll"], color=FAINT)
     axes.plot(means["local_nll"], places, "o", color="#009E73", label="alone")
-    axes.plot(means["consensus_nll"], places, "D", color="#0072B2", label="semantic consensus")
+    axes.plot(means["consensus_nll"], places, "D", color=BLUE, label="semantic consensus")
     axes.set_yticks(list(places), [f"client {row.client_id}\n{row.model}" for row in means.itertuples()])
-    axes.set_xlabel("test NLL after the last round (nats a token of the client's own tokenizer)")
+    axes.set_xlabel("test NLL after the last round\n(nats a token of the client's own tokenizer)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=2, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -63,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     table = twins(args.comparison)
     table.to_csv(HERE / "twins.csv", index=False, float_format="%.4f")
-    draw(table, HERE / "twins.svg")
+    means = table.groupby(["client_id", "model"], as_index=False).mean(numeric_only=True)
+    save(HERE / "twins.svg", lambda canvas: draw(canvas, means), (7.0, 0.7 * len(means) + 1.2))
     print(table.round(3).to_string(index=False))
 
 

@@ -82,6 +82,12 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     return result
 
 
+def mean_product(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The stack whose product is the mean of products, weighted by w_k / sum(w)."""
+    total = sum(weights)
+    return stacked(adapters, [w / total for w in weights])
+
+
 def truncated_svd(adapter: Adapter, rank: int) -> Adapter:
     """The best adapter of `rank` for the same product, in Frobenius norm: B = U S and A = V^T of the SVD.
 

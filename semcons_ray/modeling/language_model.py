@@ -125,6 +125,7 @@ class LanguageModel:
             value.data = value.data.to(self._compute_dtype)
         self.model: Any = model.to(self.device).eval()
         self._peft_config = peft_config
+        self._scaling = lora.alpha / lora.rank
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class LanguageModel:
         """Write an adapter of any rank to an existing folder, in the format that plain PEFT loads."""
         rank = next(value.shape[0] for key, value in adapter.items() if "lora_A" in key)
         config = copy.copy(self._peft_config)
-        config.r, config.lora_alpha = rank, self._peft_config.lora_alpha / self._peft_config.r * rank
+        config.r, config.lora_alpha = rank, self._scaling * rank
         config.inference_mode = True
         save_file(
             {key: value.contiguous() for key, value in get_peft_model_state_dict(self.model, adapter).items()},
@@ -366,11 +367,9 @@ class LanguageModel:
     def _beside(self, frozen: Adapter | None) -> Iterator[None]:
         """A frozen adapter that adds to the outputs of its modules while this lasts."""
         handles = []
-        scaling = self._peft_config.lora_alpha / self._peft_config.r
-        for key in self._parameters if frozen else ():
-            if "lora_A" not in key or frozen is None:
-                continue
-            down = (scaling * frozen[key]).to(self.device, self._compute_dtype)
+        frozen = frozen or {}
+        for key in [key for key in frozen if "lora_A" in key]:
+            down = (self._scaling * frozen[key]).to(self.device, self._compute_dtype)
             up = frozen[key.replace("lora_A", "lora_B")].to(self.device, self._compute_dtype)
             module = self.model.get_submodule(key[: key.index(".lora_A")])
             handles.append(module.register_forward_hook(_adding(down, up)))

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from semcons_ray.federation.algorithms.local_only import own_labels
 from semcons_ray.federation.fleet import Evaluation, RoundOutcome, Visitor
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
@@ -108,7 +109,7 @@ class FedAvgLora:
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """The client's part: start from the average, train, and send the adapter back."""
         self.adopt(client, round, downlink)
-        labels = client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS
+        labels = own_labels(client, round) if self.self_labels else NO_LABELS
         client.fine_tune(round, labels, downlink_bytes=len(downlink), adjust=self.adjust(client))
         return client.upload(round, self.trained(client), self.dtype, self.compression)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import Adapter, pack, stacked, truncated_svd, unpack, with_rank
+from semcons_ray.federation.weights import Adapter, mean_product, pack, truncated_svd, unpack, with_rank
 from semcons_ray.messages import AdapterUpdate
 
 
@@ -20,10 +20,8 @@ class FlexLora(FedAvgLora):
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The best adapter of the greatest rank for the mean product, weighted by private examples."""
-        total = sum(update.num_examples for update in updates)
-        product = stacked(
-            [unpack(update.tensors) for update in updates], [update.num_examples / total for update in updates]
-        )
+        adapters = [unpack(update.tensors) for update in updates]
+        product = mean_product(adapters, [update.num_examples for update in updates])
         return pack(truncated_svd(product, max(self.ranks)), "float32")
 
     def share(self, average: Adapter, rank: int) -> Adapter:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import pack, stacked, unpack
+from semcons_ray.federation.weights import mean_product, pack, stacked, unpack
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ class Flora(FedAvgLora):
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The stacks so far and this round's, as they are sent."""
-        total = sum(update.num_examples for update in updates)
-        stack = stacked(
-            [unpack(update.tensors) for update in updates], [update.num_examples / total for update in updates]
-        )
+        adapters = [unpack(update.tensors) for update in updates]
+        stack = mean_product(adapters, [update.num_examples for update in updates])
         return msgspec.msgpack.encode([*self._stacks(state), pack(stack, self.dtype)])
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:

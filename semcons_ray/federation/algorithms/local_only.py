@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.messages import NO_LABELS
+from semcons_ray.messages import NO_LABELS, PseudoLabels
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
     from semcons_ray.federation.client import Client
@@ -51,8 +51,13 @@ class LocalOnly:
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on private data; send nothing."""
-        client.fine_tune(round, client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS)
+        client.fine_tune(round, own_labels(client, round) if self.self_labels else NO_LABELS)
         return b""
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """A client's model is its own."""
+
+
+def own_labels(client: Client, round: int) -> PseudoLabels:
+    """What a client labels the public prompts with for itself: nothing in round 1, as in a semantic consensus."""
+    return client.label_prompts(round) if round > 1 else NO_LABELS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.algorithms.local_only import LocalOnly
+from semcons_ray.federation.algorithms.local_only import LocalOnly, own_labels
 from semcons_ray.federation.fleet import RoundOutcome, Visitor
 from semcons_ray.federation.server import ServerProtocol
 from semcons_ray.messages import NO_LABELS
@@ -39,6 +39,6 @@ class OneShotFedAvgLora(FedAvgLora):
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on with the own adapter; send it after the last round."""
-        labels = client.label_prompts(round) if self.self_labels and round > 1 else NO_LABELS
+        labels = own_labels(client, round) if self.self_labels else NO_LABELS
         client.fine_tune(round, labels)
         return client.upload(round, client.adapter, self.dtype, self.compression) if round == self.num_rounds else b""
