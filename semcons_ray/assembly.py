@@ -180,6 +180,7 @@ def parts(
             "trim": config.algorithm.trim,
             "num_byzantine": config.algorithm.num_byzantine,
         },
+        prompts=tuple(example.prompt for example in split.public) if config.server.embed != "answer" else (),
         references=tuple(example.response for example in split.public) if by_reference else (),
         seed=config.seed,
     )

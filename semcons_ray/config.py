@@ -191,6 +191,9 @@ class ServerConfig(Settings):
 
     embedding_model: str = Field("packaged:all-minilm-l6-v2", description="A hub id, a local path, or packaged:NAME.")
     embedding_batch_size: int = Field(16, ge=1)
+    embed: Literal["answer", "prompt_and_answer"] = Field(
+        "answer", description="What of an answer is embedded: it alone, or its prompt and it."
+    )
 
 
 class EvaluationConfig(Settings):

@@ -95,6 +95,7 @@ class Server:
         embedder: Texts to unit vectors.
         num_prompts: P.
         rule: Consensus rule and its settings, as `form_consensus` takes them.
+        prompts: Embedded together with their answers, (P,); empty: answers are embedded alone.
         references: Handed out instead of what was elected, (P,): an upper bound. Empty in all that is no such control.
         seed: The experiment's.
         ledger: Where its work is written down.
@@ -106,6 +107,7 @@ class Server:
         *,
         num_prompts: int,
         rule: dict[str, Any],
+        prompts: Sequence[str] = (),
         references: Sequence[str] = (),
         seed: int,
         ledger: Ledger,
@@ -113,6 +115,7 @@ class Server:
         self._embedder = embedder
         self._num_prompts = num_prompts
         self._rule = rule
+        self._prompts = prompts
         self._references = references
         self._seed = seed
         self._ledger = ledger
@@ -136,13 +139,18 @@ class Server:
                 raise MessageError(
                     f"client {message.client_id} gave {len(message.answers)} answers to {self._num_prompts} prompts"
                 )
-            vectors = self._embedder.embed(message.answers)
+            vectors = self._embedder.embed(self._embedded(message.answers))
             if self._embeddings is None:
                 shape = (self._num_prompts, len(self._column), self._embedder.dimension)
                 self._embeddings = vectors.new_zeros(shape)
             self._embeddings[:, self._column[message.client_id]] = vectors
             self._answers[message.client_id] = message
             work.tokens = sum(len(answer.split()) for answer in message.answers)
+
+    def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
+        if not self._prompts:
+            return answers
+        return [f"{prompt}\n{answer}" for prompt, answer in zip(self._prompts, answers, strict=True)]
 
     def conclude(self) -> Verdict:
         """See `ServerProtocol.conclude`."""
@@ -210,6 +218,7 @@ class ServerSpec:
     threads: int
     num_prompts: int
     rule: dict[str, Any]
+    prompts: tuple[str, ...]
     references: tuple[str, ...]
     seed: int
 
@@ -232,6 +241,7 @@ class ServerSpec:
             embedder,
             num_prompts=self.num_prompts,
             rule=self.rule,
+            prompts=self.prompts,
             references=self.references,
             seed=self.seed,
             ledger=ledger,

@@ -10,6 +10,9 @@ from semcons_ray.messages import Answers
 from semcons_ray.metering.ledger import Ledger
 
 ANGLES = {"left": 0.0, "middle": 40.0, "right": 90.0, "": 0.0}
+# With its prompt in front, another answer is in the middle.
+ANGLES |= {f"{prompt}\n{text}": angle for prompt in "ab" for text, angle in
+           {"left": 40.0, "middle": 0.0, "right": 90.0, "": 0.0}.items()}  # fmt: skip
 
 
 class Compass:
@@ -22,8 +25,9 @@ class Compass:
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def server(rule: str = "medoid", **settings: object) -> Server:
-    return Server(Compass(), num_prompts=2, rule={"rule": rule, **settings}, seed=0, ledger=Ledger("server", "n"))
+def server(rule: str = "medoid", prompts: Sequence[str] = (), **settings: object) -> Server:
+    settings = {"rule": rule, **settings}
+    return Server(Compass(), num_prompts=2, rule=settings, prompts=prompts, seed=0, ledger=Ledger("server", "n"))
 
 
 def uplink(client_id: int, *answers: str, round_number: int = 1, num_examples: int = 1) -> bytes:
@@ -45,6 +49,16 @@ def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
     assert verdict.labels.prompt_ids == (0, 1)
     assert verdict.labels.round_number == 1
     assert [row.stage for row in verdict.rows] == ["embed", "embed", "embed", "consensus"]
+
+
+def test_answers_are_embedded_with_their_prompts_if_there_are_any() -> None:
+    judge = server(prompts=("a", "b"))
+    judge.begin(1, [0, 1, 2])
+    judge.collect(uplink(0, "right", "left"))
+    judge.collect(uplink(1, "left", ""))
+    judge.collect(uplink(2, "middle", ""))
+    verdict = judge.conclude()
+    assert verdict.labels.responses == ("left", "left")  # alone, "middle" would win the first; empty ones have no vote
 
 
 def test_order_of_arrival_and_repetition_change_nothing() -> None:
