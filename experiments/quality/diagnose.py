@@ -1,0 +1,119 @@
+"""Why semantic consensus is where it is: its labels, and what the clients know together.
+
+    python experiments/quality/diagnose.py COMPARISON [--out DIR]
+
+From the runs of a comparison, writes labels.csv (a row an arm, seed and round that formed a consensus: ROUGE-L of the
+labels and of all answers against the data's own, how winners are spread, how answers differ, churn) and mixtures.csv
+(a row an arm and seed: mean test NLL of the clients' last adapters, and of their mixture, p(y|x) = mean_k p_k(y|x): the
+distribution that answers of all clients are draws from).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from semcons_ray.data.split import read_split
+from semcons_ray.evaluation.scores import rouge_l
+from semcons_ray.modeling.language_model import Adapter, LanguageModel, Pair
+from semcons_ray.modeling.packaged import resolve_model
+from semcons_ray.run_folder import RunFolder
+
+HERE = Path(__file__).parent
+
+
+def labels(run: Path) -> pd.DataFrame:
+    """A row a round: what the answers and the labels of one run were worth."""
+    references = [example.response for example in read_split(run / "data.parquet").public]
+    rounds = pd.read_parquet(run / "rounds.parquet").set_index("round")
+    rows = []
+    for path in sorted(run.glob("consensus/round_*.parquet")):
+        answers = pd.read_parquet(path)
+        number = int(path.stem.removeprefix("round_"))
+        answers["rouge_l"] = [rouge_l(row.answer, references[row.prompt_id]) for row in answers.itertuples()]
+        chosen = answers[answers["chosen"]]
+        rows.append(
+            {
+                "round": number,
+                "labels": len(chosen),
+                "label_rouge_l": chosen["rouge_l"].mean(),
+                "answer_rouge_l": answers["rouge_l"].mean(),
+                "best_answer_rouge_l": answers.groupby("prompt_id")["rouge_l"].max().mean(),
+                "most_wins": chosen["client_id"].value_counts(normalize=True).max() if len(chosen) else math.nan,
+                "distinct_answers": answers.groupby("prompt_id")["answer"].nunique().mean(),
+                "agreement": rounds.loc[number, "mean_agreement"],
+                "label_churn": rounds.loc[number, "label_churn"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def mixture(nll: np.ndarray, num_tokens: np.ndarray) -> tuple[float, float]:
+    """NLL a token of clients on average, and of their mixture.
+
+    Args:
+        nll: Of each client for each response, (C, N), summed over its tokens.
+        num_tokens: Of each response, (N,).
+    """
+    mixed = -(np.logaddexp.reduce(-nll, axis=0) - math.log(len(nll)))
+    return float(nll.sum(axis=1).mean() / num_tokens.sum()), float(mixed.sum() / num_tokens.sum())
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """What `LanguageModel.export_adapter` wrote, under the names that it has in the model."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key.replace(".weight", ".default.weight"): value.float() for key, value in tensors.items()}
+
+
+def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
+    """Mean and mixed NLL of the last adapters of one run, whose clients have one model."""
+    config = RunFolder(run).read_config()
+    if config.model.name not in models:
+        models[config.model.name] = LanguageModel(
+            resolve_model(config.model.name),
+            lora=config.model.lora,
+            dtype=config.model.dtype,
+            device="cpu",
+            max_length=config.model.max_length,
+        )
+    model = models[config.model.name]
+    pairs = [Pair(example.prompt, example.response) for example in read_split(run / "data.parquet").test]
+    scores = [
+        [model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs]
+        for adapter in map(read_adapter, sorted((run / "adapters").glob("client_*")))
+    ]
+    both = np.array(scores)
+    mean, mixed = mixture(both[:, :, 0], both[0, :, 1])
+    return {"mean_nll": mean, "mixture_nll": mixed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, help="folder of semcons compare")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--mixtures", nargs="*", default=["local-only", "local-only-averaged", "semantic-consensus"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = sorted(path.parent for path in args.comparison.glob("runs/*/seed_*/adapters"))
+    names = {run: {"arm": run.parent.name, "seed": int(run.name.removeprefix("seed_"))} for run in runs}
+    tables = [labels(run).assign(**names[run]) for run in runs if any(run.glob("consensus/*.parquet"))]
+    if tables:
+        table = pd.concat(tables).set_index(["arm", "seed", "round"])
+        table.to_csv(args.out / "labels.csv", float_format="%.4f")
+        print(table.groupby(["arm", "round"]).mean().round(3).to_string())
+    models: dict[str, LanguageModel] = {}
+    rows = [names[run] | mixtures(run, models) for run in runs if run.parent.name in args.mixtures]
+    if rows:
+        table = pd.DataFrame(rows).set_index(["arm", "seed"])
+        table.to_csv(args.out / "mixtures.csv", float_format="%.4f")
+        print(table.round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
