@@ -29,7 +29,7 @@ LOSS_ROWS = 64
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""A weight's: 4 bit keeps a float32 scale for each 64; the scale that 8 bit keeps for each row is too little to count."""
+"""A weight's: 4 bit keeps a float32 scale for each 64. The scale for each row of 8 bit is too little to count."""
 
 
 @dataclass(frozen=True)
