@@ -25,7 +25,8 @@ OBJECT_STORE_BYTES = 256 << 20
 
 FLAT_MEMORY = {
     # Compiled kernels that oneDNN keeps, one a shape, 1,024 by default: batches of ever new lengths fill that.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
+    # Enough for a training step; far fewer would be compiled anew in every layer.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     # Set at all, it also stops the C library from raising the size from which blocks are given back when freed.
     "MALLOC_TRIM_THRESHOLD_": str(128 << 10),
 }
