@@ -24,6 +24,7 @@ from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_footprint
 from semcons_ray.modeling.packaged import resolve_model
+from semcons_ray.modeling.quantization import check_quantization
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 
@@ -90,8 +91,9 @@ def find_models(config: ExperimentConfig) -> dict[str, Path]:
     """Folder of each model, downloaded or converted if need be.
 
     Raises:
-        ModelError: A model cannot be found.
+        ModelError: A model cannot be found, or not be quantised for want of a package.
     """
+    check_quantization(config.model.quantization)
     folders = {name: Path(resolve_model(name)) for name in dict.fromkeys(config.client_models())}
     resolve_model(config.server.embedding_model)
     return folders
@@ -136,6 +138,7 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
         footprint = measure_footprint(
             folder,
             dtype=dtype,
+            quantization=config.model.quantization,
             max_length=config.model.max_length,
             batch_size=training.batch_size,
             generation_batch_size=config.generation.batch_size,

@@ -46,6 +46,8 @@ AlgorithmName = Literal[
 ]
 """Those after centralized average weights."""
 
+Quantization = Literal["none", "8bit", "4bit"]
+
 ANY_MODELS = ("semantic_consensus", "local_only")
 ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
@@ -113,6 +115,9 @@ class ModelConfig(Settings):
     name: str = Field("packaged:smollm2-135m-instruct", description="A hub id, a local path, or packaged:NAME.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."
+    )
+    quantization: Quantization = Field(
+        "none", description="Bits of the frozen base weights, by bitsandbytes; adapters are not quantised."
     )
     max_length: int = Field(96, ge=8, description="Tokens an example is cut to.")
     system_prompt: str = Field("", description="System prompt of the chat template; empty leaves it out.")

@@ -23,6 +23,15 @@ CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 256 << 20
 """Shared memory of a cluster started here: messages are small, and Ray's default takes a third of the machine."""
 
+FLAT_MEMORY = {
+    # Compiled kernels that oneDNN keeps, one a shape, 1,024 by default: batches of ever new lengths fill that.
+    # Enough for a training step; far fewer would be compiled anew in every layer.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    # Set at all, it also stops the C library from raising the size from which blocks are given back when freed.
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 10),
+}
+"""Variables that keep an actor's memory from growing with what it has done."""
+
 
 @contextlib.contextmanager
 def connect(address: str | None) -> Iterator[None]:
@@ -108,7 +117,7 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
 
     Threads beyond its share of the cores made runs 3 to 10 times slower.
     """
-    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **FLAT_MEMORY}
     passed_on = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
     variables |= {key: os.environ[key] for key in passed_on if key in os.environ}
     return {
@@ -116,4 +125,6 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         "num_gpus": num_gpus,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
         "runtime_env": {"env_vars": variables},
+        # Ray's head keeps a record of each of the last 100,000 calls, for a dashboard: memory that grows with visits.
+        "enable_task_events": False,
     }

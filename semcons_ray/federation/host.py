@@ -83,6 +83,7 @@ class HostSpec:
                 dtype=self.model.dtype,
                 device=self.device,
                 max_length=self.model.max_length,
+                quantization=self.model.quantization,
                 system_prompt=self.model.system_prompt,
                 seed=self.seed,
             )

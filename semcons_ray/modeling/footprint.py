@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from semcons_ray.config import Quantization
 from semcons_ray.errors import ModelError
 
 PROCESS_BYTES = 600 << 20
@@ -26,6 +28,8 @@ LOSS_ROWS = 64
 """Rows of logits that are turned into losses at a time."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""A weight's: 4 bit keeps a float32 scale for each 64. The scale for each row of 8 bit is too little to count."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Footprint:
     """Bytes a worker needs.
 
     Attributes:
-        weights: The model's.
+        weights: The model's; of a quantised one with the largest matrix once more, as it is when it is computed with.
         activations: Of a training batch, or the cache of keys and values of a batch of answers: the larger.
         logits: Of a training or an evaluation batch, with what becomes of them.
         tokenizer: The tokenizer's tables.
@@ -68,6 +72,7 @@ def measure_footprint(
     batch_size: int,
     generation_batch_size: int,
     max_new_tokens: int,
+    quantization: Quantization = "none",
 ) -> Footprint:
     """Footprint of one worker that trains, evaluates and runs the model in `folder`.
 
@@ -86,7 +91,7 @@ def measure_footprint(
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"model {folder}: no .safetensors file; weights in other formats are not loaded")
-    parameters = sum(_count_parameters(file) for file in files)
+    shapes = {key: shape for file in files for key, shape in _read_shapes(file).items()}
     config = _read_config(folder)
     width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     feed_forward = int(config.get("intermediate_size", 4 * width))
@@ -101,7 +106,7 @@ def measure_footprint(
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
     tokenizer = folder / "tokenizer.json"
     return Footprint(
-        weights=parameters * size,
+        weights=_weight_bytes(shapes, size, quantization),
         activations=max(kept, cache),
         logits=vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
@@ -116,7 +121,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(config.get("text_config") or config)
 
 
-def _count_parameters(file: Path) -> int:
+def _weight_bytes(shapes: Mapping[str, Sequence[int]], size: int, quantization: Quantization) -> int:
+    parameters = sum(prod(shape) for shape in shapes.values())
+    if quantization == "none":
+        return parameters * size
+    # bitsandbytes leaves the output embedding as it is, and what is no matrix product.
+    matrices = [
+        prod(shape)
+        for key, shape in shapes.items()
+        if len(shape) == 2 and key.endswith(".weight") and not any(name in key for name in ("embed", "lm_head"))
+    ]
+    quantised = sum(matrices)
+    working = max(matrices, default=0) * size
+    return (parameters - quantised) * size + int(quantised * _QUANTIZED_BYTES[quantization]) + working
+
+
+def _read_shapes(file: Path) -> dict[str, list[int]]:
     # https://huggingface.co/docs/safetensors: 8 bytes of header length, then the header as JSON
     try:
         with file.open("rb") as stream:
@@ -124,4 +144,4 @@ def _count_parameters(file: Path) -> int:
             header = json.loads(stream.read(length))
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"model file {file} is damaged: {error}") from error
-    return sum(prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+    return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}

@@ -28,9 +28,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from semcons_ray.config import GenerationConfig as GenerationSettings
-from semcons_ray.config import LoraConfig, TrainingConfig
+from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
 from semcons_ray.modeling.footprint import LOSS_ROWS
+from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
 Adapter = dict[str, Tensor]
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -70,12 +71,14 @@ class LanguageModel:
         lora: Shape of the adapter.
         dtype: "bfloat16", "float16" or "float32".
         device: A torch device.
+        quantization: Bits of the base weights.
         max_length: Tokens a prompt with its response is cut to.
         system_prompt: Goes first in the chat template; empty leaves it out.
         seed: Decides the first adapter, equal for every client of this architecture (as averaging needs).
 
     Raises:
-        ModelError: The model cannot be loaded, or has no module that `lora.target_modules` names.
+        ModelError: The model cannot be loaded, has no module that `lora.target_modules` names, or cannot be quantised
+            here.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class LanguageModel:
         dtype: str,
         device: str,
         max_length: int,
+        quantization: Quantization = "none",
         system_prompt: str = "",
         seed: int = 0,
     ) -> None:
@@ -93,11 +97,14 @@ class LanguageModel:
         self.device = torch.device(device)
         self.max_length = max_length
         self.system_prompt = system_prompt
+        options = loading_options(quantization, dtype=dtype, device=device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+            base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
-            raise ModelError(f"cannot load model {name}: {first_line(error)}") from error
+            how = f" with model.quantization {quantization}" if options else ""
+            raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
+        keep_trainable(base)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._scored: Tensor | None = None

@@ -3,6 +3,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from semcons_ray.errors import ModelError
+from semcons_ray.modeling import embedding
 from semcons_ray.modeling.embedding import Embedder
 from semcons_ray.modeling.packaged import resolve_model
 
@@ -42,6 +43,20 @@ def test_equal_texts_are_computed_once(folder: str) -> None:
     embedder.embed(["two"])
     assert len(batches) == 1
     assert torch.equal(rows[0], rows[2])
+
+
+def test_the_cache_holds_the_texts_used_last_and_nothing_of_what_they_were_batched_with(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "MAX_CACHED", 3)
+    embedder = Embedder(folder, batch_size=4)
+    embedder.embed(["one", "two", "three"])
+    embedder.embed(["one"])
+    assert embedder.embed(["four", "five"]).shape == (2, 384)
+    assert list(embedder._cache) == ["one", "four", "five"]
+    assert embedder.embed(["one", "two", "three", "four", "five"]).shape == (5, 384)
+    assert len(embedder._cache) == 3
+    assert {vector.untyped_storage().nbytes() for vector in embedder._cache.values()} == {384 * 4}
 
 
 def test_nothing_embeds_to_nothing(embedder: Embedder) -> None:
