@@ -20,6 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
+from semcons_ray.distributed.rank_group import RankGroup
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
@@ -44,7 +45,11 @@ class _Worker:
         """Make the actor and let it load."""
         plan = self.plan
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
-        self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+        if plan.ranks == 1:
+            self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+        else:  # it watches; its ranks take the cores and GPUs
+            device = "cuda" if plan.gpus else "cpu"
+            self.actor = RankGroup.options(**{**options, "num_cpus": 0, "num_gpus": 0}).remote(plan, device)  # type: ignore[attr-defined]
         self.load_ref = self.actor.load.remote(self.spec)
 
     def replace(self) -> None:

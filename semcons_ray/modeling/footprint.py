@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Footprint:
         logits: Of a training or an evaluation batch, with what becomes of them.
         tokenizer: The tokenizer's tables.
         process: The process itself.
+        largest: The largest of the weights' matrices; in `weights` as well.
     """
 
     weights: int
@@ -45,6 +46,11 @@ class Footprint:
     logits: int
     tokenizer: int = 0
     process: int = PROCESS_BYTES
+    largest: int = 0
+
+    def divided(self, ranks: int) -> Footprint:
+        """Of one of the ranks that hold equal parts of the weights, and gather a matrix while they compute with it."""
+        return replace(self, weights=ceil(self.weights / ranks) + self.largest)
 
     @property
     def host_bytes(self) -> int:
@@ -86,7 +92,7 @@ def measure_footprint(
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"model {folder}: no .safetensors file; weights in other formats are not loaded")
-    parameters = sum(_count_parameters(file) for file in files)
+    sizes = [size for file in files for size in _parameter_sizes(file)]
     config = _read_config(folder)
     width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     feed_forward = int(config.get("intermediate_size", 4 * width))
@@ -101,10 +107,11 @@ def measure_footprint(
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
     tokenizer = folder / "tokenizer.json"
     return Footprint(
-        weights=parameters * size,
+        weights=sum(sizes) * size,
         activations=max(kept, cache),
         logits=vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
+        largest=max(sizes, default=0) * size,
     )
 
 
@@ -116,7 +123,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(config.get("text_config") or config)
 
 
-def _count_parameters(file: Path) -> int:
+def _parameter_sizes(file: Path) -> list[int]:
     # https://huggingface.co/docs/safetensors: 8 bytes of header length, then the header as JSON
     try:
         with file.open("rb") as stream:
@@ -124,4 +131,4 @@ def _count_parameters(file: Path) -> int:
             header = json.loads(stream.read(length))
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"model file {file} is damaged: {error}") from error
-    return sum(prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
+    return [prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__"]
