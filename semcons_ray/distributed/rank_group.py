@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from semcons_ray.distributed.cluster import actor_options
@@ -18,27 +18,32 @@ from semcons_ray.federation.fleet import HostSpecProtocol
 from semcons_ray.metering.energy import NodeEnergy
 
 
+def make_room(plan: WorkerPlan) -> PlacementGroup:
+    """Cores or GPUs for all ranks, on the node planned, or together on another if that one is gone.
+
+    Ray keeps them booked until `remove_placement_group`, also when all actors in them are dead.
+    """
+    bundle = {"GPU": plan.gpus} if plan.gpus else {"CPU": plan.num_cpus}
+    bundles = [bundle] * plan.ranks
+    room: PlacementGroup = placement_group(bundles, strategy="STRICT_PACK", _soft_target_node_id=plan.node_id)
+    return room
+
+
 @ray.remote
 class RankGroup:
     """Lets all ranks do the same, and answers with the first one's reply.
 
     It does no work of its own but to watch: a rank that dies fails the call at once, where the others would wait for it
-    in a collective. It owns the ranks and their placement group, so Ray ends them with it: whoever kills this actor
-    has killed the group.
+    in a collective. Ranks end with their owner, this actor, and with their placement group, `room`.
     """
 
-    def __init__(self, plan: WorkerPlan, device: str) -> None:
-        bundle = {"GPU": plan.gpus} if plan.gpus else {"CPU": plan.num_cpus}
-        # STRICT_PACK, as it is planned: all on one node, on another if that one is gone.
-        group = placement_group(
-            [bundle] * plan.ranks, strategy="STRICT_PACK", _soft_target_node_id=plan.node_id or None
-        )
+    def __init__(self, plan: WorkerPlan, room: PlacementGroup) -> None:
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         # Without it, DeepSpeed takes a GPU where there is one, also to work on the CPU.
-        options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = device
+        options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"
         self._ranks = []
         for rank in range(plan.ranks):
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, rank)
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
             self._ranks.append(WorkerActor.options(**options).remote())  # type: ignore[attr-defined]
 
     def load(self, spec: HostSpecProtocol) -> None:
