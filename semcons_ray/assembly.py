@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Placement:
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
         return {
-            worker.name: estimate_watts(worker.threads, worker.gpus, gpu_watts[worker.node_id])
+            worker.name: worker.ranks * estimate_watts(worker.threads, worker.gpus, gpu_watts[worker.node_id])
             for worker in self.workers
         } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
 
@@ -134,18 +135,25 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
         }
     )
     demands = []
+    sharding = config.sharding
     for name, folder in folders.items():
+        ranks = sharding.models.get(name, 1)
         footprint = measure_footprint(
             folder,
             dtype=dtype,
             quantization=config.model.quantization,
             max_length=config.model.max_length,
-            batch_size=training.batch_size,
-            generation_batch_size=config.generation.batch_size,
+            batch_size=ceil(training.batch_size / ranks),
+            generation_batch_size=ceil(config.generation.batch_size / ranks),
             max_new_tokens=config.generation.max_new_tokens,
         )
+        device_bytes = footprint.device_bytes
+        if ranks > 1 and sharding.zero_stage == 3:
+            whole, footprint = footprint, footprint.divided(ranks)
+            kept = whole.largest if sharding.cpu_offload else footprint.weights
+            device_bytes += kept - whole.weights
         clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
-        demands.append(Demand(name, clients, footprint.host_bytes, footprint.device_bytes))
+        demands.append(Demand(name, clients, ranks * footprint.host_bytes, device_bytes, ranks))
     limits = Limits(
         threads_per_worker=resources.threads_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
@@ -252,4 +260,5 @@ def _host_spec(
         generation=config.generation,
         seed=config.seed,
         state=state.resolve(),
+        sharding=config.sharding if worker.ranks > 1 else None,
     )

@@ -49,6 +49,7 @@ AlgorithmName = Literal[
 Quantization = Literal["none", "8bit", "4bit"]
 
 ANY_MODELS = ("semantic_consensus", "local_only")
+ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
 ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
 
@@ -221,6 +222,18 @@ class ResourcesConfig(Settings):
     memory_limit_gib: float | None = Field(None, gt=0, description="Memory to plan with on a node; none: what is free.")
 
 
+class ShardingConfig(Settings):
+    """Models too large for one device: several processes hold one of them, under DeepSpeed's ZeRO."""
+
+    models: dict[str, Annotated[int, Field(ge=2)]] = Field(
+        default_factory=dict, description="Ranks (processes, each with a device) by model name; empty: none is divided."
+    )
+    zero_stage: Literal[2, 3] = Field(
+        3, description="3: base weights are divided; 2: only gradients and optimizer state, and the work."
+    )
+    cpu_offload: bool = Field(False, description="Keep what is divided in host memory and not on the device.")
+
+
 class FailuresConfig(Settings):
     """What happens when a client dies or is slow."""
 
@@ -247,6 +260,7 @@ class ExperimentConfig(Settings):
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    sharding: ShardingConfig = ShardingConfig()
     failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")
@@ -271,7 +285,22 @@ class ExperimentConfig(Settings):
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
                 "flora, flexlora and hetlora take them"
             )
+        self._check_sharding()
         return self
+
+    def _check_sharding(self) -> None:
+        if not self.sharding.models:
+            return
+        if unknown := [name for name in self.sharding.models if name not in self.client_models()]:
+            raise ValueError(f"sharding.models names {', '.join(unknown)}, which no client has")
+        if self.resources.fleet == "local":
+            raise ValueError("sharding.models needs resources.fleet ray")
+        if self.model.quantization != "none":
+            raise ValueError(f"model.quantization {self.model.quantization} is not for models of sharding.models")
+        if self.sharding.zero_stage == 2 and self.algorithm.name in ADJUSTS_GRADIENTS:
+            raise ValueError(f"algorithm.name {self.algorithm.name} needs sharding.zero_stage 3")
+        if self.sharding.zero_stage == 2 and self.training.keep_optimizer:
+            raise ValueError("training.keep_optimizer needs sharding.zero_stage 3")
 
     def client_ranks(self) -> tuple[int, ...]:
         """LoRA rank of each client, shape (C,)."""

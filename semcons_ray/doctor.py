@@ -65,7 +65,7 @@ def diagnose() -> list[Check]:
         *check_packaged_files(),
         *check_architectures(),
         check_vllm(bool(gpus)),
-        check_deepspeed(bool(gpus)),
+        check_deepspeed(),
         check_rapl(RAPL_ROOT),
         check_nvml_energy(gpus, pynvml),
         check_hub(os.environ),
@@ -229,16 +229,12 @@ def check_vllm(has_gpu: bool) -> Check:
     return Check("vLLM", "missing", "not installed (optional)", advice)
 
 
-def check_deepspeed(has_gpu: bool) -> Check:
-    """The optional engine for models over several workers; on a CPU it compiles an operator at its first start."""
+def check_deepspeed() -> Check:
+    """The optional engine for models divided among devices."""
     if find_spec("deepspeed") is None:
-        return Check("DeepSpeed", "missing", "not installed (optional)", "pip install deepspeed==0.19.8")
-    found = package_versions(("deepspeed",)).get("deepspeed", "installed")
-    if not has_gpu and shutil.which("g++") is None:
-        return Check(
-            "DeepSpeed", "warning", f"{found}, no C++ compiler", "On the CPU it needs g++: install g++ and ninja"
-        )
-    return Check("DeepSpeed", "ok", found)
+        advice = "pip install --no-deps -r requirements-deepspeed.lock"
+        return Check("DeepSpeed", "missing", "not installed (optional)", advice)
+    return Check("DeepSpeed", "ok", package_versions(("deepspeed",)).get("deepspeed", "installed"))
 
 
 def check_rapl(root: Path) -> Check:

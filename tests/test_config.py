@@ -246,6 +246,35 @@ def test_what_an_algorithm_cannot_take_is_refused(values, says):
         validate_config(values, where="here")
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"sharding": {"models": {"b": 2}}}, r"sharding\.models names b, which no client has"),
+        ({"sharding": {"models": {"a": 1}}}, r"sharding\.models\.a: .*greater than or equal to 2"),
+        ({"sharding": {"zero_stage": 1}}, r"sharding\.zero_stage"),
+        ({"sharding": {"models": {"a": 2}}, "resources": {"fleet": "local"}}, r"needs resources\.fleet ray"),
+        (
+            {"sharding": {"models": {"a": 2}, "zero_stage": 2}, "algorithm": {"name": "fedprox"}},
+            r"algorithm\.name fedprox needs sharding\.zero_stage 3",
+        ),
+        (
+            {"sharding": {"models": {"a": 2}, "zero_stage": 2}, "training": {"keep_optimizer": True}},
+            r"training\.keep_optimizer needs sharding\.zero_stage 3",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(values, says):
+    with pytest.raises(ConfigError, match=says):
+        validate_config({"model": {"name": "a"}, **values}, where="here")
+
+
+def test_a_model_of_the_mix_may_be_divided():
+    mix = {"clients": {"mix": {"a": 1, "b": 1}}}
+    config = validate_config({**mix, "sharding": {"models": {"b": 4}}}, where="here")
+    assert config.sharding.zero_stage == 3
+    assert not ExperimentConfig().sharding.models
+
+
 def test_every_rule_is_accepted():
     for rule in get_args(RuleName):
         assert validate_config({"algorithm": {"rule": rule}}, where="here").algorithm.rule == rule

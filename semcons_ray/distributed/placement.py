@@ -57,11 +57,19 @@ class Demand:
     clients: tuple[int, ...]
     host_bytes: int
     device_bytes: int
+    ranks: int = 1
+
+    def gpus(self, limits: Limits) -> float:
+        """Of each rank; several have a whole one each, as no two can be on one."""
+        return limits.gpus_per_worker if self.ranks == 1 else 1.0
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One actor. `shared_cpus` is its share of its node's cores, if it shares them with other actors; else None."""
+    """One actor, or `ranks` of them on one node: threads, GPUs and cores are of each, memory is of all.
+
+    `shared_cpus` is its share of its node's cores, if it shares them with other actors; else None.
+    """
 
     name: str
     node_id: str
@@ -72,10 +80,11 @@ class WorkerPlan:
     gpus: float
     memory_bytes: int
     shared_cpus: float | None = None
+    ranks: int = 1
 
     @property
     def num_cpus(self) -> float:
-        """Cores to book for it: one a thread, a share of them, or none beside a GPU."""
+        """Cores to book for each rank: one a thread, a share of them, or none beside a GPU."""
         if self.gpus:
             return 0
         return self.threads if self.shared_cpus is None else self.shared_cpus
@@ -108,18 +117,20 @@ class _Room:
         if self.memory < demand.host_bytes:
             return False
         if device == "cpu":
-            return (self.node.cpus if limits.one_by_one else self.cpus) >= limits.threads_per_worker
-        share = limits.gpus_per_worker
+            return (self.node.cpus if limits.one_by_one else self.cpus) >= limits.threads_per_worker * demand.ranks
+        share = demand.gpus(limits)
         room = self.node.gpu_memory_bytes
-        return self.gpus >= share - 1e-9 and (room is None or demand.device_bytes <= room * min(share, 1.0))
+        if self.gpus < share * demand.ranks - 1e-9:
+            return False
+        return room is None or demand.device_bytes <= room * min(share, 1.0)
 
     def take(self, demand: Demand, limits: Limits, device: str) -> None:
         self.memory -= demand.host_bytes
-        self.workers += 1
+        self.workers += demand.ranks
         if device == "cpu":
-            self.cpus -= limits.threads_per_worker
+            self.cpus -= limits.threads_per_worker * demand.ranks
         else:
-            self.gpus -= limits.gpus_per_worker
+            self.gpus -= demand.gpus(limits) * demand.ranks
 
     def shared_cpus(self, limits: Limits, device: str) -> float | None:
         """A worker's share of the cores, if there are too few for all workers here."""
@@ -190,9 +201,10 @@ def plan_workers(
             model=group.demand.model,
             clients=clients,
             threads=limits.threads_per_worker,
-            gpus=limits.gpus_per_worker if device != "cpu" else 0.0,
+            gpus=group.demand.gpus(limits) if device != "cpu" else 0.0,
             memory_bytes=group.demand.host_bytes,
             shared_cpus=room.shared_cpus(limits, device),
+            ranks=group.demand.ranks,
         )
         for index, (group, room, clients) in enumerate(shares)
     )
@@ -208,11 +220,14 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
         lines.append(f"  models are more than cores: {sharing} workers share cores, and each is slower for it")
     for worker in workers:
         share = f"{worker.gpus:g} GPU" if worker.gpus else f"{worker.threads} thread{'s' if worker.threads > 1 else ''}"
+        if worker.ranks > 1:
+            share = f"{worker.ranks} ranks of {share}"
         if worker.shared_cpus is not None:
             share += f" sharing cores ({worker.shared_cpus:.2g})"
         memory = f"{worker.memory_bytes / GIB:.1f} GiB"
         if worker.gpus:
-            memory += f" + {sizes[worker.model].device_bytes / GIB:.1f} GiB of the GPU"
+            each = "the" if worker.ranks == 1 else "each"
+            memory += f" + {sizes[worker.model].device_bytes / GIB:.1f} GiB of {each} GPU"
         hosted = ", ".join(str(client) for client in worker.clients[:8])
         more = f", ... ({len(worker.clients)})" if len(worker.clients) > 8 else ""
         lines.append(f"  {worker.name} on {worker.node}: {share}, {memory}, {worker.model}, clients {hosted}{more}")
@@ -247,6 +262,11 @@ def _explain(demand: Demand, rooms: Sequence[_Room], limits: Limits, device: str
             f"left is {max(most, 0) / GIB:.1f} GiB. Use a smaller model.name, training.batch_size, "
             f"generation.batch_size or model.max_length, fewer models in clients.mix, or raise "
             f"resources.memory_limit_gib"
+        )
+    if demand.ranks > 1 and max(room.gpus for room in rooms) < demand.ranks:
+        return (
+            f"no node has {demand.ranks} GPUs free for the ranks of {demand.model}; lower its number in "
+            f"sharding.models, or set resources.device to cpu"
         )
     if max(room.gpus for room in rooms) < limits.gpus_per_worker:
         return (

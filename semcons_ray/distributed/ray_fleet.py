@@ -17,9 +17,11 @@ from typing import Any
 import msgspec
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
+from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
@@ -38,19 +40,30 @@ class _Worker:
         self.spec = spec
         self.in_hand: dict[ray.ObjectRef[Any], int] = {}
         self.head_since = 0.0
+        self.room: PlacementGroup | None = None
         self.start()
 
     def start(self) -> None:
         """Make the actor and let it load."""
         plan = self.plan
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
-        self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+        if plan.ranks == 1:
+            self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+        else:  # it watches; its ranks take the cores and GPUs
+            self.room = make_room(plan)
+            self.actor = RankGroup.options(**{**options, "num_cpus": 0, "num_gpus": 0}).remote(plan, self.room)  # type: ignore[attr-defined]
         self.load_ref = self.actor.load.remote(self.spec)
 
     def replace(self) -> None:
         """Kill the actor, if it lives, and start another."""
-        ray.kill(self.actor, no_restart=True)
+        self.stop()
         self.start()
+
+    def stop(self) -> None:
+        """Kill the actor, with its ranks if it has any."""
+        ray.kill(self.actor, no_restart=True)
+        if self.room is not None:
+            remove_placement_group(self.room)
 
 
 class RayFleet:
@@ -172,7 +185,7 @@ class RayFleet:
     def close(self) -> None:
         """Kill the actors."""
         for worker in self._workers.values():
-            ray.kill(worker.actor, no_restart=True)
+            worker.stop()
 
     def _get(self, ref: ray.ObjectRef[Any], who: str) -> Any:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import ray
@@ -28,6 +29,21 @@ class WorkerActor:
         self._host: Host | None = None
         self._failure: Exception | None = None
         self._meter: NodeMeter | None = None
+        self._rendezvous: Any = None
+
+    def open_rendezvous(self, num_ranks: int) -> str:
+        """Address at which this rank, the first, and all others of its group are to `join`."""
+        from semcons_ray.modeling.sharded import open_rendezvous
+
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._rendezvous, address = open_rendezvous(host, num_ranks)
+        return address
+
+    def join(self, rank: int, num_ranks: int, address: str) -> None:
+        """Join a group of ranks, as one of which it then loads a model."""
+        from semcons_ray.modeling.sharded import join_ranks
+
+        join_ranks(rank, num_ranks, address, self._rendezvous)
 
     def load(self, spec: HostSpecProtocol) -> None:
         """Load the model and make the clients."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
+from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, SemconsError
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
@@ -45,6 +46,7 @@ class HostSpec:
         num_answers: Test prompts answered at an evaluation.
         seed: The experiment's.
         state: Folder of the client stores.
+        sharding: How the model is divided among ranks, of which this process is one; None: it is whole here.
     """
 
     worker: str
@@ -61,6 +63,7 @@ class HostSpec:
     generation: GenerationConfig
     seed: int
     state: Path
+    sharding: ShardingConfig | None = None
 
     def build(self) -> ClientHost:
         """Load the model and make the clients.
@@ -77,7 +80,12 @@ class HostSpec:
         torch.set_num_threads(self.threads)
         ledger = Ledger(self.worker, socket.gethostname())
         with ledger.stage("load", round=0) as work:
-            model = LanguageModel(
+            make: Callable[..., LanguageModel] = LanguageModel
+            if self.sharding is not None:
+                from semcons_ray.modeling.sharded import ShardedLanguageModel
+
+                make = partial(ShardedLanguageModel, sharding=self.sharding)
+            model = make(
                 resolve_model(self.model.name),
                 lora=self.model.lora,
                 dtype=self.model.dtype,
@@ -107,7 +115,7 @@ class HostSpec:
                 )
                 for client_id, private in self.private.items()
             }
-        return ClientHost(clients, self.algorithm, ClientStore(self.state), ledger)
+        return ClientHost(clients, self.algorithm, ClientStore(self.state, writes=model.writes), ledger)
 
 
 class ClientHost:

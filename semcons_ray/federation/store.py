@@ -25,10 +25,14 @@ _REPLY = "reply"
 
 
 class ClientStore:
-    """Files state/client_NNN/round_RRR.safetensors under `folder`."""
+    """Files state/client_NNN/round_RRR.safetensors under `folder`.
 
-    def __init__(self, folder: Path) -> None:
+    Where several processes are one client, only one of them `writes`.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder = folder
+        self.writes = writes
 
     def reply(self, client_id: int, round: int) -> Reply | None:
         """The reply of a visit that happened, or None."""
@@ -48,6 +52,8 @@ class ClientStore:
 
     def save(self, tensors: dict[str, Tensor], reply: Reply) -> None:
         """Commit a visit."""
+        if not self.writes:
+            return
         path = self._path(reply.client_id, reply.round)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

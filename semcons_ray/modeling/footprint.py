@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Footprint:
         logits: Of a training or an evaluation batch, with what becomes of them.
         tokenizer: The tokenizer's tables.
         process: The process itself.
+        largest: The largest of the weights' matrices; in `weights` as well.
     """
 
     weights: int
@@ -49,6 +50,11 @@ class Footprint:
     logits: int
     tokenizer: int = 0
     process: int = PROCESS_BYTES
+    largest: int = 0
+
+    def divided(self, ranks: int) -> Footprint:
+        """Of one of the ranks that hold equal parts of the weights, and gather a matrix while they compute with it."""
+        return replace(self, weights=ceil(self.weights / ranks) + self.largest)
 
     @property
     def host_bytes(self) -> int:
@@ -110,6 +116,7 @@ def measure_footprint(
         activations=max(kept, cache),
         logits=vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
+        largest=max(map(prod, shapes.values()), default=0) * size,
     )
 
 

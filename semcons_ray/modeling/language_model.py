@@ -100,7 +100,7 @@ class LanguageModel:
         options = loading_options(quantization, dtype=dtype, device=device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **options)
+            base = self._load_base(name, getattr(torch, dtype), **options)
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
             how = f" with model.quantization {quantization}" if options else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
@@ -133,6 +133,16 @@ class LanguageModel:
         self.model: Any = model.to(self.device).eval()
         self._peft_config = peft_config
         self._scaling = lora.alpha / lora.rank
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes what a client leaves on disk."""
+        return True
+
+    @property
+    def in_step(self) -> bool:
+        """Whether other processes must run the model whenever this one does."""
+        return False
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -194,38 +204,38 @@ class LanguageModel:
         """
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
-        adamw = torch.optim.AdamW(masters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
-        if optimizer:
-            adamw.load_state_dict({"state": _unflatten(optimizer), "param_groups": adamw.state_dict()["param_groups"]})
+        adamw = self._optimizer(list(masters.values()), training, optimizer or {})
         examples = [self._encode(pair) for pair in pairs]
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
         self.model.train()
         with self._seeded(generator), self._training_attention(), self._beside(frozen):
             for batch in _batches([len(ids) for ids, _ in examples], training, generator):
+                mine, counts = self._share(batch)
                 ids, mask, labels, weights = self._collate(
-                    [examples[i] for i in batch], [pairs[i].weight for i in batch], pad_left=False
+                    [examples[i] for i in mine], [pairs[i].weight * counts for i in mine], pad_left=False
                 )
                 token_loss, rows = self._token_nll(ids, mask, labels)
-                loss = (token_loss * weights[rows]).sum() / weights[rows].sum().clamp(min=1e-9)
+                responses = {i: len(examples[i][0]) - examples[i][1] for i in batch}
+                total = sum(pairs[i].weight * responses[i] for i in batch)
+                loss = (token_loss * weights[rows]).sum() / max(total, 1e-9)
                 loss.backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for key, parameter in self._parameters.items():
                         grad, parameter.grad = parameter.grad, None
                         masters[key].grad = None if grad is None else _part(grad, masters[key]).float()
+                    loss_sum += self._reduced(loss.detach(), masters) * sum(responses.values())
                     if adjust is not None:
                         adjust(masters)
-                    torch.nn.utils.clip_grad_norm_(masters.values(), training.max_grad_norm)
                     adamw.step()
                     for key, parameter in self._parameters.items():
                         _part(parameter, masters[key]).copy_(masters[key])
-                loss_sum += loss.item() * len(rows)
-                learnt += len(rows)
-                processed += int(mask.sum())
+                learnt += sum(responses.values())
+                processed += sum(len(examples[i][0]) for i in batch)
         self.model.eval()
         for key, master in masters.items():
             adapter[key] = master.detach().cpu()
-        state = _flatten(adamw.state_dict()["state"]) if training.keep_optimizer else {}
+        state = adamw.state() if training.keep_optimizer else {}
         return FineTuned(loss=loss_sum / max(learnt, 1), tokens=processed, optimizer=state)
 
     @torch.no_grad()
@@ -282,7 +292,9 @@ class LanguageModel:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=self.in_step
+            )
         rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
         return rows
 
@@ -294,16 +306,32 @@ class LanguageModel:
         self.load_adapter(adapter)
         examples = [self._encode(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: (len(examples[i][0]), i))
-        total, scored, processed = 0.0, 0, 0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._beside(frozen):
             for start in range(0, len(order), batch_size):
-                chosen = [examples[i] for i in order[start : start + batch_size]]
-                ids, mask, labels, _ = self._collate(chosen, [1.0] * len(chosen), pad_left=False)
-                token_loss, rows = self._token_nll(ids, mask, labels)
-                total += float(token_loss.double().sum())
-                scored += len(rows)
-                processed += int(mask.sum())
-        return total, scored, processed
+                mine, counts = self._share(order[start : start + batch_size])
+                ids, mask, labels, _ = self._collate([examples[i] for i in mine], [1.0] * len(mine), pad_left=False)
+                total += counts * self._token_nll(ids, mask, labels)[0].double().sum()
+        scored = sum(len(ids) - prompt for ids, prompt in examples)
+        return self._reduced(total, {}), scored, sum(len(ids) for ids, _ in examples)
+
+    # What ranks do together, where there are several: see sharded.py ------------------------------------------------
+
+    def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+
+    def _optimizer(
+        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]
+    ) -> AdamW:
+        return AdamW(masters, training, state)
+
+    def _share(self, batch: list[int]) -> tuple[list[int], float]:
+        """This process's part of a batch, and whether it counts: 1, or 0 for a stand-in where there is no part."""
+        return batch, 1.0
+
+    def _reduced(self, total: Tensor, masters: Parameters) -> float:
+        """The sum of a total over all processes; gradients of `masters` are summed in place."""
+        return total.item()
 
     # Tokens -----------------------------------------------------------------------------------------------------
 
@@ -398,6 +426,27 @@ class LanguageModel:
     def _training_attention(self) -> AbstractContextManager[Any]:
         # On CPUs the fused kernel's bfloat16 backward is slower than plain matrix products.
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+
+
+class AdamW:
+    """AdamW with clipped gradients, from a state that it gave earlier on (empty: afresh)."""
+
+    def __init__(self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]) -> None:
+        self._masters = masters
+        self._max_grad_norm = training.max_grad_norm
+        self._adamw = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        if state:
+            groups = self._adamw.state_dict()["param_groups"]
+            self._adamw.load_state_dict({"state": _unflatten(state), "param_groups": groups})
+
+    def step(self) -> None:
+        """Clip the gradients and take a step."""
+        torch.nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
+        self._adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """State by index of the master and name, on the CPU."""
+        return _flatten(self._adamw.state_dict()["state"])
 
 
 def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:

@@ -157,6 +157,37 @@ def test_more_architectures_than_workers_are_refused() -> None:
         plan_workers([SMALL, other], [node()], limits(workers=1), device="cpu")
 
 
+LARGE = Demand("large", (0, 1), host_bytes=6 * GIB, device_bytes=5 * GIB, ranks=2)
+
+
+def test_a_model_of_several_ranks_takes_a_core_and_its_threads_for_each() -> None:
+    plan = plan_workers([LARGE], [node("a", cpus=3), node("b", cpus=8)], limits(threads=2), device="cpu")
+    assert [(worker.node, worker.clients, worker.ranks, worker.num_cpus) for worker in plan] == [
+        ("b", (0,), 2, 2),
+        ("b", (1,), 2, 2),
+    ]
+
+
+def test_ranks_share_cores_with_others_where_there_are_too_few() -> None:
+    other = Demand("other", (2,), host_bytes=GIB, device_bytes=GIB)
+    plan = plan_workers([LARGE, other], [node(cpus=2)], limits(), device="cpu")
+    assert [(worker.model, worker.ranks, worker.num_cpus) for worker in plan] == [
+        ("large", 2, 0.6666),
+        ("other", 1, 0.6666),
+    ]
+    text = describe_plan(plan, "cpu", {})
+    assert "worker-0 on a: 2 ranks of 1 thread sharing cores (0.67), 6.0 GiB, large, clients 0, 1" in text
+
+
+def test_each_rank_takes_a_whole_gpu() -> None:
+    plan = plan_workers([LARGE], [node("a", gpus=1), node("b", gpus=3, gpu_memory=6)], limits(gpus=0.5), device="cuda")
+    assert [(worker.node, worker.ranks, worker.gpus) for worker in plan] == [("b", 2, 1.0)]
+    text = describe_plan(plan, "cuda", {"large": LARGE})
+    assert "2 ranks of 1 GPU, 6.0 GiB + 5.0 GiB of each GPU, large" in text
+    with pytest.raises(PlacementError, match=r"no node has 2 GPUs free for the ranks of large.*sharding\.models"):
+        plan_workers([LARGE], [node("a", gpus=1), node("b", gpus=1)], limits(), device="cuda")
+
+
 @given(
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     cpus=st.lists(st.integers(1, 16), min_size=1, max_size=4),

@@ -240,6 +240,14 @@ def test_footprint_by_hand(tiny_llama: Path) -> None:
     assert footprint.host_bytes == footprint.device_bytes + kept + tokenizer + (600 << 20)
 
 
+def test_a_rank_holds_its_share_of_the_weights_and_the_largest_matrix(tiny_llama: Path) -> None:
+    footprint = measure_footprint(tiny_llama, **BATCHES)
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    rank = footprint.divided(4)
+    assert rank.weights == footprint.weights // 4 + 4 * vocabulary * 32
+    assert footprint.host_bytes - rank.host_bytes == footprint.weights - rank.weights
+
+
 def test_large_batches_of_answers_decide_the_footprint_where_training_batches_are_small(tiny_llama: Path) -> None:
     """100 sequences of 8 + 4 tokens, 2 layers, keys and values of 16 each: a cache; 400 tokens scored at 4 bytes."""
     footprint = measure_footprint(tiny_llama, **{**BATCHES, "batch_size": 1, "generation_batch_size": 100})

@@ -1,0 +1,95 @@
+"""A worker of several ranks, for a model too large for one device; to a fleet it is an actor like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from semcons_ray.distributed.cluster import actor_options
+from semcons_ray.distributed.placement import WorkerPlan
+from semcons_ray.distributed.worker import WorkerActor
+from semcons_ray.errors import ClientError, first_line
+from semcons_ray.federation.fleet import HostSpecProtocol
+from semcons_ray.metering.energy import NodeEnergy
+
+
+def make_room(plan: WorkerPlan) -> PlacementGroup:
+    """Cores or GPUs for all ranks, on the node planned, or together on another if that one is gone.
+
+    Ray keeps them booked until `remove_placement_group`, also when all actors in them are dead.
+    """
+    bundle = {"GPU": plan.gpus} if plan.gpus else {"CPU": plan.num_cpus}
+    bundles = [bundle] * plan.ranks
+    room: PlacementGroup = placement_group(bundles, strategy="STRICT_PACK", _soft_target_node_id=plan.node_id)
+    return room
+
+
+@ray.remote
+class RankGroup:
+    """Lets all ranks do the same, and answers with the first one's reply.
+
+    It does no work of its own but to watch: a rank that dies fails the call at once, where the others would wait for it
+    in a collective. Ranks end with their owner, this actor, and with their placement group, `room`.
+    """
+
+    def __init__(self, plan: WorkerPlan, room: PlacementGroup) -> None:
+        options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
+        # Without it, DeepSpeed takes a GPU where there is one, also to work on the CPU.
+        options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"
+        self._ranks = []
+        for rank in range(plan.ranks):
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
+            self._ranks.append(WorkerActor.options(**options).remote())  # type: ignore[attr-defined]
+
+    def load(self, spec: HostSpecProtocol) -> None:
+        """Bring the ranks together, and load the model."""
+        count = len(self._ranks)
+        (address,) = self._wait([self._ranks[0].open_rendezvous.remote(count)])
+        self._wait([actor.join.remote(rank, count, address) for rank, actor in enumerate(self._ranks)])
+        self._all("load", spec)
+
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
+        """See `WorkerActor.visit`."""
+        reply: bytes = self._all("visit", client_id, round, downlink, evaluate)
+        return reply
+
+    def measure(self, client_id: int, round: int, downlink: bytes) -> bytes:
+        """See `WorkerActor.measure`."""
+        reply: bytes = self._all("measure", client_id, round, downlink)
+        return reply
+
+    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
+        """See `WorkerActor.export_adapter`."""
+        self._all("export_adapter", client_id, round, downlink, folder)
+
+    def start_meter(self, uses_gpu: bool) -> str:
+        """See `WorkerActor.start_meter`."""
+        name: str = ray.get(self._ranks[0].start_meter.remote(uses_gpu))
+        return name
+
+    def lap(self) -> NodeEnergy | None:
+        """See `WorkerActor.lap`."""
+        energy: NodeEnergy | None = ray.get(self._ranks[0].lap.remote())
+        return energy
+
+    def _all(self, method: str, *arguments: Any) -> Any:
+        return self._wait([getattr(actor, method).remote(*arguments) for actor in self._ranks])[0]
+
+    def _wait(self, refs: list[ray.ObjectRef[Any]]) -> list[Any]:
+        """What all return, or the first error of any."""
+        waiting = refs
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            try:
+                ray.get(ready)
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:
+                rank = refs.index(ready[0])
+                raise ClientError(f"rank {rank} of {len(self._ranks)} died ({first_line(error)})") from error
+        return ray.get(refs)

@@ -1,0 +1,202 @@
+"""A language model whose memory is divided among the ranks of a process group, by DeepSpeed's ZeRO.
+
+Every rank runs the same calls in the same order, takes its part of each batch, and ends with the same adapter, loss and
+answers; together they are one `LanguageModel`.
+
+With ZeRO-3 each rank holds 1/N of the base weights, and gathers a layer's while it is computed. The adapter is not
+DeepSpeed's there: it is laid over the divided base, whole on every rank, as a thousandth of the base is not worth
+dividing. Its gradients are summed over the ranks, and every rank takes the same step of the plain optimizer. So all
+that algorithms do to gradients, ranks and adapters beside the base works as it does without ranks.
+
+With ZeRO-2 every rank holds the whole base; DeepSpeed divides what training adds to it, gradients and optimizer state
+of the adapter. That is little beside the base, so what it brings is the work in parallel.
+
+Source: S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
+
+from semcons_ray.config import ShardingConfig, TrainingConfig
+from semcons_ray.errors import ConfigError
+from semcons_ray.modeling.language_model import AdamW, Adapter, LanguageModel, Parameters
+
+INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
+
+
+def open_rendezvous(host: str, num_ranks: int) -> tuple[Store, str]:
+    """A store at a free port of this machine, where ranks find each other, and its address."""
+    store = TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False)
+    return store, f"{host}:{store.port}"
+
+
+def join_ranks(rank: int, num_ranks: int, address: str, store: Store | None) -> None:
+    """Become one of `num_ranks` ranks; the first gives the store that it opened."""
+    host, _, port = address.rpartition(":")
+    os.environ["LOCAL_RANK"] = "0"  # a rank sees no device but its own
+    store = store or TCPStore(host, int(port), num_ranks, is_master=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(f"sharding.models needs DeepSpeed ({error}): {INSTALL}") from error
+    # Else it compiles, for minutes, C++ code for a collective of the CPU that is not used here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ShardedLanguageModel(LanguageModel):
+    """One rank's part of a `LanguageModel`; the process group must be there.
+
+    Args:
+        sharding: The ZeRO stage, and whether what it divides is kept in host memory.
+        settings: Those of `LanguageModel`.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+        ModelError: See `LanguageModel`.
+    """
+
+    def __init__(self, name: str, *, sharding: ShardingConfig, device: str, **settings: Any) -> None:
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._sharding = sharding
+        self._deepspeed = import_deepspeed()
+        super().__init__(name, device=device, **settings)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one of its ranks that writes files: the first."""
+        return self.rank == 0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether ranks gather weights from each other."""
+        return self._sharding.zero_stage == 3
+
+    def held_parameters(self) -> int:
+        """Numbers of the base's parameters that this rank holds between calls."""
+        parameters = [value for key, value in self.model.named_parameters() if key not in self._parameters]
+        return sum(value.numel() + getattr(value, "ds_tensor", torch.empty(0)).numel() for value in parameters)
+
+    def export_adapter(self, adapter: Adapter, folder: Path) -> None:
+        """See `LanguageModel.export_adapter`; the first rank writes."""
+        if self.writes:
+            super().export_adapter(adapter, folder)
+
+    def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
+        if self._sharding.zero_stage == 2:
+            return super()._load_base(name, dtype, **options)
+        from transformers.integrations import HfDeepSpeedConfig
+
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # must be given; nothing here depends on it
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "zero_optimization": {
+                "stage": 3,
+                # All is divided, and only the matrix at work is gathered: memory before speed.
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": 0,
+            },
+        }
+        if self._sharding.cpu_offload:
+            settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        while_it_lives = HfDeepSpeedConfig(settings)  # from_pretrained divides each layer as it is made
+        base = super()._load_base(name, dtype, **options)
+        del while_it_lives
+        self._engine, *_ = self._deepspeed.initialize(model=base, config=settings)
+        return self._engine.module
+
+    def _optimizer(
+        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]
+    ) -> AdamW:
+        if self._sharding.zero_stage == 2:
+            return ZeroAdamW(self._deepspeed, masters, training, cpu_offload=self._sharding.cpu_offload)
+        return super()._optimizer(masters, training, state)
+
+    def _share(self, batch: list[int]) -> tuple[list[int], float]:
+        mine = batch[self.rank :: self.num_ranks]
+        return (mine, 1.0) if mine else (batch[:1], 0.0)  # all must take part in gathering the weights
+
+    def _reduced(self, total: Tensor, masters: Parameters) -> float:
+        grads = [master.grad for master in masters.values() if master.grad is not None]
+        if self._sharding.zero_stage == 2:
+            grads = []  # the optimizer's work
+        flat = torch.cat([total.double().reshape(1), *(grad.double().flatten() for grad in grads)])
+        dist.all_reduce(flat)
+        for grad, summed in zip(grads, torch.split(flat[1:], [grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+        return flat[0].item()
+
+    def _continued(self, texts: Sequence[list[int]], steps: int, temperature: float) -> list[list[int]]:
+        mine, _ = self._share(list(range(len(texts))))
+        rows = super()._continued([texts[i] for i in mine], steps, temperature)
+        parts: list[list[list[int]]] = [[] for _ in range(self.num_ranks)]
+        dist.all_gather_object(parts, rows)
+        return [parts[i % self.num_ranks][i // self.num_ranks] for i in range(len(texts))]
+
+    @contextmanager
+    def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
+        with super()._seeded(generator):
+            # Drawn alike, the parts of a batch would get the same answers and dropout masks.
+            torch.manual_seed(torch.initial_seed() + self.rank)
+            yield
+
+
+class ZeroAdamW(AdamW):
+    """`AdamW` whose gradients and state DeepSpeed's ZeRO-2 divides among the ranks; it sums gradients as well."""
+
+    def __init__(
+        self, deepspeed: Any, masters: list[torch.nn.Parameter], training: TrainingConfig, *, cpu_offload: bool
+    ) -> None:
+        self._masters = masters
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": training.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # else C++ code is compiled
+            "zero_optimization": {"stage": 2},
+        }
+        if cpu_offload:
+            settings["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+        adamw = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self._engine, *_ = deepspeed.initialize(model=torch.nn.ParameterList(masters), optimizer=adamw, config=settings)
+
+    @torch.enable_grad()
+    def step(self) -> None:
+        """Sum the gradients over the ranks, clip them and take a step."""
+        # DeepSpeed hears of gradients by going backwards: through the sum of each with its gradient, times the ranks,
+        # as it takes the mean.
+        grads = [master.grad for master in self._masters]
+        pairs = [(master, grad) for master, grad in zip(self._masters, grads, strict=True) if grad is not None]
+        products = [(master * grad).sum() for master, grad in pairs]
+        for master in self._masters:
+            master.grad = None
+        self._engine.backward(dist.get_world_size() * torch.stack(products).sum())
+        self._engine.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Not kept: the config refuses `training.keep_optimizer` with ZeRO-2."""
+        return {}
