@@ -29,6 +29,10 @@ class WorkerActor:
         self._failure: Exception | None = None
         self._meter: NodeMeter | None = None
 
+    def node(self) -> str:
+        """Name of the machine it runs on: the first thing asked of it, since the answer says that it has room."""
+        return socket.gethostname()
+
     def load(self, spec: HostSpecProtocol) -> None:
         """Load the model and make the clients."""
         try:
