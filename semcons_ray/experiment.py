@@ -99,9 +99,9 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
         algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
-        with parts(placement, split, algorithm, folder.state) as (fleet, server):
+        exporting = RunMetrics(folder.path.resolve().name, config.num_rounds)
+        with parts(placement, split, algorithm, folder.state) as (fleet, server), exporting as exported:
             _write_environment(folder, placement, fleet)
-            exported = RunMetrics(folder.path.resolve().name, config.num_rounds)
             for commit in commits:
                 _export(exported, commit)
             rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported)

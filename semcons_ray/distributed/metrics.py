@@ -7,8 +7,10 @@ cluster they go nowhere.
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Self
 
 from ray.util.metrics import Counter, Gauge
 
@@ -32,8 +34,11 @@ METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
 """Kind, meaning and labels beside `run`, by name. Prometheus sees them as ray_NAME, counters as ray_NAME_total."""
 
 
+REPEAT_SECONDS = 1.0
+
+
 class RunMetrics:
-    """What a run tells Prometheus.
+    """What a run tells Prometheus; a context, in which a thread repeats the gauges, as Ray forgets one that is not set.
 
     Args:
         run: The label that tells runs apart.
@@ -45,20 +50,29 @@ class RunMetrics:
             name: kind(name, help_text, tag_keys=("run", *labels)).set_default_tags({"run": run})
             for name, (kind, help_text, labels) in METRICS.items()
         }
-        self._set("semcons_num_rounds", num_rounds)
-        self._answered = 0
+        self._gauges: dict[str, float] = {"semcons_num_rounds": num_rounds}
+        self._stop = threading.Event()
+        self._repeater = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._repeater.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._repeater.join()
 
     def round_begins(self, round: int, num_clients: int) -> None:
         """Clients are being visited."""
-        self._answered = 0
-        self._set("semcons_round", round)
-        self._set("semcons_round_clients_asked", num_clients)
-        self._set("semcons_round_clients_answered", 0)
+        self._gauges |= {
+            "semcons_round": round,
+            "semcons_round_clients_asked": num_clients,
+            "semcons_round_clients_answered": 0,
+        }
 
     def client_answered(self) -> None:
         """A client was visited."""
-        self._answered += 1
-        self._set("semcons_round_clients_answered", self._answered)
+        self._gauges["semcons_round_clients_answered"] += 1
 
     def round_committed(self, rows: Iterable[LedgerRow], *, num_lost: int, nll: float, agreement: float) -> None:
         """A round is over; NaN where something was not measured in it."""
@@ -76,9 +90,10 @@ class RunMetrics:
         for (name, labels), value in sums.items():
             if value > 0:  # Ray refuses to add nothing
                 self._metrics[name].inc(value, tags=dict(labels))
-        for name, value in (("semcons_test_nll", nll), ("semcons_agreement", agreement)):
-            if not math.isnan(value):
-                self._set(name, value)
+        measured = {"semcons_test_nll": nll, "semcons_agreement": agreement}
+        self._gauges |= {name: value for name, value in measured.items() if not math.isnan(value)}
 
-    def _set(self, name: str, value: float) -> None:
-        self._metrics[name].set(value)
+    def _repeat(self) -> None:
+        while not self._stop.wait(REPEAT_SECONDS):
+            for name, value in list(self._gauges.items()):
+                self._metrics[name].set(value)

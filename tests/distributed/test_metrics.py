@@ -4,7 +4,7 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,7 @@ import ray
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.metrics import METRICS
 from semcons_ray.experiment import run_experiment
-from semcons_ray.run_folder import RoundRow
+from semcons_ray.run_folder import MetricsRow, RoundRow
 from tests.invariants.runs import Silent
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "semcons.json"
@@ -28,12 +28,18 @@ class Scraped(Silent):
         super().__init__()
         self.samples: list[tuple[str, dict[str, str], float]] = []
 
-    def round_ends(self, summary: RoundRow, metrics: object) -> None:
+    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
         if summary.round < 2:
             return
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
         deadline = time.monotonic() + 60
-        while self.sum("ray_semcons_rounds_committed_total") < 3 and time.monotonic() < deadline:
+        names = EXPORTED - {"ray_semcons_clients_lost_total"}  # none was
+        nll = sum(row.nll for row in metrics) / len(metrics)
+        while time.monotonic() < deadline and not (
+            {name for name, _, _ in self.samples} == names
+            and self.sum("ray_semcons_rounds_committed_total") == 3
+            and self.sum("ray_semcons_test_nll") == pytest.approx(nll)
+        ):
             time.sleep(0.5)
             self.samples = [sample for url in urls for sample in scrape(url)]
 
