@@ -54,8 +54,7 @@ def read(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_rays_launcher_takes_the_file(name: str) -> None:
     config = read(name)
-    validate_config(config)
-    # As `ray up` does: with the provider's defaults, and the head among the node types.
+    # As `ray up` does: with the provider's defaults, then against ray-schema.json.
     prepared = prepare_config(config)
     validate_config(prepared)
     assert prepared["head_node_type"] in prepared["available_node_types"]
@@ -73,7 +72,7 @@ def test_machines_start_at_the_locked_version_of_ray(name: str) -> None:
 
 def test_a_launcher_file_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(Exception, match="idle_timeout"):
-        validate_config({**read(LAUNCHERS[0]), "idle_timeout": 1})
+        validate_config(prepare_config({**read(LAUNCHERS[0]), "idle_timeout": 1}))
 
 
 def check(value: Any, fields: Any, where: str) -> None:

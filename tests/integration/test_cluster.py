@@ -68,9 +68,20 @@ def undisturbed(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def on_cluster(make: MakeConfig, nodes: ThreeNodes, room_timeout_seconds: float = 60, **more: Any) -> ExperimentConfig:
-    resources = {"fleet": "ray", "device": "cpu", "ray_address": nodes.cluster.address}
-    return make(resources=resources, failures={"room_timeout_seconds": room_timeout_seconds}, **more)
+def on_cluster(make: MakeConfig, nodes: ThreeNodes, **more: Any) -> ExperimentConfig:
+    return make(resources={"fleet": "ray", "device": "cpu", "ray_address": nodes.cluster.address}, **more)
+
+
+@pytest.fixture
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fleets wait for room as long as ever while they start, which may take a while, and shortly from then on."""
+
+    def make(*args: Any, **settings: Any) -> RayFleet:
+        fleet = RayFleet(*args, **settings)
+        fleet._room_timeout_seconds = 5
+        return fleet
+
+    monkeypatch.setattr("semcons_ray.assembly.RayFleet", make)
 
 
 def lose_a_node(config: ExperimentConfig, out: Path, nodes: ThreeNodes, *, round: int) -> str:
@@ -88,13 +99,13 @@ def lose_a_node(config: ExperimentConfig, out: Path, nodes: ThreeNodes, *, round
     return observer.plan
 
 
+@pytest.mark.usefixtures("short_wait")
 def test_a_node_lost_in_mid_round_shrinks_the_vote_and_the_survivors_numbers_stay(
     tiny_config: MakeConfig, nodes: ThreeNodes, undisturbed: Path, tmp_path: Path
 ) -> None:
     """The other nodes are full, so the lost node's client sits out."""
     nodes.set()
-    config = on_cluster(tiny_config, nodes, room_timeout_seconds=25)
-    plan = lose_a_node(config, tmp_path / "run", nodes, round=1)
+    plan = lose_a_node(on_cluster(tiny_config, nodes), tmp_path / "run", nodes, round=1)
     assert "3 clients on 3 workers, 3 nodes" in plan
     rounds = pd.read_parquet(tmp_path / "run" / "rounds.parquet").set_index("round")
     assert rounds["num_answered"].tolist()[1:] == [2, 2]
@@ -109,13 +120,14 @@ def test_a_node_lost_in_mid_round_shrinks_the_vote_and_the_survivors_numbers_sta
     assert len(list((tmp_path / "run" / "adapters").iterdir())) == 3  # the lost one's by a worker that made room
 
 
+@pytest.mark.usefixtures("short_wait")
 def test_clients_that_do_not_listen_to_each_other_do_not_notice_the_loss_at_all(
     tiny_config: MakeConfig, nodes: ThreeNodes, tmp_path: Path
 ) -> None:
     nodes.set()
     algorithm = {"algorithm": {"name": "local_only"}}
     run_experiment(tiny_config(**algorithm), tmp_path / "undisturbed", Silent())
-    lose_a_node(on_cluster(tiny_config, nodes, room_timeout_seconds=25, **algorithm), tmp_path / "run", nodes, round=1)
+    lose_a_node(on_cluster(tiny_config, nodes, **algorithm), tmp_path / "run", nodes, round=1)
     runs = [pd.read_parquet(tmp_path / out / "metrics.parquet") for out in ("undisturbed", "run")]
     gone = set(runs[0]["client_id"]) - set(runs[1].loc[runs[1]["round"] == 2, "client_id"])
     assert len(gone) == 1
@@ -141,9 +153,8 @@ def fleet(nodes: ThreeNodes, tmp_path: Path) -> Iterator[RayFleet]:
             for i, node in enumerate(list_nodes())
         ]
         specs = [FakeSpec(plan.name, tmp_path) for plan in plans]
-        fleet = RayFleet(
-            plans, specs, timeout_seconds=60, max_restarts=1, quorum=0.5, uses_gpu=False, room_timeout_seconds=25
-        )
+        fleet = RayFleet(plans, specs, timeout_seconds=60, max_restarts=1, quorum=0.5, uses_gpu=False)
+        fleet._room_timeout_seconds = 5
         yield fleet
         fleet.close()
 
