@@ -170,7 +170,11 @@ def test_the_slurm_script_starts_ray_waits_for_it_and_runs_or_resumes(tmp_path: 
         "hostname": "#!/bin/bash\necho 10.0.0.1\n",
         "ray": note,
         "semcons": note + f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $RAY_ADDRESS" >> {tmp_path}/calls\n',
-        "python": '#!/bin/bash\nif [[ $2 == *secrets* ]]; then printf "%064d" 0; else echo 2; fi\n',
+        "python": f"""#!/bin/bash
+if [[ $2 == *secrets* ]]; then printf "%064d" 0; exit; fi
+until (( $(grep -c ^ray {tmp_path}/calls 2>/dev/null) == 2 )); do sleep 0.1; done  # both nodes have started
+echo 2
+""",
     }.items():
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
