@@ -228,6 +228,7 @@ def parts(
             max_restarts=failures.max_restarts,
             quorum=failures.quorum,
             uses_gpu=resources.device == "cuda",
+            room_timeout_seconds=failures.room_timeout_seconds,
         )
     try:
         yield fleet, server

@@ -7,19 +7,23 @@ Exit codes: 0 done; 1 the run failed (resume goes on with it); 2 something the u
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from semcons_ray import __version__
 from semcons_ray.config import describe_settings, load_config
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+
+if TYPE_CHECKING:
+    from semcons_ray.experiment import Observer
 
 EXAMPLE = """\
 examples:
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("init", _init, "Write DIR/config.yaml: every setting with its default and a comment.")
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument("folder", type=_local, metavar="DIR")
 
     command("doctor", _doctor, "Say what this machine has, what works on it, and what to do about the rest.")
 
@@ -116,10 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}",
     )
     sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for all that the run writes")
+    sub.add_argument("--out", required=True, metavar="DIR", help="new folder for all that the run writes, or a URL")
 
     sub = command("resume", _resume, "Go on with a run that was killed or failed; its numbers stay the same.")
-    sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
     sub = command(
         "compare",
@@ -130,11 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
     sub.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for all runs, tables and the figure"
+        "--out", type=_local, required=True, metavar="DIR", help="folder for all runs, tables and the figure"
     )
 
     sub = command("report", _report, "Print a run's result table and write its report.html anew.")
-    sub.add_argument("folder", type=Path, metavar="DIR", help="the run's folder")
+    sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
     sub = command("cost", cost.run, "Calculate what a round costs on the wire: answers against LoRA weights.")
     cost.add_arguments(sub)
@@ -168,18 +172,20 @@ def _run(args: argparse.Namespace) -> int:
     from semcons_ray.experiment import run_experiment
     from semcons_ray.progress import Progress
 
-    with Progress() as progress:
-        run_experiment(config, args.out, progress)
-    return _finish(args.out)
+    with _run_folder(args.out, new=True) as (folder, observed):
+        with Progress() as progress:
+            run_experiment(config, folder, observed(progress))
+        return _finish(folder)
 
 
 def _resume(args: argparse.Namespace) -> int:
     from semcons_ray.experiment import resume_experiment
     from semcons_ray.progress import Progress
 
-    with Progress() as progress:
-        resume_experiment(args.folder, progress)
-    return _finish(args.folder)
+    with _run_folder(args.folder) as (folder, observed):
+        with Progress() as progress:
+            resume_experiment(folder, observed(progress))
+        return _finish(folder)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -195,7 +201,31 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    return _finish(args.folder)
+    with _run_folder(args.folder) as (folder, _):
+        return _finish(folder)
+
+
+def _local(place: str) -> Path:
+    if "://" in place:
+        raise RunFolderError(f"{place} is a URL; only run, resume and report take one")
+    return Path(place)
+
+
+@contextlib.contextmanager
+def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, Callable[[Observer], Observer]]]:
+    """A run's folder, and how to observe the run in it: where `place` is a URL, so that it is copied there."""
+    if "://" not in place:
+        yield Path(place), lambda observer: observer
+        return
+    from semcons_ray.remote_folder import Copying, RemoteFolder
+
+    remote = RemoteFolder(place)
+    if new:
+        remote.check_free()
+    else:
+        remote.fetch()
+    yield remote.folder, lambda observer: Copying(remote, observer)
+    remote.copy()
 
 
 def _finish(folder: Path) -> int:

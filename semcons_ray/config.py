@@ -241,6 +241,9 @@ class FailuresConfig(Settings):
         3600.0, gt=0, description="A client's visit, or a call of the server, that takes longer is given up."
     )
     max_restarts: int = Field(2, ge=0, description="Restarts of a client in a round before it is left out.")
+    room_timeout_seconds: float = Field(
+        300.0, gt=0, description="How long a round waits for a worker that no node has room for, as when one was lost."
+    )
     quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer, or a round fails.")
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 from semcons_ray.assembly import Placement, cluster, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
+from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
 from semcons_ray.evaluation.scores import mean_rouge_l
 from semcons_ray.federation.algorithms import build_algorithm
@@ -98,13 +99,17 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
         algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
-        with parts(placement, split, algorithm, folder.state) as (fleet, server):
+        exporting = RunMetrics(folder.path.resolve().name, config.num_rounds)
+        with parts(placement, split, algorithm, folder.state) as (fleet, server), exporting as exported:
             _write_environment(folder, placement, fleet)
-            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer)
+            for commit in commits:
+                _export(exported, commit)
+            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
                 folder.commit(commits, state)
+                _export(exported, commit)
                 observer.round_ends(commits[-1].summary, commits[-1].metrics)
             observer.stage("writing adapters")
             last = config.num_rounds + 1
@@ -125,6 +130,7 @@ class Rounds:
     fleet: Fleet
     server: ServerProtocol
     observer: Observer
+    exported: RunMetrics
 
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
         """One round, and what the server takes into the next.
@@ -133,7 +139,7 @@ class Rounds:
         """
         config = self.placement.config
         started_at = time.time() if round else began
-        visitor = _Watched(self.fleet, self.observer, config.num_rounds)
+        visitor = _Watched(self.fleet, self.observer, self.exported, config.num_rounds)
         state = self.folder.server_state(round - 1) if round else self.algorithm.first_state()
         if round == 0:
             outcome = self._measure_base(visitor, state)
@@ -210,23 +216,35 @@ class Rounds:
 
 
 class _Watched:
-    """A fleet that tells the observer of every reply, and remembers who was asked."""
+    """A fleet that tells the observer and Prometheus of every reply, and remembers who was asked."""
 
-    def __init__(self, fleet: Fleet, observer: Observer, num_rounds: int) -> None:
+    def __init__(self, fleet: Fleet, observer: Observer, exported: RunMetrics, num_rounds: int) -> None:
         self._fleet = fleet
         self._observer = observer
+        self._exported = exported
         self._num_rounds = num_rounds
         self.asked: tuple[int, ...] = ()
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         self.asked = tuple(downlinks)
         self._observer.round_begins(round, self._num_rounds, len(downlinks))
+        self._exported.round_begins(round, len(downlinks))
         for reply in self._fleet.visit(round, downlinks, evaluate=evaluate):
             self._observer.client_done(reply)
+            self._exported.client_answered()
             yield reply
 
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
         return self._fleet.measure(round, downlinks)
+
+
+def _export(exported: RunMetrics, commit: Commit) -> None:
+    exported.round_committed(
+        commit.ledger,
+        num_lost=commit.summary.num_participants - commit.summary.num_answered,
+        nll=sum(row.nll for row in commit.metrics) / len(commit.metrics) if commit.metrics else math.nan,
+        agreement=commit.summary.mean_agreement,
+    )
 
 
 def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> float:

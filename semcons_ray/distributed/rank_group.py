@@ -46,6 +46,11 @@ class RankGroup:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
             self._ranks.append(WorkerActor.options(**options).remote())  # type: ignore[attr-defined]
 
+    def node(self) -> str:
+        """See `WorkerActor.node`: all ranks have room then."""
+        name: str = self._all("node")
+        return name
+
     def load(self, spec: HostSpecProtocol) -> None:
         """Bring the ranks together, and load the model."""
         count = len(self._ranks)

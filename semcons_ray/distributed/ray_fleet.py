@@ -3,27 +3,31 @@
 A worker that dies, or whose visit takes too long, is replaced; the visit it was at is tried again up to a limit, and
 then its client is left out of the round. Visits are exactly once (see federation/store.py), so a repeated one costs
 time and changes nothing.
+
+A worker whose node is lost is replaced on another one. Where none has room, it waits: for the rest of the round and at
+least `room_timeout_seconds`, and then its clients are left out. It goes on waiting in the rounds that follow, at no
+cost to them, until a node joins.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
-from semcons_ray.errors import ClientError, UserError, first_line
+from semcons_ray.errors import ClientError, PlacementError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
 from semcons_ray.metering.energy import NodeEnergy
 
@@ -33,13 +37,24 @@ _REPLY = msgspec.msgpack.Decoder(Reply)
 
 
 class _Worker:
-    """One actor, what made it, and the visits it has in hand (the first is the one it is at)."""
+    """One actor and what made it.
+
+    Attributes:
+        clients: Those that it has yet to visit, the one that it is at first.
+        refs: Their replies to be, once it has room.
+        node: Name of the node that it was last seen on.
+        has_room: Whether its process is there; if not, the cluster may have no room for it.
+        room: What its ranks have booked, if it has several.
+        since: Since when it is at its first visit, or waits for room.
+    """
 
     def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol) -> None:
         self.plan = plan
         self.spec = spec
-        self.in_hand: dict[ray.ObjectRef[Any], int] = {}
-        self.head_since = 0.0
+        self.clients: deque[int] = deque()
+        self.refs: deque[ray.ObjectRef[Any]] = deque()
+        self.node = plan.node
+        self.has_room = True
         self.room: PlacementGroup | None = None
         self.start()
 
@@ -52,7 +67,16 @@ class _Worker:
         else:  # it watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
             self.actor = RankGroup.options(**{**options, "num_cpus": 0, "num_gpus": 0}).remote(plan, self.room)  # type: ignore[attr-defined]
+        self.node_ref = self.actor.node.remote()
         self.load_ref = self.actor.load.remote(self.spec)
+        if self.has_room:  # one that waits already is not given its time again
+            self.since = time.monotonic()
+        self.has_room = False
+
+    @property
+    def awaited_ref(self) -> ray.ObjectRef[Any]:
+        """What it will answer next."""
+        return self.refs[0] if self.has_room else self.node_ref
 
     def replace(self) -> None:
         """Kill the actor, if it lives, and start another."""
@@ -76,9 +100,10 @@ class RayFleet:
         max_restarts: How often a visit is tried again.
         quorum: Share of the clients visited that must answer.
         uses_gpu: Whether GPUs are metered.
+        room_timeout_seconds: How long a round waits for a worker that the cluster has no room for.
 
     Raises:
-        UserError: A worker could not load its model; what to change is in the message.
+        UserError: A worker found no room or could not load its model; what to change is in the message.
         ClientError: A worker died while it was loading.
     """
 
@@ -91,19 +116,25 @@ class RayFleet:
         max_restarts: int,
         quorum: float,
         uses_gpu: bool,
+        room_timeout_seconds: float = 300.0,
     ) -> None:
         self._workers = {plan.name: _Worker(plan, spec) for plan, spec in zip(plans, specs, strict=True)}
         self._worker_of = {client: worker for worker in self._workers.values() for client in worker.plan.clients}
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._quorum = quorum
-        self.workers = {plan.name: plan.node for plan in plans}
-        one_a_node = {worker.plan.node: worker for worker in reversed(self._workers.values())}
-        self._metering = list(one_a_node.values())
+        self._uses_gpu = uses_gpu
+        self._room_timeout_seconds = room_timeout_seconds
+        self._metering: dict[str, _Worker] = {}
         for worker in self._workers.values():
+            self._await_room(worker)
             self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
-        meters = [worker.actor.start_meter.remote(uses_gpu) for worker in self._metering]
-        self.meters = {worker.plan.node: ray.get(ref) for worker, ref in zip(self._metering, meters, strict=True)}
+        self.meters = {node: ray.get(ref) for node, ref in self._start_meters().items()}
+
+    @property
+    def workers(self) -> dict[str, str]:
+        """See `Fleet.workers`."""
+        return {name: worker.node for name, worker in self._workers.items()}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`."""
@@ -124,27 +155,38 @@ class RayFleet:
         lost: dict[int, str] = {}
 
         def send(worker: _Worker, clients: Sequence[int]) -> None:
-            worker.head_since = time.monotonic()
-            worker.in_hand = {call(worker.actor, client, shared[downlinks[client]]): client for client in clients}
+            worker.clients = deque(clients)
+            if worker.has_room:  # else it is sent them when it has, so none is at work on a visit that nobody waits for
+                worker.since = time.monotonic()
+                worker.refs = deque(call(worker.actor, client, shared[downlinks[client]]) for client in clients)
 
         def replace(worker: _Worker, reason: str) -> None:
-            first, *others = worker.in_hand.values()
-            attempts[first] += 1
+            first, *others = worker.clients
+            attempts[first] += worker.has_room  # nobody's fault: Ray may start it on the node that is just being lost
             logger.warning("round %d, client %d, attempt %d: %s", round, first, attempts[first], reason)
             if attempts[first] > self._max_restarts:
                 lost[first] = reason
-            worker.replace()
+            self._replace(worker)
             send(worker, others if first in lost else [first, *others])
+
+        def leave_out(worker: _Worker) -> None:
+            reason = f"no node had room for {worker.plan.name} in the round's time and failures.room_timeout_seconds"
+            logger.warning("round %d, clients %s: %s", round, list(worker.clients), reason)
+            lost.update(dict.fromkeys(worker.clients, reason))
+            worker.clients.clear()
 
         for worker in self._workers.values():
             send(worker, [client for client in worker.plan.clients if client in downlinks])
-        while heads := {next(iter(worker.in_hand)): worker for worker in self._workers.values() if worker.in_hand}:
-            deadline = min(worker.head_since for worker in heads.values()) + self._timeout_seconds
-            ready, _ = ray.wait(list(heads), timeout=max(deadline - time.monotonic(), 0.0))
+        while busy := [worker for worker in self._workers.values() if worker.clients]:
+            # Who waits for room may do so for as long as others are at work.
+            hurried = [worker for worker in busy if worker.has_room] or busy
+            deadline = min(map(self._deadline, hurried))
+            awaited = {worker.awaited_ref: worker for worker in busy}
+            ready, _ = ray.wait(list(awaited), timeout=max(deadline - time.monotonic(), 0.0))
             for ref in ready:
-                worker = heads[ref]
+                worker = awaited[ref]
                 try:
-                    reply = _REPLY.decode(ray.get(ref))
+                    answer = ray.get(ref)
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
@@ -152,40 +194,98 @@ class RayFleet:
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
                 else:
-                    del worker.in_hand[ref]
-                    worker.head_since = time.monotonic()
-                    yield reply
+                    if worker.has_room:
+                        worker.clients.popleft()
+                        worker.refs.popleft()
+                        worker.since = time.monotonic()
+                        yield _REPLY.decode(answer)
+                    else:
+                        worker.node, worker.has_room = answer, True
+                        send(worker, worker.clients)
             if not ready:
-                for worker in heads.values():
-                    if time.monotonic() - worker.head_since >= self._timeout_seconds:
+                for worker in hurried:
+                    if time.monotonic() < self._deadline(worker):
+                        continue
+                    if worker.has_room:
                         replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
+                    else:
+                        leave_out(worker)
         check_quorum(round, len(downlinks), lost, self._quorum)
 
     def laps(self) -> list[NodeEnergy]:
-        """See `Fleet.laps`."""
+        """See `Fleet.laps`. A node whose meter was lost with its worker is metered again from here on."""
         energies = []
-        for worker in self._metering:
+        for node, worker in list(self._metering.items()):
             try:
                 energies.append(ray.get(worker.actor.lap.remote(), timeout=self._timeout_seconds))
             except RayError:  # its energy is then estimated, and the next visit replaces it
-                logger.warning("%s does not answer; energy of node %s is estimated", worker.plan.name, worker.plan.node)
+                logger.warning("%s does not answer; energy of node %s is estimated", worker.plan.name, node)
+        self._start_meters()
         return [energy for energy in energies if energy is not None]
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
-        """See `Fleet.export_adapters`."""
-        for client_id, downlink in downlinks.items():
-            worker = self._worker_of[client_id]
-            arguments = (client_id, round, downlink, folder / client_folder(client_id))
+        """See `Fleet.export_adapters`. A worker that is done makes room for one that waits for it."""
+        waiting = deque(sorted(self._workers.values(), key=lambda worker: not worker.has_room))
+        failed: set[_Worker] = set()
+        while waiting:
+            worker = waiting.popleft()
             try:
-                self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
+                self._await_room(worker)
+                for client_id in worker.plan.clients:
+                    if client_id in downlinks:
+                        arguments = (client_id, round, downlinks[client_id], folder / client_folder(client_id))
+                        self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
             except ClientError:
-                worker.replace()
-                self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
+                if worker in failed:
+                    raise
+                failed.add(worker)
+                waiting.append(worker)
+                self._replace(worker)
+            else:
+                worker.stop()
 
     def close(self) -> None:
         """Kill the actors."""
         for worker in self._workers.values():
             worker.stop()
+
+    def _replace(self, worker: _Worker) -> None:
+        self._metering = {node: other for node, other in self._metering.items() if other is not worker}
+        worker.replace()
+
+    def _deadline(self, worker: _Worker) -> float:
+        return worker.since + (self._timeout_seconds if worker.has_room else self._room_timeout_seconds)
+
+    def _start_meters(self) -> dict[str, ray.ObjectRef[str]]:
+        """Have one worker of each node without a meter start it; names of the meters, by node."""
+        started = {}
+        for worker in self._workers.values():
+            if worker.has_room and worker.node not in self._metering:
+                self._metering[worker.node] = worker
+                started[worker.node] = worker.actor.start_meter.remote(self._uses_gpu)
+        return started
+
+    def _await_room(self, worker: _Worker) -> None:
+        """Wait until a worker has its process.
+
+        Raises:
+            PlacementError: The cluster has no room for it.
+            ClientError: It died.
+        """
+        if worker.has_room:
+            return
+        try:
+            worker.node = ray.get(worker.node_ref, timeout=self._room_timeout_seconds)
+        except GetTimeoutError:
+            plan = worker.plan
+            needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"
+            raise PlacementError(
+                f"no node had {needs} free for {plan.name} in failures.room_timeout_seconds = "
+                f"{self._room_timeout_seconds:g}; wait for who else uses it, add a node, or lower resources.max_workers"
+            ) from None
+        except RayError as error:
+            raise ClientError(f"{worker.plan.name} did not start: {first_line(error)}") from error
+        worker.has_room = True
 
     def _get(self, ref: ray.ObjectRef[Any], who: str) -> Any:
         try:

@@ -45,6 +45,10 @@ class WorkerActor:
 
         join_ranks(rank, num_ranks, address, self._rendezvous)
 
+    def node(self) -> str:
+        """Name of the machine it runs on: the first thing asked of it, since the answer says that it has room."""
+        return socket.gethostname()
+
     def load(self, spec: HostSpecProtocol) -> None:
         """Load the model and make the clients."""
         try:

@@ -137,7 +137,10 @@ class Fleet(Visitor, Protocol):
         ...
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
-        """Write the adapter that each client named would start `round` with to `folder`/client_NNN, for PEFT."""
+        """Write the adapter that each client named would start `round` with to `folder`/client_NNN, for PEFT.
+
+        The last thing that may be asked of a fleet.
+        """
         ...
 
     def close(self) -> None:

@@ -1,0 +1,99 @@
+"""A run's numbers for Prometheus, by Ray's exporter on the driver's node (`METRICS` is what there is).
+
+They say what the ledger says, and when: progress as clients answer, the rest as each round is committed. Without a
+cluster they go nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Self
+
+from ray.util.metrics import Counter, Gauge
+
+from semcons_ray.metering.ledger import LedgerRow
+
+METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
+    "semcons_num_rounds": (Gauge, "Rounds that the run is to have", ()),
+    "semcons_round": (Gauge, "Round in progress; 0 measures the base model", ()),
+    "semcons_round_clients_asked": (Gauge, "Clients to visit in the round in progress", ()),
+    "semcons_round_clients_answered": (Gauge, "Clients that have answered in the round in progress", ()),
+    "semcons_rounds_committed": (Counter, "Rounds committed, the base model's too", ()),
+    "semcons_clients_lost": (Counter, "Clients left out of a round", ()),
+    "semcons_uplink_bytes": (Counter, "Encoded bytes from clients to the server", ()),
+    "semcons_downlink_bytes": (Counter, "Encoded bytes from the server to clients", ()),
+    "semcons_tokens": (Counter, "Tokens trained on, generated or embedded", ("stage",)),
+    "semcons_seconds": (Counter, "Seconds of work or idleness, over all processes", ("stage",)),
+    "semcons_energy_joules": (Counter, "Energy", ("stage", "source")),
+    "semcons_test_nll": (Gauge, "Mean over clients of the test set's NLL (nats a token)", ()),
+    "semcons_agreement": (Gauge, "Mean agreement over public prompts in the last round", ()),
+}
+"""Kind, meaning and labels beside `run`, by name. Prometheus sees them as ray_NAME, counters as ray_NAME_total."""
+
+
+REPEAT_SECONDS = 1.0
+
+
+class RunMetrics:
+    """What a run tells Prometheus; a context, in which a thread repeats the gauges, as Ray forgets one that is not set.
+
+    Args:
+        run: The label that tells runs apart.
+        num_rounds: Rounds that it is to have.
+    """
+
+    def __init__(self, run: str, num_rounds: int) -> None:
+        self._metrics = {
+            name: kind(name, help_text, tag_keys=("run", *labels)).set_default_tags({"run": run})
+            for name, (kind, help_text, labels) in METRICS.items()
+        }
+        self._gauges: dict[str, float] = {"semcons_num_rounds": num_rounds}
+        self._stop = threading.Event()
+        self._repeater = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._repeater.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._repeater.join()
+
+    def round_begins(self, round: int, num_clients: int) -> None:
+        """Clients are being visited."""
+        self._gauges |= {
+            "semcons_round": round,
+            "semcons_round_clients_asked": num_clients,
+            "semcons_round_clients_answered": 0,
+        }
+
+    def client_answered(self) -> None:
+        """A client was visited."""
+        self._gauges["semcons_round_clients_answered"] += 1
+
+    def round_committed(self, rows: Iterable[LedgerRow], *, num_lost: int, nll: float, agreement: float) -> None:
+        """A round is over; NaN where something was not measured in it."""
+        sums: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        for row in rows:
+            stage = ("stage", row.stage)
+            sums["semcons_uplink_bytes", ()] += row.uplink_bytes
+            sums["semcons_downlink_bytes", ()] += row.downlink_bytes
+            sums["semcons_tokens", (stage,)] += row.tokens
+            sums["semcons_seconds", (stage,)] += row.duration_seconds
+            if row.energy_source != "unavailable":
+                sums["semcons_energy_joules", (stage, ("source", row.energy_source))] += row.energy_joules
+        sums["semcons_clients_lost", ()] += num_lost
+        sums["semcons_rounds_committed", ()] += 1
+        for (name, labels), value in sums.items():
+            if value > 0:  # Ray refuses to add nothing
+                self._metrics[name].inc(value, tags=dict(labels))
+        measured = {"semcons_test_nll": nll, "semcons_agreement": agreement}
+        self._gauges |= {name: value for name, value in measured.items() if not math.isnan(value)}
+
+    def _repeat(self) -> None:
+        while not self._stop.wait(REPEAT_SECONDS):
+            for name, value in list(self._gauges.items()):
+                self._metrics[name].set(value)

@@ -1,0 +1,133 @@
+"""A run folder at a URL (s3://, gs://, file://, whatever fsspec knows): a copy that follows the run, round by round.
+
+Workers keep their clients' states in files that they rename, which an object store cannot do. So a run works in a
+folder, and what changed there is copied to the URL when a round is committed. The URL is the truth: resume and report
+begin with a fresh copy of it. Files are copied in an order that leaves a run to resume from wherever it stops: a
+round's commit after all that it stands for, and what is no longer needed goes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+
+import fsspec
+
+from semcons_ray.errors import RunFolderError
+from semcons_ray.experiment import Observer
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.modeling.packaged import cache_dir
+from semcons_ray.run_folder import MetricsRow, RoundRow
+
+
+class RemoteFolder:
+    """The run folder at `url`, and the folder that the run works in meanwhile.
+
+    Args:
+        url: A URL that fsspec can write to.
+
+    Attributes:
+        folder: Below the cache; on a cluster, let SEMCONS_CACHE name a folder that all machines share.
+
+    Raises:
+        RunFolderError: Its protocol is unknown, lacks a package, or cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.url_to_fs(self.url)
+        except Exception as error:  # whatever a protocol's package raises
+            raise self._failed("use", error) from error
+        name = self._root.rstrip("/").rpartition("/")[2] or "run"
+        self.folder = cache_dir() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16] / name
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def check_free(self) -> None:
+        """Make ready for a new run.
+
+        Raises:
+            RunFolderError: There is something at the URL already.
+        """
+        try:
+            taken = bool(self._fs.find(self._root))
+        except Exception as error:
+            raise self._failed("read", error) from error
+        if taken:
+            raise RunFolderError(f"{self.url} is not empty; choose another --out, or semcons resume {self.url}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def fetch(self) -> None:
+        """Make the folder what the URL holds.
+
+        Raises:
+            RunFolderError: There is nothing, or it cannot be read.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            paths = [path for path in self._fs.find(self._root) if not path.endswith("/")]
+            for path in paths:
+                target = self.folder / path.removeprefix(self._root).lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with self._fs.open(path, "rb") as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+        except Exception as error:
+            raise self._failed("read", error) from error
+        if not paths:
+            raise RunFolderError(f"{self.url} holds nothing; semcons run --out URL makes a run folder")
+        self._copied = self._files()
+
+    def copy(self) -> None:
+        """Bring the URL up to date with the folder.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        files = self._files()
+        changed = [name for name, stamp in files.items() if self._copied.get(name) != stamp]
+        try:
+            for name in sorted(changed, key=lambda name: name.startswith("state/round_")):
+                path = f"{self._root}/{name}"
+                self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                # A transaction: where a store has any, a reader never sees half of a file.
+                with self._fs.transaction, self._fs.open(path, "wb") as target, (self.folder / name).open("rb") as file:
+                    shutil.copyfileobj(file, target)
+            for name in self._copied.keys() - files.keys():
+                self._fs.rm_file(f"{self._root}/{name}")
+        except Exception as error:
+            raise self._failed("write", error) from error
+        self._copied = files
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Size and time of each file, without those that are being written, and the lock."""
+        stats = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            name: (stat.st_size, stat.st_mtime_ns)
+            for path, stat in stats.items()
+            if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            and (name := path.relative_to(self.folder).as_posix()) != "state/lock"
+        }
+
+    def _failed(self, verb: str, error: Exception) -> RunFolderError:
+        return RunFolderError(f"cannot {verb} {self.url}: {str(error) or type(error).__name__}")
+
+
+class Copying:
+    """An observer that has each committed round copied to the URL before another hears of it."""
+
+    def __init__(self, remote: RemoteFolder, observer: Observer) -> None:
+        self._remote = remote
+        self._observer = observer
+        self.stage = observer.stage
+        self.planned = observer.planned
+        self.round_begins = observer.round_begins
+
+    def client_done(self, reply: Reply) -> None:
+        """See `Observer.client_done`."""
+        self._observer.client_done(reply)
+
+    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
+        """See `Observer.round_ends`."""
+        self._remote.copy()
+        self._observer.round_ends(summary, metrics)

@@ -1,0 +1,128 @@
+"""A run at a URL: copied round by round, resumed from the copy alone, whatever was lost with the machine."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from semcons_ray.cli import main
+from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.errors import RunFolderError
+from semcons_ray.experiment import resume_experiment, run_experiment
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.remote_folder import Copying, RemoteFolder
+from tests.invariants.runs import Silent, assert_same_run
+
+MakeConfig = Callable[..., ExperimentConfig]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("semcons_ray.remote_folder.cache_dir", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    yield {"file": f"file://{tmp_path}/store/first", "memory": "memory://bucket/first"}[request.param]
+    fsspec.filesystem("memory").store.clear()
+
+
+def names(url: str) -> set[str]:
+    fs, root = fsspec.url_to_fs(url)
+    return {path.removeprefix(root).lstrip("/") for path in fs.find(root)}
+
+
+def test_what_changed_is_copied_and_what_is_gone_goes(url: str) -> None:
+    remote = RemoteFolder(url)
+    (remote.folder / "state").mkdir(parents=True)
+    for name in ("config.yaml", "state/lock", "state/round_000", "state/.half"):
+        (remote.folder / name).write_text("one")
+    remote.copy()
+    assert names(url) == {"config.yaml", "state/round_000"}
+    (remote.folder / "config.yaml").write_text("two")
+    (remote.folder / "state/round_000").unlink()
+    remote.copy()
+    assert names(url) == {"config.yaml"}
+    other = RemoteFolder(url)
+    other.fetch()
+    assert (other.folder / "config.yaml").read_text() == "two"
+
+
+def test_a_commit_is_copied_after_all_that_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = RemoteFolder(f"file://{tmp_path}/store")
+    (remote.folder / "state").mkdir(parents=True)
+    for name in ("state/round_001.msgpack", "state/server_001", "zuletzt.parquet"):
+        (remote.folder / name).write_text(name)
+    (remote.folder / "zuletzt.parquet").chmod(0)
+    if os.access(remote.folder / "zuletzt.parquet", os.R_OK):  # root reads all the same
+        (remote.folder / "zuletzt.parquet").unlink()
+        (remote.folder / "zuletzt.parquet").symlink_to("/proc/self/mem")
+    with pytest.raises(RunFolderError, match=r"cannot write file://"):
+        remote.copy()
+    assert "state/round_001.msgpack" not in names(remote.url)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_run_whose_machine_is_lost_is_resumed_from_its_url_to_the_same_numbers(
+    tiny_config: MakeConfig, url: str, cache: Path, tmp_path: Path
+) -> None:
+    run_experiment(tiny_config(), tmp_path / "undisturbed", Silent())
+
+    class LostError(Exception):
+        pass
+
+    def lose(reply: Reply) -> None:
+        if reply.round == 2:
+            raise LostError
+
+    remote = RemoteFolder(url)
+    remote.check_free()
+    with pytest.raises(LostError):
+        run_experiment(tiny_config(), remote.folder, Copying(remote, Silent(lose)))
+    shutil.rmtree(cache)
+    again = RemoteFolder(url)
+    again.fetch()
+    resume_experiment(again.folder, Copying(again, Silent()))
+    again.copy()
+    assert_same_run(tmp_path / "undisturbed", again.folder)
+    assert {"adapters/client_000/adapter_model.safetensors", "metrics.parquet"} <= names(url)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_commands_take_urls(tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, url = tmp_path / "config.yaml", f"file://{tmp_path}/store/first"
+    config.write_text(dump_config(tiny_config(num_rounds=1)))
+    assert main(["run", str(config), "--out", url]) == 0
+    assert (tmp_path / "store" / "first" / "report.html").is_file()
+    (tmp_path / "store" / "first" / "report.html").unlink()
+    assert main(["report", url]) == 0
+    assert (tmp_path / "store" / "first" / "report.html").is_file()
+    assert main(["resume", url]) == 0
+    capsys.readouterr()
+    assert main(["run", str(config), "--out", url]) == 2
+    assert f"semcons resume {url}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--out", "nowhere://bucket/run"], "cannot use nowhere://bucket/run"),
+        (["run", "--out", "s3://bucket/run"], "s3"),
+        (["resume", "memory://bucket/nothing"], "memory://bucket/nothing holds nothing"),
+        (["report", "file:///no/such/run"], "file:///no/such/run holds nothing"),
+        (["compare", "--out", "s3://bucket/runs"], "s3://bucket/runs is a URL"),
+        (["init", "s3://bucket/config"], "s3://bucket/config is a URL"),
+    ],
+)
+def test_bad_urls_are_one_clear_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert lines[0].startswith("semcons: ")
