@@ -127,7 +127,7 @@ class RayFleet:
         self._room_timeout_seconds = room_timeout_seconds
         self._metering: dict[str, _Worker] = {}
         for worker in self._workers.values():
-            self._await_room(worker)
+            self._await_room(worker, room_timeout_seconds)
             self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
         self.meters = {node: ray.get(ref) for node, ref in self._start_meters().items()}
 
@@ -230,7 +230,7 @@ class RayFleet:
         while waiting:
             worker = waiting.popleft()
             try:
-                self._await_room(worker)
+                self._await_room(worker, self._timeout_seconds)  # by now there is room: only its start takes time
                 for client_id in worker.plan.clients:
                     if client_id in downlinks:
                         arguments = (client_id, round, downlinks[client_id], folder / client_folder(client_id))
@@ -265,7 +265,7 @@ class RayFleet:
                 started[worker.node] = worker.actor.start_meter.remote(self._uses_gpu)
         return started
 
-    def _await_room(self, worker: _Worker) -> None:
+    def _await_room(self, worker: _Worker, timeout_seconds: float) -> None:
         """Wait until a worker has its process.
 
         Raises:
@@ -275,13 +275,13 @@ class RayFleet:
         if worker.has_room:
             return
         try:
-            worker.node = ray.get(worker.node_ref, timeout=self._room_timeout_seconds)
+            worker.node = ray.get(worker.node_ref, timeout=timeout_seconds)
         except GetTimeoutError:
             plan = worker.plan
             needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"
             raise PlacementError(
-                f"no node had {needs} free for {plan.name} in failures.room_timeout_seconds = "
-                f"{self._room_timeout_seconds:g}; wait for who else uses it, add a node, or lower resources.max_workers"
+                f"no node had {needs} free for {plan.name} in {timeout_seconds:g} s; wait for who else uses them, add a "
+                f"node, or lower resources.max_workers"
             ) from None
         except RayError as error:
             raise ClientError(f"{worker.plan.name} did not start: {first_line(error)}") from error
