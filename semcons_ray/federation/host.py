@@ -21,6 +21,7 @@ from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.engine import Engine
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
@@ -45,6 +46,7 @@ class HostSpec:
         num_answers: Test prompts answered at an evaluation.
         seed: The experiment's.
         state: Folder of the client stores.
+        engine: Who writes the clients' answers; None: the worker's own model.
     """
 
     worker: str
@@ -61,6 +63,7 @@ class HostSpec:
     generation: GenerationConfig
     seed: int
     state: Path
+    engine: Engine | None = None
 
     def build(self) -> ClientHost:
         """Load the model and make the clients.
@@ -103,6 +106,7 @@ class HostSpec:
                     generation=self.generation,
                     seed=self.seed,
                     ledger=ledger,
+                    engine=self.engine,
                 )
                 for client_id, private in self.private.items()
             }
