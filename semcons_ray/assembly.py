@@ -53,9 +53,9 @@ class Placement:
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
         placed: tuple[WorkerPlan | EnginePlan, ...] = (*self.workers, *self.engines)
-        return {
-            plan.name: estimate_watts(plan.threads, plan.gpus, gpu_watts[plan.node_id]) for plan in placed
-        } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
+        return {plan.name: estimate_watts(plan.threads, plan.gpus, gpu_watts[plan.node_id]) for plan in placed} | {
+            "server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)
+        }
 
 
 def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
