@@ -260,7 +260,8 @@ class VllmEngine:
 
 def _load(spec: EngineSpec) -> Any:
     os.environ.update(_ENVIRONMENT)
-    from vllm import EngineArgs
+    from vllm import EngineArgs, SamplingParams
+    from vllm.inputs import tokens_input
     from vllm.v1.engine.llm_engine import LLMEngine
 
     from semcons_ray.modeling.packaged import resolve_model
@@ -283,7 +284,13 @@ def _load(spec: EngineSpec) -> Any:
         disable_log_stats=True,
     )
     try:
-        return LLMEngine.from_engine_args(arguments)
+        engine = LLMEngine.from_engine_args(arguments)
+        # What this device has no kernel for shows with the first token only.
+        probe = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        engine.add_request("probe", tokens_input([0]), probe)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return engine
     except Exception as error:  # vLLM raises many kinds; all of them mean the same to the user
         logger.exception("vLLM cannot load %s", spec.model)
         raise ModelError(f"vLLM cannot load model {spec.model}: {first_line(error)}") from error

@@ -31,8 +31,8 @@ VLLM = {"engine": "vllm", "temperature": 0.0}
 SMALL_CACHE = {"engine_cache_gib": 0.1}
 
 
-def run_config(tiny_config: MakeConfig, **resources: object) -> ExperimentConfig:
-    return tiny_config(generation=VLLM, resources={**SMALL_CACHE, **resources})
+def run_config(tiny_config: MakeConfig, model: Path, **resources: object) -> ExperimentConfig:
+    return tiny_config(model={"name": str(model)}, generation=VLLM, resources={**SMALL_CACHE, **resources})
 
 
 def answers(run: Path) -> list[pd.DataFrame]:
@@ -41,18 +41,18 @@ def answers(run: Path) -> list[pd.DataFrame]:
 
 
 def test_without_vllm_the_run_is_refused_before_anything_is_loaded(
-    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="vLLM is not installed"):
-        run_experiment(run_config(tiny_config, fleet="local"), tmp_path / "run", Silent())
+        run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "run", Silent())
 
 
 class TestRuns:
     pytestmark = needs_vllm
 
     def test_an_engine_killed_in_mid_round_is_replaced_and_both_fleets_give_the_answers_of_transformers(
-        self, tiny_config: MakeConfig, tmp_path: Path
+        self, tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path
     ) -> None:
         """float32 and greedy on a tiny model: no ties, so the answers are equal to the letter."""
         killed: list[int] = []
@@ -62,13 +62,13 @@ class TestRuns:
                 killed.append(reply.client_id)
                 kill_actor("ray::EngineActor")
 
-        plain = tiny_config(generation={"temperature": 0.0}, resources={"fleet": "local"})
+        plain = tiny_config(model={"name": str(wide_llama)}, generation={"temperature": 0.0})
         run_experiment(plain, tmp_path / "plain", Silent())
         observer = Silent(kill_once)
-        run_experiment(run_config(tiny_config, fleet="ray"), tmp_path / "ray", observer)
+        run_experiment(run_config(tiny_config, wide_llama, fleet="ray"), tmp_path / "ray", observer)
         assert killed
         assert "engine-0 on " in observer.plan
-        run_experiment(run_config(tiny_config, fleet="local"), tmp_path / "local", Silent())
+        run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "local", Silent())
         for name in ("ray", "local"):
             for mine, theirs in zip(answers(tmp_path / name), answers(tmp_path / "plain"), strict=True):
                 pd.testing.assert_frame_equal(mine, theirs)

@@ -70,12 +70,12 @@ class TestTiny:
     pytestmark = needs_vllm
 
     @pytest.fixture(scope="class")
-    def model(self, tiny_llama: Path) -> LanguageModel:
-        return LanguageModel(str(tiny_llama), lora=LoraConfig(rank=4), dtype="float32", device="cpu", max_length=64)
+    def model(self, wide_llama: Path) -> LanguageModel:
+        return LanguageModel(str(wide_llama), lora=LoraConfig(rank=4), dtype="float32", device="cpu", max_length=64)
 
     @pytest.fixture(scope="class")
-    def spec(self, tiny_llama: Path) -> EngineSpec:
-        return EngineSpec("engine-0", str(tiny_llama), "float32", 1, 0.0, 76, 4, 2, 1 << 26)
+    def spec(self, wide_llama: Path) -> EngineSpec:
+        return EngineSpec("engine-0", str(wide_llama), "float32", 1, 0.0, 76, 4, 2, 1 << 26)
 
     @pytest.fixture(scope="class")
     def engine(self, spec: EngineSpec) -> Iterator[VllmEngine]:
@@ -136,9 +136,9 @@ class TestTiny:
         assert not engine.is_broken
         assert engine.generate(request).num_tokens > 0
 
-    def test_a_model_that_is_none_is_refused(self, spec: EngineSpec, tmp_path: Path) -> None:
-        with pytest.raises(ModelError):
-            replace(spec, model=str(tmp_path)).build()
+    def test_a_model_without_kernels_here_is_refused_with_the_reason(self, spec: EngineSpec, tiny_llama: Path) -> None:
+        with pytest.raises(ModelError, match="head_dim=8"):
+            replace(spec, model=str(tiny_llama)).build()
 
 
 @pytest.mark.real

@@ -35,7 +35,7 @@ from semcons_ray.modeling.vllm_engine import EngineSpec
 
 HERE = Path(__file__).parent
 NAME = "packaged:smollm2-135m-instruct"
-REPETITIONS, PROMPTS = 5, 32
+REPETITIONS, PROMPTS = 4, 32
 GREEDY = GenerationConfig(temperature=0.0)
 SPEC = EngineSpec("engine-0", NAME, "bfloat16", 1, 0.0, 96 + GREEDY.max_new_tokens, 8, 4, 1 << 29)
 
