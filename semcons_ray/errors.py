@@ -9,6 +9,7 @@
     │   └── RunFolderError       a run folder is missing, not empty, unwritable or half-written
     ├── MessageError             bytes that are not a message of ours
     ├── ClientError              a client failed: says which client, round and stage
+    ├── EngineError              a generation engine broke
     └── QuorumError              too few clients answered for the round to count
 
 Every error is built from one string, so it survives pickling through a Ray actor.
@@ -53,6 +54,10 @@ class MessageError(SemconsError):
 
 class ClientError(SemconsError):
     """A client failed; the message says which client, round and stage."""
+
+
+class EngineError(SemconsError):
+    """A generation engine broke, or could not take a request."""
 
 
 class QuorumError(SemconsError):

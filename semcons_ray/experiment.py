@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.assembly import Placement, cluster, find_models, parts, place, prepare_data
+from semcons_ray.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
+from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
 from semcons_ray.evaluation.scores import mean_rouge_l
@@ -94,13 +95,17 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         placement = place(config, nodes, models)
         config = placement.config
         folder.write_config(config)
-        observer.planned(describe_plan(placement.workers, config.resources.device, placement.demands))
+        plan = describe_plan(placement.workers, config.resources.device, placement.demands)
+        observer.planned(plan + describe_engines(placement.engines))
         observer.stage("loading models")
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
         algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
-        exporting = RunMetrics(folder.path.resolve().name, config.num_rounds)
-        with parts(placement, split, algorithm, folder.state) as (fleet, server), exporting as exported:
+        with (
+            engines(placement) as serving,
+            parts(placement, split, algorithm, folder.state, serving) as (fleet, server),
+            RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
+        ):
             _write_environment(folder, placement, fleet)
             for commit in commits:
                 _export(exported, commit)
@@ -117,6 +122,9 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
             downlinks = algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
             with folder.writing_adapters() as adapters:
                 fleet.export_adapters(last, downlinks, adapters)
+            if serving:
+                peaks = {plan.name: serving[plan.model].host_bytes() for plan in placement.engines}
+                folder.write_json("engines.json", {"peak_host_bytes": peaks})
 
 
 @dataclass(frozen=True)
@@ -287,6 +295,7 @@ def _write_environment(folder: RunFolder, placement: Placement, fleet: Fleet) ->
         {
             "device": placement.config.resources.device,
             "workers": [asdict(worker) for worker in placement.workers],
+            "engines": [asdict(engine) for engine in placement.engines],
             "nodes": [asdict(node) for node in placement.nodes],
             "energy_meters": dict(fleet.meters),
         },

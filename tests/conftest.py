@@ -20,6 +20,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32, the least that vLLM has kernels for on a CPU."""
+    return write_model(tmp_path_factory.mktemp("models") / "wide", "llama", width=128)
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
 

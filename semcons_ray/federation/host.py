@@ -22,6 +22,7 @@ from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.engine import Engine
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
@@ -47,6 +48,7 @@ class HostSpec:
         seed: The experiment's.
         state: Folder of the client stores.
         sharding: How the model is divided among ranks, of which this process is one; None: it is whole here.
+        engine: Who writes the clients' answers; None: the worker's own model.
     """
 
     worker: str
@@ -64,6 +66,7 @@ class HostSpec:
     seed: int
     state: Path
     sharding: ShardingConfig | None = None
+    engine: Engine | None = None
 
     def build(self) -> ClientHost:
         """Load the model and make the clients.
@@ -112,6 +115,7 @@ class HostSpec:
                     generation=self.generation,
                     seed=self.seed,
                     ledger=ledger,
+                    engine=self.engine,
                 )
                 for client_id, private in self.private.items()
             }

@@ -51,10 +51,13 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Work:
-    """A stage in progress: add to its counts inside the `with` block; its row is written when the block ends."""
+    """A stage in progress: add to its counts inside the `with` block; its row is written when the block ends.
+
+    `waited_seconds` is time in which another process did the work, and has a row for it; it is not counted here.
+    """
 
     __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "downlink_bytes", "tokens",
-                 "uplink_bytes")  # fmt: skip
+                 "uplink_bytes", "waited_seconds")  # fmt: skip
 
     def __init__(self, ledger: Ledger, stage: Stage, round: int, client_id: int) -> None:
         self._ledger = ledger
@@ -64,6 +67,7 @@ class Work:
         self.tokens = 0
         self.uplink_bytes = 0
         self.downlink_bytes = 0
+        self.waited_seconds = 0.0
 
     def __enter__(self) -> Work:
         self._started_at = time()
@@ -74,7 +78,7 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # No test of `error`: work that failed cost time and energy all the same, so its row is kept.
-        duration = perf_counter() - self._start
+        duration = perf_counter() - self._start - self.waited_seconds
         self._ledger.add(
             LedgerRow(
                 round=self._round,

@@ -24,6 +24,12 @@ HEAP_GROWTH = 2
 a batch leaves holes: 1.6 to 2.0 measured with six layers of each of the three models and batches of one length.
 Batches of ever new lengths leave more."""
 
+ENGINE_PROCESS_BYTES = 1200 << 20
+"""A process that has imported vLLM too, and what it computes with on a CPU, measured on Linux."""
+
+ENGINE_DEVICE_BYTES = 2 << 30
+"""What an engine on a GPU takes beside weights and cache: its context, graphs and activations. Not measured yet."""
+
 LOSS_ROWS = 64
 """Rows of logits that are turned into losses at a time."""
 
@@ -94,10 +100,7 @@ def measure_footprint(
     Raises:
         ModelError: The folder holds no safetensors weights or no readable config.json.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"model {folder}: no .safetensors file; weights in other formats are not loaded")
-    shapes = {key: shape for file in files for key, shape in _read_shapes(file).items()}
+    shapes = _read_all_shapes(folder)
     config = _read_config(folder)
     width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
     feed_forward = int(config.get("intermediate_size", 4 * width))
@@ -118,6 +121,25 @@ def measure_footprint(
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         largest=max(map(prod, shapes.values()), default=0) * size,
     )
+
+
+def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -> tuple[int, int]:
+    """Bytes of host and of GPU memory that a vLLM engine of the model in `folder` needs.
+
+    Raises:
+        ModelError: The folder holds no safetensors weights.
+    """
+    weights = sum(map(prod, _read_all_shapes(folder).values())) * _BYTES[dtype]
+    if device == "cpu":
+        return ENGINE_PROCESS_BYTES + weights + cache_bytes, 0
+    return ENGINE_PROCESS_BYTES, weights + cache_bytes + ENGINE_DEVICE_BYTES
+
+
+def _read_all_shapes(folder: Path) -> dict[str, list[int]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"model {folder}: no .safetensors file; weights in other formats are not loaded")
+    return {key: shape for file in files for key, shape in _read_shapes(file).items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
+from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
@@ -255,7 +257,7 @@ class LanguageModel:
         time; what it has so far is read again, which is quick beside generating.
         """
         self.load_adapter(adapter)
-        prompt_ids = [self._cut(self._prompt_ids(prompt), self.max_length) for prompt in prompts]
+        prompt_ids = self._all_prompt_ids(prompts)
         written: list[list[int]] = [[] for _ in prompts]
         ends = self._eos_ids()
         tokens, length, unfinished = 0, 0, list(range(len(prompts)))
@@ -277,7 +279,27 @@ class LanguageModel:
                         tokens += len(row) if end is None else end + 1
                         if end is None:
                             unfinished.append(i)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written], tokens
+        return self.decode(written), tokens
+
+    def engine_request(
+        self, adapter: Adapter, prompts: Sequence[str], generation: GenerationSettings, generator: np.random.Generator
+    ) -> EngineRequest:
+        """What an engine must be asked to answer `prompts` as `generate` does; `decode` reads its answers."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.export_adapter(adapter, Path(folder))
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return EngineRequest(
+            prompts=self._all_prompt_ids(prompts),
+            adapter=files,
+            max_new_tokens=generation.max_new_tokens,
+            temperature=generation.temperature,
+            ends=self._eos_ids(),
+            seeds=generator.integers(2**62, size=len(prompts)).tolist(),
+        )
+
+    def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        """Answers as texts."""
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def _continued(self, texts: Sequence[list[int]], steps: int, temperature: float) -> list[list[int]]:
         """The next `steps` tokens of each text; fewer if all have ended, and anything after an end."""
@@ -334,6 +356,9 @@ class LanguageModel:
         return total.item()
 
     # Tokens -----------------------------------------------------------------------------------------------------
+
+    def _all_prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self._cut(self._prompt_ids(prompt), self.max_length) for prompt in prompts]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template is None:

@@ -1,0 +1,200 @@
+"""Generation engines as Ray actors: where each goes, and how workers reach it.
+
+One actor a base model. Calls of several workers run in it at once, so that their prompts mix in one batch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from semcons_ray.distributed.cluster import actor_options
+from semcons_ray.distributed.placement import GIB, Demand, Node
+from semcons_ray.errors import EngineError, PlacementError, first_line
+from semcons_ray.modeling.engine import EngineReply, EngineRequest
+from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine: `cpus` and `gpus` are set aside for it. Without cores of its own it works on those of workers that
+    wait for it."""
+
+    name: str
+    node_id: str
+    node: str
+    model: str
+    threads: int
+    cpus: int
+    gpus: float
+    memory_bytes: int
+    device_bytes: int
+
+
+def plan_engines(
+    demands: Sequence[Demand], nodes: Sequence[Node], *, threads: int, cpus: int, gpus: float, kept_bytes: int
+) -> tuple[tuple[EnginePlan, ...], tuple[Node, ...]]:
+    """An engine for each demand, on the node with the most memory left, and what it leaves of the nodes for workers.
+
+    Args:
+        demands: What each engine needs; the largest is placed first.
+        threads: Of an engine on the CPU.
+        cpus: Cores set aside for it, at most `threads`.
+        gpus: Its share of a GPU; 0 on the CPU.
+        kept_bytes: Memory of the first node that the server takes.
+
+    Raises:
+        PlacementError: An engine does not fit; names the setting to change.
+    """
+    left = list(nodes)
+    plans: list[EnginePlan] = []
+    for demand in sorted(demands, key=lambda demand: -demand.host_bytes):
+        free = [node.memory_bytes - (kept_bytes if index == 0 else 0) for index, node in enumerate(left)]
+        fitting = [index for index, node in enumerate(left) if _fits(demand, node, free[index], cpus, gpus)]
+        if not fitting:
+            raise PlacementError(_explain(demand, max(free), cpus, gpus))
+        best = max(fitting, key=lambda index: free[index])
+        node = left[best]
+        left[best] = replace(
+            node, memory_bytes=node.memory_bytes - demand.host_bytes, cpus=node.cpus - cpus, gpus=node.gpus - gpus
+        )
+        name = f"engine-{len(plans)}"
+        plans.append(
+            EnginePlan(
+                name, node.node_id, node.name, demand.model, threads, cpus, gpus, demand.host_bytes, demand.device_bytes
+            )
+        )
+    return tuple(plans), tuple(left)
+
+
+def _fits(demand: Demand, node: Node, free: int, cpus: int, gpus: float) -> bool:
+    room = node.gpu_memory_bytes
+    fits_gpu = node.gpus >= gpus - 1e-9 and (room is None or demand.device_bytes <= room * min(gpus, 1.0))
+    return free >= demand.host_bytes and node.cpus >= cpus and (not gpus or fits_gpu)
+
+
+def _explain(demand: Demand, most: int, cpus: int, gpus: float) -> str:
+    what = f"{cpus} CPU cores (resources.engine_threads)" if cpus else "no core of its own"
+    if gpus:
+        what = f"{demand.device_bytes / GIB:.1f} GiB in resources.engine_gpus = {gpus:g} of a GPU"
+    return (
+        f"the vllm engine of {demand.model} does not fit: it needs {demand.host_bytes / GIB:.1f} GiB of memory, and "
+        f"the most a node has left is {max(most, 0) / GIB:.1f} GiB; it needs {what}. Lower "
+        f"resources.engine_cache_gib, or set generation.engine to transformers"
+    )
+
+
+def describe_engines(engines: Sequence[EnginePlan]) -> str:
+    """The plan as one line an engine, each after a line break."""
+    lines = []
+    for engine in engines:
+        share = f"{engine.gpus:g} GPU" if engine.gpus else f"{engine.threads} thread{'s' if engine.threads > 1 else ''}"
+        if not engine.gpus and not engine.cpus:
+            share += " on cores of workers that wait"
+        memory = f"{engine.memory_bytes / GIB:.1f} GiB"
+        if engine.gpus:
+            memory += f" + {engine.device_bytes / GIB:.1f} GiB of the GPU"
+        lines.append(f"\n  {engine.name} on {engine.node}: {share}, {memory}, {engine.model}, vllm")
+    return "".join(lines)
+
+
+@ray.remote
+class EngineActor:
+    """A process that holds an engine. Ray starts another where it dies, and asks that one what was left unanswered."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._engine: VllmEngine | None = None
+        self._failure: Exception | None = None
+        self._loading = threading.Lock()
+
+    def load(self) -> None:
+        """Load the model; not the constructor, which could not say what is wrong."""
+        self._loaded()
+
+    def generate(self, request: EngineRequest) -> EngineReply:
+        """See `Engine.generate`."""
+        engine = self._loaded()
+        try:
+            return engine.generate(request)
+        except EngineError:
+            if engine.is_broken:
+                os._exit(1)
+            raise
+
+    def host_bytes(self) -> int:
+        """See `VllmEngine.host_bytes`."""
+        return self._loaded().host_bytes()
+
+    def _loaded(self) -> VllmEngine:
+        with self._loading:
+            if self._failure:
+                raise self._failure
+            if self._engine is None:
+                try:
+                    self._engine = self._spec.build()
+                except Exception as error:
+                    self._failure = error
+                    raise
+            return self._engine
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """An engine in an actor; a copy of this, in any process, reaches the same actor."""
+
+    name: str
+    actor: Any
+
+    @classmethod
+    def start(cls, spec: EngineSpec, plan: EnginePlan, *, callers: int, max_restarts: int) -> RayEngine:
+        """Make the actor and let it load.
+
+        Args:
+            spec: What the engine is built from.
+            plan: Where it goes.
+            callers: Most calls at a time.
+            max_restarts: How often a request is repeated whose engine died at it.
+        """
+        options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.cpus, num_gpus=plan.gpus)
+        actor = EngineActor.options(  # type: ignore[attr-defined]
+            **options, max_concurrency=callers + 1, max_restarts=-1, max_task_retries=max_restarts
+        ).remote(spec)
+        actor.load.remote()
+        return cls(spec.name, actor)
+
+    def wait(self) -> None:
+        """Until it is loaded.
+
+        Raises:
+            UserError: It cannot load; what to change is in the message.
+            EngineError: It died while it was loading.
+        """
+        self._get(self.actor.load.remote())
+
+    def generate(self, request: EngineRequest) -> EngineReply:
+        """See `Engine.generate`."""
+        reply: EngineReply = self._get(self.actor.generate.remote(request))
+        return reply
+
+    def host_bytes(self) -> int:
+        """See `VllmEngine.host_bytes`."""
+        return int(self._get(self.actor.host_bytes.remote()))
+
+    def close(self) -> None:
+        """Kill the actor."""
+        ray.kill(self.actor, no_restart=True)
+
+    def _get(self, ref: ray.ObjectRef[Any]) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise EngineError(f"{self.name} died: {first_line(error)}") from error

@@ -1,0 +1,81 @@
+"""Whole runs with a vLLM engine: under both fleets, and when the engine is killed in mid-round."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.errors import ConfigError
+from semcons_ray.experiment import run_experiment
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.modeling import vllm_engine
+from tests.invariants.runs import Silent
+from tests.invariants.test_kills import kill_actor
+
+MakeConfig = Callable[..., ExperimentConfig]
+
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.real,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+VLLM = {"engine": "vllm", "temperature": 0.0}
+SMALL_CACHE = {"engine_cache_gib": 0.1}
+
+
+def run_config(tiny_config: MakeConfig, model: Path, **resources: object) -> ExperimentConfig:
+    return tiny_config(model={"name": str(model)}, generation=VLLM, resources={**SMALL_CACHE, **resources})
+
+
+def answers(run: Path) -> list[pd.DataFrame]:
+    columns = ["prompt_id", "client_id", "answer", "chosen"]
+    return [pd.read_parquet(path)[columns] for path in sorted(run.glob("consensus/*.parquet"))]
+
+
+def test_without_vllm_the_run_is_refused_before_anything_is_loaded(
+    tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "run", Silent())
+
+
+class TestRuns:
+    pytestmark = needs_vllm
+
+    def test_an_engine_killed_in_mid_round_is_replaced_and_both_fleets_give_the_answers_of_transformers(
+        self, tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path
+    ) -> None:
+        """float32 and greedy on a tiny model: no ties, so the answers are equal to the letter."""
+        killed: list[int] = []
+
+        def kill_once(reply: Reply) -> None:
+            if reply.round == 1 and not killed:
+                killed.append(reply.client_id)
+                kill_actor("ray::EngineActor")
+
+        plain = tiny_config(model={"name": str(wide_llama)}, generation={"temperature": 0.0})
+        run_experiment(plain, tmp_path / "plain", Silent())
+        observer = Silent(kill_once)
+        run_experiment(run_config(tiny_config, wide_llama, fleet="ray"), tmp_path / "ray", observer)
+        assert killed
+        assert "engine-0 on " in observer.plan
+        run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "local", Silent())
+        for name in ("ray", "local"):
+            for mine, theirs in zip(answers(tmp_path / name), answers(tmp_path / "plain"), strict=True):
+                pd.testing.assert_frame_equal(mine, theirs)
+        ledger = pd.read_parquet(tmp_path / "ray" / "ledger.parquet")
+        generated = ledger[ledger.stage == "generate"]
+        assert (generated[generated.worker == "engine-0"].tokens > 0).all()
+        assert (generated[generated.worker != "engine-0"].tokens == 0).all()
+        assert len(generated) == 2 * 3 * 2  # rounds, clients, an engine's row beside a worker's
+        peaks = json.loads((tmp_path / "ray" / "engines.json").read_text())["peak_host_bytes"]
+        assert peaks["engine-0"] > 300 << 20
