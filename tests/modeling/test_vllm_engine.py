@@ -146,13 +146,16 @@ class TestReal:
     pytestmark = needs_vllm
 
     def test_greedy_answers_are_those_of_transformers_but_for_ties(self) -> None:
-        """bfloat16: where answers part, the model gave both tokens the same log-probability but for its rounding."""
+        """No token is further below the best, by transformers' logits, than their rounding.
+
+        In bfloat16 logits from 16 to 32 are steps of 0.125; the two compared may each be off by one.
+        """
         name = "packaged:smollm2-135m-instruct"
         model = LanguageModel(
             str(resolve_model(name)), lora=LoraConfig(), dtype="bfloat16", device="cpu", max_length=96
         )
         engine = EngineSpec("engine-0", name, "bfloat16", 1, 0.0, 120, 8, 3, 1 << 28).build()
-        adapters = [trained(model, seed, 0.01) for seed in range(3)]
+        adapters = [trained(model, seed, 0.03) for seed in range(3)]
         draw = np.random.default_rng(0)
         requests = [model.engine_request(adapter, PROMPTS, GREEDY, draw) for adapter in adapters]
         replies = ask_all(engine, requests)
@@ -163,8 +166,10 @@ class TestReal:
             texts = model.generate(adapter, PROMPTS, GREEDY, draw)[0]
             for prompt, ids, text in zip(request.prompts, reply.answers, texts, strict=True):
                 same += model.decode([ids])[0] == text
-                assert tie_gap(model, adapter, list(prompt), ids) < 0.125, (model.decode([ids]), text)
+                assert tie_gap(model, adapter, list(prompt), ids) < 0.26, (model.decode([ids]), text)
         assert same >= 0.6 * 3 * len(PROMPTS)
+        of_another = zip(requests[0].prompts, replies[1].answers, strict=True)
+        assert max(tie_gap(model, adapters[0], list(prompt), ids) for prompt, ids in of_another) > 0.5
 
 
 @torch.no_grad()
