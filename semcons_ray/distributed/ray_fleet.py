@@ -280,8 +280,8 @@ class RayFleet:
             plan = worker.plan
             needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"
             raise PlacementError(
-                f"no node had {needs} free for {plan.name} in {timeout_seconds:g} s; wait for who else uses them, "
-                f"add a node, or lower resources.max_workers"
+                f"no node had {needs} free for {plan.name} in {timeout_seconds:g} s; wait for their users, add a "
+                f"node, or lower resources.max_workers"
             ) from None
         except RayError as error:
             raise ClientError(f"{worker.plan.name} did not start: {first_line(error)}") from error
