@@ -28,7 +28,7 @@ from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.run_folder import MetricsRow, RunFolder
+from semcons_ray.run_folder import MetricsRow
 
 
 def _averaging(name: str, **settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a sweep varies: settings by their dotted key, the values that each may take, and the points that come of them."""
+"""What a sweep varies: settings by dotted key, the values that each may take, and the points that come of them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Axis(Settings):
         if self.uniform:
             return float(random.uniform(*self.uniform))
         if self.loguniform:
-            return math.exp(random.uniform(*map(math.log, self.loguniform)))
+            low, high = self.loguniform
+            return math.exp(random.uniform(math.log(low), math.log(high)))
         return int(random.integers(*self.randint)) if self.randint else None
 
     def extremes(self) -> tuple[Any, ...]:
@@ -145,7 +146,7 @@ class SweepConfig(Settings):
         return self.metric in ("rouge_l", "similarity")
 
     def points(self) -> list[Point]:
-        """All points, in order; for optuna, which chooses as it goes, none. More samples leave the first as they are."""
+        """All points, in order, which more samples only add to; for optuna, which chooses as it goes, none."""
         if self.search == "optuna":
             return []
         grids = {key: axis.values for key, axis in self.space.items() if axis.grid}
@@ -269,8 +270,10 @@ def _flatten(space: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, A
         key = f"{above}{name}"
         if isinstance(value, dict) and value and not value.keys() & Axis.model_fields.keys():
             yield from _flatten(value, f"{key}.")
-        else:
+        elif isinstance(value, dict):
             yield key, value
+        else:
+            raise ValueError(f"space.{key}: values are given under {' or '.join(Axis.model_fields)}")
 
 
 def _check_key(key: str) -> None:

@@ -350,7 +350,10 @@ class _Progress(tune.Callback):
         self.failed += 1
         lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
         said = next((line for line in reversed(lines) if line.strip()), "its process died")
-        self._tell(_trial(self._sweep, self._out, _decode(self._sweep, trial.config)), f"failed: {said.strip()}")
+        self._tell(
+            _trial(self._sweep, self._out, _decode(self._sweep, trial.config)),
+            f"failed: {said.strip().removeprefix('semcons_ray.errors.')}",
+        )
 
     def _tell(self, trial: Trial, outcome: str) -> None:
         self._done += 1
@@ -359,17 +362,17 @@ class _Progress(tune.Callback):
 
 def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
     stopped = _stopped(sweep, out)
-    rows = []
-    for trial in _trials(sweep, out):
-        if not trial.has_results:
-            continue
-        rounds = trial.rounds()
-        status = "finished" if trial.finished else "stopped" if trial.name in stopped else "unfinished"
-        swept = {key: label(value) if isinstance(value, (dict, list)) else value for key, value in trial.point.items()}
-        last = {"rounds": rounds.index[-1], **rounds.iloc[-1].to_dict()}
-        rows.append({"trial": trial.name, **swept, "status": status, **last})
-    if not rows:
+    trials = _trials(sweep, out)
+    if not any(trial.has_results for trial in trials):
         return None
+    rows = []
+    for trial in trials:
+        status = "finished" if trial.finished else "stopped" if trial.name in stopped else "unfinished"
+        last: dict[str, Any] = {"rounds": 0, "energy_source": "unavailable"}
+        if trial.has_results:
+            rounds = trial.rounds()
+            last = {"rounds": int(rounds.index[-1]), **rounds.iloc[-1].to_dict()}
+        rows.append({"trial": trial.name, **_encode(trial.point), "status": status, **last})
     result = SweepResult(
         name=sweep.name,
         keys=tuple(sweep.space),

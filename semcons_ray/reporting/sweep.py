@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from rich.text import Text
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render, scale
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
-from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds
+from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds, short_model_name
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
 METRICS = {
@@ -87,7 +89,7 @@ class SweepResult:
         return {str(key): float(span) for key, span in (by_key.max() - by_key.min()).items()}
 
 
-def _grouped(values: pd.Series[object]) -> pd.Series[str]:
+def _grouped(values: pd.Series[Any]) -> pd.Series[str]:
     """Values as text in their order; many numbers as quarters."""
     ordered = values.sort_values(kind="stable")
     if pd.api.types.is_numeric_dtype(ordered) and ordered.nunique() > MANY:
@@ -97,6 +99,10 @@ def _grouped(values: pd.Series[object]) -> pd.Series[str]:
 
 
 def _text(value: object) -> str:
+    """A value for people: a mix as models with their shares."""
+    if isinstance(value, str) and value.startswith("{"):
+        shares = json.loads(value).items()
+        return ", ".join(f"{share:g} {short_model_name(name)}" for name, share in shares) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -210,11 +216,14 @@ def _effect_figure(result: SweepResult, key: str, effects: pd.DataFrame) -> Figu
 
     span = effects["mean"].max() - effects["mean"].min()
     title = f"{key} moves the {METRICS[result.metric]} by {format_number(span)} on average"
-    caption = "Dots: finished trials. Diamonds: their mean at each value, with other keys averaged out; bars: ± one standard deviation."
+    caption = (
+        "Dots: finished trials. Diamonds: their mean at each value, with other keys averaged out; bars: ± one standard "
+        "deviation."
+    )
     name = f"effect-{key.replace('.', '-').replace('_', '-')}"
     return Figure(name, title, caption, render(name, title, draw))
 
 
 def _wrapped(value: str) -> str:
     """A long label in lines, broken after commas."""
-    return value if len(value) < 18 else value.replace(", ", ",\n").strip("{}").replace('"', "")
+    return value if len(value) < 18 else value.replace(", ", ",\n")
