@@ -101,11 +101,11 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
     out = out.resolve()
     _check_loggers(sweep)
     trials = _trials(sweep, out)
-    if out.exists() and not (out / "sweep.yaml").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / "trials").is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no sweep; choose another --out")
     for trial in trials:
         trial.check_settings()
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "trials").mkdir(parents=True, exist_ok=True)
     with _held(out / ".lock", wait=False):
         write_text(out / "sweep.yaml", dump_sweep(sweep))
         done = [trial for trial in trials if trial.finished or trial.name in _stopped(sweep, out)]
@@ -121,7 +121,7 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
 def _trials(sweep: SweepConfig, out: Path) -> list[Trial]:
     """All trials; for optuna, which chooses as it goes, those that it has chosen so far."""
     points: Sequence[Point | None] = sweep.points() or [
-        sweep.point_of(RunFolder(path.parent).read_config()) for path in sorted(out.glob("trials/*/config.yaml"))
+        sweep.point_of(RunFolder(path.parent).read_config()) for path in sorted(out.glob("trials/[!.]*/config.yaml"))
     ]
     return [_trial(sweep, out, point) for point in points if point]
 
@@ -143,17 +143,15 @@ def _tune(
     for config in [trial.config for trial in todo] or [sweep.configure(sweep.first())]:
         find_models(config)  # before trials start, lest two convert the same model at once
     os.environ |= _TUNE_VARIABLES
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
     experiment = sweep.configure(sweep.first())
     progress = _Progress(sweep, out, len(done), total, say)
     with connect(experiment.resources.ray_address):
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
         trainable = tune.with_parameters(_perform_trial, sweep=sweep, out=out, variables=passed_on())
         room = _Room.of_cluster(experiment)
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda point: room.reserve(sweep.configure(_decode(sweep, point)))),
             tune_config=tune.TuneConfig(
-                metric=sweep.metric,
-                mode=_mode(sweep),
                 search_alg=_searcher(sweep, todo, done),
                 scheduler=_scheduler(sweep, done),
                 num_samples=total - len(done),
@@ -291,7 +289,7 @@ def _searcher(sweep: SweepConfig, todo: Sequence[Trial], done: Sequence[Trial]) 
 def _scheduler(sweep: SweepConfig, done: Sequence[Trial]) -> TrialScheduler | None:
     if sweep.scheduler == "none":
         return None
-    num_rounds = max(sweep.configure(sweep.first()).num_rounds, *(trial.config.num_rounds for trial in done), 1)
+    num_rounds = max(sweep.configure(point).num_rounds for point in [sweep.first(), *sweep.points()])
     asha = sweep.asha
     scheduler = ASHAScheduler(
         time_attr=ROUND,
@@ -371,7 +369,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
         last: dict[str, Any] = {"rounds": 0, "energy_source": "unavailable"}
         if trial.has_results:
             rounds = trial.rounds()
-            last = {"rounds": int(rounds.index[-1]), **rounds.iloc[-1].to_dict()}
+            last = {"rounds": rounds.index[-1]} | {str(name): value for name, value in rounds.iloc[-1].items()}
         rows.append({"trial": trial.name, **_encode(trial.point), "status": status, **last})
     result = SweepResult(
         name=sweep.name,

@@ -142,7 +142,8 @@ def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert_refused(["sweep", "/no/such.yaml", "--out", str(tmp_path / "out")], "cannot read /no/such.yaml", capsys)
     assert_refused(["sweep", path, "--num_round", "3", "--out", str(tmp_path / "out")], "'num_round'", capsys)
     assert_refused(["sweep", path, "--out", str(tmp_path)], "is not empty and holds no sweep", capsys)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.yaml"] or load_sweep(tmp_path / "sweep.yaml")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.yaml"]
+    assert yaml.safe_load((tmp_path / "sweep.yaml").read_text()) == {"space": GRID}
 
 
 @pytest.mark.parametrize("path", sorted(Path("experiments/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
