@@ -140,7 +140,8 @@ def _tune(
 ) -> int:
     """Run what is not done; returns how many trials failed."""
     todo = [trial for trial in trials if trial not in done]
-    for config in [trial.config for trial in todo] or [sweep.configure(sweep.first())]:
+    configs = [trial.config for trial in todo] or [sweep.configure(sweep.first())]
+    for config in {config.client_models(): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
     os.environ |= _TUNE_VARIABLES
     experiment = sweep.configure(sweep.first())

@@ -71,10 +71,12 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(
     kept = {path: path.stat().st_mtime_ns for trial in finished(killed) for path in trial.rglob("*.msgpack")}
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("trials/*/state/round_001.msgpack")}
     assert kept
-    assert len(finished(killed)) < 4
+    before = finished(killed)
+    done = len(before)
+    assert done < 4
     assert main(["sweep", str(write(tmp_path, values)), "--out", str(killed)]) == 0
     captured = capsys.readouterr()
-    assert f"{len(finished(killed)) and 1} of 4 trials are finished" in captured.err
+    assert f"{done} of 4 trials are finished" in captured.err
     assert {path: path.stat().st_mtime_ns for path in kept | begun} == kept | begun
     assert len(finished(killed)) == 4
     table = pd.read_csv(killed / "trials.csv")
@@ -90,10 +92,10 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(
     assert load_sweep(killed / "sweep.yaml").points() == SweepConfig.model_validate(values).points()
     for trial in table["trial"]:
         logged = killed / "tune" / trial
-        assert (logged / "progress.csv").is_file() or trial in {path.parent.parent.name for path in kept}
-        if (logged / "result.json").is_file():
+        if logged.parent.parent / "trials" / trial not in before:  # whose logs the kill may have cut off
             results = [json.loads(line) for line in (logged / "result.json").read_text().splitlines()]
             assert results[-1]["round"] == 2
+            assert (logged / "progress.csv").is_file()
             assert list(logged.glob("events.out.tfevents.*"))
     capsys.readouterr()
     assert main(["sweep", str(write(tmp_path, values)), "--out", str(killed)]) == 0
@@ -173,7 +175,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(
     assert main(["sweep", str(write(tmp_path, sweep)), "--out", str(tmp_path / "out")]) == 1
     captured = capsys.readouterr()
     (failed,) = [line for line in captured.err.splitlines() if "failed: " in line]
-    assert "ModelError: model.lora.target_modules" in failed or "model.lora.target_modules" in failed
+    assert "model.lora.target_modules" in failed
     table = pd.read_csv(tmp_path / "out" / "trials.csv")
     assert sorted(table["status"]) == ["finished", "unfinished"]
 
