@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.errors import SemconsError
+from semcons_ray.errors import RunFolderError, SemconsError
 from semcons_ray.metering.energy import detect_meter
 from semcons_ray.metering.environment import usable_cpus
 from semcons_ray.run_folder import RunFolder
@@ -34,6 +34,30 @@ class Job:
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return (self.folder / "config.yaml").is_file() and RunFolder(self.folder).is_finished(self.config.num_rounds)
+
+    def check_settings(self) -> None:
+        """Make sure that the folder, if it is there, is of a run with these settings; where it ran may differ.
+
+        Raises:
+            RunFolderError: It is not; one line that names the setting.
+        """
+        if not self.folder.exists():
+            return
+        wanted = self.config.model_dump(exclude={"resources": True})
+        stored = RunFolder(self.folder).read_config().model_dump(exclude={"resources": True})
+        if wanted["model"]["dtype"] == "auto":
+            stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
+        if difference := next(_differences(stored, wanted), ""):
+            raise RunFolderError(f"{self.folder} was run with {difference}; remove it, or choose another --out")
+
+
+def _differences(stored: dict[str, Any], wanted: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key in wanted:
+        one, other = stored[key], wanted[key]
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            yield from _differences(one, other, f"{above}{key}.")
+        elif one != other:
+            yield f"{above}{key} = {one!r}, and not {other!r}"
 
 
 SomeJob = TypeVar("SomeJob", bound=Job)
@@ -55,7 +79,7 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
     """
     if any(job.config.resources.fleet == "ray" for job in jobs):
         for job in jobs:
-            report(job, functools.partial(_perform, job))
+            report(job, functools.partial(perform, job))
         return
     threads = max((job.config.resources.threads_per_worker for job in jobs), default=1)
     uses_gpu = any(job.config.resources.device == "cuda" for job in jobs)
@@ -63,7 +87,7 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
     processes = 1 if metered else max(1, min(len(jobs), usable_cpus() // threads))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (threads,)) as pool:
-        futures = {pool.submit(_perform, job): job for job in jobs}
+        futures = {pool.submit(perform, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 report(futures[future], future.result)
@@ -90,7 +114,7 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-class _Silent:
+class Silent:
     """An `experiment.Observer` of one run among many."""
 
     def stage(self, *_: Any, **__: Any) -> None:
@@ -99,16 +123,17 @@ class _Silent:
     planned = round_begins = client_done = round_ends = stage
 
 
-def _perform(job: Job) -> float:
+def perform(job: Job, observer: Silent | None = None) -> float:
     """Run or resume; returns the seconds that it took."""
     from semcons_ray.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
+    observer = observer or Silent()
     if job.folder.exists():
         folder = RunFolder(job.folder)
         # Where it runs may have been changed since, which leaves its numbers as they are.
         folder.write_config(folder.read_config().model_copy(update={"resources": job.config.resources}))
-        resume_experiment(job.folder, _Silent())
+        resume_experiment(job.folder, observer)
     else:
-        run_experiment(job.config, job.folder, _Silent())
+        run_experiment(job.config, job.folder, observer)
     return time.monotonic() - began

@@ -32,6 +32,7 @@ examples:
   semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
   semcons resume runs/first                            go on after a crash
   semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
+  semcons sweep sweep.yaml --out runs/sweep            many settings, their Pareto fronts and effects
 """
 COMPARE = """\
 CONFIG says what is compared; all of it can be left out:
@@ -53,13 +54,39 @@ again goes on with what is not finished; arms and seeds can be added. Each run i
 example:
   semcons compare quality.yaml --num_rounds 2 --resources.fleet local --out runs/quality
 """
+SWEEP = """\
+SWEEP says what is tried:
+
+  name: prompt budget                # title of the table and the report
+  experiment:                        # settings of all trials, as for semcons run
+    resources: {fleet: local}        # a trial is one process with one core; ray: with a core a client, or max_workers
+  space:                             # any settings, by dotted key; of each one of:
+    prompts.budget: {grid: [12, 48]}                 # each of these, crossed with the other keys
+    algorithm.rule: {choice: [medoid, plurality]}    # one of these, drawn
+    training.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}   # or uniform; randint: [first, end]
+    clients.mix: {grid: [{}, {org/a: 1, org/b: 1}]}
+  search: grid                       # random: num_samples draws; optuna: as many, each chosen by those before
+  num_samples: 10
+  seed: 0                            # of the search
+  metric: mean_nll                   # or worst_nll, rouge_l, similarity
+  scheduler: none                    # asha stops trials that fall behind,
+  asha: {grace_rounds: 1, reduction_factor: 2}    # at first after this many rounds, all but the best half
+  max_concurrent_trials: 2           # left out: as many as the cluster has cores, or GPUs, for
+  loggers: []                        # mlflow, wandb; CSV, JSON and TensorBoard are always written
+
+Only space must be given. --any.setting goes into the experiment. The same command again goes on with what is not
+finished; values and samples can be added. Each trial is a run folder of its own below DIR/trials.
+
+example:
+  semcons sweep sweep.yaml --num_rounds 2 --out runs/sweep
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        words, overrides = _split_settings(words) if words[:1] in (["run"], ["compare"]) else (words, {})
+        words, overrides = _split_settings(words) if words[:1] in (["run"], ["compare"], ["sweep"]) else (words, {})
         args = _parser().parse_args(words)
         args.overrides = overrides
         _quiet()
@@ -70,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"))
     except KeyboardInterrupt:
-        goes_on = "the same command goes" if words[:1] == ["compare"] else "semcons resume goes"
+        goes_on = "the same command goes" if words[:1] in (["compare"], ["sweep"]) else "semcons resume goes"
         print(f"interrupted; {goes_on} on with what is not finished", file=sys.stderr)
         return 130
     return code
@@ -137,6 +164,16 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=_local, required=True, metavar="DIR", help="folder for all runs, tables and the figure"
     )
 
+    sub = command(
+        "sweep",
+        _sweep,
+        "Try many settings with Ray Tune: quality against bytes, seconds and joules, and the effect of each.",
+        usage="semcons sweep SWEEP [--any.setting value ...] --out DIR",
+        epilog=SWEEP,
+    )
+    sub.add_argument("config", type=Path, metavar="SWEEP", help="YAML file")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all trials and the report")
+
     sub = command("report", _report, "Print a run's result table and write its report.html anew.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
@@ -197,6 +234,20 @@ def _compare(args: argparse.Namespace) -> int:
     if done:
         print(render_summary(done.summary, wanted.name, reference=wanted.reference, baseline=wanted.baseline))
         print(f"table and figure: {args.out / 'table.md'}, {args.out / 'pareto.svg'}")
+    return 1 if failed else 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from semcons_ray.search_space import load_sweep
+
+    wanted = load_sweep(args.config, args.overrides)
+    from semcons_ray.reporting.sweep import render_sweep
+    from semcons_ray.sweep import run_sweep
+
+    result, failed = run_sweep(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
+    if result:
+        print(render_sweep(result))
+        print(f"report: {args.out / 'report.html'}")
     return 1 if failed else 0
 
 

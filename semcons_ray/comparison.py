@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.run_folder import MetricsRow, RunFolder
+from semcons_ray.run_folder import MetricsRow
 
 
 def _averaging(name: str, **settings: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
 }
 """Algorithms first, then controls: bounds, and other ways to label the public prompts."""
 
-_Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 class ComparisonConfig(Settings):
@@ -77,8 +77,8 @@ class ComparisonConfig(Settings):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     reference: str = "FedAvg-LoRA"
     baseline: str = "local only"
-    experiment: _Section = Field(default_factory=dict)
-    arms: dict[str, _Section] = Field(DEFAULT_ARMS, min_length=1)
+    experiment: Section = Field(default_factory=dict)
+    arms: dict[str, Section] = Field(DEFAULT_ARMS, min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ComparisonConfig:
@@ -89,9 +89,9 @@ class ComparisonConfig(Settings):
                 raise ValueError(f"{key} '{arm}' is not among the arms, {', '.join(self.arms)}")
         folders: dict[str, str] = {}
         for arm, settings in self.arms.items():
-            if not _slug(arm):
+            if not slug(arm):
                 raise ValueError(f"arms.{arm}: a label needs letters or digits")
-            if (other := folders.setdefault(_slug(arm), arm)) != arm:
+            if (other := folders.setdefault(slug(arm), arm)) != arm:
                 raise ValueError(f"arms.{arm} and arms.{other} would share a folder; rename one")
             if "seed" in settings:
                 raise ValueError(f"arms.{arm}.seed: all arms have the same; give seeds")
@@ -114,7 +114,7 @@ def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) 
     Raises:
         ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
     """
-    values = _read_yaml(path) if path else {}
+    values = read_yaml(path) if path else {}
     if not values.keys() & (ComparisonConfig.model_fields.keys() - {"name"}):
         values = {"experiment": values} | ({"name": values["name"]} if "name" in values else {})
     if isinstance(experiment := values.get("experiment") or {}, dict):
@@ -128,7 +128,12 @@ def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) 
         raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file of settings holds.
+
+    Raises:
+        ConfigError: It is missing, not YAML, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -151,7 +156,7 @@ def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
             own = {"name": f"{arm}, seed {seed}", "seed": seed}
             values = merge_settings(merge_settings(comparison.experiment, settings), own)
             config = validate_config(values, where=f"arm '{arm}'")
-            runs.append(ArmRun(config, out / "runs" / _slug(arm) / f"seed_{seed}", arm, seed))
+            runs.append(ArmRun(config, out / "runs" / slug(arm) / f"seed_{seed}", arm, seed))
     return runs
 
 
@@ -174,7 +179,7 @@ def run_comparison(
     runs = plan_runs(comparison, out)
     _check_folder(out, runs)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "comparison.yaml", dump_comparison(comparison))
+    write_text(out / "comparison.yaml", dump_comparison(comparison))
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
@@ -215,22 +220,7 @@ def _check_folder(out: Path, runs: Sequence[ArmRun]) -> None:
     if out.exists() and not (out / "comparison.yaml").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no comparison; choose another --out")
     for run in runs:
-        if run.folder.exists():
-            wanted = run.config.model_dump(exclude={"resources": True})
-            stored = RunFolder(run.folder).read_config().model_dump(exclude={"resources": True})
-            if wanted["model"]["dtype"] == "auto":
-                stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
-            if difference := next(_differences(stored, wanted), ""):
-                raise RunFolderError(f"{run.folder} was run with {difference}; remove it, or choose another --out")
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], above: str = "") -> Iterator[str]:
-    for key in wanted:
-        one, other = stored[key], wanted[key]
-        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-            yield from _differences(one, other, f"{above}{key}.")
-        elif one != other:
-            yield f"{above}{key} = {one!r}, and not {other!r}"
+        run.check_settings()
 
 
 def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Path) -> Comparison | None:
@@ -241,21 +231,22 @@ def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Pa
     landmarks = {"reference": comparison.reference, "baseline": comparison.baseline}
     folders = {(run.arm, run.seed): run.folder for run in finished}
     result = compare_runs(folders, first=next(iter(comparison.arms)), **landmarks)
-    _write(out / "rounds.csv", result.rounds.to_csv(index=False))
-    _write(out / "summary.csv", result.summary.to_csv())
-    _write(out / "stages.csv", result.stages.to_csv())
-    _write(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
-    _write(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
+    write_text(out / "rounds.csv", result.rounds.to_csv(index=False))
+    write_text(out / "summary.csv", result.summary.to_csv())
+    write_text(out / "stages.csv", result.stages.to_csv())
+    write_text(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
+    write_text(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
     write_pareto(result.summary, comparison.name, out)
     return result
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside, and rename it."""
     beside = path.with_name(f".{path.name}")
     beside.write_text(text, encoding="utf-8")
     beside.rename(path)
 
 
-def _slug(arm: str) -> str:
-    """A name for the arm's folder."""
-    return re.sub(r"[^\w.]+", "-", arm.casefold()).strip("-.")
+def slug(label: str) -> str:
+    """A folder's name for a label."""
+    return re.sub(r"[^\w.]+", "-", label.casefold()).strip("-.")

@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError, first_line
@@ -37,9 +38,14 @@ FLAT_MEMORY = {
 def connect(address: str | None) -> Iterator[None]:
     """Join the cluster at `address`, or start one on this machine, and leave it at the end.
 
+    A process that is part of a cluster already, as a trial of a sweep is, stays in that one.
+
     Raises:
         PlacementError: No cluster answers at `address`.
     """
+    if ray.is_initialized():
+        yield
+        return
     # Ray warns on each start that a later version will leave this variable alone for tasks without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -74,12 +80,15 @@ def _check_reachable(address: str) -> None:
 
 
 def list_nodes() -> tuple[Node, ...]:
-    """Nodes of the cluster joined, the driver's own first, with what is free on each."""
+    """Nodes of the cluster joined, the driver's own first, with what is free on each.
+
+    In a placement group, as of a trial that shares the cluster with others, its bundles take the place of nodes.
+    """
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = sorted((entry for entry in nodes if entry["Alive"]), key=lambda entry: entry["NodeID"] != here)
     probed = [this_node() if entry["NodeID"] == here else _probe(entry["NodeID"]) for entry in alive]
-    return tuple(
+    nodes_free = tuple(
         replace(
             ray.get(node) if isinstance(node, ray.ObjectRef) else node,
             node_id=entry["NodeID"],
@@ -88,6 +97,25 @@ def list_nodes() -> tuple[Node, ...]:
         )
         for entry, node in zip(alive, probed, strict=True)
     )
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return nodes_free
+    memory = {entry["NodeID"]: entry["Resources"]["memory"] for entry in alive}
+    return _list_bundles(group, {node.node_id: node.limited(int(memory[node.node_id])) for node in nodes_free})
+
+
+def _list_bundles(group: PlacementGroup, nodes: Mapping[str, Node]) -> tuple[Node, ...]:
+    """A node's memory is booked with its GPUs or cores: who has half of those plans with half of the memory."""
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    bundles = []
+    for index, bundle in enumerate(group.bundle_specs):
+        node = nodes[node_of[index]]
+        cpus, gpus = bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)
+        share = gpus / node.gpus if gpus else cpus / node.cpus
+        bundles.append(
+            replace(node, node_id=str(index), cpus=cpus, gpus=gpus, memory_bytes=int(node.memory_bytes * share))
+        )
+    return tuple(bundles)
 
 
 def this_node() -> Node:
@@ -113,18 +141,28 @@ def _probe(node_id: str) -> ray.ObjectRef[Node]:
 
 
 def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    """Ray's options for an actor: on this node while it is there, with this many threads.
+    """Ray's options for an actor: on this node while it is there, or in this bundle, with this many threads.
 
     Threads beyond its share of the cores made runs 3 to 10 times slower.
     """
-    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **FLAT_MEMORY}
-    passed_on = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
-    variables |= {key: os.environ[key] for key in passed_on if key in os.environ}
+    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **FLAT_MEMORY, **passed_on()}
+    group = ray.util.get_current_placement_group()
+    strategy = (
+        NodeAffinitySchedulingStrategy(node_id, soft=True)
+        if group is None
+        else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=int(node_id))
+    )
     return {
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True),
+        "scheduling_strategy": strategy,
         "runtime_env": {"env_vars": variables},
         # Ray's head keeps a record of each of the last 100,000 calls, for a dashboard: memory that grows with visits.
         "enable_task_events": False,
     }
+
+
+def passed_on() -> dict[str, str]:
+    """Variables of this process that say where models are; processes elsewhere are to have them, too."""
+    names = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ}

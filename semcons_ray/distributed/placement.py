@@ -23,7 +23,7 @@ class Node:
     """One machine of the cluster: what is free on it.
 
     Attributes:
-        node_id: The cluster's own id for it.
+        node_id: The cluster's own id for it; of a bundle of a placement group, its index.
         name: Its host name.
         cpus: CPU cores.
         gpus: GPUs.

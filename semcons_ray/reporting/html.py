@@ -57,17 +57,7 @@ def render_report(run: Run) -> str:
     """The page's HTML."""
     templates = resources.files("semcons_ray.reporting") / "templates"
     script = (templates / "report.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=PackageLoader("semcons_ray.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=format_number, quantity=format_quantity, seconds=format_seconds, short=short_model_name
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    environment = page_environment()
     clients = quality(run.metrics)
     answered = prompt_table(run)
     return environment.get_template("report.html.j2").render(
@@ -92,6 +82,22 @@ def render_report(run: Run) -> str:
         gpus=run.environment.get("gpus", []),
         workers=run.placement.get("workers", []),
     )
+
+
+def page_environment() -> Environment:
+    """Templates of pages: everything is escaped, and a name that is not there is an error."""
+    environment = Environment(
+        loader=PackageLoader("semcons_ray.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=format_number, quantity=format_quantity, seconds=format_seconds, short=short_model_name
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
+    return environment
 
 
 def describe_setting(config: Mapping[str, Any]) -> str:

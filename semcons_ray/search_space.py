@@ -1,0 +1,298 @@
+"""What a sweep varies: settings by dotted key, the values that each may take, and the points that come of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from semcons_ray.comparison import Section, read_yaml, slug
+from semcons_ray.config import (
+    ExperimentConfig,
+    Settings,
+    describe_error,
+    merge_settings,
+    validate_config,
+)
+from semcons_ray.errors import ConfigError
+
+Metric = Literal["mean_nll", "worst_nll", "rouge_l", "similarity"]
+
+Point = dict[str, Any]
+"""A value for each key that is swept."""
+
+
+class Axis(Settings):
+    """The values of one key: exactly one of these is given.
+
+    Attributes:
+        grid: Each of these values, crossed with all other keys.
+        choice: One of these, drawn.
+        uniform: Between two numbers.
+        loguniform: The same, with the logarithm uniform.
+        randint: An integer from the first number up to, and without, the second.
+    """
+
+    grid: tuple[Any, ...] | None = Field(None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    randint: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Axis:
+        given = [kind for kind in Axis.model_fields if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(Axis.model_fields)}")
+        if (bounds := self.bounds) and not bounds[0] < bounds[1]:
+            raise ValueError(f"{given[0]} needs a smaller number and a larger one")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs numbers over 0")
+        texts = [label(value) for value in self.values]
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"{given[0]} names a value twice")
+        return self
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values, where they can be counted up; else none."""
+        return self.grid or self.choice or ()
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The lowest value and the end of the range, where it is one."""
+        return self.uniform or self.loguniform or self.randint
+
+    def draw(self, random: np.random.Generator) -> Any:
+        """A value at random."""
+        if self.choice:
+            return self.choice[int(random.integers(len(self.choice)))]
+        if self.uniform:
+            return float(random.uniform(*self.uniform))
+        if self.loguniform:
+            low, high = self.loguniform
+            return math.exp(random.uniform(math.log(low), math.log(high)))
+        return int(random.integers(*self.randint)) if self.randint else None
+
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that stand for all others when settings are checked."""
+        return (self.randint[0], self.randint[1] - 1) if self.randint else self.values or self.bounds or ()
+
+
+class AshaConfig(Settings):
+    """Successive halving: after `grace_rounds`, and then each time that rounds have grown by the factor, a trial is
+    stopped unless it is among the best 1/`reduction_factor` so far."""
+
+    grace_rounds: int = Field(1, ge=1)
+    reduction_factor: float = Field(2.0, gt=1)
+
+
+class SweepConfig(Settings):
+    """What a sweep tries, and how.
+
+    Attributes:
+        name: A title for the table and the report.
+        experiment: Settings of all trials; what is left out has its default.
+        space: By dotted key, the values to try.
+        search: grid: every combination; random: `num_samples` draws (each crossed with the axes that are a grid);
+            optuna: as many, each chosen by those before.
+        num_samples: See `search`.
+        seed: Of the search; the trials' own is `experiment.seed`, or swept.
+        metric: What is best: lowest NLL (mean over clients, or of the worst client), highest ROUGE-L or similarity.
+        scheduler: asha stops trials that fall behind.
+        asha: Its settings.
+        max_concurrent_trials: None: as many as the cluster has room for.
+        loggers: Beside CSV, JSON and TensorBoard, which are always written.
+    """
+
+    name: str = "sweep"
+    experiment: Section = Field(default_factory=dict)
+    space: dict[str, Axis] = Field(min_length=1)
+    search: Literal["grid", "random", "optuna"] = "grid"
+    num_samples: int = Field(10, ge=1)
+    seed: int = Field(0, ge=0)
+    metric: Metric = "mean_nll"
+    scheduler: Literal["none", "asha"] = "none"
+    asha: AshaConfig = AshaConfig()
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        return dict(_flatten(value)) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        for key, axis in self.space.items():
+            _check_key(key)
+            if self.search == "grid" and axis.grid is None:
+                raise ValueError(f"space.{key}: search grid takes a grid; for draws, set search to random or optuna")
+            if self.search == "optuna" and axis.grid is not None:
+                raise ValueError(f"space.{key}: search optuna draws; write choice instead of grid")
+        return self
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric is a score; else it is a loss."""
+        return self.metric in ("rouge_l", "similarity")
+
+    def points(self) -> list[Point]:
+        """All points, in order, which more samples only add to; for optuna, which chooses as it goes, none."""
+        if self.search == "optuna":
+            return []
+        grids = {key: axis.values for key, axis in self.space.items() if axis.grid}
+        drawn = {key: axis for key, axis in self.space.items() if not axis.grid}
+        points: dict[str, Point] = {}
+        for sample in range(self.num_samples if drawn else 1):
+            random = np.random.default_rng([self.seed, sample])
+            draws = {key: axis.draw(random) for key, axis in drawn.items()}
+            for values in itertools.product(*grids.values()):
+                point = {**draws, **dict(zip(grids, values, strict=True))}
+                point = {key: point[key] for key in self.space}
+                points.setdefault(trial_name(point), point)
+        return list(points.values())
+
+    def configure(self, point: Point) -> ExperimentConfig:
+        """The settings of a trial.
+
+        Raises:
+            ConfigError: They are refused; one line that names the point and the key.
+        """
+        values = merge_settings(self.experiment, nested(point))
+        if "clients.mix" in point:  # replaces the experiment's, and is not laid over it
+            values["clients"]["mix"] = point["clients.mix"]
+        where = f"space ({describe_point(point)})"
+        config = validate_config({**values, "name": describe_point(point)}, where=where)
+        # A trial's bundles are for workers; ranks and engines book room of their own, which others may hold for ever.
+        if config.sharding.models:
+            raise ConfigError(f"{where}: sharding.models is not for sweeps")
+        if config.generation.engine == "vllm" and config.resources.fleet == "ray":
+            raise ConfigError(f"{where}: generation.engine vllm needs resources.fleet local in a sweep")
+        return config
+
+    def first(self) -> Point:
+        """A point of the space."""
+        return {key: axis.extremes()[0] for key, axis in self.space.items()}
+
+    def point_of(self, config: ExperimentConfig) -> Point | None:
+        """The point that settings are at; None where that is not in the space."""
+        point: Point = {}
+        for key, axis in self.space.items():
+            value = _descend(config, key)
+            if axis.bounds is None:  # as the sweep writes it, which may be 1 for 1.0
+                same = [own for own in axis.values if _descend(self.configure(self.first() | {key: own}), key) == value]
+                if not same:
+                    return None
+                value = same[0]
+            elif not axis.bounds[0] <= value <= axis.bounds[1]:
+                return None
+            point[key] = value
+        return point
+
+    def check(self) -> None:
+        """Make sure that settings, points and the ends of ranges are valid.
+
+        Raises:
+            ConfigError: One is not; one line that names the key.
+        """
+        validate_config(self.experiment, where="experiment")
+        for point in self.points():
+            self.configure(point)
+        for key, axis in self.space.items():
+            for value in axis.extremes() if axis.grid is None else ():
+                self.configure(self.first() | {key: value})
+
+
+def load_sweep(path: Path, overrides: dict[str, Any] | None = None) -> SweepConfig:
+    """Read a sweep and check all of it; `overrides` are laid over the experiment.
+
+    Raises:
+        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+    """
+    values = read_yaml(path)
+    if isinstance(experiment := values.get("experiment") or {}, dict):
+        values = {**values, "experiment": merge_settings(experiment, overrides or {})}
+    if overrides and "name" in overrides:
+        values["name"] = overrides["name"]
+    try:
+        sweep = SweepConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+    sweep.check()
+    return sweep
+
+
+def dump_sweep(sweep: SweepConfig) -> str:
+    """The sweep as YAML that `load_sweep` reads, with every default of the experiment written out."""
+    values = sweep.model_dump(mode="json")
+    values["space"] = {
+        key: {kind: given for kind, given in axis.items() if given is not None} for key, axis in values["space"].items()
+    }
+    values["experiment"] = validate_config(sweep.experiment, where="experiment").model_dump(
+        mode="json", exclude={"name"}
+    )
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def nested(point: Point) -> dict[str, Any]:
+    """Dotted keys as nested settings."""
+    values: dict[str, Any] = {}
+    for key, value in point.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge_settings(values, value)
+    return values
+
+
+def label(value: Any) -> str:
+    """A value as text: as JSON where it is a list or a mapping."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def describe_point(point: Point) -> str:
+    """The point in a line."""
+    return ", ".join(f"{key}={label(value)}" for key, value in point.items())
+
+
+def trial_name(point: Point) -> str:
+    """Name of the point's folder: the same for the same point, so that a killed sweep finds its trials again."""
+    short = ", ".join(f"{key.rsplit('.')[-1]}={label(value)}" for key, value in point.items())
+    digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
+    return f"{slug(short)[:60].rstrip('-.')}-{digest[:8]}"
+
+
+def _flatten(space: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in space.items():
+        key = f"{above}{name}"
+        if isinstance(value, dict) and value and not value.keys() & Axis.model_fields.keys():
+            yield from _flatten(value, f"{key}.")
+        elif isinstance(value, dict):
+            yield key, value
+        else:
+            raise ValueError(f"space.{key}: values are given under {' or '.join(Axis.model_fields)}")
+
+
+def _check_key(key: str) -> None:
+    try:
+        default = _descend(ExperimentConfig(), key)
+    except AttributeError:
+        raise ValueError(f"space.{key}: there is no such setting") from None
+    if key == "name" or (isinstance(default, Settings)):
+        raise ValueError(f"space.{key}: a single setting can be swept, such as prompts.budget")
+
+
+def _descend(values: Settings | Any, key: str) -> Any:
+    for part in key.split("."):
+        values = getattr(values, part)
+    return values

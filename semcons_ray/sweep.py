@@ -1,0 +1,420 @@
+"""A sweep: trials, which are experiments that differ in a few settings, run and compared by Ray Tune.
+
+    sweep.yaml              what is tried, resolved
+    trials/NAME/            a run folder each; see run_folder.py
+    trials.csv, trials.parquet    a row a trial
+    report.html             Pareto fronts, effects of the keys
+    stopped.json            trials that the scheduler stopped early
+    tune/                   what Tune's loggers write: CSV, JSON and TensorBoard, a folder a trial
+
+The same command goes on with what is not finished. What is done is read from the run folders and not from Tune's own
+state: a folder's name follows from the trial's settings, so a sweep that was killed at any time, or was given more
+values, finds its trials again. Each goes on from its last committed round, and the searcher and the scheduler are told
+what finished trials came to. Trials never see each other's resources: each has a placement group of its own, and its
+clients' actors are placed in the bundles of that group (see distributed/cluster.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from semcons_ray.assembly import find_models
+from semcons_ray.batch import Job, Silent, perform
+from semcons_ray.comparison import write_text
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.distributed.cluster import connect, passed_on
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+from semcons_ray.metering.energy import detect_meter
+from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.reporting.comparison import costs_by_round
+from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
+from semcons_ray.reporting.tables import columns_of, read_table
+from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.search_space import Point, SweepConfig, dump_sweep, label, trial_name
+
+ROUND = "round"
+
+_TUNE_VARIABLES = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new kind prints what cannot be turned off
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in settings are relative to where the command was given
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends it at once: nothing is lost
+}
+
+
+@dataclass(frozen=True)
+class Trial(Job):
+    """One experiment of a sweep."""
+
+    point: Point
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.folder.name
+
+    def rounds(self) -> pd.DataFrame:
+        """What it came to by evaluated round; see `reporting.comparison.costs_by_round`."""
+        return costs_by_round(
+            read_table(self.folder / "metrics.parquet", columns_of(MetricsRow)),
+            read_table(self.folder / "rounds.parquet", columns_of(RoundRow)),
+            read_table(self.folder / "ledger.parquet", columns_of(LedgerRow)),
+        )
+
+    @property
+    def has_results(self) -> bool:
+        """Whether a round was measured."""
+        return (self.folder / "ledger.parquet").is_file()
+
+
+def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tuple[SweepResult | None, int]:
+    """Do the trials that are not finished, and write what all came to.
+
+    Args:
+        sweep: What to try; checked by `load_sweep`.
+        out: A new folder, or that of a sweep of the same experiment.
+        say: Told a line a trial.
+
+    Returns:
+        The trials that have results, None if none has; and how many failed.
+
+    Raises:
+        UserError: A setting is refused, or `out` holds something else. Nothing has been run then.
+    """
+    out = out.resolve()
+    _check_loggers(sweep)
+    trials = _trials(sweep, out)
+    if out.exists() and not (out / "trials").is_dir() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out} is not empty and holds no sweep; choose another --out")
+    for trial in trials:
+        trial.check_settings()
+    (out / "trials").mkdir(parents=True, exist_ok=True)
+    with _held(out / ".lock", wait=False):
+        write_text(out / "sweep.yaml", dump_sweep(sweep))
+        done = [trial for trial in trials if trial.finished or trial.name in _stopped(sweep, out)]
+        total = sweep.num_samples if sweep.search == "optuna" else len(trials)
+        if done:
+            say(f"{len(done)} of {total} trials are finished")
+        failed = 0
+        if len(done) < total:
+            failed = _tune(sweep, out, trials, done, total, say)
+        return _write_results(sweep, out), failed
+
+
+def _trials(sweep: SweepConfig, out: Path) -> list[Trial]:
+    """All trials; for optuna, which chooses as it goes, those that it has chosen so far."""
+    points: Sequence[Point | None] = sweep.points() or [
+        sweep.point_of(RunFolder(path.parent).read_config()) for path in sorted(out.glob("trials/[!.]*/config.yaml"))
+    ]
+    return [_trial(sweep, out, point) for point in points if point]
+
+
+def _trial(sweep: SweepConfig, out: Path, point: Point) -> Trial:
+    return Trial(sweep.configure(point), out / "trials" / trial_name(point), point)
+
+
+def _tune(
+    sweep: SweepConfig,
+    out: Path,
+    trials: Sequence[Trial],
+    done: Sequence[Trial],
+    total: int,
+    say: Callable[[str], None],
+) -> int:
+    """Run what is not done; returns how many trials failed."""
+    todo = [trial for trial in trials if trial not in done]
+    configs = [trial.config for trial in todo] or [sweep.configure(sweep.first())]
+    for config in {config.client_models(): config for config in configs}.values():
+        find_models(config)  # before trials start, lest two convert the same model at once
+    os.environ |= _TUNE_VARIABLES
+    experiment = sweep.configure(sweep.first())
+    progress = _Progress(sweep, out, len(done), total, say)
+    with connect(experiment.resources.ray_address):
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
+        trainable = tune.with_parameters(_perform_trial, sweep=sweep, out=out, variables=passed_on())
+        room = _Room.of_cluster(experiment)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, lambda point: room.reserve(sweep.configure(_decode(sweep, point)))),
+            tune_config=tune.TuneConfig(
+                search_alg=_searcher(sweep, todo, done),
+                scheduler=_scheduler(sweep, done),
+                num_samples=total - len(done),
+                max_concurrent_trials=1 if room.metered else sweep.max_concurrent_trials,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: _name(sweep, trial),
+                trial_dirname_creator=lambda trial: _name(sweep, trial),
+            ),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=str(out), verbose=0, callbacks=[progress, *_loggers(sweep, out)]
+            ),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.fit()
+    return progress.failed
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the cluster has for one trial."""
+
+    cpus: tuple[float, ...]
+    gpus: float
+    metered: bool
+    """Whether energy is metered here: a node's counter can't tell trials apart, so they follow one another."""
+
+    @classmethod
+    def of_cluster(cls, experiment: ExperimentConfig) -> _Room:
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        resources = [entry["Resources"] for entry in nodes if entry["Alive"]]
+        gpus = 0.0 if experiment.resources.device == "cpu" else sum(entry.get("GPU", 0.0) for entry in resources)
+        metered = detect_meter(uses_gpu=gpus > 0) is not None
+        return cls(tuple(entry.get("CPU", 0.0) for entry in resources), gpus, metered)
+
+    def reserve(self, config: ExperimentConfig) -> tune.PlacementGroupFactory:
+        """A placement group with a bundle a worker, for as many as the clients can use and the cluster can have.
+
+        The trial's own process takes nothing from it, unless all clients are in that process: it mostly waits.
+        """
+        resources = config.resources
+        threads, share = resources.threads_per_worker, min(resources.gpus_per_worker, self.gpus)
+        if resources.fleet == "local":
+            return tune.PlacementGroupFactory([{"CPU": threads, "GPU": share}])
+        fitting = int(self.gpus / share) if share else sum(int(cpus // threads) for cpus in self.cpus)
+        workers = max(1, min(resources.max_workers or fitting, config.clients.num_clients, fitting))
+        bundle = {"GPU": share} if share else {"CPU": threads}
+        bundles = [dict(bundle) for _ in range(workers)]
+        if share:
+            bundles[0]["GPU"] += resources.server_gpus
+        return tune.PlacementGroupFactory([{}, *bundles])
+
+
+def _perform_trial(config: dict[str, Any], *, sweep: SweepConfig, out: Path, variables: dict[str, str]) -> None:
+    """In the trial's process: run or resume it, and report its rounds, those of before a kill included.
+
+    The last round is reported when all is written, so a scheduler never stops a trial that was as good as finished.
+    """
+    os.environ |= variables
+    trial = _trial(sweep, out, _decode(sweep, config))
+    last = trial.config.num_rounds
+
+    def report(rounds: pd.DataFrame) -> None:
+        for round, row in rounds.iterrows():
+            tune.report({ROUND: round, **row.to_dict()})
+
+    class Reporter(Silent):
+        def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
+            if metrics and summary.round < last:
+                report(trial.rounds().loc[[summary.round]])
+
+    # Also for the process of a killed sweep, which may take a moment to end, and for two trials with equal settings.
+    with _held(out / "trials" / f".{trial.name}.lock", wait=True):
+        if trial.has_results:
+            report(trial.rounds().loc[: last - 1])
+        perform(trial, Reporter())
+    report(trial.rounds().loc[[last]])
+
+
+@contextlib.contextmanager
+def _held(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock that ends with this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise RunFolderError(f"{path.parent} is in use by another process") from error
+        yield
+
+
+class _Listed(Searcher):
+    """Points that are known beforehand, one after the other."""
+
+    def __init__(self, points: Sequence[dict[str, Any]]) -> None:
+        super().__init__()
+        self._points = iter(points)
+
+    def suggest(self, trial_id: str) -> Any:
+        return next(self._points, Searcher.FINISHED)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+
+def _searcher(sweep: SweepConfig, todo: Sequence[Trial], done: Sequence[Trial]) -> Searcher:
+    if sweep.search != "optuna":
+        return _Listed([_encode(trial.point) for trial in todo])
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space: dict[str, Any] = {}
+    for key, axis in sweep.space.items():
+        if axis.choice:
+            space[key] = tune.choice([_encode_value(value) for value in axis.choice])
+        elif axis.randint:
+            space[key] = tune.randint(*axis.randint)
+        elif axis.bounds:
+            space[key] = (tune.loguniform if axis.loguniform else tune.uniform)(*axis.bounds)
+    # Another seed after each resume: the same would propose again what is done.
+    seed = int(np.random.SeedSequence([sweep.seed, len(done)]).generate_state(1)[0])
+    search = OptunaSearch(
+        space=OptunaSearch.convert_search_space(space),
+        metric=sweep.metric,
+        mode=_mode(sweep),
+        points_to_evaluate=[_encode(trial.point) for trial in todo],
+        seed=seed,
+    )
+    for trial in done:
+        search.add_evaluated_point(_encode(trial.point), float(trial.rounds()[sweep.metric].iloc[-1]))
+    return search
+
+
+def _scheduler(sweep: SweepConfig, done: Sequence[Trial]) -> TrialScheduler | None:
+    if sweep.scheduler == "none":
+        return None
+    num_rounds = max(sweep.configure(point).num_rounds for point in [sweep.first(), *sweep.points()])
+    asha = sweep.asha
+    scheduler = ASHAScheduler(
+        time_attr=ROUND,
+        metric=sweep.metric,
+        mode=_mode(sweep),
+        max_t=num_rounds,
+        grace_period=min(asha.grace_rounds, num_rounds),
+        reduction_factor=asha.reduction_factor,
+    )
+    for trial in done:
+        past: Any = SimpleNamespace(trial_id=trial.name)
+        scheduler.on_trial_add(None, past)  # type: ignore[arg-type]
+        for round, row in trial.rounds().iterrows():
+            scheduler.on_trial_result(None, past, {ROUND: round, sweep.metric: row[sweep.metric]})  # type: ignore[arg-type]
+    return scheduler
+
+
+def _check_loggers(sweep: SweepConfig) -> None:
+    for name in sweep.loggers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"loggers: {name} is not installed: pip install 'semcons_ray[{name}]'")
+
+
+def _loggers(sweep: SweepConfig, out: Path) -> list[tune.Callback]:
+    callbacks: list[tune.Callback] = []
+    if "mlflow" in sweep.loggers:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
+        callbacks.append(MLflowLoggerCallback(tracking_uri=tracking, experiment_name=sweep.name))
+    if "wandb" in sweep.loggers:
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        callbacks.append(WandbLoggerCallback(project=sweep.name, dir=str(out)))
+    return callbacks
+
+
+class _Progress(tune.Callback):
+    """A line a trial, and the list of those that were stopped."""
+
+    def __init__(self, sweep: SweepConfig, out: Path, done: int, total: int, say: Callable[[str], None]) -> None:
+        self._sweep, self._out, self._done, self._total, self._say = sweep, out, done, total, say
+        self.failed = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        ours = _trial(self._sweep, self._out, _decode(self._sweep, trial.config))
+        result = trial.last_result
+        outcome = f"{self._sweep.metric} {result[self._sweep.metric]:.4g}"
+        if not ours.finished:
+            outcome += f", stopped after round {result[ROUND]}"
+            names = sorted({*_stopped(self._sweep, self._out), ours.name})
+            write_text(self._out / "stopped.json", json.dumps(names, indent=2) + "\n")
+        self._tell(ours, f"{outcome} ({result['time_total_s']:.0f} s)")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.failed += 1
+        lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
+        said = next((line for line in reversed(lines) if line.strip()), "its process died")
+        self._tell(
+            _trial(self._sweep, self._out, _decode(self._sweep, trial.config)),
+            f"failed: {said.strip().removeprefix('semcons_ray.errors.')}",
+        )
+
+    def _tell(self, trial: Trial, outcome: str) -> None:
+        self._done += 1
+        self._say(f"[{self._done:>{len(str(self._total))}}/{self._total}] {trial.config.name}: {outcome}")
+
+
+def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
+    stopped = _stopped(sweep, out)
+    trials = _trials(sweep, out)
+    if not any(trial.has_results for trial in trials):
+        return None
+    rows = []
+    for trial in trials:
+        status = "finished" if trial.finished else "stopped" if trial.name in stopped else "unfinished"
+        last: dict[str, Any] = {"rounds": 0, "energy_source": "unavailable"}
+        if trial.has_results:
+            rounds = trial.rounds()
+            last = {"rounds": rounds.index[-1]} | {str(name): value for name, value in rounds.iloc[-1].items()}
+        rows.append({"trial": trial.name, **_encode(trial.point), "status": status, **last})
+    result = SweepResult(
+        name=sweep.name,
+        keys=tuple(sweep.space),
+        metric=sweep.metric,
+        higher_is_better=sweep.higher_is_better,
+        trials=pd.DataFrame(rows).sort_values(sweep.metric, ascending=not sweep.higher_is_better, kind="stable"),
+    )
+    write_text(out / "trials.csv", result.trials.to_csv(index=False))
+    beside = out / ".trials.parquet"
+    result.trials.to_parquet(beside, index=False)
+    beside.rename(out / "trials.parquet")
+    write_sweep_report(result, (out / "sweep.yaml").read_text(encoding="utf-8"), out / "report.html")
+    return result
+
+
+def _stopped(sweep: SweepConfig, out: Path) -> list[str]:
+    """Names of the trials that the scheduler stopped; without one, they go on."""
+    path = out / "stopped.json"
+    if sweep.scheduler == "none" or not path.is_file():
+        return []
+    try:
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise SemconsError(f"{path} is damaged; delete it, and the trials that it names go on") from error
+
+
+def _mode(sweep: SweepConfig) -> str:
+    return "max" if sweep.higher_is_better else "min"
+
+
+def _name(sweep: SweepConfig, trial: Any) -> str:
+    return trial_name(_decode(sweep, trial.config))
+
+
+def _encode_value(value: Any) -> Any:
+    return label(value) if isinstance(value, (dict, list)) else value
+
+
+def _encode(point: Point) -> dict[str, Any]:
+    """As Tune and its loggers take it: mappings and lists are text."""
+    return {key: _encode_value(value) for key, value in point.items()}
+
+
+def _decode(sweep: SweepConfig, config: dict[str, Any]) -> Point:
+    texts = {key: {_encode_value(value): value for value in axis.values} for key, axis in sweep.space.items()}
+    return {key: texts[key].get(config[key], config[key]) for key in sweep.space}

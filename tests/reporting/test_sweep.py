@@ -1,0 +1,94 @@
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from semcons_ray.reporting.sweep import SweepResult, render_sweep, write_sweep_report
+
+MIX = json.dumps({"packaged:one": 1, "org/two": 2})
+
+
+def trials(**changes: list[Any]) -> pd.DataFrame:
+    columns: dict[str, list[Any]] = {
+        "trial": ["a", "b", "c", "d", "e"],
+        "prompts.budget": [6, 12, 6, 12, 12],
+        "clients.mix": ["{}", "{}", MIX, MIX, MIX],
+        "status": ["finished", "finished", "finished", "finished", "stopped"],
+        "rounds": [2, 2, 2, 2, 1],
+        "mean_nll": [2.0, 1.0, 1.5, 3.0, 0.5],
+        "rouge_l": [0.1, 0.4, 0.2, 0.3, 0.9],
+        "total_bytes": [100, 400, 200, 300, 10],
+        "seconds": [4.0, 1.0, 2.0, 3.0, 0.1],
+        "joules": [10.0, 20.0, 5.0, math.nan, 1.0],
+        "energy_source": ["estimated"] * 5,
+    }
+    return pd.DataFrame({**columns, **changes})
+
+
+def result(**more: Any) -> SweepResult:
+    values = {"name": "tiny <b>", "keys": ("prompts.budget", "clients.mix"), "metric": "mean_nll"}
+    return SweepResult(**{**values, "higher_is_better": False, "trials": trials(), **more})
+
+
+def test_fronts_hold_finished_trials_that_none_beats() -> None:
+    assert result().fronts() == {"total_bytes": ["a", "c", "b"], "seconds": ["b"], "joules": ["c", "b"]}
+    best = result(metric="rouge_l", higher_is_better=True).fronts()
+    assert best == {"total_bytes": ["a", "c", "d", "b"], "seconds": ["b"], "joules": ["c", "b"]}
+
+
+def test_effects_average_the_other_keys_out() -> None:
+    effects = result().effects().set_index(["key", "value"])
+    assert effects["mean"].to_dict() == {
+        ("prompts.budget", "6"): 1.75,
+        ("prompts.budget", "12"): 2.0,
+        ("clients.mix", "none"): 1.5,
+        ("clients.mix", "1 one, 2 two"): 2.25,
+    }
+    assert effects.loc[("prompts.budget", "12"), ["trials", "lowest", "highest"]].tolist() == [2, 1.0, 3.0]
+    assert effects.loc[("prompts.budget", "12"), "std"] == pytest.approx(math.sqrt(2))
+    assert result().spans() == {"prompts.budget": 0.25, "clients.mix": 0.75}
+
+
+def test_many_numbers_are_put_into_quarters() -> None:
+    rates = [index / 100 for index in range(1, 21)]
+    columns = {name: [1.0] * 20 for name in ("rouge_l", "total_bytes", "seconds", "joules")}
+    table = pd.DataFrame({"trial": [f"t{i}" for i in range(20)], "rate": rates, "mean_nll": rates, **columns})
+    effects = result(keys=("rate",), trials=table.assign(status="finished", rounds=1)).effects()
+    assert effects["trials"].tolist() == [5, 5, 5, 5]
+    assert effects["mean"].tolist() == pytest.approx([0.03, 0.08, 0.13, 0.18])
+
+
+def test_the_page_shows_three_fronts_and_every_effect_and_needs_nothing_else(tmp_path: Path) -> None:
+    write_sweep_report(result(), "space: {}", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    figures = re.findall(r'<figure id="figure-([\w-]+)"', page)
+    assert figures[:3] == ["front-total-bytes", "front-seconds", "front-joules"]
+    assert figures[3:] == ["effect-prompts-budget", "effect-clients-mix"]
+    for cost, members in result().fronts().items():
+        section = page[page.index(f'id="front-{cost}"') :].split("</section>")[0]
+        assert section.count("<tr>") == 1 + len(members)
+    assert "tiny &lt;b&gt;" in page
+    assert "tiny <b>" not in page
+    assert "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert len(page) < 1_000_000
+
+
+def test_the_table_names_fronts_and_what_did_not_finish() -> None:
+    text = render_sweep(result(), 160)
+    lines = {line.split()[0]: line for line in text.splitlines() if line[:1].isdigit()}
+    assert "stopped after round 1" in text
+    assert "bytes, time, energy" in text
+    assert lines
+    assert "clients.mix 0.750, prompts.budget 0.250" in text
+
+
+def test_a_sweep_in_which_nothing_finished_has_a_report_all_the_same(tmp_path: Path) -> None:
+    unfinished = result(trials=trials(status=["unfinished"] * 5))
+    write_sweep_report(unfinished, "space: {}", tmp_path / "report.html")
+    assert "unfinished after round 2" in render_sweep(unfinished, 160)

@@ -1,0 +1,153 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from semcons_ray.cli import main
+from semcons_ray.search_space import SweepConfig, dump_sweep, load_sweep, trial_name
+
+MIX = {"a": 1, "b": 1}
+
+
+def write(folder: Path, values: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
+    space = {"prompts": {"budget": {"grid": [6, 12]}}, "clients.mix": {"grid": [{}, MIX]}}
+    points = load_sweep(write(tmp_path, {"space": space})).points()
+    assert points == [
+        {"prompts.budget": 6, "clients.mix": {}},
+        {"prompts.budget": 6, "clients.mix": MIX},
+        {"prompts.budget": 12, "clients.mix": {}},
+        {"prompts.budget": 12, "clients.mix": MIX},
+    ]
+    assert len({trial_name(point) for point in points}) == 4
+
+
+def test_a_point_lies_over_the_experiment_and_a_mix_replaces_the_experiments(tmp_path: Path) -> None:
+    values = {
+        "experiment": {"num_rounds": 9, "clients": {"mix": {"other": 1}, "num_clients": 2}},
+        "space": {"clients.mix": {"grid": [MIX]}, "training.batch_size": {"grid": [2]}},
+    }
+    sweep = load_sweep(write(tmp_path, values), {"num_rounds": 7})
+    config = sweep.configure(sweep.points()[0])
+    assert (config.num_rounds, config.clients.num_clients, config.training.batch_size) == (7, 2, 2)
+    assert config.clients.mix == MIX
+
+
+def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path) -> None:
+    space = {
+        "training.learning_rate": {"loguniform": [1e-4, 1e-2]},
+        "training.ema_decay": {"uniform": [0.1, 0.9]},
+        "model.lora.rank": {"randint": [2, 5]},
+        "algorithm.rule": {"choice": ["medoid", "plurality"]},
+        "seed": {"grid": [0, 1]},
+    }
+    values = {"search": "random", "num_samples": 20, "space": space}
+    points = load_sweep(write(tmp_path, values)).points()
+    assert len(points) == 40
+    assert all(1e-4 <= point["training.learning_rate"] <= 1e-2 for point in points)
+    assert all(0.1 <= point["training.ema_decay"] <= 0.9 for point in points)
+    assert {point["model.lora.rank"] for point in points} == {2, 3, 4}
+    assert {point["algorithm.rule"] for point in points} == {"medoid", "plurality"}
+    assert [point["seed"] for point in points[:4]] == [0, 1, 0, 1]
+    assert points[0]["training.learning_rate"] == points[1]["training.learning_rate"]
+    more = load_sweep(write(tmp_path, {**values, "num_samples": 25})).points()
+    assert more[:40] == points
+    assert load_sweep(write(tmp_path, {**values, "seed": 1})).points()[0] != points[0]
+
+
+def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
+    values = {"search": "random", "space": {"training.learning_rate": {"loguniform": [1e-4, 1e-2]}}, "num_samples": 3}
+    first = load_sweep(write(tmp_path, values))
+    again = load_sweep(write(tmp_path, dump_sweep(first)))
+    assert again.points() == first.points()
+    assert [again.configure(point) for point in again.points()] == [first.configure(point) for point in first.points()]
+
+
+def test_the_point_of_settings_is_the_one_they_came_from(tmp_path: Path) -> None:
+    space = {"clients.mix": {"choice": [{}, MIX]}, "training.learning_rate": {"uniform": [0.001, 0.002]}}
+    sweep = load_sweep(write(tmp_path, {"search": "optuna", "space": space}))
+    point = {"clients.mix": MIX, "training.learning_rate": 0.0015}
+    assert sweep.point_of(sweep.configure(point)) == point
+    assert trial_name(sweep.point_of(sweep.configure(point)) or {}) == trial_name(point)
+    assert sweep.point_of(sweep.configure({**point, "training.learning_rate": 0.1})) is None
+    assert sweep.point_of(sweep.configure({**point, "clients.mix": {"b": 2}})) is None
+
+
+GRID = {"prompts.budget": {"grid": [6]}}
+BAD: dict[str, tuple[Any, str]] = {
+    "a list": ("- 1", "holds a list"),
+    "nothing": ("", "space: Field required"),
+    "no space": ({"space": {}}, "space"),
+    "an unknown key": ({"space": {"prompts.budgets": {"grid": [6]}}}, "space.prompts.budgets: there is no such"),
+    "a section": ({"space": {"prompts": {"grid": [6]}}}, "space.prompts: a single setting"),
+    "the name": ({"space": {"name": {"grid": ["a"]}}}, "space.name: a single setting"),
+    "a bad value": ({"space": {"prompts.budget": {"grid": [6, 0]}}}, "space (prompts.budget=0): prompts.budget"),
+    "a bad combination": (
+        {"space": {"data.num_test": {"grid": [5]}, "evaluation.num_answers": {"grid": [6]}}},
+        "space (data.num_test=5, evaluation.num_answers=6): evaluation.num_answers is 6",
+    ),
+    "a bad bound": (
+        {"search": "optuna", "space": {"training.ema_decay": {"uniform": [0, 1]}}},
+        "space (training.ema_decay=1): training.ema_decay",
+    ),
+    "a bad choice": (
+        {"search": "optuna", "space": {"algorithm.rule": {"choice": ["medoid", "best"]}}},
+        "space (algorithm.rule=best): algorithm.rule",
+    ),
+    "two kinds": ({"space": {"prompts.budget": {"grid": [6], "choice": [6]}}}, "give one of grid"),
+    "an unknown kind": ({"space": {"prompts.budget": {"values": [6]}}}, "values are given under grid or"),
+    "no values": ({"space": {"prompts.budget": {"grid": []}}}, "space.prompts.budget.grid"),
+    "a value twice": ({"space": {"prompts.budget": {"grid": [6, 6]}}}, "grid names a value twice"),
+    "turned bounds": (
+        {"search": "random", "space": {"training.learning_rate": {"uniform": [2, 1]}}},
+        "uniform needs a smaller number and a larger one",
+    ),
+    "a logarithm of 0": (
+        {"search": "random", "space": {"training.learning_rate": {"loguniform": [0, 1]}}},
+        "loguniform needs numbers over 0",
+    ),
+    "a draw in a grid": ({"space": {"algorithm.rule": {"choice": ["medoid"]}}}, "search grid takes a grid"),
+    "a grid for optuna": ({"search": "optuna", "space": GRID}, "write choice instead of grid"),
+    "an unknown setting of all": ({"space": GRID, "experiment": {"num_round": 1}}, "unknown setting 'num_round'"),
+    "an unknown setting": ({"space": GRID, "metrics": "nll"}, "unknown setting 'metrics'"),
+    "an unknown metric": ({"space": GRID, "metric": "nll"}, "metric"),
+    "an unknown search": ({"space": GRID, "search": "hyperband"}, "search"),
+    "an unknown logger": ({"space": GRID, "loggers": ["comet"]}, "loggers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_sweep(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values, says = BAD[name]
+    assert_refused(["sweep", str(write(tmp_path, values)), "--out", str(tmp_path / "out")], says, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("semcons: ")
+    assert error.count("\n") == 1
+    assert says in error
+
+
+def test_bad_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path, {"space": GRID}))
+    assert_refused(["sweep", "/no/such.yaml", "--out", str(tmp_path / "out")], "cannot read /no/such.yaml", capsys)
+    assert_refused(["sweep", path, "--num_round", "3", "--out", str(tmp_path / "out")], "'num_round'", capsys)
+    assert_refused(["sweep", path, "--out", str(tmp_path)], "is not empty and holds no sweep", capsys)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.yaml"]
+    assert yaml.safe_load((tmp_path / "sweep.yaml").read_text()) == {"space": GRID}
+
+
+@pytest.mark.parametrize("path", sorted(Path("experiments/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_ones_are_valid(path: Path) -> None:
+    sweep = load_sweep(path)
+    assert isinstance(sweep, SweepConfig)
+    assert path.stem != "crossed" or len(sweep.points()) >= 12
