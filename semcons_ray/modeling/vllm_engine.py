@@ -11,6 +11,7 @@ a draw, or a tie between two tokens, answers differ from run to run. With transf
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -159,6 +160,8 @@ class VllmEngine:
         self._thread.join()
         self._engine.engine_core.shutdown()
         del self._engine
+        # What is left of it takes vLLM's process groups down when it is collected, be it while another loads.
+        gc.collect()
 
     # The thread -------------------------------------------------------------------------------------------------
 
