@@ -146,7 +146,8 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
     Threads beyond its share of the cores made runs 3 to 10 times slower.
     """
     variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **FLAT_MEMORY, **passed_on()}
-    group = ray.util.get_current_placement_group()
+    # Asked without a cluster, Ray would start one.
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
     strategy = (
         NodeAffinitySchedulingStrategy(node_id, soft=True)
         if group is None

@@ -1,6 +1,7 @@
 """What keeps an actor's memory from growing with its visits: see experiments/benchmarks/many_clients."""
 
 import pytest
+import ray
 
 from semcons_ray.distributed.cluster import actor_options
 
@@ -17,3 +18,8 @@ def test_every_actor_bounds_its_kernel_cache_and_gives_freed_memory_back(monkeyp
 
 def test_calls_leave_no_record_at_the_head_of_the_cluster() -> None:
     assert actor_options(node_id="0" * 56, threads=1, num_cpus=1, num_gpus=0)["enable_task_events"] is False
+
+
+def test_asking_for_options_starts_no_cluster() -> None:
+    actor_options(node_id="0" * 56, threads=1, num_cpus=1, num_gpus=0)
+    assert not ray.is_initialized()
