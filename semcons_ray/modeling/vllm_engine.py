@@ -160,8 +160,6 @@ class VllmEngine:
         self._thread.join()
         self._engine.engine_core.shutdown()
         del self._engine
-        # What is left of it takes vLLM's process groups down when it is collected, be it while another loads.
-        gc.collect()
 
     # The thread -------------------------------------------------------------------------------------------------
 
@@ -269,6 +267,8 @@ def _load(spec: EngineSpec) -> Any:
 
     from semcons_ray.modeling.packaged import resolve_model
 
+    # What is left of an engine before takes vLLM's process groups down when it is collected: not while this one loads.
+    gc.collect()
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)
     arguments = EngineArgs(
