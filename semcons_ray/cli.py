@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=SWEEP,
     )
     sub.add_argument("config", type=Path, metavar="SWEEP", help="YAML file")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all trials and the report")
+    sub.add_argument("--out", type=_local, required=True, metavar="DIR", help="folder for all trials and the report")
 
     sub = command("report", _report, "Print a run's result table and write its report.html anew.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")

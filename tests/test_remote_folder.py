@@ -117,6 +117,7 @@ def test_the_commands_take_urls(tiny_config: MakeConfig, tmp_path: Path, capsys:
         (["resume", "memory://bucket/nothing"], "memory://bucket/nothing holds nothing"),
         (["report", "file:///no/such/run"], "file:///no/such/run holds nothing"),
         (["compare", "--out", "s3://bucket/runs"], "s3://bucket/runs is a URL"),
+        (["sweep", "sweep.yaml", "--out", "s3://bucket/swept"], "s3://bucket/swept is a URL"),
         (["init", "s3://bucket/config"], "s3://bucket/config is a URL"),
     ],
 )
