@@ -28,7 +28,7 @@ from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.run_folder import MetricsRow
+from semcons_ray.run_folder import MetricsRow, write_file
 
 
 def _averaging(name: str, **settings: Any) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def run_comparison(
     runs = plan_runs(comparison, out)
     _check_folder(out, runs)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "comparison.yaml", dump_comparison(comparison))
+    write_file(out / "comparison.yaml", dump_comparison(comparison))
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
@@ -231,20 +231,13 @@ def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Pa
     landmarks = {"reference": comparison.reference, "baseline": comparison.baseline}
     folders = {(run.arm, run.seed): run.folder for run in finished}
     result = compare_runs(folders, first=next(iter(comparison.arms)), **landmarks)
-    write_text(out / "rounds.csv", result.rounds.to_csv(index=False))
-    write_text(out / "summary.csv", result.summary.to_csv())
-    write_text(out / "stages.csv", result.stages.to_csv())
-    write_text(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
-    write_text(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
+    write_file(out / "rounds.csv", result.rounds.to_csv(index=False))
+    write_file(out / "summary.csv", result.summary.to_csv())
+    write_file(out / "stages.csv", result.stages.to_csv())
+    write_file(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
+    write_file(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
     write_pareto(result.summary, comparison.name, out)
     return result
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside, and rename it."""
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)
 
 
 def slug(label: str) -> str:

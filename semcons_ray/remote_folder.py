@@ -16,7 +16,6 @@ import fsspec
 
 from semcons_ray.errors import RunFolderError
 from semcons_ray.experiment import Observer
-from semcons_ray.federation.fleet import Reply
 from semcons_ray.modeling.packaged import cache_dir
 from semcons_ray.run_folder import MetricsRow, RoundRow
 
@@ -122,10 +121,7 @@ class Copying:
         self.stage = observer.stage
         self.planned = observer.planned
         self.round_begins = observer.round_begins
-
-    def client_done(self, reply: Reply) -> None:
-        """See `Observer.client_done`."""
-        self._observer.client_done(reply)
+        self.client_done = observer.client_done
 
     def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
         """See `Observer.round_ends`."""

@@ -133,12 +133,7 @@ class RunFolder:
         Raises:
             RunFolderError: Another process is at it.
         """
-        self.state.mkdir(exist_ok=True)
-        with (self.state / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunFolderError(f"{self.path} is in use by another process") from error
+        with held(self.state / "lock", self.path):
             yield
 
     def is_finished(self, num_rounds: int) -> bool:
@@ -222,6 +217,27 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_name(f".{path.name}")
-        beside.write_bytes(content)
-        beside.rename(path)
+        write_file(path, content)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file beside, and rename it."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.rename(path)
+
+
+@contextlib.contextmanager
+def held(lock: Path, folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock, a file, on a folder; it ends with this process.
+
+    Raises:
+        RunFolderError: Another process holds it, and this one does not `wait`.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            raise RunFolderError(f"{folder} is in use by another process") from error
+        yield

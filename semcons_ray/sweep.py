@@ -16,14 +16,12 @@ clients' actors are placed in the bundles of that group (see distributed/cluster
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +36,6 @@ from ray.tune.search import Searcher
 
 from semcons_ray.assembly import find_models
 from semcons_ray.batch import Job, Silent, perform
-from semcons_ray.comparison import write_text
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.cluster import connect, passed_on
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
@@ -47,7 +44,7 @@ from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
-from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder, held, write_file
 from semcons_ray.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
@@ -106,8 +103,8 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
     for trial in trials:
         trial.check_settings()
     (out / "trials").mkdir(parents=True, exist_ok=True)
-    with _held(out / ".lock", wait=False):
-        write_text(out / "sweep.yaml", dump_sweep(sweep))
+    with held(out / ".lock", out):
+        write_file(out / "sweep.yaml", dump_sweep(sweep))
         done = [trial for trial in trials if trial.finished or trial.name in _stopped(sweep, out)]
         total = sweep.num_samples if sweep.search == "optuna" else len(trials)
         if done:
@@ -140,11 +137,11 @@ def _tune(
 ) -> int:
     """Run what is not done; returns how many trials failed."""
     todo = [trial for trial in trials if trial not in done]
-    configs = [trial.config for trial in todo] or [sweep.configure(sweep.first())]
+    experiment = sweep.configure(sweep.first())
+    configs = [trial.config for trial in todo] or [experiment]
     for config in {config.client_models(): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
     os.environ |= _TUNE_VARIABLES
-    experiment = sweep.configure(sweep.first())
     progress = _Progress(sweep, out, len(done), total, say)
     with connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
@@ -225,23 +222,11 @@ def _perform_trial(config: dict[str, Any], *, sweep: SweepConfig, out: Path, var
                 report(trial.rounds().loc[[summary.round]])
 
     # Also for the process of a killed sweep, which may take a moment to end, and for two trials with equal settings.
-    with _held(out / "trials" / f".{trial.name}.lock", wait=True):
+    with held(out / "trials" / f".{trial.name}.lock", trial.folder, wait=True):
         if trial.has_results:
             report(trial.rounds().loc[: last - 1])
         perform(trial, Reporter())
     report(trial.rounds().loc[[last]])
-
-
-@contextlib.contextmanager
-def _held(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock that ends with this process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            raise RunFolderError(f"{path.parent} is in use by another process") from error
-        yield
 
 
 class _Listed(Searcher):
@@ -342,7 +327,7 @@ class _Progress(tune.Callback):
         if not ours.finished:
             outcome += f", stopped after round {result[ROUND]}"
             names = sorted({*_stopped(self._sweep, self._out), ours.name})
-            write_text(self._out / "stopped.json", json.dumps(names, indent=2) + "\n")
+            write_file(self._out / "stopped.json", json.dumps(names, indent=2) + "\n")
         self._tell(ours, f"{outcome} ({result['time_total_s']:.0f} s)")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -379,10 +364,8 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
         higher_is_better=sweep.higher_is_better,
         trials=pd.DataFrame(rows).sort_values(sweep.metric, ascending=not sweep.higher_is_better, kind="stable"),
     )
-    write_text(out / "trials.csv", result.trials.to_csv(index=False))
-    beside = out / ".trials.parquet"
-    result.trials.to_parquet(beside, index=False)
-    beside.rename(out / "trials.parquet")
+    write_file(out / "trials.csv", result.trials.to_csv(index=False))
+    write_file(out / "trials.parquet", result.trials.to_parquet(index=False))
     write_sweep_report(result, (out / "sweep.yaml").read_text(encoding="utf-8"), out / "report.html")
     return result
 

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from semcons_ray.distributed.cluster import actor_options
-from semcons_ray.distributed.placement import GIB, Demand, Node
+from semcons_ray.distributed.placement import GIB, Demand, Node, describe_share
 from semcons_ray.errors import EngineError, PlacementError, first_line
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
@@ -74,8 +74,7 @@ def plan_engines(
 
 
 def _fits(demand: Demand, node: Node, free: int, cpus: int, gpus: float) -> bool:
-    room = node.gpu_memory_bytes
-    fits_gpu = node.gpus >= gpus - 1e-9 and (room is None or demand.device_bytes <= room * min(gpus, 1.0))
+    fits_gpu = node.gpus >= gpus - 1e-9 and node.gpu_holds(demand.device_bytes, gpus)
     return free >= demand.host_bytes and node.cpus >= cpus and (not gpus or fits_gpu)
 
 
@@ -94,7 +93,7 @@ def describe_engines(engines: Sequence[EnginePlan]) -> str:
     """The plan as one line an engine, each after a line break."""
     lines = []
     for engine in engines:
-        share = f"{engine.gpus:g} GPU" if engine.gpus else f"{engine.threads} thread{'s' if engine.threads > 1 else ''}"
+        share = describe_share(engine.gpus, engine.threads)
         if not engine.gpus and not engine.cpus:
             share += " on cores of workers that wait"
         memory = f"{engine.memory_bytes / GIB:.1f} GiB"

@@ -44,6 +44,10 @@ class Node:
     cpu_bfloat16: bool = False
     gpu_bfloat16: bool = True
 
+    def gpu_holds(self, device_bytes: int, share: float) -> bool:
+        """Whether this much fits into such a share of one of its GPUs, as far as their memory is known."""
+        return self.gpu_memory_bytes is None or device_bytes <= self.gpu_memory_bytes * min(share, 1.0)
+
     def limited(self, memory_bytes: int) -> Node:
         """The same with no more memory than this."""
         return replace(self, memory_bytes=min(self.memory_bytes, memory_bytes))
@@ -119,10 +123,7 @@ class _Room:
         if device == "cpu":
             return (self.node.cpus if limits.one_by_one else self.cpus) >= limits.threads_per_worker * demand.ranks
         share = demand.gpus(limits)
-        room = self.node.gpu_memory_bytes
-        if self.gpus < share * demand.ranks - 1e-9:
-            return False
-        return room is None or demand.device_bytes <= room * min(share, 1.0)
+        return self.gpus >= share * demand.ranks - 1e-9 and self.node.gpu_holds(demand.device_bytes, share)
 
     def take(self, demand: Demand, limits: Limits, device: str) -> None:
         self.memory -= demand.host_bytes
@@ -219,7 +220,7 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
     if sharing:
         lines.append(f"  models are more than cores: {sharing} workers share cores, and each is slower for it")
     for worker in workers:
-        share = f"{worker.gpus:g} GPU" if worker.gpus else f"{worker.threads} thread{'s' if worker.threads > 1 else ''}"
+        share = describe_share(worker.gpus, worker.threads)
         if worker.ranks > 1:
             share = f"{worker.ranks} ranks of {share}"
         if worker.shared_cpus is not None:
@@ -232,6 +233,11 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
         more = f", ... ({len(worker.clients)})" if len(worker.clients) > 8 else ""
         lines.append(f"  {worker.name} on {worker.node}: {share}, {memory}, {worker.model}, clients {hosted}{more}")
     return "\n".join(lines)
+
+
+def describe_share(gpus: float, threads: int) -> str:
+    """What a process computes on, for people."""
+    return f"{gpus:g} GPU" if gpus else f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -> _Room | None:

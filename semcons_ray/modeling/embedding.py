@@ -60,8 +60,8 @@ class Embedder:
         vectors = torch.stack([self._cache[text] for text in texts])
         for text in dict.fromkeys(texts):
             self._cache[text] = self._cache.pop(text)  # to the end of the line
-        for text in [*self._cache][: max(len(self._cache) - MAX_CACHED, 0)]:
-            del self._cache[text]
+        while len(self._cache) > MAX_CACHED:
+            del self._cache[next(iter(self._cache))]
         return vectors
 
     def _compute(self, texts: Sequence[str]) -> None:

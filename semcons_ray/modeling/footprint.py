@@ -130,7 +130,7 @@ def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -
     Raises:
         ModelError: The folder holds no safetensors weights.
     """
-    weights = sum(map(prod, _read_all_shapes(folder).values())) * _BYTES[dtype]
+    weights = _weight_bytes(_read_all_shapes(folder), _BYTES[dtype], "none")
     if device == "cpu":
         return ENGINE_PROCESS_BYTES + weights + cache_bytes, 0
     return ENGINE_PROCESS_BYTES, weights + cache_bytes + ENGINE_DEVICE_BYTES

@@ -34,6 +34,7 @@ from semcons_ray.reporting.tables import (
     totals,
     work_by_stage,
 )
+from semcons_ray.run_folder import write_file
 
 
 def write_report(folder: Path) -> Path:
@@ -44,10 +45,8 @@ def write_report(folder: Path) -> Path:
     """
     path = folder / "report.html"
     page = render_report(read_run(folder))
-    beside = path.with_name(f".{path.name}")
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
+        write_file(path, page)
     except OSError as error:
         raise RunFolderError(f"cannot write {path}: {error.strerror}") from error
     return path

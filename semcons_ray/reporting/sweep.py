@@ -25,6 +25,7 @@ from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
 from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds, short_model_name
+from semcons_ray.run_folder import write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
 METRICS = {
@@ -164,9 +165,7 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
             config_yaml=config_yaml,
         )
     )
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_file(path, page)
 
 
 def _front_figure(result: SweepResult, finished: pd.DataFrame, cost: str, members: list[str]) -> Figure:

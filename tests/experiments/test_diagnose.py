@@ -1,13 +1,11 @@
 import math
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-spec = spec_from_file_location("diagnose", Path(__file__).parents[2] / "experiments" / "quality" / "diagnose.py")
-diagnose = module_from_spec(spec)
-spec.loader.exec_module(diagnose)
+from tests.experiments.scripts import load_script
+
+diagnose = load_script("quality", "diagnose.py")
 
 
 def test_the_mixture_averages_probabilities_not_their_logarithms() -> None:
