@@ -192,7 +192,10 @@ class RayFleet:
                         raise error.cause from None
                     replace(worker, str(error.cause))
                 except RayError as error:
+                    late = not worker.has_room and time.monotonic() >= self._deadline(worker)
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
+                    if late:  # one that dies whenever it starts
+                        leave_out(worker)
                 else:
                     if worker.has_room:
                         worker.clients.popleft()
@@ -236,9 +239,11 @@ class RayFleet:
                         arguments = (client_id, round, downlinks[client_id], folder / client_folder(client_id))
                         self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
             except ClientError:
-                if worker in failed:
+                late = time.monotonic() >= worker.since + self._timeout_seconds
+                if worker in failed if worker.has_room else late:
                     raise
-                failed.add(worker)
+                if worker.has_room:  # else nobody's fault: see `_ask`
+                    failed.add(worker)
                 waiting.append(worker)
                 self._replace(worker)
             else:

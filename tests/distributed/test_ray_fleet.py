@@ -1,17 +1,43 @@
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from semcons_ray.distributed import cluster
+from semcons_ray.distributed import cluster, ray_fleet
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
-from semcons_ray.errors import ModelError, QuorumError
+from semcons_ray.errors import ClientError, ModelError, QuorumError
 from tests.distributed.fakes import FakeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+@ray.remote
+class DiesAtStart:
+    """As a worker that Ray starts on a node that is just being lost."""
+
+    def __init__(self) -> None:
+        ray.actor.exit_actor()
+
+    def node(self) -> str:
+        return ""
+
+    def load(self, spec: FakeSpec) -> None: ...
+
+
+@dataclass
+class DyingWorkers:
+    """In the place of `WorkerActor`: the first `times` die when they start."""
+
+    times: int
+    living: Any = ray_fleet.WorkerActor
+
+    def options(self, **options: Any) -> Any:
+        self.times -= 1
+        return (DiesAtStart if self.times >= 0 else self.living).options(**options)  # type: ignore[attr-defined]
+
 
 MakeFleet = Callable[..., RayFleet]
 
@@ -110,3 +136,29 @@ def test_measuring_asks_only_those_named_and_survives_a_death_too(make_fleet: Ma
     fleet = make_fleet((0, 1), (2,), troubles={1: "die"})
     replies = {reply.client_id: reply.uplink for reply in fleet.measure(1, {1: b"adapter ", 2: b"adapter "})}
     assert replies == {1: b"measured adapter 1", 2: b"measured adapter 2"}
+
+
+def test_workers_started_on_a_node_that_is_being_lost_do_not_count_as_tries(
+    make_fleet: MakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet((0, 1))
+    monkeypatch.setattr(ray_fleet, "WorkerActor", DyingWorkers(2))
+    ray.kill(fleet._workers["worker-0"].actor)
+    assert sorted(uplinks(fleet)) == [0, 1]
+    monkeypatch.setattr(ray_fleet, "WorkerActor", DyingWorkers(2))
+    ray.kill(fleet._workers["worker-0"].actor)
+    fleet.export_adapters(3, {0: b"zero", 1: b"one"}, tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "client_001" / "who").read_text() == "1 3 one"
+
+
+def test_a_worker_that_dies_whenever_it_starts_is_left_out_in_time(
+    make_fleet: MakeFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = make_fleet((0,), (1, 2), quorum=0.3)
+    fleet._room_timeout_seconds = fleet._timeout_seconds = 2
+    monkeypatch.setattr(ray_fleet, "WorkerActor", DyingWorkers(10**6))
+    ray.kill(fleet._workers["worker-1"].actor)
+    assert sorted(uplinks(fleet)) == [0]
+    assert sorted(uplinks(fleet, round=2)) == [0]
+    with pytest.raises(ClientError, match="worker-1 did not start"):
+        fleet.export_adapters(3, {0: b"zero", 1: b"one"}, tmp_path / "adapters")

@@ -32,11 +32,14 @@ class ThreeNodes:
     """A head node, where the driver is, and two more that can be lost."""
 
     def __init__(self) -> None:
+        # Ray looks every 3 s, five times, before it takes a node for lost.
+        check = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 5000}
         self.cluster = Cluster()
-        self.add()
+        self.add(_system_config=check)
 
-    def add(self, cpus: int = 1, gpus: int = 0) -> None:
-        self.cluster.add_node(num_cpus=cpus, num_gpus=gpus, object_store_memory=80 << 20, include_dashboard=False)
+    def add(self, cpus: int = 1, gpus: int = 0, **more: Any) -> None:
+        room = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 80 << 20}
+        self.cluster.add_node(**room, include_dashboard=False, **more)
 
     def set(self, cpus: int = 1, gpus: int = 0) -> "ThreeNodes":
         """Two new nodes beside the head, which always has one core."""
