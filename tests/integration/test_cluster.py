@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -35,6 +36,7 @@ class ThreeNodes:
         # Ray looks every 3 s, five times, before it takes a node for lost.
         check = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 5000}
         self.cluster = Cluster()
+        self.halted: list[psutil.Process] = []
         self.add(_system_config=check)
 
     def add(self, cpus: int = 1, gpus: int = 0, **more: Any) -> None:
@@ -50,10 +52,23 @@ class ThreeNodes:
         self.cluster.wait_for_nodes()
         return self
 
+    def halt(self) -> None:
+        """Let the workers stand still on the node that `lose` takes, so that none answers before it is lost."""
+        raylet = next(iter(self.cluster.worker_nodes)).all_processes["raylet"][0].process
+        self.halted = [
+            process
+            for process in psutil.Process(raylet.pid).children(recursive=True)
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::WorkerActor")
+        ]
+        for process in self.halted:
+            process.suspend()
+
     def lose(self, node_id: str | None = None) -> None:
         """kill -9 of a node's raylet, with all that runs on it."""
         node = next(node for node in self.cluster.worker_nodes if node_id in (None, node.node_id))
         self.cluster.remove_node(node, allow_graceful=False)
+        while self.halted:
+            self.halted.pop().kill()
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +102,31 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("semcons_ray.assembly.RayFleet", make)
 
 
+class LosesANode(Silent):
+    """Loses a node after the first reply of a round, with a client's visit under way on it."""
+
+    def __init__(self, nodes: ThreeNodes, round: int) -> None:
+        super().__init__(self.lose)
+        self.nodes = nodes
+        self.round = round
+        self.lost = False
+
+    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
+        if round == self.round:
+            self.nodes.halt()
+            assert self.nodes.halted
+
+    def lose(self, reply: Reply) -> None:
+        if reply.round == self.round and not self.lost:
+            self.lost = True
+            self.nodes.lose()
+
+
 def lose_a_node(config: ExperimentConfig, out: Path, nodes: ThreeNodes, *, round: int) -> str:
-    """Run, and lose a node after the first reply of a round; the placement plan."""
-    lost: list[int] = []
-
-    def lose(reply: Reply) -> None:
-        if reply.round == round and not lost:
-            lost.append(reply.client_id)
-            nodes.lose()
-
-    observer = Silent(lose)
+    """Run, and lose a node in mid-round; the placement plan."""
+    observer = LosesANode(nodes, round)
     run_experiment(config, out, observer)
-    assert lost
+    assert observer.lost
     return observer.plan
 
 
