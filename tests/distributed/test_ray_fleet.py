@@ -14,6 +14,7 @@ from tests.distributed.fakes import FakeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+
 @ray.remote
 class DiesAtStart:
     """As a worker that Ray starts on a node that is just being lost."""
