@@ -192,9 +192,8 @@ class RayFleet:
                         raise error.cause from None
                     replace(worker, str(error.cause))
                 except RayError as error:
-                    late = not worker.has_room and time.monotonic() >= self._deadline(worker)
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
-                    if late:  # one that dies whenever it starts
+                    if worker.clients and time.monotonic() >= self._deadline(worker):  # it dies whenever it starts
                         leave_out(worker)
                 else:
                     if worker.has_room:
@@ -239,11 +238,13 @@ class RayFleet:
                         arguments = (client_id, round, downlinks[client_id], folder / client_folder(client_id))
                         self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
             except ClientError:
-                late = time.monotonic() >= worker.since + self._timeout_seconds
-                if worker in failed if worker.has_room else late:
-                    raise
-                if worker.has_room:  # else nobody's fault: see `_ask`
+                if worker.has_room:
+                    given_up = worker in failed
                     failed.add(worker)
+                else:  # nobody's fault: see `_ask`
+                    given_up = time.monotonic() >= worker.since + self._timeout_seconds
+                if given_up:
+                    raise
                 waiting.append(worker)
                 self._replace(worker)
             else:

@@ -58,7 +58,7 @@ class ThreeNodes:
         self.halted = [
             process
             for process in psutil.Process(raylet.pid).children(recursive=True)
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::WorkerActor")
+            if "".join(process.cmdline()).startswith("ray::WorkerActor")
         ]
         for process in self.halted:
             process.suspend()
