@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
@@ -43,8 +43,6 @@ Adjust = Callable[[Parameters], None]
 IGNORED = -100
 LENGTH_WINDOW = 8
 """Batches whose examples are sorted by length together: less padding, and batches still random."""
-FIRST_TOKENS = 8
-"""Tokens that every answer gets before those that have not ended go on by themselves."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +138,6 @@ class LanguageModel:
     def writes(self) -> bool:
         """Whether this process is the one that writes what a client leaves on disk."""
         return True
-
-    @property
-    def in_step(self) -> bool:
-        """Whether other processes must run the model whenever this one does."""
-        return False
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -252,34 +245,21 @@ class LanguageModel:
     ) -> tuple[list[str], int]:
         """Answer `prompts`, sorted by length and batched; returns the answers in order, and tokens generated.
 
-        A batch generates until its longest answer ends. So that a few long ones don't keep the others waiting, all
-        answers get a few tokens first, and what has not ended then goes on in batches of its own, twice as far each
-        time; what it has so far is read again, which is quick beside generating.
+        Every prompt has random numbers of its own, so what it is batched with changes no draw.
         """
         self.load_adapter(adapter)
         prompt_ids = self._all_prompt_ids(prompts)
-        written: list[list[int]] = [[] for _ in prompts]
+        draws = generator.random((len(prompts), generation.max_new_tokens))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
+        written: dict[int, list[int]] = {}
+        with self._beside(frozen):
+            for start in range(0, len(order), generation.batch_size):
+                batch = order[start : start + generation.batch_size]
+                rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
+                written |= zip(batch, rows, strict=True)
         ends = self._eos_ids()
-        tokens, length, unfinished = 0, 0, list(range(len(prompts)))
-        with self._seeded(generator), self._beside(frozen):
-            while unfinished and length < generation.max_new_tokens:
-                steps = min(max(FIRST_TOKENS, length), generation.max_new_tokens - length)
-                length += steps
-                unfinished.sort(key=lambda i: (len(prompt_ids[i]), i))
-                batches = [
-                    unfinished[start : start + generation.batch_size]
-                    for start in range(0, len(unfinished), generation.batch_size)
-                ]
-                unfinished = []
-                for batch in batches:
-                    rows = self._continued([prompt_ids[i] + written[i] for i in batch], steps, generation.temperature)
-                    for i, row in zip(batch, rows, strict=True):
-                        end = next((place for place, token in enumerate(row) if token in ends), None)
-                        written[i] += row[:end]
-                        tokens += len(row) if end is None else end + 1
-                        if end is None:
-                            unfinished.append(i)
-        return self.decode(written), tokens
+        answers = [[token for token in written[i] if token not in ends] for i in range(len(prompts))]
+        return self.decode(answers), sum(map(len, written.values()))
 
     def engine_request(
         self, adapter: Adapter, prompts: Sequence[str], generation: GenerationSettings, generator: np.random.Generator
@@ -301,23 +281,37 @@ class LanguageModel:
         """Answers as texts."""
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
-    def _continued(self, texts: Sequence[list[int]], steps: int, temperature: float) -> list[list[int]]:
-        """The next `steps` tokens of each text; fewer if all have ended, and anything after an end."""
+    def _written(
+        self, texts: Sequence[list[int]], generation: GenerationSettings, draws: NDArray[np.float64]
+    ) -> list[list[int]]:
+        """The tokens that follow each text, up to and with its end; `draws` (B, max_new_tokens) in [0, 1) decide them.
+
+        A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
+        """
         ids, mask, _, _ = self._collate([(text, 0) for text in texts], [1.0] * len(texts), pad_left=True)
-        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-        settings = GenerationConfig(
-            max_new_tokens=steps,
-            do_sample=temperature > 0,
-            **sampling,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self._eos_ids(),
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=self.in_step
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache, ends = DynamicCache(config=self.model.config), self._eos_ids()
+        rows: list[list[int]] = [[] for _ in texts]
+        going = [*range(len(texts))]
+        for step in range(generation.max_new_tokens):
+            self._scored = torch.zeros_like(ids, dtype=torch.bool)
+            self._scored[:, -1] = True
+            output = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
-        rows: list[list[int]] = output[:, ids.shape[1] :].tolist()
+            tokens = _chosen(output.logits[0].float(), generation.temperature, draws[:, step])
+            for row, token in zip(going, tokens.tolist(), strict=False):
+                rows[row].append(token)
+            left = [place for place, row in enumerate(going) if rows[row][-1] not in ends]
+            going = [going[place] for place in left]
+            if not self._goes_on(bool(going)):
+                break
+            left = left or [0]  # a stand-in, for ranks that go on in step with others
+            if len(left) < len(mask):
+                cache.batch_select_indices(torch.tensor(left, device=self.device))
+                tokens, mask, positions, draws = tokens[left], mask[left], positions[left], draws[left]
+            ids, positions = tokens[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         return rows
 
     @torch.no_grad()
@@ -354,6 +348,10 @@ class LanguageModel:
     def _reduced(self, total: Tensor, masters: Parameters) -> float:
         """The sum of a total over all processes; gradients of `masters` are summed in place."""
         return total.item()
+
+    def _goes_on(self, unfinished: bool) -> bool:
+        """Whether a batch of answers needs another token, here or elsewhere."""
+        return unfinished
 
     # Tokens -----------------------------------------------------------------------------------------------------
 
@@ -410,13 +408,9 @@ class LanguageModel:
         return torch.cat(losses), is_label.nonzero()[:, 0]
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Hook before the output embedding: compute logits of the positions that are scored, (1, N, V), and no others.
-
-        Where nothing is scored, in generation, this makes the input contiguous: for a slice that is not, a matmul
-        copies the whole output embedding once a row.
-        """
+        """Hook before the output embedding: compute logits of the scored positions, (1, N, V), and no others."""
         hidden, scored, self._scored = inputs[0], self._scored, None
-        return (hidden.contiguous() if scored is None else hidden[scored][None],)
+        return (hidden if scored is None else hidden[scored][None],)
 
     def _eos_ids(self) -> list[int]:
         configured = self.model.generation_config.eos_token_id
@@ -443,7 +437,7 @@ class LanguageModel:
 
     @contextmanager
     def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
-        """Torch's global generator, which dropout and sampling draw from, seeded for this call and put back after."""
+        """Torch's global generator, which dropout draws from, seeded for this call and put back after."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(generator.integers(2**62)))
             yield
@@ -489,6 +483,16 @@ def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.ran
             steps += 1
             if steps == training.local_steps:
                 return
+
+
+def _chosen(logits: Tensor, temperature: float, draws: NDArray[np.float64]) -> Tensor:
+    """A token a row of `logits` (B, V): the likeliest, or the one at the quantile that `draws` (B,) says."""
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    # One number a row: torch.multinomial draws one a token of the vocabulary, which takes longer than the softmax.
+    quantiles = torch.softmax(logits / temperature, dim=1).cumsum(dim=1)
+    wanted = torch.from_numpy(draws).to(quantiles)[:, None] * quantiles[:, -1:]
+    return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:

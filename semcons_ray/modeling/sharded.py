@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from semcons_ray.config import ShardingConfig, TrainingConfig
+from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.modeling.language_model import AdamW, Adapter, LanguageModel, Parameters
 
@@ -88,11 +89,6 @@ class ShardedLanguageModel(LanguageModel):
         """Whether this process is the one of its ranks that writes files: the first."""
         return self.rank == 0
 
-    @property
-    def in_step(self) -> bool:
-        """Whether ranks gather weights from each other."""
-        return self._sharding.zero_stage == 3
-
     def held_parameters(self) -> int:
         """Numbers of the base's parameters that this rank holds between calls."""
         parameters = [value for key, value in self.model.named_parameters() if key not in self._parameters]
@@ -150,12 +146,21 @@ class ShardedLanguageModel(LanguageModel):
             grad.copy_(summed.view_as(grad))
         return flat[0].item()
 
-    def _continued(self, texts: Sequence[list[int]], steps: int, temperature: float) -> list[list[int]]:
-        mine, _ = self._share(list(range(len(texts))))
-        rows = super()._continued([texts[i] for i in mine], steps, temperature)
+    def _written(
+        self, texts: Sequence[list[int]], generation: GenerationConfig, draws: NDArray[np.float64]
+    ) -> list[list[int]]:
+        mine, _ = self._share([*range(len(texts))])
+        rows = super()._written([texts[i] for i in mine], generation, draws[mine])
         parts: list[list[list[int]]] = [[] for _ in range(self.num_ranks)]
         dist.all_gather_object(parts, rows)
         return [parts[i % self.num_ranks][i // self.num_ranks] for i in range(len(texts))]
+
+    def _goes_on(self, unfinished: bool) -> bool:
+        if self._sharding.zero_stage == 2:
+            return unfinished
+        anywhere = torch.tensor(int(unfinished), device=self.device)  # ranks gather weights from each other
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
 
     @contextmanager
     def _seeded(self, generator: np.random.Generator) -> Iterator[None]:

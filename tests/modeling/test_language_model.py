@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling import language_model
-from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.language_model import LanguageModel, Pair, _chosen
 from tests.tiny import write_model
 
 PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
@@ -74,26 +74,44 @@ def test_greedy_answers_equal_those_of_plain_transformers_one_by_one(
     assert answers == expected
 
 
-def test_answers_that_end_are_left_alone_and_the_others_go_on(
+def test_an_answer_that_ends_leaves_its_batch_and_the_others_go_on(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = trained(model, local_epochs=150)  # which has learnt to end
     settings = GREEDY.model_copy(update={"max_new_tokens": 16, "batch_size": 3})
     prompts = [pair.prompt for pair in PAIRS]
-    at_once = model.generate(adapter, prompts, settings, rng())
-    batches = []
-    continued = model._continued
+    one_by_one = [model.generate(adapter, [prompt], settings, rng()) for prompt in prompts]
+    rows: list[int] = []
+    forward = model.model.forward
 
-    def spy(texts: list[list[int]], steps: int, temperature: float) -> list[list[int]]:
-        batches.append((len(texts), steps))
-        return continued(texts, steps, temperature)
+    def spy(**inputs: torch.Tensor) -> object:
+        rows.append(len(inputs["input_ids"]))
+        return forward(**inputs)
 
-    monkeypatch.setattr(model, "_continued", spy)
-    monkeypatch.setattr(language_model, "FIRST_TOKENS", 1)
-    assert model.generate(adapter, prompts, settings, rng()) == at_once
-    assert [steps for _, steps in batches] == [1, 1, 2, 4, 8][: len(batches)]
-    assert batches[0][0] == 3
-    assert batches[-1][0] < 3
+    monkeypatch.setattr(model.model, "forward", spy)
+    answers, tokens = model.generate(adapter, prompts, settings, rng())
+    assert answers == [answer for [answer], _ in one_by_one]
+    assert tokens == sum(rows) == sum(count for _, count in one_by_one)
+    assert rows[0] == 3
+    assert rows[-1] < 3
+
+
+def test_a_drawn_answer_does_not_depend_on_what_it_is_batched_with(model: LanguageModel) -> None:
+    prompts = [pair.prompt for pair in PAIRS]
+    settings = [GREEDY.model_copy(update={"temperature": 1.0, "batch_size": size}) for size in (1, 2, 3)]
+    one, two, three = (model.generate(model.fresh_adapter(), prompts, setting, rng()) for setting in settings)
+    assert one == two == three
+    assert len(set(one[0])) == 3
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
+    """Quantiles at equal distances pick each token as often as its probability says, at any temperature."""
+    probabilities = torch.tensor([0.5, 0.0, 0.125, 0.375])
+    draws = np.arange(16) / 16
+    logits = probabilities.log().expand(16, 4)
+    assert torch.bincount(_chosen(logits, 1.0, draws), minlength=4).tolist() == [8, 0, 2, 6]
+    assert torch.bincount(_chosen(2 * logits, 2.0, draws), minlength=4).tolist() == [8, 0, 2, 6]
+    assert _chosen(logits, 0.0, draws).tolist() == [0] * 16
 
 
 def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: LanguageModel, tmp_path: Path) -> None:

@@ -129,10 +129,8 @@ def main() -> None:
                     rates[f"{who} {count}"].append(tokens / seconds)
                 print(f"{repetition} {who} {count}: {tokens} tokens, {tokens / seconds:.1f}/s", flush=True)
             if repetition in (1, 2):
-                model.load_adapter(adapters[0])
                 began = time.perf_counter()
-                tokens = len(prompts) * GREEDY.max_new_tokens
-                model._continued([list(prompt) for prompt in ids], GREEDY.max_new_tokens, 0.0)
+                _, tokens = model.generate(adapters[0], prompts, GREEDY, draw)
                 rates["transformers 1"].append(tokens / (time.perf_counter() - began))
         peak = ours.host_bytes()
         ours.close()
