@@ -4,8 +4,8 @@
 
 From the runs of a comparison, writes labels.csv (a row an arm, seed and round that formed a consensus: ROUGE-L of the
 labels and of all answers against the data's own, how winners are spread, how answers differ, churn) and mixtures.csv
-(a row an arm and seed: mean test NLL of the clients' last adapters, and of their mixture, p(y|x) = mean_k p_k(y|x): the
-distribution that answers of all clients are draws from).
+(a row an arm and seed: mean test NLL of the clients' last adapters; of their mixture, p(y|x) = mean_k p_k(y|x), the
+distribution that answers of all clients are draws from; and of the mean of their adapters, which no client may know).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from semcons_ray.data.split import read_split
 from semcons_ray.evaluation.scores import rouge_l
+from semcons_ray.federation.weights import weighted_mean
 from semcons_ray.modeling.language_model import Adapter, LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.run_folder import RunFolder
@@ -72,7 +73,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
-    """Mean and mixed NLL of the last adapters of one run, whose clients have one model."""
+    """NLL of the last adapters of one run, whose clients have one model and rank: their mean, mixed and averaged."""
     config = RunFolder(run).read_config()
     if config.model.name not in models:
         models[config.model.name] = LanguageModel(
@@ -84,13 +85,11 @@ def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
         )
     model = models[config.model.name]
     pairs = [Pair(example.prompt, example.response) for example in read_split(run / "data.parquet").test]
-    scores = [
-        [model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs]
-        for adapter in map(read_adapter, sorted((run / "adapters").glob("client_*")))
-    ]
-    both = np.array(scores)
+    adapters = [read_adapter(folder) for folder in sorted((run / "adapters").glob("client_*"))]
+    both = np.array([[model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs] for adapter in adapters])
     mean, mixed = mixture(both[:, :, 0], both[0, :, 1])
-    return {"mean_nll": mean, "mixture_nll": mixed}
+    nll, num_tokens, _ = model.negative_log_likelihood(weighted_mean(adapters, [1.0] * len(adapters)), pairs, 32)
+    return {"mean_nll": mean, "mixture_nll": mixed, "averaged_nll": nll / num_tokens}
 
 
 def main() -> None:

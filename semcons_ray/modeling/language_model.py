@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +27,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, get_scheduler
 
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
@@ -199,7 +201,7 @@ class LanguageModel:
         """
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
-        adamw = self._optimizer(list(masters.values()), training, optimizer or {})
+        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(pairs), training))
         examples = [self._encode(pair) for pair in pairs]
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
@@ -337,9 +339,9 @@ class LanguageModel:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
 
     def _optimizer(
-        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]
+        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor], num_steps: int
     ) -> AdamW:
-        return AdamW(masters, training, state)
+        return AdamW(masters, training, state, num_steps)
 
     def _share(self, batch: list[int]) -> tuple[list[int], float]:
         """This process's part of a batch, and whether it counts: 1, or 0 for a stand-in where there is no part."""
@@ -448,24 +450,44 @@ class LanguageModel:
 
 
 class AdamW:
-    """AdamW with clipped gradients, from a state that it gave earlier on (empty: afresh)."""
+    """AdamW with clipped gradients, from a state that it gave earlier on (empty: afresh).
 
-    def __init__(self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]) -> None:
+    The learning rate is constant or falls to zero over `num_steps`, all that one call of `fine_tune` takes.
+    """
+
+    def __init__(
+        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor], num_steps: int
+    ) -> None:
         self._masters = masters
         self._max_grad_norm = training.max_grad_norm
         self._adamw = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay)
         if state:
             groups = self._adamw.state_dict()["param_groups"]
             self._adamw.load_state_dict({"state": _unflatten(state), "param_groups": groups})
+        self._schedule = schedule(self._adamw, training, num_steps)
 
     def step(self) -> None:
         """Clip the gradients and take a step."""
         torch.nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
         self._adamw.step()
+        self._schedule.step()
 
     def state(self) -> dict[str, Tensor]:
         """State by index of the master and name, on the CPU."""
         return _flatten(self._adamw.state_dict()["state"])
+
+
+def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int) -> LRScheduler:
+    """The learning rate of each step, as transformers has it under this name."""
+    made: LRScheduler = get_scheduler(
+        training.lr_scheduler_type, adamw, num_warmup_steps=0, num_training_steps=num_steps
+    )
+    return made
+
+
+def _num_steps(num_examples: int, training: TrainingConfig) -> int:
+    """How many batches `_batches` gives."""
+    return training.local_steps or training.local_epochs * math.ceil(num_examples / training.batch_size)
 
 
 def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:

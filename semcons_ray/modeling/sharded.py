@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
-from semcons_ray.modeling.language_model import AdamW, Adapter, LanguageModel, Parameters
+from semcons_ray.modeling.language_model import AdamW, Adapter, LanguageModel, Parameters, schedule
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 
@@ -126,11 +126,11 @@ class ShardedLanguageModel(LanguageModel):
         return self._engine.module
 
     def _optimizer(
-        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor]
+        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor], num_steps: int
     ) -> AdamW:
         if self._sharding.zero_stage == 2:
-            return ZeroAdamW(self._deepspeed, masters, training, cpu_offload=self._sharding.cpu_offload)
-        return super()._optimizer(masters, training, state)
+            return ZeroAdamW(self._deepspeed, masters, training, num_steps, cpu_offload=self._sharding.cpu_offload)
+        return super()._optimizer(masters, training, state, num_steps)
 
     def _share(self, batch: list[int]) -> tuple[list[int], float]:
         mine = batch[self.rank :: self.num_ranks]
@@ -174,7 +174,13 @@ class ZeroAdamW(AdamW):
     """`AdamW` whose gradients and state DeepSpeed's ZeRO-2 divides among the ranks; it sums gradients as well."""
 
     def __init__(
-        self, deepspeed: Any, masters: list[torch.nn.Parameter], training: TrainingConfig, *, cpu_offload: bool
+        self,
+        deepspeed: Any,
+        masters: list[torch.nn.Parameter],
+        training: TrainingConfig,
+        num_steps: int,
+        *,
+        cpu_offload: bool,
     ) -> None:
         self._masters = masters
         settings = {
@@ -187,6 +193,7 @@ class ZeroAdamW(AdamW):
         if cpu_offload:
             settings["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         adamw = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self._schedule = schedule(adamw, training, num_steps)
         self._engine, *_ = deepspeed.initialize(model=torch.nn.ParameterList(masters), optimizer=adamw, config=settings)
 
     @torch.enable_grad()
@@ -201,6 +208,7 @@ class ZeroAdamW(AdamW):
             master.grad = None
         self._engine.backward(dist.get_world_size() * torch.stack(products).sum())
         self._engine.step()
+        self._schedule.step()
 
     def state(self) -> dict[str, Tensor]:
         """Not kept: the config refuses `training.keep_optimizer` with ZeRO-2."""

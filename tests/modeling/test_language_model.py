@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling import language_model
-from semcons_ray.modeling.language_model import LanguageModel, Pair, _chosen
+from semcons_ray.modeling.language_model import AdamW, LanguageModel, Pair, _chosen
 from tests.tiny import write_model
 
 PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
@@ -122,6 +122,25 @@ def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: 
     model.fine_tune(adapter, PAIRS, one_step, rng())
     moved = torch.cat([(adapter[key] - before[key]).flatten() for key in adapter if "lora_B" in key]).abs()
     assert float(moved.median()) == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(("scheduler", "moved"), [("constant", 4.0), ("linear", 1 + 3 / 4 + 2 / 4 + 1 / 4)])
+def test_a_weight_of_constant_gradient_moves_by_the_learning_rate_of_each_step(scheduler: str, moved: float) -> None:
+    """Adam divides a gradient by its own size, so its steps are as long as the learning rate says."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    training = TrainingConfig.model_validate({"learning_rate": 1e-2, "lr_scheduler_type": scheduler})
+    adamw = AdamW([weight], training, {}, num_steps=4)
+    for _ in range(4):
+        weight.grad = torch.ones(1)
+        adamw.step()
+    assert weight.item() == pytest.approx(-1e-2 * moved, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [{"local_epochs": 3}, {"local_steps": 2}, {"local_steps": 9}])
+def test_the_learning_rate_falls_over_as_many_steps_as_there_are(budget: dict[str, int]) -> None:
+    training = TrainingConfig.model_validate({"batch_size": 2, **budget})
+    batches = [*language_model._batches([3, 1, 2, 5, 4], training, rng())]
+    assert len(batches) == language_model._num_steps(5, training)
 
 
 def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:
