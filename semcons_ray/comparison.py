@@ -32,8 +32,8 @@ from semcons_ray.run_folder import MetricsRow, write_file
 
 
 def _averaging(name: str, **settings: Any) -> dict[str, Any]:
-    # An average over clients takes the place of one along a client's path, and of a falling learning rate.
-    return {"algorithm": {"name": name, **settings}, "training": {"lr_scheduler_type": "constant", "ema_decay": 0.0}}
+    # An average over clients takes the place of one along a client's path.
+    return {"algorithm": {"name": name, **settings}, "training": {"ema_decay": 0.0}}
 
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {

@@ -142,9 +142,9 @@ class ClientsConfig(Settings):
 class TrainingConfig(Settings):
     """A client's fine-tuning in one round."""
 
-    learning_rate: float = Field(2e-3, gt=0, description="Of AdamW; where it falls, the first.")
+    learning_rate: float = Field(5e-4, gt=0, description="Of AdamW; where it falls, the first.")
     lr_scheduler_type: Literal["constant", "linear"] = Field(
-        "linear", description="linear: the learning rate falls to 0 over the steps of a round, in each round anew."
+        "constant", description="linear: the learning rate falls to 0 over the steps of a round, in each round anew."
     )
     ema_decay: float = Field(
         0.5,

@@ -31,7 +31,14 @@ def rng(seed: int) -> np.random.Generator:
 
 def measure(model: LanguageModel, case: str, out: Path) -> dict[str, Any]:
     """Train, score, answer and export; the same for a whole model and for a rank."""
-    training = TrainingConfig(learning_rate=5e-3, batch_size=4, local_steps=STEPS, weight_decay=0.01, max_grad_norm=0.5)
+    training = TrainingConfig(
+        learning_rate=5e-3,
+        lr_scheduler_type="linear",
+        batch_size=4,
+        local_steps=STEPS,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+    )
     adapter, extras = model.fresh_adapter(), {}
     optimizer: dict[str, torch.Tensor] = {}
     if "algorithms" in case:
