@@ -165,7 +165,7 @@ class ShardedLanguageModel(LanguageModel):
     @contextmanager
     def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
         with super()._seeded(generator):
-            # Drawn alike, the parts of a batch would get the same answers and dropout masks.
+            # Drawn alike, the parts of a batch would get the same dropout masks.
             torch.manual_seed(torch.initial_seed() + self.rank)
             yield
 
