@@ -188,6 +188,12 @@ class AlgorithmConfig(Settings):
     trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
     num_byzantine: int = Field(1, ge=0, description="Bad clients that multi_krum tolerates.")
     pseudo_label_weight: float = Field(1.0, ge=0, description="Loss weight of a pseudo-label beside a private example.")
+    first_exchange: int = Field(
+        1,
+        ge=1,
+        description="Round from which on clients answer the public prompts, at the latest the last but one; until then "
+        "they train alone.",
+    )
     self_labels: bool = Field(
         False,
         description="For the others: clients also train on their own answers to the public prompts. With local_only "
@@ -198,6 +204,10 @@ class AlgorithmConfig(Settings):
         "float16", description="Type of adapter weights on the wire."
     )
     compression: Literal["none", "zstd"] = Field("zstd", description="Compression of messages.")
+
+    def exchanges_from(self, num_rounds: int) -> int:
+        """`first_exchange`, or an earlier round if need be: labels of the last one would never be learnt."""
+        return min(self.first_exchange, max(num_rounds - 1, 1))
 
 
 class ServerConfig(Settings):

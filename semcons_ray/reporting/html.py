@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from semcons_ray.config import AlgorithmConfig
 from semcons_ray.errors import RunFolderError
 from semcons_ray.reporting.drawing import client_colours
 from semcons_ray.reporting.figures import draw_figures
@@ -122,12 +123,14 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     if algorithm["name"] != "semantic_consensus":
         weights = f"Adapters are exchanged in {algorithm['weight_dtype']}"
         return sentence + f"{weights}, by the algorithm {algorithm['name']}.{own} Seed {config['seed']}."
+    first = AlgorithmConfig(**algorithm).exchanges_from(config["num_rounds"])
+    begins = f"From round {first} on they" if first > 1 else "They"
     threshold = algorithm["agreement_threshold"]
     abstains = f"and abstains under an agreement of {threshold:g}" if threshold > 0 else "and never abstains"
     rule = algorithm["rule"].replace("_", " ")
     return sentence + (
-        f"They answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule the "
-        f"server keeps one answer to each as a pseudo-label, {abstains}. Seed {config['seed']}."
+        f"{begins} answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule "
+        f"the server keeps one answer to each as a pseudo-label, {abstains}. Seed {config['seed']}."
     )
 
 

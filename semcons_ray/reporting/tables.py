@@ -93,15 +93,15 @@ def read_run(folder: Path) -> Run:
     """
     opened = RunFolder(folder)
     try:
-        config = opened.read_config().model_dump(mode="json")
+        config = opened.read_config()
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
     rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
-    forms_consensus = config["algorithm"]["name"] == "semantic_consensus"
+    forms_consensus = config.algorithm.name == "semantic_consensus"
     answers = [
         read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
         for round in rounds["round"]
-        if forms_consensus and round > 0
+        if forms_consensus and round >= config.algorithm.exchanges_from(config.num_rounds)
     ]
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
     return Run(
@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
         ledger=read_table(folder / "ledger.parquet", columns_of(LedgerRow)),
         consensus=pd.concat(answers, ignore_index=True) if answers else empty,
         data=read_table(folder / "data.parquet", _DATA),
-        config=config,
+        config=config.model_dump(mode="json"),
         environment=_read_json(folder / "environment.json"),
         placement=_read_json(folder / "placement.json"),
     )

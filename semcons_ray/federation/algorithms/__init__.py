@@ -36,14 +36,15 @@ AVERAGING = {"fedavg_lora": FedAvgLora, "scaffold": Scaffold, "ffa_lora": FfaLor
 
 def build_algorithm(settings: AlgorithmConfig, cohort: Cohort, ranks: tuple[int, ...], num_rounds: int) -> Algorithm:
     """The algorithm that `algorithm.name` names, for clients of these LoRA ranks."""
-    averaging = (cohort, ranks, settings.weight_dtype, settings.compression, settings.self_labels)
+    first_exchange = settings.exchanges_from(num_rounds)
+    averaging = (cohort, ranks, settings.weight_dtype, settings.compression, settings.self_labels, first_exchange)
     match settings.name:
         case "semantic_consensus":
-            return SemanticConsensus(cohort, settings.pseudo_label_weight, settings.compression)
+            return SemanticConsensus(cohort, settings.pseudo_label_weight, settings.compression, first_exchange)
         case "local_only":
-            return LocalOnly(cohort, settings.self_labels)
+            return LocalOnly(cohort, settings.self_labels, first_exchange)
         case "centralized":
-            return Centralized(cohort, settings.self_labels)
+            return Centralized(cohort, settings.self_labels, first_exchange)
         case "fedprox":
             return FedProx(*averaging, mu=settings.proximal_mu)
         case "one_shot_fedavg_lora":

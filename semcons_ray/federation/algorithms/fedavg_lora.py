@@ -40,6 +40,7 @@ class FedAvgLora:
         compression: Of messages, "none" or "zstd".
         self_labels: Whether clients also train on their own answers to the public prompts, so as to have seen what the
             clients of a semantic consensus see.
+        first_exchange: Round after which those would first answer; own answers are learnt after it, too.
     """
 
     cohort: Cohort
@@ -47,6 +48,7 @@ class FedAvgLora:
     dtype: str = "float16"
     compression: str = "none"
     self_labels: bool = False
+    first_exchange: int = 1
 
     @property
     def uses_public_prompts(self) -> bool:
@@ -109,7 +111,7 @@ class FedAvgLora:
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """The client's part: start from the average, train, and send the adapter back."""
         self.adopt(client, round, downlink)
-        labels = own_labels(client, round) if self.self_labels else NO_LABELS
+        labels = own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS
         client.fine_tune(round, labels, downlink_bytes=len(downlink), adjust=self.adjust(client))
         return client.upload(round, self.trained(client), self.dtype, self.compression)
 

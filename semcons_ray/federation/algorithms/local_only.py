@@ -21,12 +21,14 @@ class LocalOnly:
 
     Attributes:
         cohort: Who takes part in a round.
-        self_labels: Whether clients also train on their own answers to the public prompts, from round 2 on: the
-            control that shows what a consensus of one is worth.
+        self_labels: Whether clients also train on their own answers to the public prompts: the control that shows what
+            a consensus of one is worth.
+        first_exchange: Round after which others would first exchange answers; their own they learn after it, too.
     """
 
     cohort: Cohort
     self_labels: bool = False
+    first_exchange: int = 1
 
     @property
     def uses_public_prompts(self) -> bool:
@@ -51,13 +53,13 @@ class LocalOnly:
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on private data; send nothing."""
-        client.fine_tune(round, own_labels(client, round) if self.self_labels else NO_LABELS)
+        client.fine_tune(round, own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS)
         return b""
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """A client's model is its own."""
 
 
-def own_labels(client: Client, round: int) -> PseudoLabels:
-    """What a client labels the public prompts with for itself: nothing in round 1, as in a semantic consensus."""
-    return client.label_prompts(round) if round > 1 else NO_LABELS
+def own_labels(client: Client, round: int, first_exchange: int) -> PseudoLabels:
+    """What a client labels the public prompts with for itself: when a semantic consensus would have labels, it does."""
+    return client.label_prompts(round) if round > first_exchange else NO_LABELS

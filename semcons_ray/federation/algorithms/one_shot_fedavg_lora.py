@@ -39,6 +39,6 @@ class OneShotFedAvgLora(FedAvgLora):
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on with the own adapter; send it after the last round."""
-        labels = own_labels(client, round) if self.self_labels else NO_LABELS
+        labels = own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS
         client.fine_tune(round, labels)
         return client.upload(round, client.adapter, self.dtype, self.compression) if round == self.num_rounds else b""

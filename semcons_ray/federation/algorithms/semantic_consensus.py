@@ -20,7 +20,8 @@ What the abstract leaves open, and what we chose:
     averaging     a client goes on with the mean of its adapter before and after a round (`training.ema_decay`): along
                   its own path it loses the noise that averaging over clients takes from FedAvg, and nothing is sent
     order         a client trains and answers in one visit, with no barrier between the two; so the pseudo-labels of
-                  a round are learnt in the next, and before the first exchange training is local
+                  a round are learnt in the next, and before the first exchange (`algorithm.first_exchange`) training is
+                  local
     ties          the lowest client index, so that results do not depend on who answers first
 """
 
@@ -47,11 +48,13 @@ class SemanticConsensus:
         cohort: Who takes part in a round.
         pseudo_label_weight: Weight in the loss of a pseudo-label beside a private example.
         compression: Of messages, "none" or "zstd".
+        first_exchange: Round after which clients first answer.
     """
 
     cohort: Cohort
     pseudo_label_weight: float = 1.0
     compression: str = "none"
+    first_exchange: int = 1
 
     uses_public_prompts: ClassVar[bool] = True
 
@@ -79,9 +82,13 @@ class SemanticConsensus:
             QuorumError: Too few clients answered.
         """
         participants = self.cohort.sample(round)
+        downlinks = self.downlinks(round, state, participants)
+        if round < self.first_exchange:
+            apart = tuple(sorted(fleet.visit(round, downlinks, evaluate=evaluate), key=lambda reply: reply.client_id))
+            return RoundOutcome(replies=apart, next_state=state, evaluations=own_evaluations(apart))
         server.begin(round, participants)
         replies = []
-        for reply in fleet.visit(round, self.downlinks(round, state, participants), evaluate=evaluate):
+        for reply in fleet.visit(round, downlinks, evaluate=evaluate):
             server.collect(reply.uplink)
             replies.append(reply)
         verdict = server.conclude()
@@ -93,10 +100,13 @@ class SemanticConsensus:
         )
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
-        """The client's part: learn private data and the last pseudo-labels, then answer the public prompts."""
+        """The client's part: learn private data and the last pseudo-labels, then answer the public prompts.
+
+        Before the first exchange there are no labels, and no answers.
+        """
         labels = PseudoLabels.decode(downlink)
         client.fine_tune(round, labels, weight=self.pseudo_label_weight, downlink_bytes=len(downlink))
-        return client.answer(round, self.compression)
+        return client.answer(round, self.compression) if round >= self.first_exchange else b""
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """A client's model is its own."""
