@@ -178,6 +178,7 @@ RANGES = {
     "algorithm.trim": (0.49, 0.5),
     "algorithm.num_byzantine": (0, -1),
     "algorithm.pseudo_label_weight": (0, -1),
+    "algorithm.first_exchange": (1, 0),
     "server.embedding_batch_size": (1, 0),
     "evaluation.every": (1, 0),
     "evaluation.num_answers": (0, -1),

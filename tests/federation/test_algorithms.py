@@ -100,6 +100,22 @@ def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
     assert PseudoLabels.decode(outcome.next_state) == LABELS
 
 
+def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -> None:
+    client, fleet, server = Notes(), Backwards(), Notes()
+    algorithm = SemanticConsensus(COHORT, first_exchange=2)
+    state = algorithm.first_state()
+    assert algorithm.visit(client, 1, state) == b""  # type: ignore[arg-type]
+    assert [note[0] for note in client.taken] == ["fine_tune"]
+    assert algorithm.visit(client, 2, state) == b"answers"  # type: ignore[arg-type]
+    outcome = algorithm.run_round(1, state, fleet, server, evaluate=True)  # type: ignore[arg-type]
+    assert fleet.asked == (1, dict.fromkeys(range(3), state), True)
+    assert server.taken == []
+    assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
+    assert (outcome.next_state, outcome.verdict) == (state, None)
+    algorithm.run_round(2, state, fleet, server, evaluate=True)  # type: ignore[arg-type]
+    assert server.taken[-1] == "conclude"
+
+
 def test_the_first_round_has_no_labels() -> None:
     assert PseudoLabels.decode(SemanticConsensus(COHORT).first_state()).prompt_ids == ()
 
@@ -115,18 +131,25 @@ def test_local_only_sends_nothing_either_way() -> None:
     assert outcome.next_state == b""
 
 
+@pytest.mark.parametrize(("num_rounds", "exchanges_from"), [(1, 1), (2, 1), (3, 2), (4, 3), (9, 3)])
+def test_labels_of_the_first_exchange_have_a_round_to_be_learnt_in(num_rounds: int, exchanges_from: int) -> None:
+    built = build_algorithm(AlgorithmConfig(first_exchange=3), COHORT, (4, 4, 4), num_rounds)
+    assert built == SemanticConsensus(COHORT, 1.0, "zstd", first_exchange=exchanges_from)
+
+
 def test_algorithms_are_built_by_name() -> None:
-    settings = {"pseudo_label_weight": 0.25, "compression": "none", "proximal_mu": 0.5, "self_labels": True}
+    settings = {"pseudo_label_weight": 0.25, "compression": "none", "proximal_mu": 0.5, "self_labels": True,
+                "first_exchange": 3}  # fmt: skip
     ranks = (4, 4, 4)
     built = {
         name: build_algorithm(AlgorithmConfig.model_validate({**settings, "name": name}), COHORT, ranks, 7)
         for name in get_args(AlgorithmName)
     }
-    averaging = (COHORT, ranks, "float16", "none", True)
+    averaging = (COHORT, ranks, "float16", "none", True, 3)
     assert built == {
-        "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none"),
-        "local_only": LocalOnly(COHORT, self_labels=True),
-        "centralized": Centralized(COHORT, self_labels=True),
+        "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none", 3),
+        "local_only": LocalOnly(COHORT, self_labels=True, first_exchange=3),
+        "centralized": Centralized(COHORT, self_labels=True, first_exchange=3),
         "fedavg_lora": FedAvgLora(*averaging),
         "one_shot_fedavg_lora": OneShotFedAvgLora(*averaging, num_rounds=7),
         "fedprox": FedProx(*averaging, mu=0.5),

@@ -125,17 +125,20 @@ def test_a_fedavg_round_from_message_to_message() -> None:
     assert clients[0].notes[1] == (2, NO_LABELS, len(downlink))
 
 
-def test_self_labels_are_learnt_from_the_second_round_on() -> None:
+@pytest.mark.parametrize(("first_exchange", "learnt"), [(1, [NO_LABELS, OWN, OWN]), (2, [NO_LABELS, NO_LABELS, OWN])])
+def test_self_labels_are_learnt_when_those_of_others_would_be(
+    first_exchange: int, learnt: Sequence[PseudoLabels]
+) -> None:
     for algorithm in (
-        FedAvgLora(TWO, EQUAL, self_labels=True),
-        LocalOnly(TWO, self_labels=True),
-        OneShotFedAvgLora(TWO, EQUAL, self_labels=True, num_rounds=3),
+        FedAvgLora(TWO, EQUAL, self_labels=True, first_exchange=first_exchange),
+        LocalOnly(TWO, self_labels=True, first_exchange=first_exchange),
+        OneShotFedAvgLora(TWO, EQUAL, self_labels=True, first_exchange=first_exchange, num_rounds=4),
     ):
         client = FakeClient()
         assert algorithm.uses_public_prompts
-        for round in (1, 2):
+        for round in (1, 2, 3):
             algorithm.visit(client, round, b"")  # type: ignore[arg-type]
-        assert [labels for _, labels, _ in client.notes] == [NO_LABELS, OWN]
+        assert [labels for _, labels, _ in client.notes] == learnt
     assert not FedAvgLora(TWO, EQUAL).uses_public_prompts
     assert not LocalOnly(TWO).uses_public_prompts
 

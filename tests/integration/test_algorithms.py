@@ -11,6 +11,8 @@ from semcons_ray.config import AlgorithmName, ExperimentConfig
 from semcons_ray.data.split import read_split
 from semcons_ray.experiment import run_experiment
 from semcons_ray.modeling.language_model import Pair
+from semcons_ray.reporting.html import describe_setting, write_report
+from semcons_ray.reporting.tables import read_run
 from tests.invariants.runs import Silent
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,29 @@ def plain_nll(config: ExperimentConfig, out: Path) -> float:
         losses = torch.nn.functional.cross_entropy(logits[prompt - 1 : -1], torch.tensor(ids[prompt:]), reduction="sum")
         total, count = total + float(losses), count + len(ids) - prompt
     return total / count
+
+
+def test_before_the_first_exchange_it_is_local_training_and_then_labels_are_learnt(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_experiment(tiny_config(num_rounds=3, algorithm={"first_exchange": 2}), tmp_path / "late", Silent())
+    run_experiment(tiny_config(num_rounds=3, algorithm={"name": "local_only"}), tmp_path / "alone", Silent())
+    late, alone = (
+        pd.read_parquet(tmp_path / name / "metrics.parquet").set_index(["round", "client_id"])
+        for name in ("late", "alone")
+    )
+    assert late.loc[:2, "nll"].equals(alone.loc[:2, "nll"])
+    assert (late.loc[3, "nll"] != alone.loc[3, "nll"]).all()
+    assert late["num_pseudo_labels"].groupby("round").max().tolist() == [0, 0, 0, 6]
+    answered = sorted(path.name for path in (tmp_path / "late" / "consensus").iterdir())
+    assert answered == ["round_002.parquet", "round_003.parquet"]
+    uplink = pd.read_parquet(tmp_path / "late" / "ledger.parquet").groupby("round")["uplink_bytes"].sum()
+    assert uplink[1] == 0 < uplink[2]
+    run = read_run(tmp_path / "late")
+    assert sorted(set(run.consensus["round"])) == [2, 3]
+    assert "From round 2 on they answer 6 public prompts" in describe_setting(run.config)
+    write_report(tmp_path / "late")
+    assert (tmp_path / "late" / "report.html").stat().st_size > 0
 
 
 def test_bytes_are_those_of_the_messages(tiny_config: MakeConfig, tmp_path: Path) -> None:
