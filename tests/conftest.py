@@ -18,6 +18,7 @@ settings.load_profile("shared machine")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests between processes by file, and have one of them start with all that need a Ray cluster."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
