@@ -14,7 +14,7 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.ready-dev ## Set up, and run the tests
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/pytest
 
 check: $(VENV)/.ready-dev ## Style, types and layers
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,5 @@
 """Shared fixtures: one tiny model of each architecture a session, and a config that uses them."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,6 @@ from tests.tiny import write_data, write_model
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
-
-# Ray's workers give way to all else by default; beside tests of the other process they would stand still.
-os.environ.setdefault("RAY_worker_niceness", "0")
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the tests between processes by file, and have one of them start with all that need a Ray cluster."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
