@@ -47,9 +47,8 @@ class LocalOnly:
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
         """Let every participant train; see SemanticConsensus.run_round."""
-        visits = fleet.visit(round, self.downlinks(round, state, self.cohort.sample(round)), evaluate=evaluate)
-        replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
-        return RoundOutcome(replies=replies, next_state=b"", evaluations=own_evaluations(replies))
+        downlinks = self.downlinks(round, state, self.cohort.sample(round))
+        return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on private data; send nothing."""
@@ -58,6 +57,14 @@ class LocalOnly:
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """A client's model is its own."""
+
+
+def train_apart(
+    round: int, state: bytes, downlinks: Mapping[int, bytes], fleet: Visitor, *, evaluate: bool
+) -> RoundOutcome:
+    """A round in which nothing is exchanged, so that the server's state stays as it is."""
+    replies = tuple(sorted(fleet.visit(round, downlinks, evaluate=evaluate), key=lambda reply: reply.client_id))
+    return RoundOutcome(replies=replies, next_state=state, evaluations=own_evaluations(replies))
 
 
 def own_labels(client: Client, round: int, first_exchange: int) -> PseudoLabels:

@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from semcons_ray.federation.algorithms.local_only import train_apart
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
@@ -84,8 +85,7 @@ class SemanticConsensus:
         participants = self.cohort.sample(round)
         downlinks = self.downlinks(round, state, participants)
         if round < self.first_exchange:
-            apart = tuple(sorted(fleet.visit(round, downlinks, evaluate=evaluate), key=lambda reply: reply.client_id))
-            return RoundOutcome(replies=apart, next_state=state, evaluations=own_evaluations(apart))
+            return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
         server.begin(round, participants)
         replies = []
         for reply in fleet.visit(round, downlinks, evaluate=evaluate):
