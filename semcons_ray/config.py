@@ -1,7 +1,7 @@
 """The settings of an experiment: frozen pydantic models, one a noun.
 
 A YAML file holds only what differs from the defaults below; unknown keys are refused. Every default is what
-`semcons run` without a file uses. Units are in the names. Only `experiment.py` sees a whole `ExperimentConfig`;
+`semcons run` without a file uses. Units are in the names. Only runs/ sees a whole `ExperimentConfig`;
 everything below it takes plain parameters.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from semcons_ray.errors import ConfigError
@@ -70,6 +70,10 @@ class Settings(BaseModel):
             for key, value in values.items()
             if value is not None or key not in fields or not isinstance(fields[key].default, Settings)
         }
+
+
+Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Settings that are checked later, laid over others; a section of which only the name is kept is empty."""
 
 
 class DataConfig(Settings):
@@ -366,20 +370,27 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> E
     Raises:
         ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read config {path}: {_reason(error)}") from error
-        try:
-            loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} holds a {type(loaded).__name__}, not settings (key: value)")
-        values = loaded or {}
+    values = read_yaml(path) if path else {}
     return validate_config(merge_settings(values, overrides or {}), where=str(path) if path else "command line")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file of settings holds; nothing for an empty one.
+
+    Raises:
+        ConfigError: It is missing, not YAML, or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {_reason(error)}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not settings (key: value)")
+    return values or {}
 
 
 def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:

@@ -25,15 +25,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from semcons_ray.commands.progress import Progress
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig, validate_config
 from semcons_ray.consensus import form_consensus
 from semcons_ray.data.sources import load_examples
-from semcons_ray.experiment import run_experiment
 from semcons_ray.metering.energy import NvmlMeter, estimate_watts
 from semcons_ray.metering.environment import cpu_model, describe_environment, list_gpus
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
-from semcons_ray.progress import Progress
+from semcons_ray.runs.experiment import run_experiment
 
 HERE = Path(__file__).parent
 MODEL = "packaged:smollm2-135m-instruct"

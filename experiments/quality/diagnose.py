@@ -24,7 +24,7 @@ from semcons_ray.evaluation.scores import rouge_l
 from semcons_ray.federation.weights import weighted_mean
 from semcons_ray.modeling.language_model import Adapter, LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
-from semcons_ray.run_folder import RunFolder
+from semcons_ray.runs.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 

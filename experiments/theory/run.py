@@ -24,7 +24,7 @@ from torch import Tensor
 
 from semcons_ray.reporting.drawing import BLUE, INK, ORANGE, SKY, log_axis, place_legend, round_axis, save
 from semcons_ray.reporting.tables import Run, read_run
-from semcons_ray.run_folder import RunFolder
+from semcons_ray.runs.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 EMBEDDING_MODEL = "packaged:all-minilm-l6-v2"

@@ -46,7 +46,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Algorithm(Protocol):
-    """What `experiment.py` runs round by round; see semantic_consensus.py for the one to read first."""
+    """What `runs.experiment` runs round by round; see semantic_consensus.py for the one to read first."""
 
     @property
     def uses_public_prompts(self) -> bool:

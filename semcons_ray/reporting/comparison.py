@@ -25,7 +25,7 @@ from semcons_ray.reporting.tables import (
     metric_by_round,
     read_table,
 )
-from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder
 
 NOT_COUNTED = ("evaluate", "idle")
 KEYS = ["arm", "seed"]

@@ -35,7 +35,7 @@ from semcons_ray.reporting.tables import (
     totals,
     work_by_stage,
 )
-from semcons_ray.run_folder import write_file
+from semcons_ray.runs.run_folder import write_file
 
 
 def write_report(folder: Path) -> Path:

@@ -25,7 +25,7 @@ from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
 from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds, short_model_name
-from semcons_ray.run_folder import write_file
+from semcons_ray.runs.run_folder import write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
 METRICS = {

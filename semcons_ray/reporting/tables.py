@@ -22,7 +22,7 @@ from rich.text import Text
 
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder
 
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
 METRICS = ("nll", "rouge_l", "similarity")

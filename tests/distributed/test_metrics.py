@@ -13,8 +13,8 @@ import ray
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.metrics import METRICS
-from semcons_ray.experiment import run_experiment
-from semcons_ray.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.experiment import run_experiment
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 from tests.invariants.runs import Silent
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "semcons.json"

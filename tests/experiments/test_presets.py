@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from semcons_ray.comparison import load_comparison, plan_runs
+from semcons_ray.studies.comparison import load_comparison, plan_runs
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PRESETS = sorted([*EXPERIMENTS.glob("ablations/*.yaml"), *EXPERIMENTS.glob("quality/*.yaml")])

@@ -9,10 +9,10 @@ import pytest
 
 from semcons_ray.config import AlgorithmName, ExperimentConfig
 from semcons_ray.data.split import read_split
-from semcons_ray.experiment import run_experiment
 from semcons_ray.modeling.language_model import Pair
 from semcons_ray.reporting.html import describe_setting, write_report
 from semcons_ray.reporting.tables import read_run
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent
 
 pytestmark = pytest.mark.slow

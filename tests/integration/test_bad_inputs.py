@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from semcons_ray.cli import main
+from semcons_ray.commands.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -112,11 +112,11 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "unknown partition": (lambda p: p.run("--data.partition", "odd"), "data.partition"),
     "learning rate of nothing": (lambda p: p.run("--training.learning_rate", ".nan"), "training.learning_rate"),
     "more answers than tests": (lambda p: p.run("--evaluation.num_answers", "99"), "evaluation.num_answers"),
-    "missing config": (lambda p: ["run", "/no/such.yaml", *p.out], "cannot read config /no/such.yaml"),
-    "a folder for a config": (lambda p: ["run", str(p.folder), *p.out], "cannot read config"),
+    "missing config": (lambda p: ["run", "/no/such.yaml", *p.out], "cannot read /no/such.yaml"),
+    "a folder for a config": (lambda p: ["run", str(p.folder), *p.out], "cannot read"),
     "broken YAML": (lambda p: p.config("data: [1,"), "not valid YAML"),
     "a list for a config": (lambda p: p.config("- 1"), "holds a list"),
-    "a config in another encoding": (lambda p: p.config("name: é".encode("latin-1")), "cannot read config"),
+    "a config in another encoding": (lambda p: p.config("name: é".encode("latin-1")), "cannot read"),
     # data
     "missing data": (lambda p: p.run("--data.source", "/no/such.jsonl"), "/no/such.jsonl"),
     "broken JSONL line": (lambda p: p.data("bad.jsonl", ROW + '{"prompt": "p"\n'), "bad.jsonl"),

@@ -18,8 +18,8 @@ from semcons_ray.distributed.placement import Demand, Limits, WorkerPlan, plan_w
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.errors import PlacementError
-from semcons_ray.experiment import run_experiment
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.runs.experiment import run_experiment
 from tests.distributed.fakes import FakeSpec
 from tests.distributed.test_ray_server import FakeServerSpec
 from tests.invariants.runs import Silent, assert_same_run
@@ -99,7 +99,7 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         fleet._room_timeout_seconds = 5
         return fleet
 
-    monkeypatch.setattr("semcons_ray.assembly.RayFleet", make)
+    monkeypatch.setattr("semcons_ray.runs.assembly.RayFleet", make)
 
 
 class LosesANode(Silent):

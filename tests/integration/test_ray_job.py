@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from semcons_ray.config import ExperimentConfig, dump_config
-from semcons_ray.experiment import run_experiment
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
@@ -62,7 +62,7 @@ def test_a_submitted_driver_runs_with_the_token_and_is_refused_without(
     wrong = ray_job("list", "--address", address, env={**env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     assert wrong.returncode != 0
     assert "token" in wrong.stderr
-    driver = [sys.executable, "-m", "semcons_ray.cli", "run", str(tmp_path / "config.yaml")]
+    driver = [sys.executable, "-m", "semcons_ray.commands.cli", "run", str(tmp_path / "config.yaml")]
     done = ray_job("submit", "--address", address, "--", *driver, "--out", str(tmp_path / "run"), env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "report:" in done.stdout

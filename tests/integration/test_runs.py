@@ -10,9 +10,9 @@ import yaml
 from peft import AutoPeftModelForCausalLM
 
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.experiment import run_experiment
 from semcons_ray.messages import Answers, PseudoLabels, PublicPrompts
 from semcons_ray.reporting import read_run, render_result, write_report
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]

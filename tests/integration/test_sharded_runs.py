@@ -12,9 +12,9 @@ from peft import PeftModel
 
 from semcons_ray.config import ExperimentConfig, GenerationConfig, LoraConfig, ShardingConfig
 from semcons_ray.data.split import read_split
-from semcons_ray.experiment import resume_experiment, run_experiment
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.deepspeed]

@@ -10,9 +10,9 @@ import pytest
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.errors import ConfigError
-from semcons_ray.experiment import run_experiment
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.modeling import vllm_engine
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent
 from tests.invariants.test_kills import kill_actor
 

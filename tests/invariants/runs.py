@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 
 
 class Silent:

@@ -7,7 +7,7 @@ import pytest
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from semcons_ray.distributed import cluster
-from semcons_ray.experiment import run_experiment
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from semcons_ray.config import ExperimentConfig, dump_config
-from semcons_ray.experiment import run_experiment
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
@@ -91,12 +91,12 @@ def progress(out: Path) -> int:
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "semcons_ray.cli", *arguments]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_finished_run_resumes_to_itself(tiny_config: MakeConfig, undisturbed: Path) -> None:
-    from semcons_ray.experiment import resume_experiment
+    from semcons_ray.runs.experiment import resume_experiment
 
     visits: list[Reply] = []
     before = (undisturbed / "metrics.parquet").read_bytes()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from semcons_ray.cli import main
+from semcons_ray.commands.cli import main
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling import quantization

@@ -18,12 +18,12 @@ import torch
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from semcons_ray.data.split import read_split
-from semcons_ray.experiment import run_experiment
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.weights import pack, unpack
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+from semcons_ray.runs.experiment import run_experiment
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.invariants.runs import Silent

@@ -190,7 +190,7 @@ def slopes(samples: pd.DataFrame, last_round: int) -> list[dict[str, Any]]:
 def run(clients: int, rounds: int, scratch: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     config = write_config(scratch, clients, rounds)
     mark, out = uuid.uuid4().hex, scratch / "run"
-    command = [sys.executable, "-m", "semcons_ray.cli", "run", str(config), "--out", str(out)]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "run", str(config), "--out", str(out)]
     rows: list[dict[str, Any]] = []
     gpu_before, began = gpu_bytes(), time.time()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, MARK: mark}) as process:

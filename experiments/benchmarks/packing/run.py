@@ -20,10 +20,10 @@ import pandas as pd
 import psutil
 
 from semcons_ray.config import validate_config
-from semcons_ray.experiment import run_experiment
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.metering.environment import describe_environment
-from semcons_ray.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.experiment import run_experiment
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 
 HERE = Path(__file__).parent
 GIB = 1 << 30

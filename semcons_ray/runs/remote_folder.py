@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import fsspec
 
 from semcons_ray.errors import RunFolderError
-from semcons_ray.experiment import Observer
+from semcons_ray.runs.experiment import Observer
 from semcons_ray.modeling.packaged import cache_dir
-from semcons_ray.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 
 
 class RemoteFolder:

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import yaml
 
-from semcons_ray.cli import main
-from semcons_ray.search_space import SweepConfig, dump_sweep, load_sweep, trial_name
+from semcons_ray.commands.cli import main
+from semcons_ray.studies.search_space import SweepConfig, dump_sweep, load_sweep, trial_name
 
 MIX = {"a": 1, "b": 1}
 

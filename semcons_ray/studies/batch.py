@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from semcons_ray.config import ExperimentConfig
 from semcons_ray.errors import RunFolderError, SemconsError
 from semcons_ray.metering.energy import detect_meter
 from semcons_ray.metering.environment import usable_cpus
-from semcons_ray.run_folder import RunFolder
+from semcons_ray.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Silent:
 
 def perform(job: Job, observer: Silent | None = None) -> float:
     """Run or resume; returns the seconds that it took."""
-    from semcons_ray.experiment import resume_experiment, run_experiment
+    from semcons_ray.runs.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
     observer = observer or Silent()
@@ -137,3 +138,8 @@ def perform(job: Job, observer: Silent | None = None) -> float:
     else:
         run_experiment(job.config, job.folder, observer)
     return time.monotonic() - began
+
+
+def slug(label: str) -> str:
+    """A folder's name for a label."""
+    return re.sub(r"[^\w.]+", "-", label.casefold()).strip("-.")

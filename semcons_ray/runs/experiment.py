@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
+from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
@@ -28,7 +28,7 @@ from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import apportion
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
-from semcons_ray.run_folder import Commit, MetricsRow, RoundRow, RunFolder
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 
 
 class Observer(Protocol):

@@ -14,15 +14,17 @@ import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from semcons_ray.comparison import Section, read_yaml, slug
 from semcons_ray.config import (
     ExperimentConfig,
+    Section,
     Settings,
     describe_error,
     merge_settings,
+    read_yaml,
     validate_config,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.studies.batch import slug
 
 Metric = Literal["mean_nll", "worst_nll", "rouge_l", "similarity"]
 

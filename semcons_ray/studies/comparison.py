@@ -1,7 +1,7 @@
 """A comparison: arms, which are algorithms with their settings, each run with the same seeds, data, models and budget.
 
     comparison.yaml         what is compared, resolved
-    runs/ARM/seed_N/        a run folder each; see run_folder.py
+    runs/ARM/seed_N/        a run folder each; see runs/run_folder.py
     rounds.csv, summary.csv, stages.csv    see reporting/comparison.py
     table.md, pareto.svg, pareto.png       the summary, to read
     environment.json        versions and machine, of the first run
@@ -12,23 +12,22 @@ The same command goes on with what is not finished; arms and seeds may be added 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from semcons_ray.batch import Job, run_jobs
-from semcons_ray.config import Settings, describe_error, merge_settings, validate_config
+from semcons_ray.config import Section, Settings, describe_error, merge_settings, read_yaml, validate_config
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.run_folder import MetricsRow, write_file
+from semcons_ray.runs.run_folder import MetricsRow, write_file
+from semcons_ray.studies.batch import Job, run_jobs, slug
 
 
 def _averaging(name: str, **settings: Any) -> dict[str, Any]:
@@ -57,9 +56,6 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "reference answers": {"algorithm": {"rule": "reference"}},
 }
 """Algorithms first, then controls: bounds, and other ways to label the public prompts."""
-
-Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-
 
 class ComparisonConfig(Settings):
     """What is compared; only `arms` differ from each other.
@@ -126,21 +122,6 @@ def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) 
         return ComparisonConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file of settings holds.
-
-    Raises:
-        ConfigError: It is missing, not YAML, or holds something else.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not settings (key: value)")
-    return values or {}
 
 
 def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
@@ -238,8 +219,3 @@ def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Pa
     write_file(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
     write_pareto(result.summary, comparison.name, out)
     return result
-
-
-def slug(label: str) -> str:
-    """A folder's name for a label."""
-    return re.sub(r"[^\w.]+", "-", label.casefold()).strip("-.")

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from ray.tune.schedulers import TrialScheduler
 
-from semcons_ray import sweep as module
-from semcons_ray.batch import Silent
-from semcons_ray.cli import main
+from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.experiment import run_experiment
-from semcons_ray.run_folder import RunFolder
-from semcons_ray.search_space import SweepConfig, load_sweep
+from semcons_ray.runs.experiment import run_experiment
+from semcons_ray.runs.run_folder import RunFolder
+from semcons_ray.studies import sweep as module
+from semcons_ray.studies.batch import Silent
+from semcons_ray.studies.search_space import SweepConfig, load_sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.real, pytest.mark.slow]
 
@@ -52,7 +52,7 @@ def finished(out: Path) -> list[Path]:
 def killed(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep that was killed when one trial was finished and another had committed a round."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "semcons_ray.cli", "sweep", str(write(folder, values)), "--out"]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "sweep", str(write(folder, values)), "--out"]
     process = subprocess.Popen([*command, str(folder / "out")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while len(list(folder.glob("out/trials/*/state/round_001.msgpack"))) < 2:

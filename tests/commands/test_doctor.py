@@ -5,8 +5,8 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from semcons_ray import doctor
-from semcons_ray.doctor import (
+from semcons_ray.commands import doctor
+from semcons_ray.commands.doctor import (
     Check,
     check_hardware,
     check_hub,

@@ -13,8 +13,10 @@ import psutil
 import pytest
 import yaml
 
-from semcons_ray.cli import main
-from semcons_ray.comparison import (
+from semcons_ray.commands.cli import main
+from semcons_ray.config import ExperimentConfig, validate_config
+from semcons_ray.runs.run_folder import RunFolder
+from semcons_ray.studies.comparison import (
     DEFAULT_ARMS,
     ComparisonConfig,
     dump_comparison,
@@ -22,8 +24,6 @@ from semcons_ray.comparison import (
     plan_runs,
     run_comparison,
 )
-from semcons_ray.config import ExperimentConfig, validate_config
-from semcons_ray.run_folder import RunFolder
 
 LOCAL_ONLY = {"algorithm": {"name": "local_only"}}
 
@@ -93,7 +93,7 @@ def test_what_is_dumped_is_read_back_and_holds_every_setting(tmp_path: Path) -> 
 
 BAD: dict[str, tuple[Any, str]] = {
     "a list": ("- 1", "holds a list"),
-    "no YAML": ("arms: [1,", "cannot read"),
+    "no YAML": ("arms: [1,", "not valid YAML"),
     "an unknown key": ({"arms": {"a": {}}, "seed": 1}, "unknown setting 'seed'"),
     "an unknown setting of all": ({"experiment": {"num_round": 1}}, "experiment: unknown setting 'num_round'"),
     "an unknown setting of an arm": ({"arms": {"a": {}, "b": {"sed": 1}}}, "arm 'b': unknown setting 'sed'"),
@@ -281,7 +281,7 @@ def test_on_ray_runs_follow_one_another(values: dict[str, Any], tmp_path: Path) 
 @pytest.mark.parametrize("whom", ["group", "parent"])
 def test_an_interrupt_ends_all_processes(whom: str, values: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, {**values, "experiment": {**values["experiment"], "num_rounds": 50}})
-    command = [sys.executable, "-m", "semcons_ray.cli", "compare", str(path), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "compare", str(path), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -308,7 +308,7 @@ def test_an_interrupt_ends_all_processes(whom: str, values: dict[str, Any], tmp_
 @pytest.mark.real
 def test_processes_end_when_their_parent_is_killed(values: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path, {**values, "experiment": {**values["experiment"], "num_rounds": 50}})
-    command = [sys.executable, "-m", "semcons_ray.cli", "compare", str(path), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "compare", str(path), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("out/runs/*/seed_0/state")):

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 
 
 class Progress:

@@ -8,12 +8,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from semcons_ray.cli import main
+from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.errors import RunFolderError
-from semcons_ray.experiment import resume_experiment, run_experiment
+from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.remote_folder import Copying, RemoteFolder
+from semcons_ray.runs.remote_folder import Copying, RemoteFolder
 from tests.invariants.runs import Silent, assert_same_run
 
 MakeConfig = Callable[..., ExperimentConfig]
@@ -21,7 +21,7 @@ MakeConfig = Callable[..., ExperimentConfig]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("semcons_ray.remote_folder.cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr("semcons_ray.runs.remote_folder.cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semcons_ray.cli import main
+from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, load_config
 
 

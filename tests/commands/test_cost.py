@@ -18,7 +18,7 @@ from transformers import (
     Qwen3VLTextConfig,
 )
 
-from semcons_ray.cost import (
+from semcons_ray.commands.cost import (
     ALL_LINEAR,
     DTYPE_BYTES,
     ENCODING_BYTES,

@@ -1,7 +1,7 @@
 """A sweep: trials, which are experiments that differ in a few settings, run and compared by Ray Tune.
 
     sweep.yaml              what is tried, resolved
-    trials/NAME/            a run folder each; see run_folder.py
+    trials/NAME/            a run folder each; see runs/run_folder.py
     trials.csv, trials.parquet    a row a trial
     report.html             Pareto fronts, effects of the keys
     stopped.json            trials that the scheduler stopped early
@@ -34,8 +34,6 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from semcons_ray.assembly import find_models
-from semcons_ray.batch import Job, Silent, perform
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.cluster import connect, passed_on
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
@@ -44,8 +42,10 @@ from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
-from semcons_ray.run_folder import MetricsRow, RoundRow, RunFolder, held, write_file
-from semcons_ray.search_space import Point, SweepConfig, dump_sweep, label, trial_name
+from semcons_ray.runs.assembly import find_models
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, held, write_file
+from semcons_ray.studies.batch import Job, Silent, perform
+from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
 

@@ -23,7 +23,7 @@ from semcons_ray.config import describe_settings, load_config
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
 
 if TYPE_CHECKING:
-    from semcons_ray.experiment import Observer
+    from semcons_ray.runs.experiment import Observer
 
 EXAMPLE = """\
 examples:
@@ -110,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from semcons_ray import cost
+    from semcons_ray.commands import cost
 
     parser = _Parser(
         prog="semcons",
@@ -197,7 +197,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from semcons_ray.doctor import diagnose, exit_code, render
+    from semcons_ray.commands.doctor import diagnose, exit_code, render
 
     checks = diagnose()
     render(checks)
@@ -206,8 +206,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from semcons_ray.experiment import run_experiment
-    from semcons_ray.progress import Progress
+    from semcons_ray.commands.progress import Progress
+    from semcons_ray.runs.experiment import run_experiment
 
     with _run_folder(args.out, new=True) as (folder, observed):
         with Progress() as progress:
@@ -216,8 +216,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from semcons_ray.experiment import resume_experiment
-    from semcons_ray.progress import Progress
+    from semcons_ray.commands.progress import Progress
+    from semcons_ray.runs.experiment import resume_experiment
 
     with _run_folder(args.folder) as (folder, observed):
         with Progress() as progress:
@@ -226,8 +226,8 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from semcons_ray.comparison import load_comparison, run_comparison
     from semcons_ray.reporting.summary import render_summary
+    from semcons_ray.studies.comparison import load_comparison, run_comparison
 
     wanted = load_comparison(args.config, args.overrides)
     done, failed = run_comparison(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
@@ -238,11 +238,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from semcons_ray.search_space import load_sweep
+    from semcons_ray.studies.search_space import load_sweep
 
     wanted = load_sweep(args.config, args.overrides)
     from semcons_ray.reporting.sweep import render_sweep
-    from semcons_ray.sweep import run_sweep
+    from semcons_ray.studies.sweep import run_sweep
 
     result, failed = run_sweep(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
     if result:
@@ -268,7 +268,7 @@ def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, Callab
     if "://" not in place:
         yield Path(place), lambda observer: observer
         return
-    from semcons_ray.remote_folder import Copying, RemoteFolder
+    from semcons_ray.runs.remote_folder import Copying, RemoteFolder
 
     remote = RemoteFolder(place)
     if new:

@@ -1,0 +1,1 @@
+"""The `semcons` command: its words, what each does, and what people see while it works."""
