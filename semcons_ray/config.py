@@ -7,11 +7,13 @@ everything below it takes plain parameters.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
 from semcons_ray.errors import ConfigError
@@ -27,8 +29,10 @@ RuleName = Literal[
     "longest",
     "shortest",
     "reference",
+    "own_answer",
 ]
-"""From random_client on they are controls; `reference` takes the data's own answers instead of a client's."""
+"""From random_client on they are controls: `reference` takes the data's own answers instead of a client's, and with
+`own_answer` nothing is exchanged: each client learns its own answers, which is self-training."""
 
 
 AlgorithmName = Literal[
@@ -47,6 +51,9 @@ AlgorithmName = Literal[
 """Those after centralized average weights."""
 
 Quantization = Literal["none", "8bit", "4bit"]
+
+MOVING_AVERAGE = 0.5
+"""What the adapter of before a round keeps in a client's moving average, where an algorithm has one."""
 
 ANY_MODELS = ("semantic_consensus", "local_only")
 ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
@@ -150,13 +157,6 @@ class TrainingConfig(Settings):
     lr_scheduler_type: Literal["constant", "linear"] = Field(
         "constant", description="linear: the learning rate falls to 0 over the steps of a round, in each round anew."
     )
-    ema_decay: float = Field(
-        0.5,
-        ge=0,
-        lt=1,
-        description="Share that the adapter of before a round, from round 2 on, keeps in the client's moving average, "
-        "which it goes on with; 0: none.",
-    )
     batch_size: int = Field(4, ge=1)
     local_epochs: int = Field(1, ge=1, description="Passes over private data and pseudo-labels in a round.")
     local_steps: int | None = Field(None, ge=1, description="Optimizer steps in a round; replaces local_epochs.")
@@ -185,8 +185,15 @@ class AlgorithmConfig(Settings):
 
     name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or one to compare it with.")
     rule: RuleName = Field("medoid", description="How the server picks one answer a prompt.")
-    agreement_threshold: float = Field(
-        0.0, ge=-1, le=1, description="A prompt whose agreement is lower gives no pseudo-label; FedCT uses 0.8."
+    agreement_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="A prompt whose agreement is lower gives no pseudo-label; FedCT uses 0.8; none: any agreement will "
+        "do.",
+    )
+    min_votes: int = Field(
+        2, ge=1, description="A prompt that fewer clients answered gives no pseudo-label: one alone is no consensus."
     )
     plurality_similarity: float = Field(0.8, ge=-1, le=1, description="Cosine at which two answers are one opinion.")
     trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
@@ -198,10 +205,22 @@ class AlgorithmConfig(Settings):
         description="Round from which on clients answer the public prompts, at the latest the last but one; until then "
         "they train alone.",
     )
+    answer_last_round: bool = Field(
+        False,
+        description="Whether they also answer in the last round, of several, though nobody learns from it: to see what "
+        "the last models say.",
+    )
+    ema_decay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share that the adapter of before a round keeps in a client's moving average, which it goes on "
+        f"with, from its second visit on; 0: no average; none: {MOVING_AVERAGE} for semantic_consensus and local_only, "
+        "which alone have one.",
+    )
     self_labels: bool = Field(
         False,
-        description="For the others: clients also train on their own answers to the public prompts. With local_only "
-        "that is self-training, a consensus of one.",
+        description="For those that average weights: clients also train on their own answers to the public prompts.",
     )
     proximal_mu: float = Field(0.01, ge=0, description="Strength of fedprox's proximal term.")
     weight_dtype: Literal["float32", "float16", "bfloat16"] = Field(
@@ -209,9 +228,35 @@ class AlgorithmConfig(Settings):
     )
     compression: Literal["none", "zstd"] = Field("zstd", description="Compression of messages.")
 
-    def exchanges_from(self, num_rounds: int) -> int:
-        """`first_exchange`, or an earlier round if need be: labels of the last one would never be learnt."""
-        return min(self.first_exchange, max(num_rounds - 1, 1))
+    def exchanges(self, num_rounds: int) -> range:
+        """Rounds in which clients answer: from `first_exchange`, or an earlier one if need be, to the last but one.
+
+        Labels of the last would never be learnt. A run has one exchange at least, if it has a single round.
+        """
+        last = num_rounds if self.answer_last_round else max(num_rounds - 1, 1)
+        return range(min(self.first_exchange, max(num_rounds - 1, 1)), last + 1)
+
+    @property
+    def moving_average(self) -> float:
+        """`ema_decay`, or what is right for the algorithm."""
+        if self.ema_decay is not None:
+            return self.ema_decay
+        return MOVING_AVERAGE if self.name in ANY_MODELS else 0.0
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether clients send adapters."""
+        return self.name not in (*ANY_MODELS, "centralized")
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether clients train on answers to the public prompts."""
+        return self.name == "semantic_consensus" or self.self_labels
+
+    @property
+    def elects(self) -> bool:
+        """Whether a client's answer is chosen for all."""
+        return self.name == "semantic_consensus" and self.rule not in ("reference", "own_answer")
 
 
 class ServerConfig(Settings):
@@ -297,7 +342,17 @@ class ExperimentConfig(Settings):
     failures: FailuresConfig = FailuresConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> ExperimentConfig:
+    def _consistent(self, info: ValidationInfo) -> ExperimentConfig:
+        shared = (info.context or {}).get("shared", {})
+        for key, needs in without_effect(self):
+            if not _has(shared, key):
+                raise ValueError(f"{key} {_setting(self, key)} has no effect: it needs {needs}")
+        per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
+        if self.algorithm.elects and self.algorithm.min_votes > per_round:
+            raise ValueError(
+                f"algorithm.min_votes is {self.algorithm.min_votes}, but {per_round} of clients.num_clients = "
+                f"{self.clients.num_clients} take part in a round, so there would never be a pseudo-label"
+            )
         if self.evaluation.num_answers > self.data.num_test:
             raise ValueError(
                 f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
@@ -364,6 +419,89 @@ class ExperimentConfig(Settings):
         return tuple(name for name in mix for _ in range(sizes[name]))
 
 
+def _name_is(*names: str) -> Callable[[ExperimentConfig], bool]:
+    return lambda config: config.algorithm.name in names
+
+
+def _rule_is(rule: str) -> Callable[[ExperimentConfig], bool]:
+    return lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule == rule
+
+
+_EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str], ...] = (
+    (("algorithm.rule",), _name_is("semantic_consensus"), "algorithm.name semantic_consensus"),
+    (
+        ("algorithm.agreement_threshold", "algorithm.min_votes"),
+        lambda config: config.algorithm.elects,
+        "algorithm.name semantic_consensus with an algorithm.rule that elects an answer",
+    ),
+    (("algorithm.plurality_similarity",), _rule_is("plurality"), "algorithm.rule plurality"),
+    (("algorithm.trim",), _rule_is("trimmed"), "algorithm.rule trimmed"),
+    (("algorithm.num_byzantine",), _rule_is("multi_krum"), "algorithm.rule multi_krum"),
+    (
+        ("algorithm.pseudo_label_weight", "algorithm.first_exchange", "generation.temperature"),
+        lambda config: config.algorithm.learns_prompts,
+        "algorithm.name semantic_consensus, or algorithm.self_labels",
+    ),
+    (
+        ("algorithm.answer_last_round", "server.embed"),
+        lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule != "own_answer",
+        "algorithm.name semantic_consensus with an algorithm.rule other than own_answer",
+    ),
+    (("algorithm.ema_decay",), _name_is(*ANY_MODELS), f"algorithm.name {' or '.join(ANY_MODELS)}"),
+    (
+        ("algorithm.self_labels", "algorithm.weight_dtype"),
+        lambda config: config.algorithm.averages_weights,
+        "an algorithm.name that averages weights; self-training is algorithm.rule own_answer",
+    ),
+    (("algorithm.proximal_mu",), _name_is("fedprox"), "algorithm.name fedprox"),
+    (
+        ("algorithm.compression", "clients.participation"),
+        lambda config: config.algorithm.name != "centralized",
+        "an algorithm.name other than centralized",
+    ),
+    (
+        ("data.dirichlet_alpha",),
+        lambda config: config.data.partition in ("dirichlet", "quantity"),
+        "data.partition dirichlet or quantity",
+    ),
+    (
+        ("training.local_epochs",),
+        lambda config: config.training.local_steps is None,
+        "training.local_steps to be left out, which takes its place",
+    ),
+    (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
+    (
+        ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),
+        lambda config: config.generation.engine == "vllm",
+        "generation.engine vllm",
+    ),
+    (("resources.ray_address",), lambda config: config.resources.fleet == "ray", "resources.fleet ray"),
+)
+"""Settings that only matter where a condition holds, and what that is."""
+
+
+def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
+    """Settings that were changed from their defaults and decide nothing, each with what it would need."""
+    for keys, matters, needs in _EFFECTS:
+        for key in keys:
+            if not matters(config) and _setting(config, key) != _setting(_DEFAULTS, key):
+                yield key, needs
+
+
+_DEFAULTS = ExperimentConfig.model_construct()
+
+
+def _setting(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _has(values: Any, key: str) -> bool:
+    first, _, rest = key.partition(".")
+    return isinstance(values, dict) and first in values and (not rest or _has(values[first], rest))
+
+
 def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
     """Read a YAML file (None: the defaults) and lay nested `overrides` over it.
 
@@ -393,14 +531,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values or {}
 
 
-def validate_config(values: dict[str, Any], *, where: str) -> ExperimentConfig:
+def validate_config(
+    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
+) -> ExperimentConfig:
     """Check nested `values`; `where` says in the error line where they came from.
 
+    Args:
+        values: Settings by section.
+        where: See above.
+        shared: Those of them that several runs have. One that has no effect in this run is for the others: it is put
+            back to its default here. Else a setting without effect is an error.
+
     Raises:
-        ConfigError: A key is unknown, or a value of the wrong type or out of range.
+        ConfigError: A key is unknown, or a value of the wrong type or out of range, or decides nothing.
     """
+    config = validate_shared(values, where=where, shared=shared)
+    for key, _ in without_effect(config):
+        section, name = key.split(".")
+        changed = getattr(config, section).model_copy(update={name: _setting(_DEFAULTS, key)})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def validate_shared(
+    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
+) -> ExperimentConfig:
+    """As `validate_config`, with every shared setting as it is."""
     try:
-        return ExperimentConfig.model_validate(values)
+        return ExperimentConfig.model_validate(values, context={"shared": shared or {}})
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
 
@@ -447,13 +605,84 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
     return result
 
 
+def without_settings(base: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings less those that `others` has, too."""
+    result = {}
+    for key, value in base.items():
+        if key not in others:
+            result[key] = value
+        elif isinstance(value, dict) and isinstance(others[key], dict):
+            result[key] = without_settings(value, others[key])
+    return result
+
+
 def describe_error(item: Any) -> str:
     """One of the mistakes that a pydantic ValidationError lists, in a few words that name the key."""
     key = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # not the branches of a union
     if item["type"] == "extra_forbidden":
-        return f"unknown setting '{key}'"
+        return f"unknown setting '{key}'{_suggestion(key, item['input'])}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if key else message
+
+
+_ELSEWHERE = {
+    "alpha": "data.dirichlet_alpha",
+    "beta": "data.dirichlet_alpha",
+    "dataset": "data.source",
+    "device_map": "resources.device",
+    "fraction_fit": "clients.participation",
+    "gpus": "resources.gpus_per_worker",
+    "local_epochs": "training.local_epochs",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lr": "training.learning_rate",
+    "max_seq_length": "model.max_length",
+    "max_steps": "training.local_steps",
+    "model_name_or_path": "model.name",
+    "num_gpus": "resources.gpus_per_worker",
+    "num_prompts": "prompts.budget",
+    "num_server_rounds": "num_rounds",
+    "num_supernodes": "clients.num_clients",
+    "num_train_epochs": "training.local_epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "generation.batch_size",
+    "r": "model.lora.rank",
+    "rounds": "num_rounds",
+    "strategy": "algorithm.name",
+    "torch_dtype": "model.dtype",
+    "train_batch_size": "training.batch_size",
+}
+"""What other libraries call our settings."""
+
+
+def setting_keys(model: type[Settings] | None = None, above: str = "") -> Iterator[str]:
+    """Dotted keys of all settings."""
+    for name, field in (model or ExperimentConfig).model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, Settings):
+            yield from setting_keys(type(default), f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
+def _suggestion(key: str, value: Any) -> str:
+    """What was probably meant by an unknown key; nothing if there is no guess."""
+    while isinstance(value, dict) and len(value) == 1:  # of a section that is unknown, the setting in it says more
+        [(name, value)] = value.items()
+        key = f"{key}.{name}"
+    keys = [*setting_keys()]
+    *_, last = key.split(".")
+    by_name: dict[str, list[str]] = {}
+    for known in keys:
+        by_name.setdefault(known.rsplit(".", 1)[-1], []).append(known)
+    meant = (
+        by_name.get(last)
+        or ([_ELSEWHERE[last]] if last in _ELSEWHERE else [])
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+        or [known for name in difflib.get_close_matches(last, by_name, n=1, cutoff=0.75) for known in by_name[name]]
+        or difflib.get_close_matches(key, keys, n=1)
+    )
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@
     │   └── RunFolderError       a run folder is missing, not empty, unwritable or half-written
     ├── MessageError             bytes that are not a message of ours
     ├── ClientError              a client failed: says which client, round and stage
+    │   └── NotFiniteError       its loss, adapter or score is not a finite number; trying again would not help
     ├── EngineError              a generation engine broke
     └── QuorumError              too few clients answered for the round to count
 
@@ -54,6 +55,10 @@ class MessageError(SemconsError):
 
 class ClientError(SemconsError):
     """A client failed; the message says which client, round and stage."""
+
+
+class NotFiniteError(ClientError):
+    """A number that must be finite is not: the message says which, and what setting is the likely cause."""
 
 
 class EngineError(SemconsError):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from semcons_ray.data.split import read_split
 from semcons_ray.evaluation.scores import rouge_l
 from semcons_ray.federation.weights import weighted_mean
-from semcons_ray.modeling.language_model import Adapter, LanguageModel, Pair
+from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.runs.run_folder import RunFolder
 
@@ -88,7 +89,7 @@ def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
     adapters = [read_adapter(folder) for folder in sorted((run / "adapters").glob("client_*"))]
     both = np.array([[model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs] for adapter in adapters])
     mean, mixed = mixture(both[:, :, 0], both[0, :, 1])
-    nll, num_tokens, _ = model.negative_log_likelihood(weighted_mean(adapters, [1.0] * len(adapters)), pairs, 32)
+    nll, num_tokens, *_ = model.negative_log_likelihood(weighted_mean(adapters, [1.0] * len(adapters)), pairs, 32)
     return {"mean_nll": mean, "mixture_nll": mixed, "averaged_nll": nll / num_tokens}
 
 

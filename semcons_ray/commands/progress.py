@@ -59,7 +59,7 @@ class Progress:
         if not math.isnan(summary.mean_agreement):
             parts.append(f"agreement {summary.mean_agreement:.2f}, {summary.num_labels} pseudo-labels")
         if summary.lost:
-            parts.append(f"left out: clients {summary.lost}")
+            parts.append(f"left out: {summary.failures}")
         self._console.print("  ".join([*parts, f"({summary.duration_seconds:.0f} s)"]))
 
     def _clear(self) -> None:

@@ -4,6 +4,6 @@ An averaged embedding cannot be decoded into text, so every rule elects one of t
 tensor math, on any device.
 """
 
-from semcons_ray.consensus.form import Consensus, form_consensus
+from semcons_ray.consensus.form import Consensus, Election, form_consensus
 
-__all__ = ["Consensus", "form_consensus"]
+__all__ = ["Consensus", "Election", "form_consensus"]

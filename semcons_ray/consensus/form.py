@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +19,71 @@ NORM_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
+class Election:
+    """How a winner is found, and when there is none.
+
+    Attributes:
+        rule: A name of `config.RuleName`; `consensus.rules` says what each does.
+        threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: any will do.
+        min_votes: Least number of answers for a prompt to give a pseudo-label.
+        plurality_similarity: Cosine, in [-1, 1], at which two answers are one opinion, for plurality.
+        trim: Share of answers dropped, in [0, 0.5), for trimmed.
+        num_byzantine: Bad clients expected, for multi_krum.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+
+    rule: str = "medoid"
+    threshold: float | None = None
+    min_votes: int = 2
+    plurality_similarity: float = 0.8
+    trim: float = 0.2
+    num_byzantine: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ConfigError(f"algorithm.agreement_threshold must be in [-1, 1], not {self.threshold}")
+        if self.min_votes < 1:
+            raise ConfigError(f"algorithm.min_votes must be at least 1, not {self.min_votes}")
+        if not -1 <= self.plurality_similarity <= 1:
+            raise ConfigError(f"algorithm.plurality_similarity must be in [-1, 1], not {self.plurality_similarity}")
+        if not 0 <= self.trim < 0.5:
+            raise ConfigError(f"algorithm.trim must be in [0, 0.5), not {self.trim}")
+        if self.num_byzantine < 0:
+            raise ConfigError(f"algorithm.num_byzantine must not be negative, not {self.num_byzantine}")
+        self.scores(1)
+
+    def scores(self, block_bytes: int) -> rules.Rule:
+        """The rule with its settings; those that compare all pairs do it in blocks of so many bytes."""
+        known: dict[str, rules.Rule] = {
+            "medoid": rules.medoid,
+            "plurality": partial(rules.plurality, min_cosine=self.plurality_similarity, block_bytes=block_bytes),
+            "weighted_medoid": rules.weighted_medoid,
+            "geometric_median": rules.geometric_median,
+            "trimmed": partial(rules.trimmed, trim=self.trim),
+            "multi_krum": partial(rules.multi_krum, num_byzantine=self.num_byzantine, block_bytes=block_bytes),
+            "random_client": rules.random_client,
+            "longest": rules.longest,
+            "shortest": rules.shortest,
+        }
+        if self.rule not in known:
+            raise ConfigError(f"algorithm.rule is {self.rule!r}; known rules: {', '.join(known)}")
+        return known[self.rule]
+
+
+@dataclass(frozen=True)
 class Consensus:
     """The elected answers, on the device of the embeddings.
 
     Attributes:
         winner: Client whose answer was elected, (P,) int64; -1 where nobody answered.
-        agreement: Similarity of the winner's answer, whatever the rule, (P,) float32; NaN where nobody answered.
-        similarity: Mean cosine of an answer to the others that are there, (P, C) float32; NaN where it is missing. An
-            answer that is alone agrees with itself: 1.
-        abstained: Prompts that give no pseudo-label: nobody answered, or agreement is under the threshold, (P,) bool.
+        agreement: Similarity of the winner's answer, whatever the rule, (P,) float32; NaN where fewer than two
+            answered.
+        similarity: Mean cosine of an answer to the others that are there, (P, C) float32; NaN where it is missing, and
+            where it is alone: there is nobody to agree with.
+        abstained: Prompts that give no pseudo-label, (P,) bool: too few answered, or agreement is under the threshold,
+            or undefined where there is one.
     """
 
     winner: Tensor
@@ -41,21 +96,17 @@ class Consensus:
 def form_consensus(
     embeddings: Tensor,
     mask: Tensor,
+    election: Election,
+    priority: Tensor,
     *,
-    rule: str,
-    threshold: float = 0.0,
-    plurality_similarity: float = 0.8,
-    trim: float = 0.2,
-    num_byzantine: int = 1,
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
-    generator: np.random.Generator | None = None,
     chunk_bytes: int | None = None,
 ) -> Consensus:
     """Elect one answer a prompt.
 
-    Ties go to the lowest client index, and scores within 1e-6 are a tie, so that neither the order of arrival nor the
-    rounding of a device decides between equal answers. The threshold has the same tolerance.
+    Scores within 1e-6 are a tie, so that neither the order of arrival nor the rounding of a device decides between
+    equal answers; the highest `priority` does. The threshold has the same tolerance.
 
     The embeddings are only read, once, or twice by rules that compare with a centre or in pairs; they may be larger
     than memory if they are memory-mapped. Working memory is a few times the size of `similarity`, and a few times
@@ -65,33 +116,26 @@ def form_consensus(
         embeddings: Unit vectors of the answers, (P, C, D), floating point; computed with in float32. Rows of missing
             answers are not looked at.
         mask: Which answers are there, (P, C) bool.
-        rule: A name of `config.RuleName`; `consensus.rules` says what each does.
-        threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label.
-        plurality_similarity: Cosine, in [-1, 1], at which two answers are one opinion, for plurality.
-        trim: Share of answers dropped, in [0, 0.5), for trimmed.
-        num_byzantine: Bad clients expected, for multi_krum.
+        election: The rule and its settings.
+        priority: Who goes before whom among equals, (P, C), all different: drawn at random, so that no client is
+            favoured. It is all that decides for the rule random_client.
         weights: Of the clients, (C,), not negative, for weighted_medoid.
         lengths: Characters of each answer, (P, C), for longest and shortest.
-        generator: For random_client, which draws one number a prompt.
         chunk_bytes: Memory that a chunk of prompts may take; None: on a CPU what stays in its cache, 2 MiB a thread
             (so that a chunk is read from memory once, however often a rule goes over it), and 256 MiB on a GPU.
 
     Raises:
-        ConfigError: A setting is unknown or out of range.
         ValueError: A tensor is missing, has the wrong shape or type, or is not of unit rows.
     """
-    if not -1 <= threshold <= 1:
-        raise ConfigError(f"algorithm.agreement_threshold must be in [-1, 1], not {threshold}")
     chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**28)
-    score = _rule(rule, plurality_similarity, trim, num_byzantine, chunk_bytes)
-    _check(embeddings, mask, rule, weights, lengths, generator)
+    score = election.scores(chunk_bytes)
+    _check(embeddings, mask, election.rule, priority, weights, lengths)
     num_prompts, num_clients, dimension = embeddings.shape
     device = embeddings.device
     mask = mask.to(device)
     if weights is not None:
         weights = weights.to(device, torch.float32)
-    draws = generator.random(num_prompts) if rule == "random_client" and generator else np.zeros(num_prompts)
-    draw = torch.from_numpy(draws).to(device)
+    priority = priority.to(device)
 
     num_together = max(1, chunk_bytes // max(4 * num_clients * dimension, 1))
     chunks = [slice(start, start + num_together) for start in range(0, num_prompts, num_together)]
@@ -107,7 +151,7 @@ def form_consensus(
     similarity = ((to_all - norms.square()) / num_others.clamp(min=1)).where(num_others > 0, 1.0).where(mask, torch.nan)
 
     winner = torch.full((num_prompts,), -1, device=device)
-    needs_vectors = rule not in rules.WITHOUT_VECTORS
+    needs_vectors = election.rule not in rules.WITHOUT_VECTORS
     for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
         ballots = rules.Ballots(
             vectors=_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
@@ -115,13 +159,18 @@ def form_consensus(
             similarity=similarity[here],
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
-            draw=draw[here],
+            priority=priority[here],
         )
-        elected = rules.elect(score(ballots).where(mask[here], -torch.inf))
+        elected = rules.elect(score(ballots).where(mask[here], -torch.inf), priority[here])
         winner[here] = elected.where(mask[here].any(dim=1), -1)
 
+    # With nobody beside it an answer agrees with none; while rules score, it agrees with itself.
+    similarity = similarity.where(num_others > 0, torch.nan)
     agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1)
-    return Consensus(winner, agreement, similarity, abstained=~(agreement >= threshold - rules.TOLERANCE))
+    abstained = mask.sum(dim=1) < election.min_votes
+    if election.threshold is not None:
+        abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
+    return Consensus(winner, agreement, similarity, abstained)
 
 
 def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
@@ -139,41 +188,20 @@ def _check_norms(norms: Tensor, mask: Tensor) -> None:
         )
 
 
-def _rule(name: str, plurality_similarity: float, trim: float, num_byzantine: int, chunk_bytes: int) -> rules.Rule:
-    if not -1 <= plurality_similarity <= 1:
-        raise ConfigError(f"algorithm.plurality_similarity must be in [-1, 1], not {plurality_similarity}")
-    if not 0 <= trim < 0.5:
-        raise ConfigError(f"algorithm.trim must be in [0, 0.5), not {trim}")
-    if num_byzantine < 0:
-        raise ConfigError(f"algorithm.num_byzantine must not be negative, not {num_byzantine}")
-    known: dict[str, rules.Rule] = {
-        "medoid": rules.medoid,
-        "plurality": partial(rules.plurality, min_cosine=plurality_similarity, block_bytes=chunk_bytes),
-        "weighted_medoid": rules.weighted_medoid,
-        "geometric_median": rules.geometric_median,
-        "trimmed": partial(rules.trimmed, trim=trim),
-        "multi_krum": partial(rules.multi_krum, num_byzantine=num_byzantine, block_bytes=chunk_bytes),
-        "random_client": rules.random_client,
-        "longest": rules.longest,
-        "shortest": rules.shortest,
-    }
-    if name not in known:
-        raise ConfigError(f"algorithm.rule is {name!r}; known rules: {', '.join(known)}")
-    return known[name]
-
-
 def _check(
     embeddings: Tensor,
     mask: Tensor,
     rule: str,
+    priority: Tensor,
     weights: Tensor | None,
     lengths: Tensor | None,
-    generator: np.random.Generator | None,
 ) -> None:
     if embeddings.ndim != 3 or not embeddings.is_floating_point():
         raise ValueError(f"embeddings must be (P, C, D) and floating point, not {_describe(embeddings)}")
     if mask.shape != embeddings.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool of shape {tuple(embeddings.shape[:2])}, not {_describe(mask)}")
+    if priority.shape != mask.shape:
+        raise ValueError(f"priority must be of shape {tuple(mask.shape)}, not {_describe(priority)}")
     if rule == "weighted_medoid":
         if weights is None or weights.shape != embeddings.shape[1:2]:
             raise ValueError(f"rule {rule} needs weights of shape ({embeddings.shape[1]},), not {_describe(weights)}")
@@ -181,8 +209,6 @@ def _check(
             raise ValueError("weights must be finite and not negative")
     if rule in ("longest", "shortest") and (lengths is None or lengths.shape != mask.shape):
         raise ValueError(f"rule {rule} needs lengths of shape {tuple(mask.shape)}, not {_describe(lengths)}")
-    if rule == "random_client" and generator is None:
-        raise ValueError("rule random_client needs a generator")
 
 
 def _describe(tensor: Tensor | None) -> str:

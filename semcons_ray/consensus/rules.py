@@ -34,10 +34,11 @@ class Ballots:
     Attributes:
         vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. Rules `WITHOUT_VECTORS` have none.
         present: Which answers are there, (p, C).
-        similarity: Mean cosine of an answer to the others that are there, (p, C); NaN where it is missing.
+        similarity: Mean cosine of an answer to the others that are there, (p, C); 1 where it is alone, NaN where it is
+            missing.
         weights: Of the clients, (C,), not negative; for `weighted_medoid`.
         lengths: Of the answers in characters, (p, C); for `longest` and `shortest`.
-        draw: A uniform number in [0, 1) a prompt, (p,); for `random_client`.
+        priority: Who goes before whom among equals, (p, C); all different.
     """
 
     vectors: Tensor
@@ -45,7 +46,7 @@ class Ballots:
     similarity: Tensor
     weights: Tensor | None
     lengths: Tensor | None
-    draw: Tensor
+    priority: Tensor
 
     def nearness(self, shares: Tensor) -> Tensor:
         """Scores e_i . z for the centre z that `shares` (p, C) of the answers add up to."""
@@ -62,11 +63,10 @@ def products(points: Tensor, vectors: Tensor) -> Tensor:
     return torch.bmm(points, vectors.transpose(1, 2)).squeeze(1)
 
 
-def elect(scores: Tensor) -> Tensor:
-    """Index of the highest of `scores` (p, C), (p,); of those within `TOLERANCE` of it, the first."""
-    indices = torch.arange(scores.shape[1], device=scores.device)
+def elect(scores: Tensor, priority: Tensor) -> Tensor:
+    """Index of the highest of `scores` (p, C), (p,); of those within `TOLERANCE` of it, the one of highest priority."""
     equal = scores >= scores.amax(dim=1, keepdim=True) - TOLERANCE
-    return indices.where(equal, scores.shape[1] - 1).amin(dim=1)
+    return _only(equal, priority).argmax(dim=1)
 
 
 def medoid(ballots: Ballots) -> Tensor:
@@ -106,7 +106,8 @@ def geometric_median(ballots: Ballots) -> Tensor:
 def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
     """The medoid of what is left when the `trim` share of answers least similar to the others is dropped.
 
-    The number dropped is rounded down, so a few answers may lose none. Among equals the last clients' are dropped.
+    The number dropped is rounded down, so a few answers may lose none. Among equals, those of lowest priority are
+    dropped.
     """
     counts = ballots.present.sum(dim=1, keepdim=True)
     num_kept = (counts - (trim * counts + 1e-9).long()).clamp(min=1)
@@ -114,7 +115,9 @@ def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
     lowest_kept = similarity.sort(dim=1, descending=True).values.gather(1, num_kept - 1)
     above = similarity > lowest_kept + TOLERANCE
     equal = (similarity >= lowest_kept - TOLERANCE) & ~above
-    kept = above | (equal & (equal.cumsum(dim=1) <= num_kept - above.sum(dim=1, keepdim=True)))
+    by_priority = ballots.priority.argsort(dim=1, descending=True)
+    places = equal.gather(1, by_priority).cumsum(dim=1).gather(1, by_priority.argsort(dim=1))
+    kept = above | (equal & (places <= num_kept - above.sum(dim=1, keepdim=True)))
     return _only(kept, ballots.nearness(kept / num_kept))
 
 
@@ -122,7 +125,7 @@ def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tenso
     """The medoid of the most common opinion: the analogue of a majority vote for free text.
 
     The opinion around an answer is all answers at a cosine of `min_cosine` or more to it. The most common one is the
-    largest; of equally large ones, that around the answer most similar to all others, then to the lowest index. This
+    largest; of equally large ones, that around the answer most similar to all others, then of highest priority. This
     is the first cluster of the greedy scheme of X. Daura et al., "Peptide Folding: When Simulation Meets Experiment",
     Angew. Chem. Int. Ed. 38 (1999), which needs no seeds and no number of clusters; the further ones cannot win. When
     no two answers agree, it elects the medoid.
@@ -134,7 +137,7 @@ def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tenso
     )
     sizes = sizes.where(ballots.present, 0)
     largest = (sizes == sizes.amax(dim=1, keepdim=True)) & ballots.present
-    centre = elect(_only(largest, ballots.similarity))[:, None]
+    centre = elect(_only(largest, ballots.similarity), ballots.priority)[:, None]
     at_centre = ballots.vectors.gather(1, centre[:, :, None].expand(-1, -1, ballots.vectors.shape[2]))
     around = products(at_centre.double(), ballots.vectors.double())
     members = ((around >= least) & ballots.present).scatter(1, centre, True)
@@ -166,11 +169,8 @@ def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Ten
 
 
 def random_client(ballots: Ballots) -> Tensor:
-    """A control: any of the answers, all equally likely."""
-    counts = ballots.present.sum(dim=1)
-    chosen = (ballots.draw * counts).floor()
-    places = ballots.present.cumsum(dim=1) - 1
-    return ((places == chosen[:, None]) & ballots.present).float()
+    """A control: any of the answers, all equally likely. All score alike, so priority decides, which is drawn."""
+    return torch.zeros_like(ballots.similarity)
 
 
 def longest(ballots: Ballots) -> Tensor:

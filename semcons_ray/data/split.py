@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +124,8 @@ def divide(
 
 
 def pooled(split: DataSplit) -> DataSplit:
-    """All private examples at client 0, in the order of clients, and none at the others."""
-    everything = tuple(example for share in split.private for example in share)
+    """All private examples at client 0, and none at the others; in an order that does not depend on who held them."""
+    everything = tuple(sorted((example for share in split.private for example in share), key=astuple))
     return replace(split, private=(everything, *((),) * (len(split.private) - 1)))
 
 

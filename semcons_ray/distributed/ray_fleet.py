@@ -27,7 +27,7 @@ from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
-from semcons_ray.errors import ClientError, PlacementError, UserError, first_line
+from semcons_ray.errors import ClientError, NotFiniteError, PlacementError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
 from semcons_ray.metering.energy import NodeEnergy
 
@@ -126,6 +126,7 @@ class RayFleet:
         self._uses_gpu = uses_gpu
         self._room_timeout_seconds = room_timeout_seconds
         self._metering: dict[str, _Worker] = {}
+        self.lost: Mapping[int, str] = {}
         for worker in self._workers.values():
             self._await_room(worker, room_timeout_seconds)
             self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
@@ -153,6 +154,7 @@ class RayFleet:
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
+        self.lost = lost
 
         def send(worker: _Worker, clients: Sequence[int]) -> None:
             worker.clients = deque(clients)
@@ -190,7 +192,12 @@ class RayFleet:
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
-                    replace(worker, str(error.cause))
+                    if isinstance(error.cause, NotFiniteError):  # it would be no other the next time
+                        lost[worker.clients.popleft()] = str(error.cause)
+                        worker.refs.popleft()
+                        worker.since = time.monotonic()
+                    else:
+                        replace(worker, str(error.cause))
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
                     if worker.clients and time.monotonic() >= self._deadline(worker):  # it dies whenever it starts

@@ -5,21 +5,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from semcons_ray.config import GenerationConfig, TrainingConfig
 from semcons_ray.data.examples import Example
+from semcons_ray.errors import NotFiniteError
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.randomness import Stage, stream
-from semcons_ray.federation.weights import Adapter, pack, stacked, with_rank
+from semcons_ray.federation.weights import non_finite, pack, stacked, with_rank
 from semcons_ray.messages import AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Work
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair
 
 _ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
+
+
+@dataclass(frozen=True)
+class Duties:
+    """What all clients of a run have in common.
+
+    Attributes:
+        prompts: Public prompts, P of them; empty where the algorithm uses none.
+        test: The common test set.
+        num_answers: How many test prompts are answered at an evaluation.
+        seed: The experiment's.
+    """
+
+    prompts: tuple[str, ...]
+    test: tuple[Example, ...]
+    num_answers: int
+    training: TrainingConfig
+    generation: GenerationConfig
+    seed: int
 
 
 class Client:
@@ -28,12 +50,9 @@ class Client:
     Args:
         client_id: Its index, 0 to C-1.
         private: Its private examples; they leave this object only as what the model learnt from them.
-        prompts: Public prompts, P of them; empty where the algorithm uses none.
-        test: The common test set.
-        num_answers: How many test prompts are answered at an evaluation.
+        rank: LoRA rank of its adapter, at most the model's; the components beyond it stay zero.
+        duties: What it has in common with the others.
         model: Base model with a place for an adapter; shared between the clients of a worker.
-        rank: LoRA rank of this client's adapter, at most the model's; the components beyond it stay zero.
-        seed: The experiment's.
         ledger: Where its work is written down.
         engine: Who writes its answers; None: its own model.
     """
@@ -41,29 +60,24 @@ class Client:
     def __init__(
         self,
         client_id: int,
-        *,
         private: Sequence[Example],
-        prompts: Sequence[str],
-        test: Sequence[Example],
-        num_answers: int,
-        model: LanguageModel,
+        *,
         rank: int,
-        training: TrainingConfig,
-        generation: GenerationConfig,
-        seed: int,
+        duties: Duties,
+        model: LanguageModel,
         ledger: Ledger,
         engine: Engine | None = None,
     ) -> None:
         self.client_id = client_id
         self.private = [Pair(example.prompt, example.response) for example in private]
-        self.prompts = tuple(prompts)
-        self.test = [Pair(example.prompt, example.response) for example in test]
-        self.num_answers = num_answers
-        self.model = model
         self.rank = rank
-        self.training = training
-        self.generation = generation
-        self.seed = seed
+        self.prompts = duties.prompts
+        self.test = [Pair(example.prompt, example.response) for example in duties.test]
+        self.num_answers = duties.num_answers
+        self.training = duties.training
+        self.generation = duties.generation
+        self.seed = duties.seed
+        self.model = model
         self.ledger = ledger
         self.engine = engine
         self.restore({})
@@ -78,6 +92,7 @@ class Client:
         if not self.adapter:
             self.adapter = self.fresh_adapter()
         self.train_loss = math.nan
+        self.num_learnt = 0
         self.num_pseudo_labels = 0
 
     def state(self) -> dict[str, Tensor]:
@@ -100,12 +115,15 @@ class Client:
         labels: PseudoLabels,
         *,
         weight: float = 1.0,
+        ema_decay: float = 0.0,
         downlink_bytes: int = 0,
         adjust: Adjust | None = None,
     ) -> None:
         """Train the adapter on private examples joined with pseudo-labels, each of `weight` in the loss.
 
         Args:
+            ema_decay: What the adapter of before keeps in the average of the two that the client goes on with; a client
+                that has not trained yet has nothing to keep.
             adjust: What an algorithm does to gradients before each step.
         """
         pairs = list(self.private)
@@ -125,11 +143,13 @@ class Client:
             )
             work.tokens = result.tokens
             work.downlink_bytes = downlink_bytes
-        if self.has_trained and (decay := self.training.ema_decay) > 0:
+        if self.has_trained and ema_decay > 0:
             # Averages along a client's path lose the noise of its steps, as averages over clients do.
-            self.adapter = {key: decay * before[key] + (1 - decay) * value for key, value in self.adapter.items()}
+            kept = {key: ema_decay * value for key, value in before.items()}
+            self.adapter = {key: kept[key] + (1 - ema_decay) * value for key, value in self.adapter.items()}
         self.optimizer = result.optimizer
         self.train_loss = result.loss
+        self.num_learnt = len(pairs)
         self.num_pseudo_labels = len(pairs) - len(self.private)
 
     def answer(self, round: int, compression: str = "none") -> bytes:
@@ -145,14 +165,33 @@ class Client:
     def evaluate(self, round: int) -> Evaluation:
         """Score the reference answers of the test set, and answer some of its prompts."""
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
-            nll_sum, num_tokens, scored = self.model.negative_log_likelihood(
+            score = self.model.negative_log_likelihood(
                 self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
             )
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
             greedy = self.generation.model_copy(update={"temperature": 0.0})
-            work.tokens = scored
+            work.tokens = score.processed_tokens
             answers = self._answers(prompts, round, "evaluate", greedy, work)
-        return Evaluation(nll_sum=nll_sum, num_tokens=num_tokens, answers=tuple(answers))
+        return Evaluation(
+            nll_sum=score.nll_sum,
+            num_tokens=score.num_tokens,
+            num_bytes=score.num_bytes,
+            answers=tuple(answers),
+        )
+
+    def check_finite(self, evaluation: Evaluation | None) -> None:
+        """Make sure that what was learnt and measured are numbers.
+
+        Raises:
+            NotFiniteError: One is infinite or NaN; names it, and the likely cause.
+        """
+        diverged = "training.learning_rate is probably too high"
+        if self.num_learnt and not math.isfinite(self.train_loss):
+            raise NotFiniteError(f"its training loss is {self.train_loss}; {diverged}")
+        if bad := non_finite(self.state()):
+            raise NotFiniteError(f"{bad} is not finite after training; {diverged}")
+        if evaluation is not None and not math.isfinite(evaluation.nll_sum):
+            raise NotFiniteError(f"its test NLL is {evaluation.nll_sum}; {diverged}, or model.dtype too narrow")
 
     def label_prompts(self, round: int) -> PseudoLabels:
         """The client's own answers to the public prompts, as labels to train on; nothing is sent."""

@@ -8,14 +8,19 @@ downlink message.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from semcons_ray.errors import ClientError, QuorumError, UserError
 from semcons_ray.metering.energy import NodeEnergy, NodeMeter
 from semcons_ray.metering.ledger import LedgerRow
+
+if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
+    from semcons_ray.federation.client import Client
+    from semcons_ray.federation.server import ServerProtocol, Verdict
 
 
 class Evaluation(msgspec.Struct, frozen=True):
@@ -24,11 +29,13 @@ class Evaluation(msgspec.Struct, frozen=True):
     Attributes:
         nll_sum: Negative log-likelihood (nats), summed over response tokens of the reference answers.
         num_tokens: How many response tokens those are.
+        num_bytes: Bytes, as UTF-8, of the text of the responses: what crosses tokenizers.
         answers: Generated answers to the first `evaluation.num_answers` test prompts.
     """
 
     nll_sum: float
     num_tokens: int
+    num_bytes: int
     answers: tuple[str, ...]
 
 
@@ -61,20 +68,23 @@ class Algorithm(Protocol):
         """The encoded message that each of these clients gets at the start of a round."""
         ...
 
-    def run_round(self, round: int, state: bytes, fleet: Visitor, server: Any, *, evaluate: bool) -> RoundOutcome:
+    def run_round(
+        self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
+    ) -> RoundOutcome:
         """The server's part of a round: visits participants, and says what the server takes into the next."""
         ...
 
-    def visit(self, client: Any, round: int, downlink: bytes) -> bytes:
+    def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """The client's part of a round: takes the encoded downlink message, returns the encoded uplink message."""
         ...
 
-    def adopt(self, client: Any, round: int, downlink: bytes) -> None:
+    def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """Make the client's model the one that it starts the round with."""
         ...
 
 
-class RoundOutcome(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class RoundOutcome:
     """What a round came to.
 
     Attributes:
@@ -88,7 +98,7 @@ class RoundOutcome(msgspec.Struct, frozen=True):
     replies: tuple[Reply, ...]
     next_state: bytes
     evaluations: Mapping[int, Evaluation | None]
-    verdict: Any = None
+    verdict: Verdict | None = None
     rows: tuple[LedgerRow, ...] = ()
 
 
@@ -103,7 +113,8 @@ class Visitor(Protocol):
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """Visit the clients named, with a downlink message each; replies come as they are ready.
 
-        A client that dies or is too slow is tried again from its last state, up to a limit, then left out.
+        A client that dies or is too slow is tried again from its last state, up to a limit, then left out; one whose
+        numbers are no longer finite is left out at once. `Fleet.lost` has them.
 
         Raises:
             QuorumError: Fewer clients answered than the quorum asks for.
@@ -125,6 +136,11 @@ class Fleet(Visitor, Protocol):
     @property
     def workers(self) -> Mapping[str, str]:
         """Node by worker name."""
+        ...
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """Clients left out of the last visit or measurement, and why."""
         ...
 
     @property
@@ -200,6 +216,7 @@ class LocalFleet:
         self._host_of = {client: hosts[worker] for worker, ids in clients.items() for client in ids}
         self._quorum = quorum
         self._meter = meter
+        self.lost: Mapping[int, str] = {}
         self.workers: Mapping[str, str] = dict.fromkeys(hosts, node)
         self.meters: Mapping[str, str] = {node: meter.name if meter else ""}
 
@@ -220,6 +237,7 @@ class LocalFleet:
         self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Host, int, bytes], Reply]
     ) -> Iterator[Reply]:
         lost: dict[int, str] = {}
+        self.lost = lost
         for client_id, downlink in downlinks.items():
             try:
                 reply = call(self._host_of[client_id], client_id, downlink)

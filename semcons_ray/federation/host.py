@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, SemconsError
+from semcons_ray.errors import ClientError, NotFiniteError, SemconsError
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.messages import PublicPrompts
@@ -76,13 +77,13 @@ class HostSpec:
         """
         import torch
 
-        from semcons_ray.federation.client import Client
+        from semcons_ray.federation.client import Client, Duties
         from semcons_ray.modeling.language_model import LanguageModel
         from semcons_ray.modeling.packaged import resolve_model
 
         torch.set_num_threads(self.threads)
         ledger = Ledger(self.worker, socket.gethostname())
-        with ledger.stage("load", round=0) as work:
+        with ledger.stage("load", round=0):
             make: Callable[..., LanguageModel] = LanguageModel
             if self.sharding is not None:
                 from semcons_ray.modeling.sharded import ShardedLanguageModel
@@ -101,40 +102,51 @@ class HostSpec:
             prompts: tuple[str, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
-                work.downlink_bytes = len(self.public_prompts) * len(self.private)  # every client gets its copy
+            duties = Duties(prompts, self.test, self.num_answers, self.training, self.generation, self.seed)
             clients = {
                 client_id: Client(
                     client_id,
-                    private=private,
-                    prompts=prompts,
-                    test=self.test,
-                    num_answers=self.num_answers,
-                    model=model,
+                    private,
                     rank=self.ranks[client_id],
-                    training=self.training,
-                    generation=self.generation,
-                    seed=self.seed,
+                    duties=duties,
+                    model=model,
                     ledger=ledger,
                     engine=self.engine,
                 )
                 for client_id, private in self.private.items()
             }
-        return ClientHost(clients, self.algorithm, ClientStore(self.state, writes=model.writes), ledger)
+        store = ClientStore(self.state, writes=model.writes)
+        return ClientHost(clients, self.algorithm, store, ledger, prompt_bytes=len(self.public_prompts))
 
 
 class ClientHost:
-    """Clients that share a base model; visits are exactly once, whatever crashes between them."""
+    """Clients that share a base model; visits are exactly once, whatever crashes between them.
 
-    def __init__(self, clients: Mapping[int, Client], algorithm: Algorithm, store: ClientStore, ledger: Ledger) -> None:
+    Args:
+        clients: By id.
+        algorithm: What they do on a visit.
+        store: Where their states and replies are.
+        ledger: Of this worker.
+        prompt_bytes: Length of the `PublicPrompts` message, which a client gets once, at its first visit.
+    """
+
+    def __init__(
+        self,
+        clients: Mapping[int, Client],
+        algorithm: Algorithm,
+        store: ClientStore,
+        ledger: Ledger,
+        *,
+        prompt_bytes: int = 0,
+    ) -> None:
         self.clients = clients
         self.algorithm = algorithm
         self.store = store
         self.ledger = ledger
+        self.prompt_bytes = prompt_bytes
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Do the client's part of a round, or return the reply of a visit already done.
-
-        Round 0 is the base model: the client is evaluated and does nothing else.
 
         Raises:
             ClientError: The client failed; says which, when, and why.
@@ -143,12 +155,15 @@ class ClientHost:
         if done is not None:
             return done
         client = self.clients[client_id]
-        try:
+        with self._failures(client_id, round):
             client.restore(self.store.load(client_id, before=round))
-            uplink = self.algorithm.visit(client, round, downlink) if round else b""
+            if not client.has_trained and self.prompt_bytes:
+                # Counted here and not when the host loads: hosts may load often, and a visit happens once.
+                with self.ledger.stage("load", round=round, client_id=client_id) as work:
+                    work.downlink_bytes = self.prompt_bytes
+            uplink = self.algorithm.visit(client, round, downlink)
             evaluation = client.evaluate(round) if evaluate else None
-        except Exception as error:
-            raise self._failed(client_id, round, error) from error
+            client.check_finite(evaluation)
         reply = self._reply(client, round, uplink, evaluation)
         self.store.save(client.state(), reply)
         return reply
@@ -156,14 +171,16 @@ class ClientHost:
     def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
         """Evaluate the model that the client would start the next round with; its stored state stays as it is.
 
+        Before round 1 that is the base model.
+
         Raises:
             ClientError: The client failed; says which, when, and why.
         """
-        try:
+        with self._failures(client_id, round):
             client = self._before(client_id, round + 1, downlink)
             evaluation = client.evaluate(round)
-        except Exception as error:
-            raise self._failed(client_id, round, error) from error
+            if round:
+                client.check_finite(evaluation)
         return self._reply(client, round, b"", evaluation)
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
@@ -189,8 +206,17 @@ class ClientHost:
             rows=tuple(self.ledger.take()),
         )
 
-    def _failed(self, client_id: int, round: int, error: Exception) -> SemconsError:
-        if isinstance(error, SemconsError):
-            return error
-        logger.error("client %d failed in round %d", client_id, round, exc_info=error)
-        return ClientError(f"client {client_id}, round {round}, {self.ledger.worker}: {type(error).__name__}: {error}")
+    @contextmanager
+    def _failures(self, client_id: int, round: int) -> Iterator[None]:
+        """Whatever goes wrong in the block is the client's failure, but for what the user must mend."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise NotFiniteError(f"client {client_id}, round {round}: {error}") from error
+        except SemconsError:
+            raise
+        except Exception as error:
+            logger.error("client %d failed in round %d", client_id, round, exc_info=error)
+            raise ClientError(
+                f"client {client_id}, round {round}, {self.ledger.worker}: {type(error).__name__}: {error}"
+            ) from error

@@ -6,10 +6,12 @@ on another worker or in another order, it draws the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Stage = Literal["participation", "fine_tune", "generate", "evaluate", "consensus", "adapter"]
 _STAGES: dict[Stage, int] = {
@@ -42,3 +44,12 @@ class Cohort:
         count = max(1, int(self.participation * self.num_clients + 0.5))
         drawn = stream(self.seed, round, SERVER, "participation").choice(self.num_clients, size=count, replace=False)
         return tuple(sorted(drawn.tolist()))
+
+
+def priorities(seed: int, round: int, client_ids: Sequence[int], num_prompts: int) -> NDArray[np.float64]:
+    """Who goes before whom where answers are equally good, (P, C) in [0, 1): a permutation of its own for each prompt.
+
+    Each client's numbers are of its own stream, so they depend neither on who else takes part nor on who comes first.
+    """
+    drawn = [stream(seed, round, client_id, "consensus").random(num_prompts) for client_id in client_ids]
+    return np.stack(drawn, axis=1) if drawn else np.empty((num_prompts, 0))

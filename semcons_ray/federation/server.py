@@ -8,16 +8,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import form_consensus
+from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.errors import MessageError
-from semcons_ray.federation.randomness import SERVER, stream
+from semcons_ray.federation.randomness import priorities
 from semcons_ray.messages import Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow
 
@@ -29,9 +29,9 @@ class Verdict:
     Attributes:
         client_ids: Clients whose answers were awaited, ascending, shape (C,).
         answers: Their answers, C by P; empty text where one is missing.
-        similarity: Mean cosine of an answer to the others of its prompt, (P, C); NaN where it is missing.
+        similarity: Mean cosine of an answer to the others of its prompt, (P, C); NaN where it is missing or alone.
         winner: Client whose answer was chosen, (P,); -1 where there was none.
-        agreement: How far the chosen answer agrees with the others, (P,).
+        agreement: How far the chosen answer agrees with the others, (P,); NaN where there were none.
         abstained: Prompts that gave no pseudo-label, (P,).
         labels: The downlink message.
         rows: The server's work.
@@ -94,7 +94,7 @@ class Server:
     Args:
         embedder: Texts to unit vectors.
         num_prompts: P.
-        rule: Consensus rule and its settings, as `form_consensus` takes them.
+        election: Consensus rule and its settings.
         prompts: Embedded together with their answers, (P,); empty: answers are embedded alone.
         references: Handed out instead of what was elected, (P,): an upper bound. Empty in all that is no such control.
         seed: The experiment's.
@@ -106,7 +106,7 @@ class Server:
         embedder: TextEmbedder,
         *,
         num_prompts: int,
-        rule: dict[str, Any],
+        election: Election,
         prompts: Sequence[str] = (),
         references: Sequence[str] = (),
         seed: int,
@@ -114,7 +114,7 @@ class Server:
     ) -> None:
         self._embedder = embedder
         self._num_prompts = num_prompts
-        self._rule = rule
+        self._election = election
         self._prompts = prompts
         self._references = references
         self._seed = seed
@@ -123,7 +123,12 @@ class Server:
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         """See `ServerProtocol.begin`."""
         self._round = round
-        self._column = {client_id: column for column, client_id in enumerate(sorted(client_ids))}
+        # In an order drawn for the round, and not by client id: sums over clients round as their order is, and who is
+        # called what must change no result.
+        draws = priorities(self._seed, round, client_ids, self._num_prompts)
+        order = np.lexsort((client_ids, draws[0])).tolist()
+        self._column = {client_ids[place]: column for column, place in enumerate(order)}
+        self._priority = torch.from_numpy(draws[:, order])
         self._answers: dict[int, Answers] = {}
         self._embeddings: Tensor | None = None
 
@@ -167,10 +172,10 @@ class Server:
             consensus = form_consensus(
                 embeddings,
                 (lengths > 0).to(device),
+                self._election,
+                self._priority,
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
-                generator=stream(self._seed, self._round, SERVER, "consensus"),
-                **self._rule,
             )
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = [answers[column][prompt] if column >= 0 else "" for prompt, column in enumerate(winner)]
@@ -183,10 +188,11 @@ class Server:
                 responses=tuple(elected[prompt] for prompt in labelled),
             )
         self._embeddings = None
+        ascending = np.argsort(client_ids).tolist()
         return Verdict(
-            client_ids=client_ids,
-            answers=answers,
-            similarity=consensus.similarity.cpu().numpy(),
+            client_ids=tuple(client_ids[column] for column in ascending),
+            answers=tuple(answers[column] for column in ascending),
+            similarity=consensus.similarity.cpu().numpy()[:, ascending],
             winner=np.where(winner >= 0, np.asarray(client_ids)[winner], -1),
             agreement=consensus.agreement.cpu().numpy(),
             abstained=abstained,
@@ -217,7 +223,7 @@ class ServerSpec:
     device: str
     threads: int
     num_prompts: int
-    rule: dict[str, Any]
+    election: Election
     prompts: tuple[str, ...]
     references: tuple[str, ...]
     seed: int
@@ -240,7 +246,7 @@ class ServerSpec:
         return Server(
             embedder,
             num_prompts=self.num_prompts,
-            rule=self.rule,
+            election=self.election,
             prompts=self.prompts,
             references=self.references,
             seed=self.seed,

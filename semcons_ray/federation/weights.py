@@ -1,7 +1,6 @@
 """Adapters as matrices: how the weight baselines pack, average, stack and cut them.
 
-An adapter is a dict of float32 tensors, for every adapted module a pair A (r, in) and B (out, r) whose keys differ in
-`lora_A` and `lora_B`; the module's update is `scaling` times B A. All adapters here share one scaling, also where
+The update of a module is `scaling` times B A (see `modeling.adapter`). All adapters here share one scaling, also where
 ranks differ, so that sums of products mean what they say.
 
 Legend: r rank, R sum of ranks.
@@ -10,21 +9,35 @@ Legend: r rank, R sum of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from semcons_ray.errors import MessageError
-
-Adapter = dict[str, Tensor]
+from semcons_ray.errors import MessageError, NotFiniteError
+from semcons_ray.modeling.adapter import Adapter
 
 
 def pack(tensors: Adapter, dtype: str) -> bytes:
-    """The tensors as safetensors, in `dtype`: "float32", "float16" or "bfloat16"."""
-    return save({key: value.to(getattr(torch, dtype)).contiguous() for key, value in tensors.items()})
+    """The tensors as safetensors, in `dtype`: "float32", "float16" or "bfloat16".
+
+    Raises:
+        NotFiniteError: A number is not finite, or too large for `dtype`.
+    """
+    packed = {key: value.to(getattr(torch, dtype)).contiguous() for key, value in tensors.items()}
+    if bad := non_finite(packed):
+        remedy = "training.learning_rate is probably too high"
+        if not non_finite(tensors):
+            remedy = f"it is too large for {dtype}: set algorithm.weight_dtype to bfloat16 or float32"
+        raise NotFiniteError(f"{bad} is not finite; {remedy}")
+    return save(packed)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Name of the first tensor that holds infinity or NaN; empty if none does."""
+    return next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), "")
 
 
 def unpack(data: bytes) -> Adapter:
@@ -41,7 +54,7 @@ def unpack(data: bytes) -> Adapter:
 
 def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Sum of w_k / sum(w) times each tensor; accumulated in float64, in the order given."""
-    total = sum(weights)
+    total = math.fsum(weights)
     return {
         key: torch.stack([adapter[key].double() * (w / total) for adapter, w in zip(adapters, weights, strict=True)])
         .sum(dim=0)
@@ -84,7 +97,7 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 def mean_product(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The stack whose product is the mean of products, weighted by w_k / sum(w)."""
-    total = sum(weights)
+    total = math.fsum(weights)
     return stacked(adapters, [w / total for w in weights])
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, get_
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
-Adapter = dict[str, Tensor]
 Parameters = Mapping[str, torch.nn.Parameter]
 Adjust = Callable[[Parameters], None]
 """What an algorithm does to the gradients of float32 masters, before they are clipped and a step is taken."""
@@ -63,6 +63,22 @@ class FineTuned:
     loss: float
     tokens: int
     optimizer: dict[str, Tensor]
+
+
+class Score(NamedTuple):
+    """How likely responses are.
+
+    Attributes:
+        nll_sum: Negative log-likelihood (nats), summed over response tokens, ends of answers among them.
+        num_tokens: How many those are.
+        num_bytes: Bytes, as UTF-8, of the text that they spell: what crosses tokenizers.
+        processed_tokens: Tokens that went through the model, prompts and all.
+    """
+
+    nll_sum: float
+    num_tokens: int
+    num_bytes: int
+    processed_tokens: int
 
 
 class LanguageModel:
@@ -205,8 +221,7 @@ class LanguageModel:
         examples = [self._encode(pair) for pair in pairs]
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
-        self.model.train()
-        with self._seeded(generator), self._training_attention(), self._beside(frozen):
+        with self._training(), self._seeded(generator), self._training_attention(), self._beside(frozen):
             for batch in _batches([len(ids) for ids, _ in examples], training, generator):
                 mine, counts = self._share(batch)
                 ids, mask, labels, weights = self._collate(
@@ -229,7 +244,6 @@ class LanguageModel:
                         _part(parameter, masters[key]).copy_(masters[key])
                 learnt += sum(responses.values())
                 processed += sum(len(examples[i][0]) for i in batch)
-        self.model.eval()
         for key, master in masters.items():
             adapter[key] = master.detach().cpu()
         state = adamw.state() if training.keep_optimizer else {}
@@ -319,8 +333,8 @@ class LanguageModel:
     @torch.no_grad()
     def negative_log_likelihood(
         self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int, *, frozen: Adapter | None = None
-    ) -> tuple[float, int, int]:
-        """Sum of NLL over response tokens (nats), how many there are, and tokens processed."""
+    ) -> Score:
+        """Score the responses of `pairs`."""
         self.load_adapter(adapter)
         examples = [self._encode(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: (len(examples[i][0]), i))
@@ -331,7 +345,18 @@ class LanguageModel:
                 ids, mask, labels, _ = self._collate([examples[i] for i in mine], [1.0] * len(mine), pad_left=False)
                 total += counts * self._token_nll(ids, mask, labels)[0].double().sum()
         scored = sum(len(ids) - prompt for ids, prompt in examples)
-        return self._reduced(total, {}), scored, sum(len(ids) for ids, _ in examples)
+        texts = zip(pairs, examples, strict=True)
+        return Score(
+            nll_sum=self._reduced(total, {}),
+            num_tokens=scored,
+            num_bytes=sum(self._scored_bytes(pair.response, ids[prompt:]) for pair, (ids, prompt) in texts),
+            processed_tokens=sum(len(ids) for ids, _ in examples),
+        )
+
+    def _scored_bytes(self, response: str, ids: list[int]) -> int:
+        """Length of the response, as far as its ids go."""
+        is_whole = ids[-1] == self.tokenizer.eos_token_id
+        return len((response if is_whole else self.tokenizer.decode(ids)).encode())
 
     # What ranks do together, where there are several: see sharded.py ------------------------------------------------
 
@@ -434,6 +459,18 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Training mode while this lasts. However it ends, the model is left as it was found, for the next client."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+            self._scored = None
+            for parameter in self._parameters.values():
+                parameter.grad = None
 
     # Determinism and speed --------------------------------------------------------------------------------------
 

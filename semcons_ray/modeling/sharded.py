@@ -31,7 +31,8 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
-from semcons_ray.modeling.language_model import AdamW, Adapter, LanguageModel, Parameters, schedule
+from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.language_model import AdamW, LanguageModel, Parameters, schedule
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 

@@ -158,7 +158,7 @@ def wins_figure(run: Run) -> Figure:
     caption = (
         "Public prompts whose pseudo-label is a client's answer, measured. Even shares would be "
         f"{prompts.iloc[-1] / len(clients):.3g} prompts a client. "
-        "Ties, as between equal answers, go to the lowest client."
+        "Ties, as between equal answers, are drawn."
     )
     height = 3.4 if distinct else min(3.4 + 0.03 * len(clients), 6.0)
     return Figure("wins", title, caption, render("wins", title, draw_bars if distinct else draw_map, (5.8, height)))
@@ -167,7 +167,7 @@ def wins_figure(run: Run) -> Figure:
 def agreement_figure(run: Run) -> Figure:
     """How agreement is distributed over prompts, by round."""
     table = agreement(run.consensus)
-    threshold = float(run.config["algorithm"]["agreement_threshold"])
+    threshold = run.config["algorithm"]["agreement_threshold"]
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         boxes = [
@@ -186,7 +186,7 @@ def agreement_figure(run: Run) -> Figure:
             capprops={"color": BLUE},
         )
         axes.plot(table.index, table["mean"], color=ORANGE, marker="D", linestyle="none", label="mean")
-        if threshold > 0:
+        if threshold is not None:
             axes.axhline(threshold, color=ORANGE, linestyle="--", linewidth=1.2, label=f"threshold {threshold:g}")
         axes.set_ylabel("agreement (cosine)")
         round_axis(axes, table.index, margin=0.6)

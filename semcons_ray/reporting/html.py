@@ -123,10 +123,16 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     if algorithm["name"] != "semantic_consensus":
         weights = f"Adapters are exchanged in {algorithm['weight_dtype']}"
         return sentence + f"{weights}, by the algorithm {algorithm['name']}.{own} Seed {config['seed']}."
-    first = AlgorithmConfig(**algorithm).exchanges_from(config["num_rounds"])
-    begins = f"From round {first} on they" if first > 1 else "They"
+    if algorithm["rule"] == "own_answer":
+        return sentence + (
+            f"Each learns its own answers to {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); "
+            f"nothing is exchanged. Seed {config['seed']}."
+        )
+    rounds = AlgorithmConfig(**algorithm).exchanges(config["num_rounds"])
+    begins = f"From round {rounds.start} on they" if rounds.start > 1 else "They"
     threshold = algorithm["agreement_threshold"]
-    abstains = f"and abstains under an agreement of {threshold:g}" if threshold > 0 else "and never abstains"
+    under = "" if threshold is None else f" or an agreement of {threshold:g}"
+    abstains = f"and abstains under {_count(algorithm['min_votes'], 'answer')}{under}"
     rule = algorithm["rule"].replace("_", " ")
     return sentence + (
         f"{begins} answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule "

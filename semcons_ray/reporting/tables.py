@@ -97,11 +97,12 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
     rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
-    forms_consensus = config.algorithm.name == "semantic_consensus"
+    algorithm = config.algorithm
+    forms_consensus = algorithm.name == "semantic_consensus" and algorithm.rule != "own_answer"
     answers = [
         read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
         for round in rounds["round"]
-        if forms_consensus and round >= config.algorithm.exchanges_from(config.num_rounds)
+        if forms_consensus and round in algorithm.exchanges(config.num_rounds)
     ]
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
     return Run(

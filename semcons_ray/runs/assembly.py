@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from semcons_ray.config import ExperimentConfig
+from semcons_ray.config import AlgorithmConfig, ExperimentConfig
+from semcons_ray.consensus import Election
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
@@ -247,23 +248,15 @@ def parts(
     """Start the fleet and the server, and stop them at the end."""
     config = placement.config
     resources, failures = config.resources, config.failures
-    by_reference = config.algorithm.rule == "reference"
     server_spec = ServerSpec(
         embedding_model=config.server.embedding_model,
         embedding_batch_size=config.server.embedding_batch_size,
         device="cuda" if placement.server_gpus else "cpu",
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
-        rule={
-            # Where references are handed out, the medoid still says how far the clients agree.
-            "rule": "medoid" if by_reference else config.algorithm.rule,
-            "threshold": config.algorithm.agreement_threshold,
-            "plurality_similarity": config.algorithm.plurality_similarity,
-            "trim": config.algorithm.trim,
-            "num_byzantine": config.algorithm.num_byzantine,
-        },
+        election=_election(config.algorithm),
         prompts=tuple(example.prompt for example in split.public) if config.server.embed != "answer" else (),
-        references=tuple(example.response for example in split.public) if by_reference else (),
+        references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
     )
     public_prompts = b""
@@ -309,6 +302,18 @@ def parts(
     finally:
         fleet.close()
         server.close()
+
+
+def _election(algorithm: AlgorithmConfig) -> Election:
+    return Election(
+        # Where references are handed out, the medoid still says how far the clients agree.
+        rule=algorithm.rule if algorithm.elects else "medoid",
+        threshold=algorithm.agreement_threshold,
+        min_votes=algorithm.min_votes,
+        plurality_similarity=algorithm.plurality_similarity,
+        trim=algorithm.trim,
+        num_byzantine=algorithm.num_byzantine,
+    )
 
 
 def _host_spec(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from semcons_ray.errors import ModelError
 from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
@@ -154,19 +155,19 @@ class Rounds:
         else:
             evaluate = round % config.evaluation.every == 0 or round == config.num_rounds
             outcome = self.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
-        verdict: Verdict | None = outcome.verdict
+        verdict = outcome.verdict
         if verdict:
             self.folder.write_table(f"consensus/round_{round:03d}.parquet", _consensus_table(verdict))
         ended_at = time.time()
-        answered = {reply.client_id for reply in outcome.replies}
         commit = Commit(
             summary=RoundRow(
                 round=round,
                 started_at=started_at,
                 duration_seconds=ended_at - started_at,
                 num_participants=len(visitor.asked),
-                num_answered=len(answered),
-                lost=", ".join(str(client) for client in visitor.asked if client not in answered),
+                num_answered=len(visitor.asked) - len(visitor.lost),
+                lost=", ".join(map(str, sorted(visitor.lost))),
+                failures="; ".join(reason for _, reason in sorted(visitor.lost.items())),
                 num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
                 mean_agreement=_mean(verdict.agreement) if verdict else math.nan,
                 label_churn=label_churn(PseudoLabels.decode(state), verdict.labels, len(self.split.public))
@@ -179,11 +180,18 @@ class Rounds:
         return commit, outcome.next_state
 
     def _measure_base(self, visitor: _Watched, state: bytes) -> RoundOutcome:
-        # Before training, all clients of one architecture are the same model: it is measured once.
+        # Before training, all clients of one architecture are the same model: it is measured once, and nobody is
+        # visited, so that a client that was measured begins round 1 as the others do.
         models = self.placement.config.client_models()
         first = {model: client for client, model in reversed([*enumerate(models)])}
-        replies = tuple(visitor.visit(0, dict.fromkeys(sorted(first.values()), b""), evaluate=True))
+        replies = tuple(visitor.measure(0, dict.fromkeys(sorted(first.values()), b"")))
         measured = {models[reply.client_id]: reply.evaluation for reply in replies}
+        for model, evaluation in measured.items():
+            if evaluation and not math.isfinite(evaluation.nll_sum):
+                raise ModelError(
+                    f"the base model {model} has a test NLL of {evaluation.nll_sum} in "
+                    f"{self.placement.config.model.dtype}: set model.dtype to bfloat16 or float32"
+                )
         evaluations = {client: measured.get(model) for client, model in enumerate(models)}
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
@@ -208,6 +216,7 @@ class Rounds:
                 model=config.client_models()[client_id],
                 nll=nll,
                 perplexity=math.exp(min(nll, 700.0)),
+                bits_per_byte=measured.nll_sum / math.log(2) / max(measured.num_bytes, 1),
                 rouge_l=rouge_l,
                 similarity=similarity,
                 train_loss=reply.train_loss if reply else math.nan,
@@ -232,18 +241,25 @@ class _Watched:
         self._exported = exported
         self._num_rounds = num_rounds
         self.asked: tuple[int, ...] = ()
+        self.lost: dict[int, str] = {}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        yield from self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
+        self.lost = dict(self._fleet.lost)
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        replies = self._fleet.measure(round, downlinks)
+        # After a round it belongs to that round; round 0 is nothing else.
+        return replies if round else self._watch(round, downlinks, replies)
+
+    def _watch(self, round: int, downlinks: Mapping[int, bytes], replies: Iterator[Reply]) -> Iterator[Reply]:
         self.asked = tuple(downlinks)
         self._observer.round_begins(round, self._num_rounds, len(downlinks))
         self._exported.round_begins(round, len(downlinks))
-        for reply in self._fleet.visit(round, downlinks, evaluate=evaluate):
+        for reply in replies:
             self._observer.client_done(reply)
             self._exported.client_answered()
             yield reply
-
-    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        return self._fleet.measure(round, downlinks)
 
 
 def _export(exported: RunMetrics, commit: Commit) -> None:
@@ -265,7 +281,7 @@ def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> 
 
 
 def _mean(agreement: npt.NDArray[np.float32]) -> float:
-    """Over the prompts that anybody answered."""
+    """Over the prompts that two or more answered."""
     answered = agreement[~np.isnan(agreement)]
     return float(answered.mean()) if answered.size else math.nan
 

@@ -39,6 +39,8 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         nll: Mean negative log-likelihood (nats) of a token of the reference answers.
         perplexity: Its exponential.
+        bits_per_byte: The same likelihood in bits, over the bytes of the reference answers as UTF-8: unlike nats a
+            token, it compares models with different tokenizers.
         rouge_l: Mean ROUGE-L F of the client's answers.
         similarity: Mean cosine of the client's answers to the references, by the server's embedding model.
         train_loss: Mean loss (nats a token) over the round's fine-tuning.
@@ -49,6 +51,7 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     nll: float
     perplexity: float
+    bits_per_byte: float
     rouge_l: float
     similarity: float
     train_loss: float
@@ -61,8 +64,9 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         lost: Clients left out of the round; empty if none.
+        failures: Why.
         num_labels: Prompts that gave a pseudo-label.
-        mean_agreement: Over prompts; NaN where an algorithm forms no consensus.
+        mean_agreement: Over prompts; NaN where no consensus was formed.
         label_churn: Share of prompts whose pseudo-label changed since the round before; NaN where there was none.
     """
 
@@ -72,6 +76,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     num_participants: int
     num_answered: int
     lost: str
+    failures: str
     num_labels: int
     mean_agreement: float
     label_churn: float

@@ -17,8 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from semcons_ray.config import ExperimentConfig
-from semcons_ray.errors import RunFolderError, SemconsError
+from semcons_ray.config import (
+    ExperimentConfig,
+    merge_settings,
+    validate_config,
+    validate_shared,
+    without_effect,
+    without_settings,
+)
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
 from semcons_ray.metering.energy import detect_meter
 from semcons_ray.metering.environment import usable_cpus
 from semcons_ray.runs.run_folder import RunFolder
@@ -50,6 +57,28 @@ class Job:
             stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
         if difference := next(_differences(stored, wanted), ""):
             raise RunFolderError(f"{self.folder} was run with {difference}; remove it, or choose another --out")
+
+
+def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, Any]]]) -> list[ExperimentConfig]:
+    """Settings of runs that have some in common.
+
+    Args:
+        shared: Settings of all runs. One that has no effect in a run keeps its default there.
+        runs: For each run, where its own settings were given, for messages, and these, which are laid over `shared`.
+
+    Raises:
+        ConfigError: A setting is refused, or has no effect: a run's own in that run, a shared one in any.
+    """
+    configs = []
+    idle: set[str] | None = None
+    for where, own in runs:
+        values, others = merge_settings(shared, own), without_settings(shared, own)
+        unused = {key for key, _ in without_effect(validate_shared(values, where=where, shared=others))}
+        idle = unused if idle is None else idle & unused
+        configs.append(validate_config(values, where=where, shared=others))
+    if idle:
+        raise ConfigError(f"experiment: {', '.join(sorted(idle))} has no effect in any run")
+    return configs
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], above: str = "") -> Iterator[str]:

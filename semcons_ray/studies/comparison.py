@@ -20,36 +20,30 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from semcons_ray.config import Section, Settings, describe_error, merge_settings, read_yaml, validate_config
+from semcons_ray.config import Section, Settings, describe_error, merge_settings, read_yaml, validate_shared
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.runs.run_folder import MetricsRow, write_file
-from semcons_ray.studies.batch import Job, run_jobs, slug
-
-
-def _averaging(name: str, **settings: Any) -> dict[str, Any]:
-    # An average over clients takes the place of one along a client's path.
-    return {"algorithm": {"name": name, **settings}, "training": {"ema_decay": 0.0}}
-
+from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
     "local only": {"algorithm": {"name": "local_only"}},
-    "FedAvg-LoRA": _averaging("fedavg_lora"),
-    "FedProx": _averaging("fedprox"),
-    "SCAFFOLD": _averaging("scaffold"),
-    "FFA-LoRA": _averaging("ffa_lora"),
-    "FLoRA": _averaging("flora"),
-    "FlexLoRA": _averaging("flexlora"),
-    "HetLoRA": _averaging("hetlora"),
-    "one-shot FedAvg-LoRA": _averaging("one_shot_fedavg_lora"),
-    "centralized": _averaging("centralized"),
-    "FedAvg-LoRA + own labels": _averaging("fedavg_lora", self_labels=True),
-    "local only, not averaged": _averaging("local_only"),
-    "self-training": {"algorithm": {"name": "local_only", "self_labels": True}},
+    "FedAvg-LoRA": {"algorithm": {"name": "fedavg_lora"}},
+    "FedProx": {"algorithm": {"name": "fedprox"}},
+    "SCAFFOLD": {"algorithm": {"name": "scaffold"}},
+    "FFA-LoRA": {"algorithm": {"name": "ffa_lora"}},
+    "FLoRA": {"algorithm": {"name": "flora"}},
+    "FlexLoRA": {"algorithm": {"name": "flexlora"}},
+    "HetLoRA": {"algorithm": {"name": "hetlora"}},
+    "one-shot FedAvg-LoRA": {"algorithm": {"name": "one_shot_fedavg_lora"}},
+    "centralized": {"algorithm": {"name": "centralized"}},
+    "FedAvg-LoRA + own labels": {"algorithm": {"name": "fedavg_lora", "self_labels": True}},
+    "local only, not averaged": {"algorithm": {"name": "local_only", "ema_decay": 0.0}},
+    "self-training": {"algorithm": {"rule": "own_answer"}},
     "random client": {"algorithm": {"rule": "random_client"}},
     "longest answer": {"algorithm": {"rule": "longest"}},
     "shortest answer": {"algorithm": {"rule": "shortest"}},
@@ -130,15 +124,16 @@ def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
     Raises:
         ConfigError: A setting is refused; one line that names the arm and the key.
     """
-    validate_config(comparison.experiment, where="experiment")
-    runs = []
-    for seed in comparison.seeds:
-        for arm, settings in comparison.arms.items():
-            own = {"name": f"{arm}, seed {seed}", "seed": seed}
-            values = merge_settings(merge_settings(comparison.experiment, settings), own)
-            config = validate_config(values, where=f"arm '{arm}'")
-            runs.append(ArmRun(config, out / "runs" / slug(arm) / f"seed_{seed}", arm, seed))
-    return runs
+    arms = [
+        (f"arm '{arm}'", merge_settings(settings, {"name": f"{arm}, seed {seed}", "seed": seed}), arm, seed)
+        for seed in comparison.seeds
+        for arm, settings in comparison.arms.items()
+    ]
+    configs = configure_runs(comparison.experiment, [(where, settings) for where, settings, _, _ in arms])
+    return [
+        ArmRun(config, out / "runs" / slug(arm) / f"seed_{seed}", arm, seed)
+        for config, (_, _, arm, seed) in zip(configs, arms, strict=True)
+    ]
 
 
 def run_comparison(
@@ -192,7 +187,7 @@ def dump_comparison(comparison: ComparisonConfig) -> str:
     for key in ("reference", "baseline"):
         if values[key] not in comparison.arms:
             del values[key]
-    experiment = validate_config(comparison.experiment, where="experiment")
+    experiment = validate_shared(comparison.experiment, where="experiment", shared=comparison.experiment)
     values["experiment"] = experiment.model_dump(mode="json", exclude={"seed", "name"})
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -22,6 +22,9 @@ from semcons_ray.config import (
     merge_settings,
     read_yaml,
     validate_config,
+    validate_shared,
+    without_effect,
+    without_settings,
 )
 from semcons_ray.errors import ConfigError
 from semcons_ray.studies.batch import slug
@@ -169,11 +172,9 @@ class SweepConfig(Settings):
         Raises:
             ConfigError: They are refused; one line that names the point and the key.
         """
-        values = merge_settings(self.experiment, nested(point))
-        if "clients.mix" in point:  # replaces the experiment's, and is not laid over it
-            values["clients"]["mix"] = point["clients.mix"]
         where = f"space ({describe_point(point)})"
-        config = validate_config({**values, "name": describe_point(point)}, where=where)
+        shared, own = self._settings(point)
+        config = validate_config(merge_settings(shared, own), where=where, shared=shared)
         # A trial's bundles are for workers; ranks and engines book room of their own, which others may hold for ever.
         if config.sharding.models:
             raise ConfigError(f"{where}: sharding.models is not for sweeps")
@@ -206,12 +207,34 @@ class SweepConfig(Settings):
         Raises:
             ConfigError: One is not; one line that names the key.
         """
-        validate_config(self.experiment, where="experiment")
-        for point in self.points():
+        validate_shared(self.experiment, where="experiment", shared=self.experiment)
+        ends = [
+            self.first() | {key: value}
+            for key, axis in self.space.items()
+            for value in (axis.extremes() if axis.grid is None else ())
+        ]
+        points = [*self.points(), *ends]
+        for point in points:
             self.configure(point)
-        for key, axis in self.space.items():
-            for value in axis.extremes() if axis.grid is None else ():
-                self.configure(self.first() | {key: value})
+        idle = [set(self._idle(point)) for point in points]
+        if unused := set.intersection(*idle):
+            raise ConfigError(f"experiment: {', '.join(sorted(unused))} has no effect in any trial")
+
+    def _settings(self, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a trial shares with the others, and what is its own."""
+        own = nested(point)
+        shared = without_settings(self.experiment, own)
+        if "clients.mix" in point:  # replaces the experiment's, and is not laid over it
+            shared = merge_settings(shared, {})
+            if isinstance(shared.get("clients"), dict):
+                shared["clients"] = {key: value for key, value in shared["clients"].items() if key != "mix"}
+        return shared, {**own, "name": describe_point(point)}
+
+    def _idle(self, point: Point) -> Iterator[str]:
+        """Shared settings that have no effect in a trial."""
+        shared, own = self._settings(point)
+        values = merge_settings(shared, own)
+        return (key for key, _ in without_effect(validate_shared(values, where="space", shared=shared)))
 
 
 def load_sweep(path: Path, overrides: dict[str, Any] | None = None) -> SweepConfig:
@@ -239,9 +262,8 @@ def dump_sweep(sweep: SweepConfig) -> str:
     values["space"] = {
         key: {kind: given for kind, given in axis.items() if given is not None} for key, axis in values["space"].items()
     }
-    values["experiment"] = validate_config(sweep.experiment, where="experiment").model_dump(
-        mode="json", exclude={"name"}
-    )
+    experiment = validate_shared(sweep.experiment, where="experiment", shared=sweep.experiment)
+    values["experiment"] = experiment.model_dump(mode="json", exclude={"name"})
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

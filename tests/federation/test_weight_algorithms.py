@@ -21,8 +21,9 @@ from semcons_ray.federation.algorithms import (
 )
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.weights import Adapter, pack, stacked, unpack
+from semcons_ray.federation.weights import pack, stacked, unpack
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
+from semcons_ray.modeling.adapter import Adapter
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 TWO = Cohort(num_clients=2, participation=1.0, seed=0)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from semcons_ray.config import GenerationConfig, LoraConfig, ShardingConfig, TrainingConfig
-from semcons_ray.modeling.language_model import Adapter, LanguageModel, Pair, Parameters
+from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
 from tests.tiny import examples
 
 # 25 in batches of four: the last of an epoch has one row, and one rank none.

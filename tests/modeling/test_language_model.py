@@ -51,7 +51,7 @@ def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama:
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss.detach()
         total, tokens = total + float(loss) * len(response), tokens + len(response)
-    nll, scored, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
+    nll, scored, *_ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
     assert scored == tokens
     assert nll == pytest.approx(total, rel=1e-5)
 
@@ -148,8 +148,8 @@ def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:
     adapter = trained(model, local_epochs=30)
     other = [Pair("what is it?", "zzz qqq")]
     for pairs, falls in ((PAIRS, True), (other, False)):
-        fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), pairs, 4)
-        learnt, _, _ = model.negative_log_likelihood(adapter, pairs, 4)
+        fresh, *_ = model.negative_log_likelihood(model.fresh_adapter(), pairs, 4)
+        learnt, *_ = model.negative_log_likelihood(adapter, pairs, 4)
         assert (learnt < fresh) == falls
 
 
@@ -204,8 +204,8 @@ def test_plain_peft_loads_an_exported_adapter(model: LanguageModel, tmp_path: Pa
 @pytest.mark.parametrize("architecture", ["gemma3", "qwen2"])
 def test_other_architectures_train_and_answer(tmp_path: Path, architecture: str) -> None:
     model = load(write_model(tmp_path / "m", architecture))
-    fresh, _, _ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
-    learnt, _, _ = model.negative_log_likelihood(trained(model, local_epochs=20), PAIRS, 4)
+    fresh, *_ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
+    learnt, *_ = model.negative_log_likelihood(trained(model, local_epochs=20), PAIRS, 4)
     answers, tokens = model.generate(model.fresh_adapter(), [PAIRS[0].prompt], GREEDY, rng())
     assert learnt < fresh
     assert len(answers) == 1
@@ -215,7 +215,7 @@ def test_other_architectures_train_and_answer(tmp_path: Path, architecture: str)
 def test_long_examples_are_cut_and_keep_their_response(tiny_llama: Path) -> None:
     model = load(tiny_llama, max_length=16)
     long = Pair("add one and two " * 20, "it is 3")
-    _, scored, processed = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
+    _, scored, _, processed = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
     assert processed == 16
     assert 1 <= scored <= 8
 

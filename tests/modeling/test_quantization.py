@@ -41,7 +41,7 @@ def load(folder: Path | str, bits: str, dtype: str = "float32") -> LanguageModel
 
 
 def nll(model: LanguageModel, adapter: dict[str, torch.Tensor], pairs: list[Pair] = PAIRS) -> float:
-    total, tokens, _ = model.negative_log_likelihood(adapter, pairs, 4)
+    total, tokens, *_ = model.negative_log_likelihood(adapter, pairs, 4)
     return total / tokens
 
 

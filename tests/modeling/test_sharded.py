@@ -109,7 +109,7 @@ class TestRanks:
         plain = LanguageModel(str(tiny_llama), **SETTINGS)
         plain.model = PeftModel.from_pretrained(plain.model.unload(), folder / case).eval()
         plain._parameters = {}
-        nll, tokens, _ = plain.negative_log_likelihood({}, PAIRS, 6)
+        nll, tokens, *_ = plain.negative_log_likelihood({}, PAIRS, 6)
         assert tokens == ranks[0][case]["nll"][1]
         assert nll == pytest.approx(ranks[0][case]["nll"][0], rel=1e-5)
 

@@ -13,8 +13,9 @@ import torch
 from semcons_ray.config import GenerationConfig, LoraConfig
 from semcons_ray.errors import ConfigError, EngineError, ModelError
 from semcons_ray.modeling import vllm_engine
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
-from semcons_ray.modeling.language_model import Adapter, LanguageModel
+from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
 

@@ -27,11 +27,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import form_consensus
+from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.metering.environment import describe_environment
 
 DIMENSION = 384
@@ -96,10 +95,10 @@ def consensus(embeddings: Tensor, rule: str) -> Tensor:
     return form_consensus(
         embeddings,
         torch.ones(prompts, clients, dtype=torch.bool),
-        rule=rule,
+        Election(rule),
+        torch.rand(prompts, clients, generator=torch.Generator().manual_seed(0)),
         weights=torch.arange(1.0, clients + 1),
         lengths=torch.arange(clients).expand(prompts, clients),
-        generator=np.random.default_rng(0),
     ).winner
 
 

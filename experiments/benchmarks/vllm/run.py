@@ -28,8 +28,9 @@ from semcons_ray.data.sources import load_examples
 from semcons_ray.distributed import cluster
 from semcons_ray.distributed.engines import EnginePlan, RayEngine
 from semcons_ray.metering.environment import describe_environment
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import EngineRequest
-from semcons_ray.modeling.language_model import Adapter, LanguageModel
+from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.modeling.vllm_engine import EngineSpec
 

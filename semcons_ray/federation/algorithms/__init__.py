@@ -36,15 +36,30 @@ AVERAGING = {"fedavg_lora": FedAvgLora, "scaffold": Scaffold, "ffa_lora": FfaLor
 
 def build_algorithm(settings: AlgorithmConfig, cohort: Cohort, ranks: tuple[int, ...], num_rounds: int) -> Algorithm:
     """The algorithm that `algorithm.name` names, for clients of these LoRA ranks."""
-    first_exchange = settings.exchanges_from(num_rounds)
-    averaging = (cohort, ranks, settings.weight_dtype, settings.compression, settings.self_labels, first_exchange)
+    exchanges, decay = settings.exchanges(num_rounds), settings.moving_average
+    averaging = (
+        cohort,
+        ranks,
+        settings.weight_dtype,
+        settings.compression,
+        settings.self_labels,
+        settings.pseudo_label_weight,
+        exchanges,
+    )
     match settings.name:
         case "semantic_consensus":
-            return SemanticConsensus(cohort, settings.pseudo_label_weight, settings.compression, first_exchange)
+            return SemanticConsensus(
+                cohort,
+                settings.pseudo_label_weight,
+                settings.compression,
+                exchanges,
+                decay,
+                self_training=settings.rule == "own_answer",
+            )
         case "local_only":
-            return LocalOnly(cohort, settings.self_labels, first_exchange)
+            return LocalOnly(cohort, decay)
         case "centralized":
-            return Centralized(cohort, settings.self_labels, first_exchange)
+            return Centralized(cohort)
         case "fedprox":
             return FedProx(*averaging, mu=settings.proximal_mu)
         case "one_shot_fedavg_lora":

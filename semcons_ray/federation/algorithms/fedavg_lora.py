@@ -16,13 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from semcons_ray.errors import ConfigError, NotFiniteError
 from semcons_ray.federation.algorithms.local_only import own_labels
 from semcons_ray.federation.fleet import Evaluation, RoundOutcome, Visitor
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.federation.weights import Adapter, pack, unpack, weighted_mean
-from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter
+from semcons_ray.federation.weights import pack, unpack, weighted_mean
+from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:  # the driver runs algorithms without loading transformers
     from semcons_ray.federation.client import Client
@@ -40,7 +42,8 @@ class FedAvgLora:
         compression: Of messages, "none" or "zstd".
         self_labels: Whether clients also train on their own answers to the public prompts, so as to have seen what the
             clients of a semantic consensus see.
-        first_exchange: Round after which those would first answer; own answers are learnt after it, too.
+        label_weight: Weight in the loss of such a label beside a private example.
+        exchanges: Rounds in which those would answer; own answers are learnt after the first of them, too.
     """
 
     cohort: Cohort
@@ -48,7 +51,8 @@ class FedAvgLora:
     dtype: str = "float16"
     compression: str = "none"
     self_labels: bool = False
-    first_exchange: int = 1
+    label_weight: float = 1.0
+    exchanges: range = range(1, 2)
 
     @property
     def uses_public_prompts(self) -> bool:
@@ -78,7 +82,10 @@ class FedAvgLora:
         replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
         ledger = Ledger("driver", socket.gethostname())
         with ledger.stage("aggregate", round=round):
-            state = self.aggregate(round, state, [AdapterUpdate.decode(reply.uplink) for reply in replies])
+            updates = [AdapterUpdate.decode(reply.uplink) for reply in replies]
+            # In the order of their contents: sums round as their order is, and who is called what changes no result.
+            updates.sort(key=lambda update: (update.tensors, update.num_examples))
+            state = self.aggregate(round, state, updates)
         rows = ledger.take()
         evaluations: dict[int, Evaluation | None] = {}
         if evaluate:  # clients of one rank have the same model then, so it is measured once
@@ -100,9 +107,20 @@ class FedAvgLora:
             return dict.fromkeys(client_ids, b"")
         encoded: dict[int, bytes] = {}
         for rank in {self.ranks[client_id] for client_id in client_ids}:
-            tensors = pack(self.share(unpack(state), rank), self.dtype)
+            tensors = self.packed(self.share(unpack(state), rank))
             encoded[rank] = GlobalAdapter(round_number=round - 1, tensors=tensors).encode(self.compression)
         return {client_id: encoded[self.ranks[client_id]] for client_id in client_ids}
+
+    def packed(self, tensors: Adapter) -> bytes:
+        """What the server sends, in the type that goes over the wire.
+
+        Raises:
+            ConfigError: A number does not fit it.
+        """
+        try:
+            return pack(tensors, self.dtype)
+        except NotFiniteError as error:
+            raise ConfigError(f"what the server sends: {error}") from error
 
     def share(self, average: Adapter, rank: int) -> Adapter:
         """What of the average a client of `rank` is sent: all of it, since ranks are equal."""
@@ -111,9 +129,18 @@ class FedAvgLora:
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """The client's part: start from the average, train, and send the adapter back."""
         self.adopt(client, round, downlink)
-        labels = own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS
-        client.fine_tune(round, labels, downlink_bytes=len(downlink), adjust=self.adjust(client))
+        client.fine_tune(
+            round,
+            self.labels(client, round),
+            weight=self.label_weight,
+            downlink_bytes=len(downlink),
+            adjust=self.adjust(client),
+        )
         return client.upload(round, self.trained(client), self.dtype, self.compression)
+
+    def labels(self, client: Client, round: int) -> PseudoLabels:
+        """The client's own answers to the public prompts, if it is to learn them."""
+        return own_labels(client, round, self.exchanges) if self.self_labels else NO_LABELS
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """Take the average for the client's adapter; before there is one, the common beginning."""

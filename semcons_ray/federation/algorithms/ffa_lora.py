@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import Adapter
+from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client

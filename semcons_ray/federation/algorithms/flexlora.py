@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import Adapter, mean_product, pack, truncated_svd, unpack, with_rank
+from semcons_ray.federation.weights import mean_product, pack, truncated_svd, unpack, with_rank
 from semcons_ray.messages import AdapterUpdate
+from semcons_ray.modeling.adapter import Adapter
 
 
 @dataclass(frozen=True)

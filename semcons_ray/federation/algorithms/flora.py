@@ -6,7 +6,7 @@ product is the weighted sum of B_k A_k. Ranks may differ.
 
 Where this departs from it: the paper merges the stack into the base weights. In bfloat16 most of a small update would
 be rounded away there, so here the stack stays beside them, as a frozen adapter of rank R that grows each round; the
-model is the same otherwise. A client that was left out of rounds is sent the stacks that it has missed.
+model is the same otherwise. A client that took no part in rounds, or was lost, is sent the stacks that it has missed.
 """
 
 from __future__ import annotations
@@ -16,47 +16,77 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+import torch
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import mean_product, pack, stacked, unpack
+from semcons_ray.federation.weights import mean_product, stacked, unpack
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
 
 
+class _State(msgspec.Struct):
+    """What the server takes from round to round.
+
+    Attributes:
+        stacks: Of the rounds done, as they are sent.
+        held: By client, how many of them it had when it last answered: a client that was sampled and lost has not.
+    """
+
+    stacks: list[bytes] = []
+    held: dict[int, int] = {}
+
+
 @dataclass(frozen=True)
 class Flora(FedAvgLora):
-    """FedAvg-LoRA by stacking."""
+    """FedAvg-LoRA by stacking.
+
+    A client remembers in `client.memory`, under "stacks", how many it has put beside its base model.
+    """
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The stacks so far and this round's, as they are sent."""
+        """The stacks so far and this round's; and that who answered has those so far."""
+        before = _read(state)
         adapters = [unpack(update.tensors) for update in updates]
         stack = mean_product(adapters, [update.num_examples for update in updates])
-        return msgspec.msgpack.encode([*self._stacks(state), pack(stack, self.dtype)])
+        held = before.held | {update.client_id: len(before.stacks) for update in updates}
+        return msgspec.msgpack.encode(_State([*before.stacks, self.packed(stack)], held))
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """The stacks of the rounds since the client was last visited."""
-        stacks = [unpack(stack) for stack in self._stacks(state)]
-        encoded: dict[int, bytes] = {len(stacks): b""}
+        """The stacks that each client has not shown to have, each under its number."""
+        known = _read(state)
+        encoded: dict[int, bytes] = {len(known.stacks): b""}
         result = {}
         for client_id in client_ids:
-            visited = [earlier for earlier in range(1, round) if client_id in self.cohort.sample(earlier)]
-            # What the client was sent in round v were the stacks of rounds before v.
-            known = max(visited, default=1) - 1
-            if known not in encoded:
-                missed = stacked(stacks[known:], [1.0] * (len(stacks) - known))
-                message = GlobalAdapter(round_number=round - 1, tensors=pack(missed, self.dtype))
-                encoded[known] = message.encode(self.compression)
-            result[client_id] = encoded[known]
+            held = known.held.get(client_id, 0)
+            if held not in encoded:
+                missed = {
+                    f"{number}.{key}": tensor
+                    for number, stack in enumerate(known.stacks[held:], start=held)
+                    for key, tensor in unpack(stack).items()
+                }
+                message = GlobalAdapter(round_number=round - 1, tensors=self.packed(missed))
+                encoded[held] = message.encode(self.compression)
+            result[client_id] = encoded[held]
         return result
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """Put what was missed beside the base model, and begin a new adapter."""
-        if downlink:
-            sent = unpack(GlobalAdapter.decode(downlink).tensors)
-            client.frozen = stacked([client.frozen, sent], [1.0, 1.0]) if client.frozen else sent
+        """Put what was missed beside the base model, each stack once, and begin a new adapter."""
+        stacks: dict[int, Adapter] = {}
+        for name, tensor in unpack(GlobalAdapter.decode(downlink).tensors if downlink else b"").items():
+            number, key = name.split(".", 1)
+            stacks.setdefault(int(number), {})[key] = tensor
+        held = int(client.memory.get("stacks", torch.zeros(1)))
+        # One whose answer was lost on the way has more than the server knows of.
+        new = [stacks[number] for number in sorted(stacks) if number >= held]
+        if new:
+            parts = [client.frozen, *new] if client.frozen else new
+            client.frozen = stacked(parts, [1.0] * len(parts))
+            client.memory["stacks"] = torch.tensor([max(stacks) + 1])
         client.adapter = client.fresh_adapter(round)
 
-    def _stacks(self, state: bytes) -> list[bytes]:
-        return msgspec.msgpack.decode(state, type=list[bytes]) if state else []
+
+def _read(state: bytes) -> _State:
+    return msgspec.msgpack.decode(state, type=_State) if state else _State()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
@@ -21,19 +21,13 @@ class LocalOnly:
 
     Attributes:
         cohort: Who takes part in a round.
-        self_labels: Whether clients also train on their own answers to the public prompts: the control that shows what
-            a consensus of one is worth.
-        first_exchange: Round after which others would first exchange answers; their own they learn after it, too.
+        ema_decay: What a client's adapter of before keeps in its moving average.
     """
 
     cohort: Cohort
-    self_labels: bool = False
-    first_exchange: int = 1
+    ema_decay: float = 0.0
 
-    @property
-    def uses_public_prompts(self) -> bool:
-        """Only to label them."""
-        return self.self_labels
+    uses_public_prompts: ClassVar[bool] = False
 
     def first_state(self) -> bytes:
         """The server has nothing to remember."""
@@ -52,7 +46,7 @@ class LocalOnly:
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on private data; send nothing."""
-        client.fine_tune(round, own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS)
+        client.fine_tune(round, NO_LABELS, ema_decay=self.ema_decay)
         return b""
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
@@ -67,6 +61,6 @@ def train_apart(
     return RoundOutcome(replies=replies, next_state=state, evaluations=own_evaluations(replies))
 
 
-def own_labels(client: Client, round: int, first_exchange: int) -> PseudoLabels:
+def own_labels(client: Client, round: int, exchanges: range) -> PseudoLabels:
     """What a client labels the public prompts with for itself: when a semantic consensus would have labels, it does."""
-    return client.label_prompts(round) if round > first_exchange else NO_LABELS
+    return client.label_prompts(round) if round > exchanges.start else NO_LABELS

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.algorithms.local_only import LocalOnly, own_labels
+from semcons_ray.federation.algorithms.local_only import LocalOnly
 from semcons_ray.federation.fleet import RoundOutcome, Visitor
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.messages import NO_LABELS
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
@@ -39,6 +38,5 @@ class OneShotFedAvgLora(FedAvgLora):
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
         """Train on with the own adapter; send it after the last round."""
-        labels = own_labels(client, round, self.first_exchange) if self.self_labels else NO_LABELS
-        client.fine_tune(round, labels)
+        client.fine_tune(round, self.labels(client, round), weight=self.label_weight)
         return client.upload(round, client.adapter, self.dtype, self.compression) if round == self.num_rounds else b""

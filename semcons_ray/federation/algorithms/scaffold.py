@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import Adapter, pack, unpack, weighted_mean
+from semcons_ray.federation.weights import pack, unpack, weighted_mean
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client

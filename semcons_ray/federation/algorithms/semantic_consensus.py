@@ -17,12 +17,14 @@ What the abstract leaves open, and what we chose:
     pseudo-labels private data joined with them, an equal weight an example, as in FedCT
     answers       drawn at temperature 1, not greedy: a label then carries how sure a client is, and who learns many
                   of them learns the mixture of the clients' distributions; greedy answers teach overconfidence
-    averaging     a client goes on with the mean of its adapter before and after a round (`training.ema_decay`): along
+    averaging     a client goes on with the mean of its adapter before and after a round (`algorithm.ema_decay`): along
                   its own path it loses the noise that averaging over clients takes from FedAvg, and nothing is sent
     order         a client trains and answers in one visit, with no barrier between the two; so the pseudo-labels of
-                  a round are learnt in the next, and before the first exchange (`algorithm.first_exchange`) training is
-                  local
-    ties          the lowest client index, so that results do not depend on who answers first
+                  a round are learnt in the next. Before the first exchange (`algorithm.first_exchange`) training is
+                  local, and in the last round nobody answers, since nobody would learn it
+    few           a prompt that fewer than `algorithm.min_votes` clients answered gives no pseudo-label
+    ties          a permutation of the clients drawn for each prompt and round, so that results depend neither on who
+                  answers first nor on who is called what
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from semcons_ray.federation.algorithms.local_only import train_apart
+from semcons_ray.federation.algorithms.local_only import own_labels, train_apart
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
@@ -49,13 +51,18 @@ class SemanticConsensus:
         cohort: Who takes part in a round.
         pseudo_label_weight: Weight in the loss of a pseudo-label beside a private example.
         compression: Of messages, "none" or "zstd".
-        first_exchange: Round after which clients first answer.
+        exchanges: Rounds in which clients answer.
+        ema_decay: What a client's adapter of before keeps in its moving average.
+        self_training: Whether nothing is exchanged and each client learns its own answers instead: the control that
+            shows what a consensus of one is worth.
     """
 
     cohort: Cohort
     pseudo_label_weight: float = 1.0
     compression: str = "none"
-    first_exchange: int = 1
+    exchanges: range = range(1, 2)
+    ema_decay: float = 0.0
+    self_training: bool = False
 
     uses_public_prompts: ClassVar[bool] = True
 
@@ -64,8 +71,8 @@ class SemanticConsensus:
         return NO_LABELS.encode(self.compression)
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """The pseudo-labels, the same for all."""
-        return dict.fromkeys(client_ids, state)
+        """The pseudo-labels, the same for all; nothing where there are none to send."""
+        return dict.fromkeys(client_ids, b"" if self.self_training else state)
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
@@ -84,7 +91,7 @@ class SemanticConsensus:
         """
         participants = self.cohort.sample(round)
         downlinks = self.downlinks(round, state, participants)
-        if round < self.first_exchange:
+        if round not in self.exchanges or self.self_training:
             return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
         server.begin(round, participants)
         replies = []
@@ -104,9 +111,17 @@ class SemanticConsensus:
 
         Before the first exchange there are no labels, and no answers.
         """
-        labels = PseudoLabels.decode(downlink)
-        client.fine_tune(round, labels, weight=self.pseudo_label_weight, downlink_bytes=len(downlink))
-        return client.answer(round, self.compression) if round >= self.first_exchange else b""
+        labels = own_labels(client, round, self.exchanges) if self.self_training else PseudoLabels.decode(downlink)
+        client.fine_tune(
+            round,
+            labels,
+            weight=self.pseudo_label_weight,
+            ema_decay=self.ema_decay,
+            downlink_bytes=len(downlink),
+        )
+        if round not in self.exchanges or self.self_training:
+            return b""
+        return client.answer(round, self.compression)
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """A client's model is its own."""
