@@ -55,6 +55,8 @@ Quantization = Literal["none", "8bit", "4bit"]
 MOVING_AVERAGE = 0.5
 """What the adapter of before a round keeps in a client's moving average, where an algorithm has one."""
 
+_DEFAULT_MIN_VOTES = 2
+
 ANY_MODELS = ("semantic_consensus", "local_only")
 ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
 ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
@@ -193,7 +195,9 @@ class AlgorithmConfig(Settings):
         "do.",
     )
     min_votes: int = Field(
-        2, ge=1, description="A prompt that fewer clients answered gives no pseudo-label: one alone is no consensus."
+        _DEFAULT_MIN_VOTES,
+        ge=1,
+        description="A prompt that fewer clients answered gives no pseudo-label: one alone is no consensus.",
     )
     plurality_similarity: float = Field(0.8, ge=-1, le=1, description="Cosine at which two answers are one opinion.")
     trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
@@ -348,7 +352,8 @@ class ExperimentConfig(Settings):
             if not _has(shared, key):
                 raise ValueError(f"{key} {_setting(self, key)} has no effect: it needs {needs}")
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
-        if self.algorithm.elects and self.algorithm.min_votes > per_round:
+        # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
+        if self.algorithm.elects and self.algorithm.min_votes > max(per_round, _DEFAULT_MIN_VOTES):
             raise ValueError(
                 f"algorithm.min_votes is {self.algorithm.min_votes}, but {per_round} of clients.num_clients = "
                 f"{self.clients.num_clients} take part in a round, so there would never be a pseudo-label"

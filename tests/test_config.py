@@ -17,7 +17,10 @@ from semcons_ray.config import (
     describe_settings,
     dump_config,
     load_config,
+    merge_settings,
     validate_config,
+    without_effect,
+    without_settings,
 )
 from semcons_ray.errors import ConfigError
 
@@ -83,8 +86,86 @@ def test_overrides_go_before_the_file_and_leave_the_rest_of_it(tmp_path):
 
 def test_overrides_alone():
     assert load_config(None, {"seed": 5}).seed == 5
-    with pytest.raises(ConfigError, match=r"^command line: unknown setting 'sede'$"):
+    with pytest.raises(ConfigError, match=r"^command line: unknown setting 'sede'; did you mean seed\?$"):
         load_config(None, {"sede": 5})
+    with pytest.raises(ConfigError, match=r"^command line: unknown setting 'xyzzy'$"):
+        load_config(None, {"xyzzy": 5})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("num_client", "clients.num_clients"),
+        ("num_clients", "clients.num_clients"),
+        ("clients.num_client", "clients.num_clients"),
+        ("lora.r", "model.lora.rank"),
+        ("lora_alpha", "model.lora.alpha"),
+        ("training.per_device_train_batch_size", "training.batch_size"),
+        ("training.num_train_epochs", "training.local_epochs"),
+        ("training.ema_decay", "algorithm.ema_decay"),
+        ("learning_rate", "training.learning_rate"),
+        ("training.learnig_rate", "training.learning_rate"),
+        ("batch_size", "training.batch_size or generation.batch_size"),
+        ("algorithm.dirichlet_alpha", "data.dirichlet_alpha"),
+    ],
+)
+def test_what_was_probably_meant(key, meant):
+    value = 1
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    assert f"; did you mean {meant}?" in refusal(value)
+
+
+@pytest.mark.parametrize(
+    ("values", "both"),
+    [
+        ({"algorithm": {"name": "fedavg_lora", "rule": "plurality"}}, ("algorithm.rule plurality", "algorithm.name")),
+        ({"algorithm": {"name": "flora", "agreement_threshold": 0.8}}, ("agreement_threshold 0.8", "algorithm.name")),
+        ({"algorithm": {"name": "local_only", "min_votes": 3}}, ("algorithm.min_votes 3", "algorithm.name")),
+        ({"algorithm": {"self_labels": True}}, ("algorithm.self_labels True", "algorithm.name")),
+        ({"algorithm": {"plurality_similarity": 0.9}}, ("plurality_similarity 0.9", "algorithm.rule plurality")),
+        ({"algorithm": {"rule": "plurality", "trim": 0.3}}, ("algorithm.trim 0.3", "algorithm.rule trimmed")),
+        ({"algorithm": {"rule": "reference", "agreement_threshold": 0.5}}, ("agreement_threshold", "algorithm.rule")),
+        ({"algorithm": {"num_byzantine": 2}}, ("algorithm.num_byzantine 2", "algorithm.rule multi_krum")),
+        ({"algorithm": {"name": "scaffold", "ema_decay": 0.5}}, ("algorithm.ema_decay 0.5", "algorithm.name")),
+        ({"algorithm": {"proximal_mu": 0.5}}, ("algorithm.proximal_mu 0.5", "algorithm.name fedprox")),
+        ({"algorithm": {"weight_dtype": "float32"}}, ("algorithm.weight_dtype float32", "algorithm.name")),
+        ({"algorithm": {"name": "fedavg_lora", "first_exchange": 2}}, ("first_exchange 2", "algorithm.self_labels")),
+        ({"algorithm": {"name": "centralized"}, "clients": {"participation": 0.5}}, ("participation", "centralized")),
+        ({"algorithm": {"name": "flora"}, "generation": {"temperature": 0.5}}, ("generation.temperature", "algorithm")),
+        ({"data": {"partition": "iid", "dirichlet_alpha": 0.1}}, ("data.dirichlet_alpha 0.1", "data.partition")),
+        ({"training": {"local_steps": 4, "local_epochs": 2}}, ("training.local_epochs 2", "training.local_steps")),
+        ({"sharding": {"zero_stage": 2}}, ("sharding.zero_stage 2", "sharding.models")),
+        ({"resources": {"engine_threads": 2}}, ("resources.engine_threads 2", "generation.engine vllm")),
+        ({"resources": {"fleet": "local", "ray_address": "auto"}}, ("resources.ray_address auto", "resources.fleet")),
+    ],
+)
+def test_a_setting_without_effect_is_refused_with_what_it_needs(values, both):
+    said = refusal(values)
+    assert " has no effect: it needs " in said
+    assert "\n" not in said
+    assert all(setting in said for setting in both)
+
+
+def test_a_setting_without_effect_may_be_for_other_runs_that_share_it():
+    shared = {"algorithm": {"rule": "plurality", "weight_dtype": "float32"}}
+    values = merge_settings(shared, {"algorithm": {"name": "fedavg_lora"}})
+    config = validate_config(values, where="here", shared=shared)
+    assert (config.algorithm.rule, config.algorithm.weight_dtype) == ("medoid", "float32")
+    with pytest.raises(ConfigError, match=r"algorithm\.rule plurality has no effect"):
+        validate_config(values, where="here", shared=without_settings(shared, {"algorithm": {"rule": "plurality"}}))
+
+
+def test_no_default_is_without_effect():
+    assert not [*without_effect(ExperimentConfig())]
+
+
+def test_more_votes_than_clients_of_a_round_are_refused():
+    clients = {"num_clients": 8, "participation": 0.25}
+    assert "algorithm.min_votes is 3, but 2 of clients.num_clients = 8" in refusal(
+        {"clients": clients, "algorithm": {"min_votes": 3}}
+    )
+    validate_config({"clients": {"num_clients": 1}}, where="here")
 
 
 def test_an_override_does_not_change_the_dict_it_came_in(tmp_path):
@@ -201,7 +282,9 @@ def test_a_number_out_of_range_is_named_with_its_value(key):
         return value
 
     allowed, refused = RANGES[key]
-    validate_config(nested(allowed), where="here")
+    rules = {"plurality_similarity": "plurality", "trim": "trimmed", "num_byzantine": "multi_krum"}
+    rule = {"algorithm": {"rule": rules[key.split(".")[-1]]}} if key.split(".")[-1] in rules else {}
+    validate_config(merge_settings(rule, nested(allowed)), where="here")
     assert f"{key}: " in refusal(nested(refused))
     assert f"(got {refused!r})" in refusal(nested(refused))
 
@@ -342,7 +425,7 @@ def test_clients_by_model_keep_their_quota(shares, num_clients):
         {"seed": 7, "name": "größer: 50 % – 'so'"},
         {"training": {"learning_rate": 1e-05, "local_steps": 12}},
         {"clients": {"mix": {"packaged:a": 0.25, "org/b": 0.75}}, "model": {"lora": {"target_modules": ["q_proj"]}}},
-        {"resources": {"fleet": "local", "ray_address": "auto", "memory_limit_gib": 2}},
+        {"resources": {"fleet": "ray", "ray_address": "auto", "memory_limit_gib": 2}},
     ],
 )
 def test_a_dumped_config_loads_as_it_was(tmp_path, values):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semcons_ray.config import RuleName
-from semcons_ray.consensus import Consensus, form_consensus
+from semcons_ray.consensus import Consensus, Election, form_consensus
 from semcons_ray.errors import ConfigError
 from tests.consensus import reference
 
@@ -31,13 +31,19 @@ def random_case(seed: int, prompts: int, clients: int, missing: float = 0.0) -> 
 
 
 def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", **more: Any) -> Consensus:
+    """A consensus in which earlier clients go first among equals, unless a priority says otherwise."""
     if mask is None:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
     clients = embeddings.shape[1]
-    more.setdefault("weights", torch.arange(1.0, clients + 1))
-    more.setdefault("lengths", torch.arange(clients).expand(embeddings.shape[:2]))
-    more.setdefault("generator", np.random.default_rng(0))
-    return form_consensus(embeddings, mask, rule=rule, **more)
+    of_clients = {
+        "priority": -torch.arange(float(clients)).expand(embeddings.shape[:2]),
+        "weights": torch.arange(1.0, clients + 1),
+        "lengths": torch.arange(clients).expand(embeddings.shape[:2]),
+        "chunk_bytes": None,
+    }
+    given = of_clients | {key: value for key, value in more.items() if key in of_clients}
+    election = Election(rule, **{key: value for key, value in more.items() if key not in of_clients})
+    return form_consensus(embeddings, mask, election, given.pop("priority"), **given)
 
 
 # By hand --------------------------------------------------------------------------------------------------------------
@@ -90,13 +96,41 @@ def test_controls() -> None:
     assert form(embeddings, mask, "shortest", lengths=lengths).winner.tolist() == [0]
 
 
+def drawn(prompts: int, clients: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).random((prompts, clients)))
+
+
+def assert_uniform(winners: Tensor, among: list[int], clients: int) -> None:
+    counts = torch.bincount(winners, minlength=clients).tolist()
+    share, each = 1 / len(among), len(winners) / len(among)
+    spread = 5 * (len(winners) * share * (1 - share)) ** 0.5
+    assert [client for client in range(clients) if counts[client]] == among
+    assert all(abs(counts[client] - each) < spread for client in among)
+
+
 def test_random_client_is_uniform_over_those_present() -> None:
     embeddings, mask = random_case(2, 6000, 4)
     mask[:, 1] = False
-    winners = form(embeddings, mask, "random_client").winner
-    counts = torch.bincount(winners, minlength=4)
-    assert counts[1] == 0
-    assert all(abs(int(counts[i]) - 2000) < 5 * (2000 * 2 / 3) ** 0.5 for i in (0, 2, 3))
+    assert_uniform(form(embeddings, mask, "random_client", priority=drawn(6000, 4)).winner, [0, 2, 3], 4)
+
+
+@pytest.mark.parametrize("rule", EVERY)
+def test_no_client_is_favoured_among_equals(rule: str) -> None:
+    """Three of five say the same, in other places than the first."""
+    vectors = unit([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]]]).expand(3000, 5, 2)
+    lengths = torch.tensor([5, 9, 9, 5, 9] if rule == "longest" else [9, 5, 5, 9, 5]).expand(3000, 5)
+    priority, among = drawn(3000, 5), [1, 2, 4]
+    if rule == "random_client":
+        among = [0, 1, 2, 3, 4]
+    found = form(
+        vectors, rule=rule, priority=priority, lengths=lengths, weights=torch.ones(5), trim=0.4, num_byzantine=1
+    )
+    assert_uniform(found.winner, among, 5)
+
+
+def test_of_two_clients_neither_is_always_the_medoid() -> None:
+    embeddings, _ = random_case(3, 3000, 2)
+    assert_uniform(form(embeddings, priority=drawn(3000, 2)).winner, [0, 1], 2)
 
 
 def test_threshold_and_missing_answers() -> None:
@@ -104,10 +138,21 @@ def test_threshold_and_missing_answers() -> None:
     mask = torch.tensor([[True, True], [False, True], [False, False]])
     verdict = form(answers, mask, threshold=0.6)
     assert verdict.winner.tolist() == [0, 1, -1]
-    torch.testing.assert_close(verdict.agreement, torch.tensor([0.6, 1.0, NAN]), equal_nan=True)
-    torch.testing.assert_close(verdict.similarity, torch.tensor([[0.6, 0.6], [NAN, 1.0], [NAN, NAN]]), equal_nan=True)
-    assert verdict.abstained.tolist() == [False, False, True]
-    assert form(answers, mask, threshold=0.61).abstained.tolist() == [True, False, True]
+    torch.testing.assert_close(verdict.agreement, torch.tensor([0.6, NAN, NAN]), equal_nan=True)
+    torch.testing.assert_close(verdict.similarity, torch.tensor([[0.6, 0.6], [NAN, NAN], [NAN, NAN]]), equal_nan=True)
+    assert verdict.abstained.tolist() == [False, True, True]
+    assert form(answers, mask, threshold=0.61).abstained.tolist() == [True, True, True]
+
+
+def test_one_answer_is_no_consensus_unless_it_is_to_be() -> None:
+    answers = unit([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+    one, two = torch.tensor([[False, True, False]]), torch.tensor([[False, True, True]])
+    assert form(answers, one).abstained.tolist() == [True]
+    assert form(answers, one, min_votes=1).abstained.tolist() == [False]
+    # Agreement of one is undefined, which is not over any threshold.
+    assert form(answers, one, min_votes=1, threshold=-1.0).abstained.tolist() == [True]
+    assert form(answers, two, min_votes=3).abstained.tolist() == [True]
+    assert form(answers, two, min_votes=2).abstained.tolist() == [False]
 
 
 # Against the reference, and properties --------------------------------------------------------------------------------
@@ -135,7 +180,7 @@ def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, m
             assert verdict.winner[prompt] == -1
             continue
         cosines = reference.mean_cosines(vectors[prompt], here)
-        for client, cosine in cosines.items():
+        for client, cosine in cosines.items() if len(here) > 1 else ():
             assert float(verdict.similarity[prompt, client]) == pytest.approx(cosine, abs=2e-6)
         assert int(verdict.winner[prompt]) == getattr(reference, rule)(
             vectors[prompt], here, **settings_of.get(rule, {})
@@ -143,19 +188,21 @@ def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, m
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(5, 9))
-@pytest.mark.parametrize("rule", SELECTING)
-def test_client_order_does_not_matter(rule: str, seed: int, clients: int) -> None:
-    """Five answers at least: of two, each is the other's nearest, and the tie goes by index."""
-    embeddings, mask = random_case(seed, 4, clients)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 9), missing=st.sampled_from([0.0, 0.4]))
+@pytest.mark.parametrize("rule", EVERY)
+def test_client_order_does_not_matter(rule: str, seed: int, clients: int, missing: float) -> None:
+    """What a client says, weighs and has drawn goes with it."""
+    embeddings, mask = random_case(seed, 4, clients, missing)
+    embeddings[1] = embeddings[1, :1]  # one prompt to which all answer alike
     order = torch.from_numpy(np.random.default_rng(seed).permutation(clients))
-    weights = torch.arange(1.0, clients + 1)
-    straight = form(embeddings, mask, rule, weights=weights, num_byzantine=0).winner
-    shuffled = form(embeddings[:, order], mask, rule, weights=weights[order], num_byzantine=0).winner
-    for prompt in range(4):
-        first, second = embeddings[prompt, straight[prompt]], embeddings[prompt, order[shuffled[prompt]]]
-        # The medoid of an opinion of two is such a tie, within the opinion.
-        assert float(first @ second) >= (0.8 if rule == "plurality" else 0.999999)
+    weights, priority = torch.arange(1.0, clients + 1), drawn(4, clients, seed)
+    lengths = torch.arange(clients).expand(4, clients) // 2
+    straight = form(embeddings, mask, rule, weights=weights, priority=priority, lengths=lengths).winner
+    moved = form(
+        embeddings[:, order], mask[:, order], rule, weights=weights[order], priority=priority[:, order],
+        lengths=lengths[:, order],
+    ).winner  # fmt: skip
+    assert [int(order[winner]) if winner >= 0 else -1 for winner in moved] == straight.tolist()
 
 
 @settings(max_examples=25)
@@ -186,7 +233,7 @@ def test_a_missing_client_is_as_if_it_were_not_there(rule: str, seed: int, clien
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), copies=st.integers(2, 7))
 @pytest.mark.parametrize("rule", [*SELECTING, "longest", "shortest"])
-def test_equal_answers_tie_to_the_lowest_index(rule: str, seed: int, copies: int) -> None:
+def test_equal_answers_tie_to_the_highest_priority(rule: str, seed: int, copies: int) -> None:
     vector = unit(np.random.default_rng(seed).normal(size=(1, 1, 384)))
     same = torch.ones(copies)
     found = form(vector.expand(3, copies, 384), rule=rule, weights=same, lengths=same.expand(3, copies))
@@ -222,7 +269,7 @@ def test_a_memory_mapped_file_gives_the_same(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", SELECTING)
-def test_equal_answers_tie_to_the_lowest_index_among_many(rule: str) -> None:
+def test_equal_answers_tie_to_the_highest_priority_among_many(rule: str) -> None:
     """Six texts, each given by every sixth of 600 clients: the first client with the winning text is elected."""
     texts = unit(np.random.default_rng(5).normal(size=(20, 6, 64)) + 0.5)
     embeddings, weights = texts.repeat(1, 100, 1), torch.ones(600)
@@ -233,7 +280,7 @@ def test_equal_answers_tie_to_the_lowest_index_among_many(rule: str) -> None:
         assert torch.equal(again.winner, found.winner)
 
 
-def test_trimmed_keeps_the_first_of_equal_answers() -> None:
+def test_trimmed_keeps_those_of_highest_priority_among_equals() -> None:
     """Of four equal answers and one other, 40% is that other and one of the equal ones: the last."""
     vector = unit(np.random.default_rng(6).normal(size=(1, 2, 384)))
     assert form(vector[:, [0, 0, 1, 0, 0]], rule="trimmed", trim=0.4).winner.tolist() == [0]
@@ -262,7 +309,7 @@ def test_multi_krum_by_hand() -> None:
 
 def test_every_rule_of_the_config_is_known() -> None:
     embeddings, mask = random_case(7, 1, 4)
-    assert {*EVERY, "reference"} == set(get_args(RuleName))
+    assert {*EVERY, "reference", "own_answer"} == set(get_args(RuleName))
     assert all(form(embeddings, mask, rule).winner.shape == (1,) for rule in EVERY)
 
 
@@ -277,6 +324,7 @@ def test_every_rule_of_the_config_is_known() -> None:
         ({"rule": "plurality", "plurality_similarity": 2.0}, r"algorithm\.plurality_similarity"),
         ({"rule": "trimmed", "trim": 0.5}, r"algorithm\.trim"),
         ({"rule": "multi_krum", "num_byzantine": -1}, r"algorithm\.num_byzantine"),
+        ({"min_votes": 0}, r"algorithm\.min_votes"),
     ],
 )
 def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: str) -> None:
@@ -296,7 +344,7 @@ def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: s
         (torch.ones(1, 2, 1), torch.ones(1, 2) > 0, {"rule": "weighted_medoid", "weights": None}, "needs weights"),
         (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "weighted_medoid", "weights": -torch.ones(1)}, "negative"),
         (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "longest", "lengths": None}, "needs lengths"),
-        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "random_client", "generator": None}, "needs a generator"),
+        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"priority": torch.ones(1, 2)}, r"priority .* of shape \(1, 1\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(

@@ -77,10 +77,10 @@ class Backwards:
 def test_a_client_trains_on_the_labels_it_is_sent_and_then_answers() -> None:
     client = Notes()
     downlink = LABELS.encode("zstd")
-    algorithm = SemanticConsensus(COHORT, pseudo_label_weight=0.5, compression="zstd")
+    algorithm = SemanticConsensus(COHORT, 0.5, "zstd", exchanges=range(1, 4), ema_decay=0.25)
     assert algorithm.visit(client, 2, downlink) == b"answers"  # type: ignore[arg-type]
     assert client.taken == [
-        ("fine_tune", 2, LABELS, {"weight": 0.5, "downlink_bytes": len(downlink)}),
+        ("fine_tune", 2, LABELS, {"weight": 0.5, "ema_decay": 0.25, "downlink_bytes": len(downlink)}),
         ("answer", 2, "zstd"),
     ]
 
@@ -102,7 +102,7 @@ def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
 
 def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -> None:
     client, fleet, server = Notes(), Backwards(), Notes()
-    algorithm = SemanticConsensus(COHORT, first_exchange=2)
+    algorithm = SemanticConsensus(COHORT, exchanges=range(2, 4))
     state = algorithm.first_state()
     assert algorithm.visit(client, 1, state) == b""  # type: ignore[arg-type]
     assert [note[0] for note in client.taken] == ["fine_tune"]
@@ -131,25 +131,53 @@ def test_local_only_sends_nothing_either_way() -> None:
     assert outcome.next_state == b""
 
 
-@pytest.mark.parametrize(("num_rounds", "exchanges_from"), [(1, 1), (2, 1), (3, 2), (4, 3), (9, 3)])
-def test_labels_of_the_first_exchange_have_a_round_to_be_learnt_in(num_rounds: int, exchanges_from: int) -> None:
-    built = build_algorithm(AlgorithmConfig(first_exchange=3), COHORT, (4, 4, 4), num_rounds)
-    assert built == SemanticConsensus(COHORT, 1.0, "zstd", first_exchange=exchanges_from)
+def test_nobody_answers_in_the_last_round_since_nobody_would_learn_it() -> None:
+    client, fleet, server = Notes(), Backwards(), Notes()
+    algorithm = SemanticConsensus(COHORT, exchanges=range(1, 3))
+    labels = LABELS.encode()
+    assert algorithm.visit(client, 3, labels) == b""  # type: ignore[arg-type]
+    assert [note[0] for note in client.taken] == ["fine_tune"]
+    outcome = algorithm.run_round(3, labels, fleet, server, evaluate=True)  # type: ignore[arg-type]
+    assert server.taken == []
+    assert (outcome.next_state, outcome.verdict) == (labels, None)
+
+
+@pytest.mark.parametrize(
+    ("num_rounds", "first", "exchanges"),
+    [(1, 3, [1]), (2, 3, [1]), (3, 3, [2]), (4, 3, [3]), (9, 3, [3, 4, 5, 6, 7, 8]), (3, 1, [1, 2]), (1, 1, [1])],
+)
+def test_every_exchange_has_a_round_to_be_learnt_in(num_rounds: int, first: int, exchanges: list[int]) -> None:
+    settings = AlgorithmConfig(first_exchange=first)
+    assert [*settings.exchanges(num_rounds)] == exchanges
+    built = build_algorithm(settings, COHORT, (4, 4, 4), num_rounds)
+    assert built == SemanticConsensus(COHORT, 1.0, "zstd", settings.exchanges(num_rounds), ema_decay=0.5)
+    asked = AlgorithmConfig(first_exchange=first, answer_last_round=True).exchanges(num_rounds)
+    assert [*asked] == [*range(exchanges[0], num_rounds + 1)]
 
 
 def test_algorithms_are_built_by_name() -> None:
-    settings = {"pseudo_label_weight": 0.25, "compression": "none", "proximal_mu": 0.5, "self_labels": True,
-                "first_exchange": 3}  # fmt: skip
+    common = {"compression": "none"}
+    own = {
+        "semantic_consensus": {"pseudo_label_weight": 0.25, "first_exchange": 3, "ema_decay": 0.75},
+        "local_only": {"ema_decay": 0.75},
+        "centralized": {},
+    }
+    averaged = {"self_labels": True, "pseudo_label_weight": 0.25, "first_exchange": 3, "weight_dtype": "float32"}
     ranks = (4, 4, 4)
     built = {
-        name: build_algorithm(AlgorithmConfig.model_validate({**settings, "name": name}), COHORT, ranks, 7)
+        name: build_algorithm(
+            AlgorithmConfig.model_validate({**common, **own.get(name, averaged), "proximal_mu": 0.5, "name": name}),
+            COHORT,
+            ranks,
+            7,
+        )
         for name in get_args(AlgorithmName)
     }
-    averaging = (COHORT, ranks, "float16", "none", True, 3)
+    averaging = (COHORT, ranks, "float32", "none", True, 0.25, range(3, 7))
     assert built == {
-        "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none", 3),
-        "local_only": LocalOnly(COHORT, self_labels=True, first_exchange=3),
-        "centralized": Centralized(COHORT, self_labels=True, first_exchange=3),
+        "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none", range(3, 7), 0.75),
+        "local_only": LocalOnly(COHORT, 0.75),
+        "centralized": Centralized(COHORT),
         "fedavg_lora": FedAvgLora(*averaging),
         "one_shot_fedavg_lora": OneShotFedAvgLora(*averaging, num_rounds=7),
         "fedprox": FedProx(*averaging, mu=0.5),
@@ -159,6 +187,15 @@ def test_algorithms_are_built_by_name() -> None:
         "flexlora": FlexLora(*averaging),
         "hetlora": HetLora(*averaging),
     }
+    own_answers = build_algorithm(AlgorithmConfig(rule="own_answer"), COHORT, ranks, 3)
+    assert own_answers == SemanticConsensus(COHORT, 1.0, "zstd", range(1, 3), 0.5, self_training=True)
+
+
+@pytest.mark.parametrize("name", get_args(AlgorithmName))
+def test_only_those_that_leave_each_client_its_own_model_have_a_moving_average(name: AlgorithmName) -> None:
+    expected = 0.5 if name in ("semantic_consensus", "local_only") else 0.0
+    assert AlgorithmConfig(name=name).moving_average == expected
+    assert getattr(build_algorithm(AlgorithmConfig(name=name), COHORT, (4,) * 3, 3), "ema_decay", 0.0) == expected
 
 
 class Host:
@@ -186,7 +223,9 @@ def visited(fleet: LocalFleet) -> list[int]:
 
 
 def test_a_failed_client_is_left_out_while_the_quorum_holds() -> None:
-    assert visited(local_fleet({2: ClientError("ill")}, quorum=0.75)) == [0, 1, 3]
+    fleet = local_fleet({2: ClientError("ill")}, quorum=0.75)
+    assert visited(fleet) == [0, 1, 3]
+    assert fleet.lost == {2: "ill"}
 
 
 def test_without_its_quorum_a_round_does_not_count() -> None:

@@ -1,15 +1,18 @@
 """A client with a tiny real model: what it keeps, sends and averages."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.federation.client import Client
+from semcons_ray.errors import NotFiniteError
+from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers
 from semcons_ray.metering.ledger import Ledger
@@ -29,33 +32,35 @@ def make_client(model: LanguageModel) -> MakeClient:
     def make(rank: int = 4, **training: Any) -> Client:
         return Client(
             1,
-            private=EXAMPLES,
-            prompts=["add one and six", "spell two"],
-            test=EXAMPLES[:2],
-            num_answers=1,
-            model=model,
+            EXAMPLES,
             rank=rank,
-            training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
-            generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
-            seed=0,
+            duties=Duties(
+                prompts=("add one and six", "spell two"),
+                test=tuple(EXAMPLES[:2]),
+                num_answers=1,
+                training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
+                generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
+                seed=0,
+            ),
+            model=model,
             ledger=Ledger("worker-0", "here"),
         )
 
     return make
 
 
-def after(client: Client, state: dict[str, torch.Tensor], round: int) -> dict[str, torch.Tensor]:
+def after(client: Client, state: dict[str, torch.Tensor], round: int, **settings: Any) -> dict[str, torch.Tensor]:
     client.restore(state)
-    client.fine_tune(round, NO_LABELS)
+    client.fine_tune(round, NO_LABELS, **settings)
     return client.state()
 
 
 def test_a_moving_average_begins_in_the_second_round_and_is_half_of_each(make_client: MakeClient) -> None:
-    plain, averaging = make_client(ema_decay=0.0), make_client(ema_decay=0.25)
-    first = after(averaging, {}, 1)
-    assert all(torch.equal(value, first[key]) for key, value in after(plain, {}, 1).items())
-    trained = after(plain, first, 2)
-    for key, value in after(averaging, first, 2).items():
+    client = make_client()
+    first = after(client, {}, 1, ema_decay=0.25)
+    assert all(torch.equal(value, first[key]) for key, value in after(client, {}, 1).items())
+    trained = after(client, first, 2)
+    for key, value in after(client, first, 2, ema_decay=0.25).items():
         torch.testing.assert_close(value, 0.25 * first[key] + 0.75 * trained[key])
         assert not torch.equal(value, trained[key])
 
@@ -147,3 +152,31 @@ def test_test_prompts_are_answered_greedily_whatever_the_temperature(
     client.generation = GenerationConfig(max_new_tokens=4, temperature=5.0)
     assert client.evaluate(1).answers == greedy
     assert client.label_prompts(2).responses != make_client().label_prompts(2).responses
+
+
+def test_a_client_whose_numbers_are_no_longer_finite_has_failed(make_client: MakeClient) -> None:
+    client = make_client()
+    client.fine_tune(1, NO_LABELS)
+    evaluation = client.evaluate(1)
+    client.check_finite(evaluation)
+    with pytest.raises(NotFiniteError, match=r"its test NLL is nan; training\.learning_rate .* or model\.dtype"):
+        client.check_finite(msgspec.structs.replace(evaluation, nll_sum=math.nan))
+    client.train_loss = math.inf
+    with pytest.raises(NotFiniteError, match=r"its training loss is inf; training\.learning_rate is probably too high"):
+        client.check_finite(None)
+    client.train_loss = 1.0
+    some = next(iter(client.adapter))
+    client.adapter[some][0, 0] = math.nan
+    with pytest.raises(NotFiniteError, match=f"adapter.{some} is not finite"):
+        client.check_finite(None)
+
+
+def test_an_update_that_overflows_its_type_on_the_wire_is_the_clients_failure(make_client: MakeClient) -> None:
+    client = make_client()
+    with pytest.raises(NotFiniteError, match=r"w is not finite; .*set algorithm\.weight_dtype to bfloat16 or float32"):
+        client.upload(1, {"w": torch.tensor([70000.0])}, "float16", "none")
+    assert unpack(AdapterUpdate.decode(client.upload(1, {"w": torch.tensor([70000.0])}, "bfloat16", "none")).tensors)
+
+
+def test_the_bytes_that_are_scored_are_those_of_the_answers(make_client: MakeClient) -> None:
+    assert make_client().evaluate(1).num_bytes == len("it is two") + len("it is three")

@@ -1,9 +1,11 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from semcons_ray.consensus import Election
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.server import Server
 from semcons_ray.messages import Answers
@@ -25,9 +27,11 @@ class Compass:
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def server(rule: str = "medoid", prompts: Sequence[str] = (), **settings: object) -> Server:
-    settings = {"rule": rule, **settings}
-    return Server(Compass(), num_prompts=2, rule=settings, prompts=prompts, seed=0, ledger=Ledger("server", "n"))
+def server(rule: str = "medoid", prompts: Sequence[str] = (), **settings: Any) -> Server:
+    return Server(
+        Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, seed=0,
+        ledger=Ledger("server", "n"),
+    )  # fmt: skip
 
 
 def uplink(client_id: int, *answers: str, round_number: int = 1, num_examples: int = 1) -> bytes:
@@ -44,7 +48,9 @@ def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
     judge.collect(uplink(5, "middle", "right"))
     verdict = judge.conclude()
     assert verdict.client_ids == (2, 5, 9)
-    assert verdict.winner.tolist() == [5, 2]
+    assert verdict.winner[0] == 5
+    assert verdict.winner[1] in (2, 9)  # who say the same
+    assert verdict.similarity[0] == pytest.approx([0.383, 0.704, 0.321], abs=1e-3)  # clients ascending
     assert verdict.labels.responses == ("middle", "left")
     assert verdict.labels.prompt_ids == (0, 1)
     assert verdict.labels.round_number == 1
@@ -58,7 +64,7 @@ def test_answers_are_embedded_with_their_prompts_if_there_are_any() -> None:
     judge.collect(uplink(1, "left", ""))
     judge.collect(uplink(2, "middle", ""))
     verdict = judge.conclude()
-    assert verdict.labels.responses == ("left", "left")  # alone, "middle" would win the first; empty ones have no vote
+    assert verdict.labels.responses == ("left",)  # alone, "middle" would win; empty ones have no vote
 
 
 def test_order_of_arrival_and_repetition_change_nothing() -> None:
@@ -75,7 +81,7 @@ def test_order_of_arrival_and_repetition_change_nothing() -> None:
 
 
 def test_missing_clients_and_empty_answers_have_no_vote() -> None:
-    judge = server()
+    judge = server(min_votes=1)
     judge.begin(1, [0, 1, 2])
     judge.collect(uplink(1, "", "right"))
     verdict = judge.conclude()
@@ -86,7 +92,7 @@ def test_missing_clients_and_empty_answers_have_no_vote() -> None:
 
 def test_references_are_handed_out_instead_of_what_was_elected() -> None:
     judge = Server(
-        Compass(), num_prompts=2, rule={"rule": "medoid"}, references=("north", "south"), seed=0,
+        Compass(), num_prompts=2, election=Election(), references=("north", "south"), seed=0,
         ledger=Ledger("server", "n"),
     )  # fmt: skip
     judge.begin(1, [0, 1])
@@ -123,7 +129,7 @@ def test_weights_are_the_numbers_of_private_examples() -> None:
 
 
 def test_a_new_round_forgets_the_old_one() -> None:
-    judge = server()
+    judge = server(min_votes=1)
     judge.begin(1, [0])
     judge.collect(uplink(0, "left", "left"))
     judge.begin(2, [1])
@@ -150,3 +156,21 @@ def test_messages_that_do_not_belong_are_refused(message: bytes, says: str) -> N
 def test_similarity_of_predictions_to_references() -> None:
     cosines = server().similarity(1, ["left", "right", ""], ["left", "left", "left"])
     assert cosines == pytest.approx([1.0, 0.0, 0.0], abs=1e-6)
+
+
+def test_ties_fall_to_each_client_and_as_they_fell_the_first_time() -> None:
+    """Two clients tie on every prompt: each wins some, whoever answers first, and the same in a second run."""
+    words = ["left", "right"] * 20
+    wins = []
+    for order in ([0, 1], [1, 0], [0, 1]):
+        judge = Server(Compass(), num_prompts=40, election=Election(), seed=0, ledger=Ledger("server", "n"))
+        judge.begin(1, order)
+        for client in order:
+            judge.collect(uplink(client, *words[client : client + 39], "left"))
+        wins.append(judge.conclude().winner.tolist())
+    assert 8 < sum(wins[0]) < 32
+    assert wins[0] == wins[1] == wins[2]
+    judge.begin(2, [0, 1])
+    for client in (0, 1):
+        judge.collect(uplink(client, *words[client : client + 39], "left", round_number=2))
+    assert judge.conclude().winner.tolist() != wins[0]

@@ -20,7 +20,7 @@ def reply(round: int, client_id: int = 0) -> Reply:
         train_loss=0.25,
         num_private=3,
         num_pseudo_labels=2,
-        evaluation=Evaluation(nll_sum=1.5, num_tokens=4, answers=("a", "ü")),
+        evaluation=Evaluation(nll_sum=1.5, num_tokens=4, num_bytes=9, answers=("a", "ü")),
         rows=(row,),
     )
 
@@ -32,7 +32,7 @@ def test_a_visit_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     saved = ClientStore(tmp_path).reply(0, 1)
     assert saved is not None
     assert saved.uplink == b"\x00\xff"
-    assert saved.evaluation == Evaluation(nll_sum=1.5, num_tokens=4, answers=("a", "ü"))
+    assert saved.evaluation == Evaluation(nll_sum=1.5, num_tokens=4, num_bytes=9, answers=("a", "ü"))
     assert saved.rows[0].stage == "generate"
     loaded = store.load(0, before=2)
     assert set(loaded) == set(tensors)

@@ -1,12 +1,13 @@
 """Each weight baseline in closed form, on matrices small enough to check by hand."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
+from semcons_ray.errors import ConfigError
 from semcons_ray.federation.algorithms import (
     Centralized,
     FedAvgLora,
@@ -15,13 +16,13 @@ from semcons_ray.federation.algorithms import (
     FlexLora,
     Flora,
     HetLora,
-    LocalOnly,
     OneShotFedAvgLora,
     Scaffold,
+    SemanticConsensus,
 )
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.weights import pack, stacked, unpack
+from semcons_ray.federation.weights import pack, unpack
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
 from semcons_ray.modeling.adapter import Adapter
 
@@ -52,10 +53,12 @@ class FakeClient:
     """A client whose training is told; it starts from zero update."""
 
     def __init__(self, trained: Adapter | None = None, num_private: int = 1) -> None:
+        self.client_id = 0
         self.taught = trained
         self.private = [None] * num_private
         self.adapter, self.frozen, self.memory = self.fresh_adapter(), {}, {}  # type: ignore[var-annotated]
         self.notes: list[Any] = []
+        self.weights: list[float] = []
 
     def fresh_adapter(self, round: int | None = None) -> Adapter:
         return lora([[float(round or 1), 0.5]], [[0.0], [0.0]])
@@ -65,11 +68,12 @@ class FakeClient:
 
     def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
         self.notes.append((round, labels, more.get("downlink_bytes", 0)))
+        self.weights.append(more.get("weight", 1.0))
         if self.taught is not None:
             self.adapter = self.taught
 
     def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
-        return update(tensors, len(self.private)).encode(compression)
+        return update(tensors, len(self.private), self.client_id).encode(compression)
 
 
 class FakeFleet:
@@ -77,6 +81,8 @@ class FakeFleet:
 
     def __init__(self, algorithm: Any, clients: Sequence[FakeClient]) -> None:
         self.algorithm, self.clients = algorithm, clients
+        for client_id, client in enumerate(clients):
+            client.client_id = client_id
         self.measured: list[tuple[int, bytes]] = []
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
@@ -90,7 +96,7 @@ class FakeFleet:
             yield self.reply(client, round, b"", 10.0 + client)
 
     def reply(self, client: int, round: int, uplink: bytes, nll: float | None) -> Reply:
-        evaluation = None if nll is None else Evaluation(nll_sum=nll, num_tokens=1, answers=())
+        evaluation = None if nll is None else Evaluation(nll_sum=nll, num_tokens=1, num_bytes=1, answers=())
         return Reply(
             client_id=client, round=round, uplink=uplink, train_loss=0.0, num_private=1, num_pseudo_labels=0,
             evaluation=evaluation, rows=(),
@@ -126,22 +132,32 @@ def test_a_fedavg_round_from_message_to_message() -> None:
     assert clients[0].notes[1] == (2, NO_LABELS, len(downlink))
 
 
-@pytest.mark.parametrize(("first_exchange", "learnt"), [(1, [NO_LABELS, OWN, OWN]), (2, [NO_LABELS, NO_LABELS, OWN])])
-def test_self_labels_are_learnt_when_those_of_others_would_be(
-    first_exchange: int, learnt: Sequence[PseudoLabels]
-) -> None:
-    for algorithm in (
-        FedAvgLora(TWO, EQUAL, self_labels=True, first_exchange=first_exchange),
-        LocalOnly(TWO, self_labels=True, first_exchange=first_exchange),
-        OneShotFedAvgLora(TWO, EQUAL, self_labels=True, first_exchange=first_exchange, num_rounds=4),
-    ):
+@pytest.mark.parametrize(
+    ("exchanges", "learnt"),
+    [(range(1, 4), [NO_LABELS, OWN, OWN]), (range(2, 4), [NO_LABELS, NO_LABELS, OWN])],
+)
+def test_self_labels_are_learnt_when_those_of_others_would_be(exchanges: range, learnt: Sequence[PseudoLabels]) -> None:
+    own = {"self_labels": True, "label_weight": 0.5, "exchanges": exchanges}
+    for algorithm in (FedAvgLora(TWO, EQUAL, **own), OneShotFedAvgLora(TWO, EQUAL, **own, num_rounds=4)):
         client = FakeClient()
         assert algorithm.uses_public_prompts
         for round in (1, 2, 3):
             algorithm.visit(client, round, b"")  # type: ignore[arg-type]
         assert [labels for _, labels, _ in client.notes] == learnt
+        assert client.weights == [0.5] * 3
     assert not FedAvgLora(TWO, EQUAL).uses_public_prompts
-    assert not LocalOnly(TWO).uses_public_prompts
+
+
+def test_self_training_is_semantic_consensus_with_own_answers() -> None:
+    client = FakeClient()
+    algorithm = SemanticConsensus(TWO, 0.5, exchanges=range(1, 3), self_training=True)
+    fleet = FakeFleet(algorithm, [client, FakeClient()])
+    state = algorithm.first_state()
+    for round in (1, 2, 3):
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    assert [(labels, sent) for _, labels, sent in client.notes] == [(NO_LABELS, 0), (OWN, 0), (OWN, 0)]
+    assert client.weights == [0.5] * 3
+    assert state == algorithm.first_state()
 
 
 class Quadratic(FakeClient):
@@ -314,11 +330,122 @@ def test_flora_sends_a_client_that_was_away_what_it_missed() -> None:
             sent = [GlobalAdapter.decode(downlink) for downlink in algorithm.downlinks(2, state, range(3)).values()]
             assert len(sent) == 3
             assert {message.round_number for message in sent} == {1}
-    stacks = [unpack(stack) for stack in msgspec.msgpack.decode(state, type=list[bytes])]
-    everything = product(stacked(stacks, [1.0] * 6))
+    everything = sum((product(clients[client].taught or {}) for (client,) in sampled), torch.zeros(2, 2))
     for client_id, client in enumerate(clients):
         algorithm.adopt(client, 7, algorithm.downlinks(7, state, [client_id])[client_id])  # type: ignore[arg-type]
         torch.testing.assert_close(product(client.frozen), everything)
+
+
+class LossyFleet(FakeFleet):
+    """Loses client 1 in some rounds: before it works, or its answer on the way."""
+
+    def __init__(self, algorithm: Any, clients: Sequence[FakeClient], lost: Sequence[int], *, on_the_way: bool) -> None:
+        super().__init__(algorithm, clients)
+        self.lost_in, self.on_the_way = lost, on_the_way
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        away = round in self.lost_in
+        asked = {c: d for c, d in downlinks.items() if not (away and c == 1 and not self.on_the_way)}
+        for reply in super().visit(round, asked, evaluate=evaluate):
+            if not (away and reply.client_id == 1):
+                yield reply
+
+
+@pytest.mark.parametrize("on_the_way", [False, True], ids=["before it works", "its answer on the way"])
+@pytest.mark.parametrize("lost", [[1], [2], [1, 2]])
+def test_flora_gives_every_stack_once_to_a_client_that_was_lost(lost: Sequence[int], on_the_way: bool) -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = Flora(TWO, EQUAL, "float32")
+    fleet = LossyFleet(algorithm, clients, lost, on_the_way=on_the_way)
+    state = algorithm.first_state()
+    both, alone = 0.25 * product(ONE) + 0.75 * product(OTHER), product(ONE)
+    for round in (1, 2, 3):
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    expected = sum((alone if round in lost else both for round in (1, 2, 3)), torch.zeros(2, 2))
+    for client_id, client in enumerate(clients):
+        algorithm.adopt(client, 4, algorithm.downlinks(4, state, [client_id])[client_id])  # type: ignore[arg-type]
+        torch.testing.assert_close(product(client.frozen), expected)
+
+
+COMMON = [[1.0, 0.5]]
+LOSSY: dict[str, tuple[Any, Adapter, Adapter]] = {
+    "fedavg": (FedAvgLora(TWO, EQUAL, "float32"), ONE, OTHER),
+    "fedprox": (FedProx(TWO, EQUAL, "float32", mu=0.0), ONE, OTHER),
+    "ffa": (FfaLora(TWO, EQUAL, "float32"), lora(COMMON, [[2.0], [0.0]]), lora(COMMON, [[4.0], [1.0]])),
+    "flexlora": (FlexLora(TWO, (2, 2), "float32"), ONE, OTHER),
+    "one shot": (OneShotFedAvgLora(TWO, EQUAL, "float32", num_rounds=2), ONE, OTHER),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_client_lost_in_one_round_and_back_in_the_next(name: str) -> None:
+    """Without client 1 the average is client 0's; with it again, the weighted mean of both."""
+    algorithm, one, other = LOSSY[name]
+    clients = [FakeClient(one, 1), FakeClient(other, 3)]
+    fleet = LossyFleet(algorithm, clients, [1], on_the_way=False)
+    first = algorithm.run_round(1, algorithm.first_state(), fleet, None, evaluate=False)
+    assert [reply.client_id for reply in first.replies] == [0]
+    if name != "one shot":
+        torch.testing.assert_close(served(algorithm, first.next_state), product(one))
+    second = algorithm.run_round(2, first.next_state, fleet, None, evaluate=False)
+    assert [reply.client_id for reply in second.replies] == [0, 1]
+    mean = {key: 0.25 * one[key] + 0.75 * other[key] for key in one}
+    of_products = 0.25 * product(one) + 0.75 * product(other)
+    torch.testing.assert_close(
+        served(algorithm, second.next_state), of_products if name == "flexlora" else product(mean)
+    )
+
+
+def served(algorithm: Any, state: bytes) -> torch.Tensor:
+    """Product of what a client adopts of a state."""
+    client = FakeClient()
+    algorithm.adopt(client, 3, algorithm.downlinks(3, state, [0])[0])
+    return product(client.adapter)
+
+
+def test_hetlora_without_a_lost_client_is_the_norm_weighted_mean_of_the_others() -> None:
+    algorithm = HetLora(TWO, EQUAL, "float32")
+    clients = [FakeClient(ONE), FakeClient(OTHER)]
+    fleet = LossyFleet(algorithm, clients, [1], on_the_way=False)
+    first = algorithm.run_round(1, b"", fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    torch.testing.assert_close(unpack(first), ONE)
+    second = unpack(algorithm.run_round(2, first, fleet, None, evaluate=False).next_state)  # type: ignore[arg-type]
+    norms = [float(product(ONE).norm()), float(product(OTHER).norm())]
+    for key in ONE:
+        torch.testing.assert_close(second[key], (norms[0] * ONE[key] + norms[1] * OTHER[key]) / sum(norms))
+
+
+def test_scaffold_keeps_c_the_mean_of_c_k_when_a_client_is_lost_and_comes_back() -> None:
+    algorithm = Scaffold(TWO, EQUAL, "float32")
+    clients = [Quadratic(1.0, -1.0), Quadratic(4.0, 2.0)]
+    fleet = LossyFleet(algorithm, clients, [2], on_the_way=False)
+    state = algorithm.first_state()
+    for round in (1, 2, 3):
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+        own = [float(client.memory["own." + A]) for client in clients]
+        assert float(unpack(state)["control." + A]) == pytest.approx(sum(own) / 2, rel=1e-5)
+
+
+def test_what_is_averaged_does_not_depend_on_who_is_called_what() -> None:
+    """Sums of floats depend on their order: three updates, under all names, have one mean to the last bit."""
+    drawn = torch.Generator().manual_seed(0)
+    adapters = [{A: torch.randn(1, 2, generator=drawn), B: torch.randn(2, 1, generator=drawn)} for _ in range(3)]
+    cohort = Cohort(num_clients=3, participation=1.0, seed=0)
+    for kind in (FedAvgLora, FlexLora, HetLora, Flora):
+        algorithm = kind(cohort, (1, 1, 1), "float32")
+        states = set()
+        for order in itertools.permutations(range(3)):
+            fleet = FakeFleet(algorithm, [FakeClient(adapters[index], index + 1) for index in order])
+            outcome = algorithm.run_round(1, b"", fleet, None, evaluate=False)  # type: ignore[arg-type]
+            states.add(algorithm.downlinks(2, outcome.next_state, [0])[0])
+        assert len(states) == 1
+
+
+def test_an_average_that_overflows_its_type_on_the_wire_ends_the_run_with_the_setting_to_change() -> None:
+    algorithm = FedAvgLora(TWO, EQUAL, "float16")
+    state = pack(lora([[70000.0, 0.0]], [[1.0], [0.0]]), "float32")
+    with pytest.raises(ConfigError, match=r"what the server sends: .*algorithm\.weight_dtype to bfloat16 or float32"):
+        algorithm.downlinks(2, state, [0])
 
 
 def test_one_shot_trains_apart_and_averages_once() -> None:
