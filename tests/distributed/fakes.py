@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from semcons_ray.errors import ModelError
+from semcons_ray.errors import ModelError, NotFiniteError
 from semcons_ray.federation.fleet import Reply
 
 
 @dataclass(frozen=True)
 class FakeSpec:
-    """`troubles` by client: "die", "hang", "fail" (an exception) or "refuse" (a UserError), each the first `times`."""
+    """`troubles` by client: "die", "hang", "fail" (an exception), "diverge" (numbers that are not finite) or
+    "refuse" (a UserError), each the first `times`."""
 
     worker: str
     folder: Path
@@ -41,6 +42,8 @@ class FakeHost:
                     time.sleep(3600)
                 case "fail":
                     raise RuntimeError("out of luck")
+                case "diverge":
+                    raise NotFiniteError("its training loss is nan")
                 case "refuse":
                     raise ModelError("change model.name")
         return Reply(

@@ -103,6 +103,18 @@ def test_a_client_that_keeps_dying_is_left_out_and_its_companions_are_not(make_f
     assert sorted(uplinks(make_fleet((0, 1, 2), (3,), troubles={1: "die"}, times=9))) == [0, 2, 3]
 
 
+def test_a_client_that_diverges_is_left_out_at_once_and_its_worker_goes_on(
+    make_fleet: MakeFleet, tmp_path: Path
+) -> None:
+    fleet = make_fleet((0, 1, 2), (3,), troubles={1: "diverge"}, times=9)
+    actor = fleet._workers["worker-0"].actor
+    assert sorted(uplinks(fleet)) == [0, 2, 3]
+    assert fleet.lost == {1: "its training loss is nan"}
+    assert len(list(tmp_path.glob("1-1-*"))) == 1
+    assert fleet._workers["worker-0"].actor is actor
+    assert sorted(uplinks(fleet, round=2)) == [0, 2, 3]
+
+
 def test_a_slow_client_is_given_up_within_its_time(make_fleet: MakeFleet) -> None:
     # Long enough for the replacement to start, short beside the hour that the visit would take.
     assert sorted(uplinks(make_fleet((0, 1), troubles={0: "hang"}, times=9, timeout=15.0))) == [1]
