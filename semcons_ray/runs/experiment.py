@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.errors import ModelError
-from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
+from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.scores import mean_rouge_l
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome
@@ -29,6 +28,7 @@ from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import apportion
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
+from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 
 
@@ -242,6 +242,10 @@ class _Watched:
         self._num_rounds = num_rounds
         self.asked: tuple[int, ...] = ()
         self.lost: dict[int, str] = {}
+
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._fleet.adapter_shapes
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         yield from self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
