@@ -55,7 +55,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(path)
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
+        if match := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path
+        ):
             kind, name, what, revision, _ = match.groups()
             found = self.hub.at(f"{kind}/{name}", revision or "main")
             self._json(found and self._described(name, what, *found, body))
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(None)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def _described(self, name: str, what: str | None, sha: str, files: Files, body: bytes) -> Any:
         entries = [{"type": "file", "path": path, "size": len(data), "oid": _oid(data)} for path, data in files.items()]

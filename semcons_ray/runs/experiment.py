@@ -28,7 +28,16 @@ from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import apportion
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
-from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, pin_revisions, place, prepare_data
+from semcons_ray.runs.assembly import (
+    Placement,
+    cluster,
+    engines,
+    find_models,
+    parts,
+    pin_revisions,
+    place,
+    prepare_data,
+)
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 
 
