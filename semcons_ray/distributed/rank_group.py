@@ -51,12 +51,13 @@ class RankGroup:
         name: str = self._all("node")
         return name
 
-    def load(self, spec: HostSpecProtocol) -> None:
-        """Bring the ranks together, and load the model."""
+    def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
+        """Bring the ranks together, and load the model; see `WorkerActor.load`."""
         count = len(self._ranks)
         (address,) = self._wait([self._ranks[0].open_rendezvous.remote(count)])
         self._wait([actor.join.remote(rank, count, address) for rank, actor in enumerate(self._ranks)])
-        self._all("load", spec)
+        shapes: dict[str, tuple[int, ...]] = self._all("load", spec)
+        return shapes
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
         """See `WorkerActor.visit`."""

@@ -129,7 +129,7 @@ class RayFleet:
         self.lost: Mapping[int, str] = {}
         for worker in self._workers.values():
             self._await_room(worker, room_timeout_seconds)
-            self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
+            self.adapter_shapes = self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
         self.meters = {node: ray.get(ref) for node, ref in self._start_meters().items()}
 
     @property

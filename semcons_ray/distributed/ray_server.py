@@ -50,9 +50,9 @@ class RayServer:
         self._pending.clear()
         self._tell("begin", round, tuple(client_ids))
 
-    def collect(self, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes) -> None:
         """See `ServerProtocol.collect`."""
-        self._tell("collect", uplink)
+        self._tell("collect", client_id, uplink)
 
     def conclude(self) -> Verdict:
         """See `ServerProtocol.conclude`."""

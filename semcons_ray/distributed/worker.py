@@ -49,10 +49,11 @@ class WorkerActor:
         """Name of the machine it runs on: the first thing asked of it, since the answer says that it has room."""
         return socket.gethostname()
 
-    def load(self, spec: HostSpecProtocol) -> None:
-        """Load the model and make the clients."""
+    def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
+        """Load the model and make the clients; see `Host.adapter_shapes` for what comes back."""
         try:
             self._host = spec.build()
+            return dict(self._host.adapter_shapes)
         except UserError as error:
             self._failure = error
             raise
@@ -109,9 +110,9 @@ class ServerActor:
         """See `Server.begin`."""
         self._loaded().begin(round, client_ids)
 
-    def collect(self, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes) -> None:
         """See `Server.collect`."""
-        self._loaded().collect(uplink)
+        self._loaded().collect(client_id, uplink)
 
     def conclude(self) -> Verdict:
         """See `Server.conclude`."""

@@ -125,7 +125,11 @@ class Client:
             ema_decay: What the adapter of before keeps in the average of the two that the client goes on with; a client
                 that has not trained yet has nothing to keep.
             adjust: What an algorithm does to gradients before each step.
+
+        Raises:
+            MessageError: A label is of no public prompt.
         """
+        labels.check_prompts(len(self.prompts))
         pairs = list(self.private)
         if weight > 0:
             answered = zip(labels.prompt_ids, labels.responses, strict=True)

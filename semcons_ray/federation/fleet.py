@@ -110,6 +110,11 @@ def own_evaluations(replies: Sequence[Reply]) -> dict[int, Evaluation | None]:
 class Visitor(Protocol):
     """All that an algorithm may ask of a fleet."""
 
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Host.adapter_shapes`; of any worker, since who exchanges adapters has one architecture."""
+        ...
+
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """Visit the clients named, with a downlink message each; replies come as they are ready.
 
@@ -180,6 +185,11 @@ class HostSpecProtocol(Protocol):
 class Host(Protocol):
     """One process's worth of clients."""
 
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of an adapter of its model, at the model's own rank."""
+        ...
+
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Visit one client."""
         ...
@@ -213,12 +223,18 @@ class LocalFleet:
         quorum: float,
         meter: NodeMeter | None = None,
     ) -> None:
+        self._hosts = hosts
         self._host_of = {client: hosts[worker] for worker, ids in clients.items() for client in ids}
         self._quorum = quorum
         self._meter = meter
         self.lost: Mapping[int, str] = {}
         self.workers: Mapping[str, str] = dict.fromkeys(hosts, node)
         self.meters: Mapping[str, str] = {node: meter.name if meter else ""}
+
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Visitor.adapter_shapes`."""
+        return next(iter(self._hosts.values())).adapter_shapes
 
     def laps(self) -> list[NodeEnergy]:
         """See `Fleet.laps`."""
@@ -256,6 +272,7 @@ class LocalFleet:
 
     def close(self) -> None:
         """Drop the models."""
+        self._hosts = {}
         self._host_of.clear()
 
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, NotFiniteError, SemconsError
+from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
+from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.engine import Engine
@@ -145,6 +146,11 @@ class ClientHost:
         self.ledger = ledger
         self.prompt_bytes = prompt_bytes
 
+    @property
+    def adapter_shapes(self) -> Shapes:
+        """See `Host.adapter_shapes`."""
+        return shapes_of(next(iter(self.clients.values())).model.fresh_adapter())
+
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Do the client's part of a round, or return the reply of a visit already done.
 
@@ -213,9 +219,9 @@ class ClientHost:
             yield
         except NotFiniteError as error:
             raise NotFiniteError(f"client {client_id}, round {round}: {error}") from error
-        except SemconsError:
-            raise
         except Exception as error:
+            if isinstance(error, SemconsError) and not isinstance(error, MessageError):
+                raise
             logger.error("client %d failed in round %d", client_id, round, exc_info=error)
             raise ClientError(
                 f"client {client_id}, round {round}, {self.ledger.worker}: {type(error).__name__}: {error}"

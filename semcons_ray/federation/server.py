@@ -18,7 +18,7 @@ from torch import Tensor
 from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.randomness import priorities
-from semcons_ray.messages import Answers, PseudoLabels
+from semcons_ray.messages import Answers, PseudoLabels, decode_uplink
 from semcons_ray.metering.ledger import Ledger, LedgerRow
 
 
@@ -54,8 +54,12 @@ class ServerProtocol(Protocol):
         """Await the answers of these clients."""
         ...
 
-    def collect(self, uplink: bytes) -> None:
-        """Take one client's encoded `Answers`."""
+    def collect(self, client_id: int, uplink: bytes) -> None:
+        """Take the encoded `Answers` of a client.
+
+        Raises:
+            MessageError: They are not that, here or in `conclude`; names the client, which then has no vote.
+        """
         ...
 
     def conclude(self) -> Verdict:
@@ -132,24 +136,25 @@ class Server:
         self._answers: dict[int, Answers] = {}
         self._embeddings: Tensor | None = None
 
-    def collect(self, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes) -> None:
         """See `ServerProtocol.collect`. A message that comes twice, after a restart, counts once."""
         with self._ledger.stage("embed", round=self._round) as work:
-            message = Answers.decode(uplink)
-            if message.client_id in self._answers:
-                return
-            if message.round_number != self._round or message.client_id not in self._column:
-                raise MessageError(f"round {self._round} does not await an answer of client {message.client_id}")
-            if len(message.answers) != self._num_prompts:
+            if client_id not in self._column:
+                raise MessageError(f"round {self._round} does not await an answer of client {client_id}")
+            message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
+            given = len(message.answers)
+            if given != self._num_prompts:
                 raise MessageError(
-                    f"client {message.client_id} gave {len(message.answers)} answers to {self._num_prompts} prompts"
+                    f"client {client_id}, round {self._round}: {given} answers to {self._num_prompts} prompts"
                 )
+            if client_id in self._answers:
+                return
             vectors = self._embedder.embed(self._embedded(message.answers))
             if self._embeddings is None:
                 shape = (self._num_prompts, len(self._column), self._embedder.dimension)
                 self._embeddings = vectors.new_zeros(shape)
-            self._embeddings[:, self._column[message.client_id]] = vectors
-            self._answers[message.client_id] = message
+            self._embeddings[:, self._column[client_id]] = vectors
+            self._answers[client_id] = message
             work.tokens = sum(len(answer.split()) for answer in message.answers)
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:

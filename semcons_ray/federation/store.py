@@ -7,8 +7,11 @@ starts from the file before it. Two files a client are kept, since a round in pr
 
 from __future__ import annotations
 
+import contextlib
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -35,18 +38,26 @@ class ClientStore:
         self.writes = writes
 
     def reply(self, client_id: int, round: int) -> Reply | None:
-        """The reply of a visit that happened, or None."""
+        """The reply of a visit that happened, or None.
+
+        Raises:
+            RunFolderError: Its file is damaged.
+        """
         path = self._path(client_id, round)
         if not path.is_file():
             return None
-        with self._open(path) as file:
+        with _reading(path) as file:
             return msgspec.msgpack.decode(file.get_tensor(_REPLY).numpy().tobytes(), type=Reply)
 
     def load(self, client_id: int, *, before: int) -> dict[str, Tensor]:
-        """The client's tensors after its last visit earlier than round `before`; empty if there was none."""
+        """The client's tensors after its last visit earlier than round `before`; empty if there was none.
+
+        Raises:
+            RunFolderError: Its file is damaged.
+        """
         for round in reversed(self._rounds(client_id)):
             if round < before:
-                with self._open(self._path(client_id, round)) as file:
+                with _reading(self._path(client_id, round)) as file:
                     return {key: file.get_tensor(key) for key in file.keys() if key != _REPLY}  # noqa: SIM118
         return {}
 
@@ -72,9 +83,11 @@ class ClientStore:
             return []
         return sorted(int(path.stem[6:]) for path in folder.glob("round_*"))
 
-    @staticmethod
-    def _open(path: Path) -> safe_open:
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise RunFolderError(f"{path} is damaged ({error}); delete it, and resume repeats that visit") from error
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); delete it, and resume repeats that visit") from error

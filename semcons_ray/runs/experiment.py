@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.errors import ModelError
-from semcons_ray.runs.assembly import Placement, cluster, engines, find_models, parts, place, prepare_data
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
+from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.scores import mean_rouge_l
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome
@@ -29,6 +28,16 @@ from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import apportion
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
+from semcons_ray.runs.assembly import (
+    Placement,
+    cluster,
+    engines,
+    find_models,
+    parts,
+    pin_revisions,
+    place,
+    prepare_data,
+)
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 
 
@@ -87,13 +96,15 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         folder.write_tables(commits)
         return
     observer.stage("reading data")
-    split = prepare_data(config, folder.data)
+    revisions = pin_revisions(config, folder.revisions())
+    folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
+    split = prepare_data(config, folder.data, revisions)
     if config.algorithm.name == "centralized":
         split = pooled(split)
     observer.stage("finding models")
-    models = find_models(config)
+    models = find_models(config, revisions)
     with cluster(config) as nodes:
-        placement = place(config, nodes, models)
+        placement = place(config, nodes, models, revisions)
         config = placement.config
         folder.write_config(config)
         plan = describe_plan(placement.workers, config.resources.device, placement.demands)
@@ -107,7 +118,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
             parts(placement, split, algorithm, folder.state, serving) as (fleet, server),
             RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
         ):
-            _write_environment(folder, placement, fleet)
+            _write_placement(folder, placement, fleet)
             for commit in commits:
                 _export(exported, commit)
             rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported)
@@ -243,6 +254,10 @@ class _Watched:
         self.asked: tuple[int, ...] = ()
         self.lost: dict[int, str] = {}
 
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._fleet.adapter_shapes
+
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         yield from self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
         self.lost = dict(self._fleet.lost)
@@ -304,8 +319,7 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
     )
 
 
-def _write_environment(folder: RunFolder, placement: Placement, fleet: Fleet) -> None:
-    folder.write_json("environment.json", describe_environment())
+def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet) -> None:
     folder.write_json(
         "placement.json",
         {

@@ -9,15 +9,21 @@ round's commit after all that it stands for, and what is no longer needed goes l
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from semcons_ray.errors import RunFolderError
-from semcons_ray.runs.experiment import Observer
 from semcons_ray.modeling.packaged import cache_dir
+from semcons_ray.runs.experiment import Observer
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+
+_UNSAFE = re.compile(r"(^|/)(\.{0,2}(/|$)|[A-Za-z]:)|[\\\x00-\x1f\x7f]")
+"""In a key: an empty part, one that is . or .., a drive, a backslash, or a control character."""
 
 
 class RemoteFolder:
@@ -61,19 +67,23 @@ class RemoteFolder:
         """Make the folder what the URL holds.
 
         Raises:
-            RunFolderError: There is nothing, or it cannot be read.
+            RunFolderError: There is nothing, it cannot be read, or holds what would be written outside of the folder.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             paths = [path for path in self._fs.find(self._root) if not path.endswith("/")]
-            for path in paths:
-                target = self.folder / path.removeprefix(self._root).lstrip("/")
+        except Exception as error:
+            raise self._failed("read", error) from error
+        names = {path: self._name(path) for path in paths}
+        try:
+            for path, name in names.items():
+                target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with self._fs.open(path, "rb") as source, target.open("wb") as file:
                     shutil.copyfileobj(source, file)
         except Exception as error:
             raise self._failed("read", error) from error
-        if not paths:
+        if not names:
             raise RunFolderError(f"{self.url} holds nothing; semcons run --out URL makes a run folder")
         self._copied = self._files()
 
@@ -97,6 +107,21 @@ class RemoteFolder:
         except Exception as error:
             raise self._failed("write", error) from error
         self._copied = files
+
+    def _name(self, path: str) -> str:
+        """Name in the folder of what is at the URL under `path`, a key that anybody may have chosen.
+
+        Raises:
+            RunFolderError: It would lead out of the folder, here or on Windows, or out of the one at the URL.
+        """
+        root = self._root.rstrip("/") + "/"
+        name = path.removeprefix(root)
+        leads_out = not path.startswith(root) or _UNSAFE.search(name) is not None
+        if isinstance(self._fs, LocalFileSystem):  # a symbolic link shows what lies elsewhere
+            leads_out |= not Path(path).resolve().is_relative_to(Path(root).resolve())
+        if leads_out:
+            raise RunFolderError(f"{self.url} holds {path!r}, which no run folder does; remove it there")
+        return name
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Size and time of each file, without those that are being written, and the lock."""

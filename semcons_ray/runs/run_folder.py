@@ -1,7 +1,8 @@
 """A run's folder: what is written in it, when, and how a killed run finds its place again.
 
     config.yaml             every setting, with `auto` resolved
-    environment.json        versions and machine; placement.json: workers, nodes and energy meters
+    environment.json        versions, machine, commits of hub models and data
+    placement.json          workers, nodes and energy meters
     data.parquet            who holds which example
     state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
     state/server_NNN        what the server takes from a round into the next; of the last two rounds
@@ -161,6 +162,18 @@ class RunFolder:
     def write_config(self, config: ExperimentConfig) -> None:
         """Replace the settings by resolved ones."""
         self._write("config.yaml", dump_config(config).encode())
+
+    def revisions(self) -> dict[str, str]:
+        """Hub models and data, by their names in the settings, at the commits that the run began with.
+
+        Raises:
+            RunFolderError: environment.json, which holds them, is damaged.
+        """
+        path = self.path / "environment.json"
+        try:
+            return dict(json.loads(path.read_bytes()).get("revisions", {})) if path.is_file() else {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{path} is damaged ({error!r}); start the run again in a new folder") from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""

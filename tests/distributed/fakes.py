@@ -30,6 +30,7 @@ class FakeSpec:
 class FakeHost:
     def __init__(self, spec: FakeSpec) -> None:
         self.spec = spec
+        self.adapter_shapes = {"lora_A": (2, 3)}
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))

@@ -39,6 +39,7 @@ class RankSpec:
 class RankHost:
     def __init__(self, spec: RankSpec) -> None:
         self.spec = spec
+        self.adapter_shapes = {"lora_A": (2, 3)}
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         rank = dist.get_rank()

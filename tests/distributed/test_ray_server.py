@@ -37,7 +37,7 @@ class FakeServer:
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         self.heard.append(f"begin {round} {client_ids}")
 
-    def collect(self, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes) -> None:
         if uplink == b"nonsense":
             raise MessageError("Answers: nonsense")
         self.heard.append(uplink.decode())
@@ -78,8 +78,8 @@ def make_server(node_id: str, tmp_path: Path) -> Iterator[MakeServer]:
 
 def verdict(server: RayServer) -> object:
     server.begin(1, [0, 1])
-    server.collect(b"one")
-    server.collect(b"two")
+    server.collect(0, b"one")
+    server.collect(1, b"two")
     return server.conclude()
 
 
@@ -92,9 +92,9 @@ def test_a_server_that_dies_or_hangs_hears_everything_again(make_server: MakeSer
 def test_one_killed_between_calls_does_too(make_server: MakeServer) -> None:
     server = make_server()
     server.begin(1, [0])
-    server.collect(b"one")
+    server.collect(0, b"one")
     ray.kill(server._actor)
-    server.collect(b"two")
+    server.collect(1, b"two")
     assert server.conclude() == ["begin 1 (0,)", "one", "two"]
 
 
@@ -116,6 +116,6 @@ def test_errors_of_the_server_come_out_as_they_are(make_server: MakeServer) -> N
         verdict(make_server(trouble="no model"))
     server = make_server()
     server.begin(1, [0])
-    server.collect(b"nonsense")
+    server.collect(0, b"nonsense")
     with pytest.raises(MessageError, match="nonsense"):
         server.conclude()

@@ -45,8 +45,8 @@ class Notes:
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         self.taken.append(("begin", round, tuple(client_ids)))
 
-    def collect(self, uplink: bytes) -> None:
-        self.taken.append(("collect", uplink))
+    def collect(self, client_id: int, uplink: bytes) -> None:
+        self.taken.append(("collect", client_id, uplink))
 
     def conclude(self) -> Any:
         self.taken.append("conclude")
@@ -91,9 +91,9 @@ def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
     assert fleet.asked == (1, dict.fromkeys(range(3), b"labels"), True)
     assert server.taken == [
         ("begin", 1, (0, 1, 2)),
-        ("collect", b"from 2"),
-        ("collect", b"from 1"),
-        ("collect", b"from 0"),
+        ("collect", 2, b"from 2"),
+        ("collect", 1, b"from 1"),
+        ("collect", 0, b"from 0"),
         "conclude",
     ]
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]

@@ -11,10 +11,10 @@ import torch
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import NotFiniteError
+from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
-from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers
+from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.language_model import LanguageModel
 
@@ -119,6 +119,17 @@ def test_adapters_drawn_for_a_round_differ_by_round_and_change_nothing_yet(make_
     assert not torch.equal(first[some], second[some])
     assert 0.8 * bound < first[some].abs().max() <= bound
     assert all(not value.any() for key, value in first.items() if "lora_B" in key)
+
+
+def test_a_label_of_no_public_prompt_is_refused(make_client: MakeClient) -> None:
+    client = make_client()
+    before = client.state()
+    for prompt_id in (2, 2**62):
+        labels = PseudoLabels(round_number=1, prompt_ids=(0, prompt_id), responses=("one", "two"))
+        for weight in (1.0, 0.0):
+            with pytest.raises(MessageError, match=f"a label of prompt {prompt_id}, and there are 2"):
+                client.fine_tune(2, labels, weight=weight)
+    assert all(torch.equal(value, before[key]) for key, value in client.state().items())
 
 
 def test_its_own_answers_are_labels_and_go_nowhere(make_client: MakeClient) -> None:

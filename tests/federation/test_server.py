@@ -43,9 +43,9 @@ def uplink(client_id: int, *answers: str, round_number: int = 1, num_examples: i
 def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
     judge = server()
     judge.begin(1, [2, 5, 9])
-    judge.collect(uplink(9, "right", "left"))
-    judge.collect(uplink(2, "left", "left"))
-    judge.collect(uplink(5, "middle", "right"))
+    judge.collect(9, uplink(9, "right", "left"))
+    judge.collect(2, uplink(2, "left", "left"))
+    judge.collect(5, uplink(5, "middle", "right"))
     verdict = judge.conclude()
     assert verdict.client_ids == (2, 5, 9)
     assert verdict.winner[0] == 5
@@ -60,9 +60,9 @@ def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
 def test_answers_are_embedded_with_their_prompts_if_there_are_any() -> None:
     judge = server(prompts=("a", "b"))
     judge.begin(1, [0, 1, 2])
-    judge.collect(uplink(0, "right", "left"))
-    judge.collect(uplink(1, "left", ""))
-    judge.collect(uplink(2, "middle", ""))
+    judge.collect(0, uplink(0, "right", "left"))
+    judge.collect(1, uplink(1, "left", ""))
+    judge.collect(2, uplink(2, "middle", ""))
     verdict = judge.conclude()
     assert verdict.labels.responses == ("left",)  # alone, "middle" would win; empty ones have no vote
 
@@ -74,7 +74,7 @@ def test_order_of_arrival_and_repetition_change_nothing() -> None:
         judge = server()
         judge.begin(1, [0, 1, 2])
         for index in order:
-            judge.collect(messages[index])
+            judge.collect(index, messages[index])
         verdicts.append(judge.conclude())
     assert verdicts[0].labels == verdicts[1].labels
     assert verdicts[0].similarity.tolist() == verdicts[1].similarity.tolist()
@@ -83,7 +83,7 @@ def test_order_of_arrival_and_repetition_change_nothing() -> None:
 def test_missing_clients_and_empty_answers_have_no_vote() -> None:
     judge = server(min_votes=1)
     judge.begin(1, [0, 1, 2])
-    judge.collect(uplink(1, "", "right"))
+    judge.collect(1, uplink(1, "", "right"))
     verdict = judge.conclude()
     assert verdict.winner.tolist() == [-1, 1]
     assert verdict.labels.prompt_ids == (1,)
@@ -96,8 +96,8 @@ def test_references_are_handed_out_instead_of_what_was_elected() -> None:
         ledger=Ledger("server", "n"),
     )  # fmt: skip
     judge.begin(1, [0, 1])
-    judge.collect(uplink(0, "left", ""))
-    judge.collect(uplink(1, "middle", ""))
+    judge.collect(0, uplink(0, "left", ""))
+    judge.collect(1, uplink(1, "middle", ""))
     verdict = judge.conclude()
     assert verdict.labels.responses == ("north", "south")
     assert verdict.winner.tolist() == [-1, -1]
@@ -113,8 +113,8 @@ def test_a_round_without_any_answer_abstains() -> None:
 def test_agreement_under_the_threshold_gives_no_label() -> None:
     judge = server(threshold=0.9)
     judge.begin(1, [0, 1])
-    judge.collect(uplink(0, "left", "left"))
-    judge.collect(uplink(1, "right", "left"))
+    judge.collect(0, uplink(0, "left", "left"))
+    judge.collect(1, uplink(1, "right", "left"))
     verdict = judge.conclude()
     assert verdict.abstained.tolist() == [True, False]
     assert verdict.labels.responses == ("left",)
@@ -124,33 +124,42 @@ def test_weights_are_the_numbers_of_private_examples() -> None:
     judge = server("weighted_medoid")
     judge.begin(1, [0, 1, 2])
     for client, word, examples in ((0, "left", 1), (1, "left", 1), (2, "right", 50)):
-        judge.collect(uplink(client, word, word, num_examples=examples))
+        judge.collect(client, uplink(client, word, word, num_examples=examples))
     assert judge.conclude().winner.tolist() == [2, 2]
 
 
 def test_a_new_round_forgets_the_old_one() -> None:
     judge = server(min_votes=1)
     judge.begin(1, [0])
-    judge.collect(uplink(0, "left", "left"))
+    judge.collect(0, uplink(0, "left", "left"))
     judge.begin(2, [1])
-    judge.collect(uplink(1, "right", "right", round_number=2))
+    judge.collect(1, uplink(1, "right", "right", round_number=2))
     assert judge.conclude().labels.responses == ("right", "right")
 
 
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        (uplink(0, "left"), "gave 1 answers to 2 prompts"),
-        (uplink(7, "left", "left"), "does not await an answer of client 7"),
-        (uplink(0, "left", "left", round_number=3), "does not await"),
-        (b"\x00nonsense", "Answers"),
+        (uplink(0, "left"), "^client 0, round 1: 1 answers to 2 prompts"),
+        (uplink(1, "left", "left"), "^client 0, round 1: Answers: says that it is client 1's"),
+        (uplink(0, "left", "left", round_number=3), "^client 0, round 1: Answers: says .* round 3"),
+        (b"\x00nonsense", "^client 0, round 1: Answers"),
     ],
 )
-def test_messages_that_do_not_belong_are_refused(message: bytes, says: str) -> None:
+def test_messages_that_do_not_belong_are_refused_and_leave_no_trace(message: bytes, says: str) -> None:
+    judge = server()
+    judge.begin(1, [0, 1])
+    with pytest.raises(MessageError, match=says):
+        judge.collect(0, message)
+    judge.collect(1, uplink(1, "right", "right"))
+    assert judge.conclude().answers == (("", ""), ("right", "right"))
+
+
+def test_nobody_answers_who_was_not_asked() -> None:
     judge = server()
     judge.begin(1, [0])
-    with pytest.raises(MessageError, match=says):
-        judge.collect(message)
+    with pytest.raises(MessageError, match="round 1 does not await an answer of client 7"):
+        judge.collect(7, uplink(7, "left", "left"))
 
 
 def test_similarity_of_predictions_to_references() -> None:
@@ -166,11 +175,11 @@ def test_ties_fall_to_each_client_and_as_they_fell_the_first_time() -> None:
         judge = Server(Compass(), num_prompts=40, election=Election(), seed=0, ledger=Ledger("server", "n"))
         judge.begin(1, order)
         for client in order:
-            judge.collect(uplink(client, *words[client : client + 39], "left"))
+            judge.collect(client, uplink(client, *words[client : client + 39], "left"))
         wins.append(judge.conclude().winner.tolist())
     assert 8 < sum(wins[0]) < 32
     assert wins[0] == wins[1] == wins[2]
     judge.begin(2, [0, 1])
     for client in (0, 1):
-        judge.collect(uplink(client, *words[client : client + 39], "left", round_number=2))
+        judge.collect(client, uplink(client, *words[client : client + 39], "left", round_number=2))
     assert judge.conclude().winner.tolist() != wins[0]

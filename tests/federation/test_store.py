@@ -1,7 +1,9 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from semcons_ray.errors import RunFolderError
 from semcons_ray.federation.fleet import Evaluation, Reply
@@ -66,9 +68,32 @@ def test_clients_are_kept_apart(tmp_path: Path) -> None:
     assert store.reply(1, 1) is None
 
 
-def test_a_damaged_file_says_what_to_do(tmp_path: Path) -> None:
-    store = ClientStore(tmp_path)
+def whole(path: Path) -> bytes:
+    store = ClientStore(path)
     store.save({"x": torch.zeros(1)}, reply(1))
-    (tmp_path / "client_000" / "round_001.safetensors").write_bytes(b"half")
-    with pytest.raises(RunFolderError, match="delete it, and resume repeats that visit"):
+    return (path / "client_000" / "round_001.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"half",
+        lambda data: data[:-1],
+        lambda data: data.replace(b"nll_sum", b"nul_sum"),
+        lambda data: data.replace(b"\xc3\xbc", b"\xff\xff"),
+        lambda data: save({"x": torch.zeros(1)}),
+    ],
+    ids=["another file", "cut short", "a field lost", "not UTF-8", "without a reply"],
+)
+def test_a_damaged_file_says_what_to_do(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "client_000" / "round_001.safetensors").write_bytes(damage(whole(tmp_path)))
+    store = ClientStore(tmp_path)
+    says = r"client_000/round_001.safetensors is damaged \(.*\); delete it, and resume repeats that visit"
+    with pytest.raises(RunFolderError, match=says):
         store.reply(0, 1)
+
+
+def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "client_000" / "round_001.safetensors").write_bytes(whole(tmp_path)[:-1])
+    with pytest.raises(RunFolderError, match="delete it, and resume repeats that visit"):
+        ClientStore(tmp_path).load(0, before=2)

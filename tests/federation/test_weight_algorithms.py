@@ -1,13 +1,17 @@
 """Each weight baseline in closed form, on matrices small enough to check by hand."""
 
 import itertools
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
+from safetensors.torch import save
 
-from semcons_ray.errors import ConfigError
+from semcons_ray.errors import ConfigError, MessageError
 from semcons_ray.federation.algorithms import (
     Centralized,
     FedAvgLora,
@@ -22,7 +26,7 @@ from semcons_ray.federation.algorithms import (
 )
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.weights import pack, unpack
+from semcons_ray.federation.weights import Shapes, pack, rank_of, shapes_at, shapes_of, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
 from semcons_ray.modeling.adapter import Adapter
 
@@ -39,10 +43,13 @@ def lora(a: list[list[float]], b: list[list[float]]) -> Adapter:
 ONE, OTHER = lora([[1.0, 2.0]], [[2.0], [0.0]]), lora([[3.0, -2.0]], [[4.0], [1.0]])
 
 
-def update(tensors: Adapter, num_examples: int, client_id: int = 0) -> AdapterUpdate:
-    return AdapterUpdate(
-        round_number=1, client_id=client_id, num_examples=num_examples, tensors=pack(tensors, "float32")
-    )
+def packed(tensors: Adapter) -> bytes:
+    """As `pack` does, with no regard to what they are."""
+    return save({key: value.clone().contiguous() for key, value in tensors.items()})
+
+
+def update(tensors: Adapter, num_examples: int, client_id: int = 0, round: int = 1) -> AdapterUpdate:
+    return AdapterUpdate(round_number=round, client_id=client_id, num_examples=num_examples, tensors=packed(tensors))
 
 
 def product(adapter: Adapter) -> torch.Tensor:
@@ -61,7 +68,8 @@ class FakeClient:
         self.weights: list[float] = []
 
     def fresh_adapter(self, round: int | None = None) -> Adapter:
-        return lora([[float(round or 1), 0.5]], [[0.0], [0.0]])
+        fresh = lora([[float(round or 1), 0.5]], [[0.0], [0.0]])
+        return fresh if self.taught is None else with_rank(fresh, rank_of(self.taught))
 
     def label_prompts(self, round: int) -> PseudoLabels:
         return OWN
@@ -73,7 +81,7 @@ class FakeClient:
             self.adapter = self.taught
 
     def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
-        return update(tensors, len(self.private), self.client_id).encode(compression)
+        return update(tensors, len(self.private), self.client_id, round).encode(compression)
 
 
 class FakeFleet:
@@ -83,6 +91,7 @@ class FakeFleet:
         self.algorithm, self.clients = algorithm, clients
         for client_id, client in enumerate(clients):
             client.client_id = client_id
+        self.adapter_shapes = shapes_of(clients[0].fresh_adapter()) if clients else {}
         self.measured: list[tuple[int, bytes]] = []
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
@@ -210,7 +219,8 @@ def test_scaffold_of_sgd_is_the_papers_option_two() -> None:
     algorithm = Scaffold(TWO, EQUAL, "float32")
     client = Quadratic(2.0, 3.0, steps=4)
     client.memory["own." + A] = torch.tensor([[0.7]])
-    downlink = {A: torch.tensor([[1.0]]), B: torch.zeros(1, 1), "control." + A: torch.tensor([[0.2]])}
+    downlink = {A: torch.tensor([[1.0]]), B: torch.zeros(1, 1)}
+    downlink |= {"control." + A: torch.tensor([[0.2]]), "control." + B: torch.zeros(1, 1)}
     message = GlobalAdapter(round_number=1, tensors=pack(downlink, "float32")).encode()
     sent = unpack(AdapterUpdate.decode(algorithm.visit(client, 2, message)).tensors)  # type: ignore[arg-type]
     assert client.path[0] == pytest.approx(2.0 * (1.0 - 3.0) + 0.2 - 0.7)  # g - c_k + c
@@ -372,7 +382,7 @@ LOSSY: dict[str, tuple[Any, Adapter, Adapter]] = {
     "fedavg": (FedAvgLora(TWO, EQUAL, "float32"), ONE, OTHER),
     "fedprox": (FedProx(TWO, EQUAL, "float32", mu=0.0), ONE, OTHER),
     "ffa": (FfaLora(TWO, EQUAL, "float32"), lora(COMMON, [[2.0], [0.0]]), lora(COMMON, [[4.0], [1.0]])),
-    "flexlora": (FlexLora(TWO, (2, 2), "float32"), ONE, OTHER),
+    "flexlora": (FlexLora(TWO, (2, 2), "float32"), with_rank(ONE, 2), with_rank(OTHER, 2)),
     "one shot": (OneShotFedAvgLora(TWO, EQUAL, "float32", num_rounds=2), ONE, OTHER),
 }
 
@@ -398,7 +408,7 @@ def test_a_client_lost_in_one_round_and_back_in_the_next(name: str) -> None:
 
 def served(algorithm: Any, state: bytes) -> torch.Tensor:
     """Product of what a client adopts of a state."""
-    client = FakeClient()
+    client = FakeClient(with_rank(ONE, algorithm.ranks[0]))
     algorithm.adopt(client, 3, algorithm.downlinks(3, state, [0])[0])
     return product(client.adapter)
 
@@ -446,6 +456,113 @@ def test_an_average_that_overflows_its_type_on_the_wire_ends_the_run_with_the_se
     state = pack(lora([[70000.0, 0.0]], [[1.0], [0.0]]), "float32")
     with pytest.raises(ConfigError, match=r"what the server sends: .*algorithm\.weight_dtype to bfloat16 or float32"):
         algorithm.downlinks(2, state, [0])
+
+
+FULL = shapes_of(ONE)
+CONTROLS = {"control." + key: shape for key, shape in FULL.items()}
+CROSSING = [
+    (FedAvgLora(TWO, (1, 2)), FULL),
+    (FedProx(TWO, (1, 2)), FULL),
+    (OneShotFedAvgLora(TWO, (1, 2)), FULL),
+    (FfaLora(TWO, (1, 2)), {B: FULL[B]}),
+    (Scaffold(TWO, (1, 2)), FULL | CONTROLS),
+    (Flora(TWO, (1, 2)), FULL),
+    (FlexLora(TWO, (1, 2)), FULL),
+    (HetLora(TWO, (1, 2)), FULL),
+]
+
+
+def some(shapes: Shapes) -> Adapter:
+    return {key: torch.ones(shape) for key, shape in shapes.items()}
+
+
+def wrong(right: Shapes) -> Iterator[tuple[Adapter, str]]:
+    """Adapters that are not of these shapes, or not of numbers, and the tensor that shows it."""
+    for key, shape in right.items():
+        yield {name: value for name, value in some(right).items() if name != key}, "missing"
+        yield some({**right, key: (shape[0] + 1, *shape[1:])}), key
+        yield some({**right, key: (1, *shape)}), key
+        yield some({**right, key: ()}), key
+        for value in (math.nan, math.inf):
+            yield {**some(right), key: torch.full(shape, value)}, f"{key} is not finite"
+    yield some({**right, "other.lora_A.weight": (1, 2)}), "other"
+    yield {}, "missing"
+
+
+@pytest.mark.parametrize(("algorithm", "crossing"), CROSSING, ids=lambda value: type(value).__name__)
+def test_an_update_holds_what_a_client_of_its_rank_trains(algorithm: FedAvgLora, crossing: Shapes) -> None:
+    fleet = FakeFleet(algorithm, [])
+    for client_id, rank in enumerate((1, 2)):
+        right = shapes_at(crossing, rank)
+        reply = fleet.reply(client_id, 1, update(some(right), 5, client_id).encode("zstd"), None)
+        assert algorithm.received(reply, FULL).num_examples == 5
+        for tensors, says in [*wrong(right), (some(shapes_at(crossing, 3)), "not")]:
+            reply = fleet.reply(client_id, 1, update(tensors, 5, client_id).encode("zstd"), None)
+            with pytest.raises(MessageError, match=f"^client {client_id}, round 1: tensors: .*{re.escape(says)}"):
+                algorithm.received(reply, FULL)
+
+
+@pytest.mark.parametrize("says", [{"client_id": 1}, {"round_number": 2}])
+def test_an_update_that_says_it_is_anothers_is_refused(says: dict[str, int]) -> None:
+    algorithm = FedAvgLora(TWO, EQUAL)
+    uplink = structs.replace(update(ONE, 1), **says).encode()
+    with pytest.raises(MessageError, match=r"^client 0, round 1: AdapterUpdate: says that it is"):
+        algorithm.received(FakeFleet(algorithm, []).reply(0, 1, uplink, None), FULL)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "crossing"),
+    [pair for pair in CROSSING if not isinstance(pair[0], Flora)],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_adopted_is_what_the_client_has_a_place_for(algorithm: FedAvgLora, crossing: Shapes) -> None:
+    def adopt(tensors: Adapter, round_number: int = 1) -> None:
+        message = GlobalAdapter(round_number=round_number, tensors=packed(tensors))
+        algorithm.adopt(FakeClient(), 2, message.encode())  # type: ignore[arg-type]
+
+    adopt(some(crossing))
+    for tensors, says in wrong(crossing):
+        with pytest.raises(MessageError, match=re.escape(says)):
+            adopt(tensors)
+    with pytest.raises(MessageError, match="GlobalAdapter: of round 2, sent in round 2"):
+        adopt(some(crossing), round_number=2)
+    with pytest.raises(MessageError, match="GlobalAdapter"):
+        algorithm.adopt(FakeClient(), 2, b"nonsense")  # type: ignore[arg-type]
+
+
+def test_floras_stacks_have_any_rank_and_follow_on_what_the_client_has() -> None:
+    algorithm = Flora(TWO, EQUAL, "float32")
+
+    def adopt(client: FakeClient, stacks: Mapping[str, Adapter], round: int = 3) -> None:
+        tensors = {f"{number}.{key}": tensor for number, stack in stacks.items() for key, tensor in stack.items()}
+        message = GlobalAdapter(round_number=2, tensors=packed(tensors))
+        algorithm.adopt(client, round, message.encode())  # type: ignore[arg-type]
+
+    right, client = some(shapes_at(FULL, 7)), FakeClient()
+    adopt(client, {"0": right})
+    adopt(client, {"0": right, "1": some(FULL)})
+    assert client.frozen[A].shape == (8, 2)
+    assert int(client.memory["stacks"]) == 2
+    for stack in [
+        *(each for each, _ in wrong(FULL) if each),
+        some({A: (3, 2), B: (2, 2)}),
+        some({A: (0, 2), B: (2, 0)}),
+    ]:
+        with pytest.raises(MessageError, match="tensors: "):
+            adopt(FakeClient(), {"0": stack})
+    for numbers, says in (
+        (["1"], "stacks from 1 on, and the client has 0"),
+        (["0", "2"], "do not follow each other"),
+        (["x"], "is of no stack"),
+        (["-1"], "is of no stack"),
+        (["9" * 5000], "is of no stack"),
+        ([""], "is of no stack"),
+        (["\u00b2"], "is of no stack"),
+    ):
+        with pytest.raises(MessageError, match=says):
+            adopt(FakeClient(), dict.fromkeys(numbers, right))
+    with pytest.raises(MessageError, match="GlobalAdapter: of round 2, sent in round 2"):
+        adopt(FakeClient(), {"0": right}, round=2)
 
 
 def test_one_shot_trains_apart_and_averages_once() -> None:

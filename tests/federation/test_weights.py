@@ -1,18 +1,24 @@
 """Algebra of adapters, against dense matrices."""
 
 import math
+import struct
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.weights import (
     Adapter,
+    check_shapes,
     pack,
+    packed_bytes,
     rank_of,
+    shapes_at,
+    shapes_of,
     stacked,
     truncated_svd,
     unpack,
@@ -56,6 +62,56 @@ def test_bytes_that_are_no_safetensors_are_refused() -> None:
     with pytest.raises(MessageError, match="tensors"):
         unpack(b"garbage")
     assert unpack(b"") == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_of_another_type_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(MessageError, match=f"tensors: b is {dtype}"):
+        unpack(save({"a": torch.ones(1), "b": torch.ones(2).to(dtype)}))
+
+
+def test_a_type_that_torch_does_not_have_is_refused() -> None:
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    with pytest.raises(MessageError, match=r"tensors: .*F8_E8M0"):
+        unpack(struct.pack("<Q", len(header)) + header + b"\x00")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_refused(value: float) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with pytest.raises(MessageError, match="tensors: b is not finite"):
+            unpack(save({"a": torch.ones(3), "b": torch.tensor([0.0, value]).to(dtype)}))
+
+
+def test_an_adapter_holds_the_tensors_expected_and_no_others() -> None:
+    some = adapter(2, seed=0)
+    expected = shapes_of(some)
+    check_shapes(some, expected)
+    assert expected["q.lora_A.weight"] == (2, IN)
+    assert shapes_at(expected, 3) == shapes_of(adapter(3, seed=0))
+    for other, says in (
+        ({**some, "more": torch.ones(1)}, r"more is \(1,\), not missing"),
+        ({key: value for key, value in some.items() if "q.lora_B" not in key}, r"q.lora_B.weight is missing, not \(7"),
+        ({**some, "v.lora_B.weight": torch.ones(2, OUT)}, r"v.lora_B.weight is \(2, 7\), not \(7, 2\)"),
+        ({**some, "v.lora_B.weight": torch.ones(())}, r"v.lora_B.weight is \(\), not \(7, 2\)"),
+        ({**some, "n" * 900: torch.ones(1)}, r"tensors: n{200} is"),
+    ):
+        with pytest.raises(MessageError, match=says):
+            check_shapes(other, expected)
+
+
+@given(rank=st.integers(1, 9), modules=st.integers(1, 40), seed=st.integers(0, 9))
+def test_what_is_packed_is_not_longer_than_expected(rank: int, modules: int, seed: int) -> None:
+    one = adapter(rank, seed)
+    names = (f"{module}.{'name' * 30}." for module in range(modules))
+    tensors = {name + key: value.clone() for name in names for key, value in one.items()}
+    packed = len(pack(tensors, "float32"))
+    assert packed <= packed_bytes(shapes_of(tensors)) < packed + 1024 * (len(tensors) + 1)
+
+
+def test_the_rank_is_that_of_the_first_a() -> None:
+    assert rank_of(adapter(3, seed=0)) == 3
+    assert rank_of({}) == rank_of({"lora_B": torch.ones(2, 2)}) == rank_of({"lora_A": torch.ones(2)}) == 0
 
 
 def test_the_mean_is_weighted() -> None:

@@ -218,9 +218,9 @@ def test_a_server_lost_with_its_node_is_told_everything_again_on_another(
     lost = fleet._workers["worker-1"].plan.node_id
     server = RayServer(FakeServerSpec(state), node_id=lost, gpus=0.0, timeout_seconds=60, max_restarts=1)  # type: ignore[arg-type]
     server.begin(1, [0, 1])
-    server.collect(b"one")
+    server.collect(0, b"one")
     nodes.lose(lost)
-    server.collect(b"two")
+    server.collect(1, b"two")
     assert server.conclude() == ["begin 1 (0, 1)", "one", "two"]
     server.close()
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.errors import RunFolderError
-from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.remote_folder import Copying, RemoteFolder
 from tests.invariants.runs import Silent, assert_same_run
 
@@ -50,6 +51,68 @@ def test_what_changed_is_copied_and_what_is_gone_goes(url: str) -> None:
     other = RemoteFolder(url)
     other.fetch()
     assert (other.folder / "config.yaml").read_text() == "two"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "../../evil",
+        "state/../../evil",
+        "..",
+        "state/..",
+        "./evil",
+        "state//evil",
+        "/etc/evil",
+        "..\\evil",
+        "C:\\evil",
+        "C:/evil",
+        "state/c:evil",
+        "config.yaml\nevil",
+        "\x1b[2Jevil",
+        "evil\x00",
+    ],
+)
+def test_keys_that_lead_out_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    try:
+        for key in ("config.yaml", name):  # as they are: pipe() would tidy them up
+            fs.store[f"/bucket/first/{key}"] = MemoryFile(fs, f"/bucket/first/{key}", b"content")
+        remote = RemoteFolder("memory://bucket/first")
+        with pytest.raises(
+            RunFolderError, match=r"memory://bucket/first holds '.*', which no run folder does"
+        ) as refused:
+            remote.fetch()
+    finally:
+        fs.store.clear()
+    assert len(str(refused.value).splitlines()) == 1
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert not remote.folder.exists()
+
+
+def test_names_in_any_script_and_with_dots_are_no_such_keys(url: str) -> None:
+    fs, root = fsspec.url_to_fs(url)
+    kept = ["config.yaml", "..notes/a..b", "état/ноутс: 1.txt", "state/.x", "a b/...", "adapters/client_000/x.json"]
+    for name in kept:
+        fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        fs.pipe(f"{root}/{name}", b"content")
+    remote = RemoteFolder(url)
+    remote.fetch()
+    assert all((remote.folder / name).read_text() == "content" for name in kept)
+
+
+@pytest.mark.parametrize("inside", ["secret.txt", "state"])
+def test_links_to_elsewhere_are_refused(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "state").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "secret.txt").write_text("secret")
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "config.yaml").write_text("one")
+    (store / "same.yaml").symlink_to("config.yaml")
+    RemoteFolder(f"file://{store}").fetch()
+    (store / inside).symlink_to(tmp_path / "elsewhere" / inside)
+    with pytest.raises(RunFolderError, match=f"holds '{store}/{inside}'"):
+        RemoteFolder(f"file://{store}").fetch()
 
 
 def test_a_commit_is_copied_after_all_that_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

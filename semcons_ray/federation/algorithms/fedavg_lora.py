@@ -18,11 +18,28 @@ from typing import TYPE_CHECKING
 
 from semcons_ray.errors import ConfigError, NotFiniteError
 from semcons_ray.federation.algorithms.local_only import own_labels
-from semcons_ray.federation.fleet import Evaluation, RoundOutcome, Visitor
+from semcons_ray.federation.fleet import Evaluation, Reply, RoundOutcome, Visitor
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.federation.weights import pack, unpack, weighted_mean
-from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
+from semcons_ray.federation.weights import (
+    Shapes,
+    check_shapes,
+    pack,
+    packed_bytes,
+    shapes_at,
+    shapes_of,
+    unpack,
+    weighted_mean,
+)
+from semcons_ray.messages import (
+    NO_LABELS,
+    AdapterUpdate,
+    GlobalAdapter,
+    PseudoLabels,
+    decode_downlink,
+    decode_uplink,
+    naming,
+)
 from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.adapter import Adapter
 
@@ -82,7 +99,7 @@ class FedAvgLora:
         replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
         ledger = Ledger("driver", socket.gethostname())
         with ledger.stage("aggregate", round=round):
-            updates = [AdapterUpdate.decode(reply.uplink) for reply in replies]
+            updates = [self.received(reply, fleet.adapter_shapes) for reply in replies]
             # In the order of their contents: sums round as their order is, and who is called what changes no result.
             updates.sort(key=lambda update: (update.tensors, update.num_examples))
             state = self.aggregate(round, state, updates)
@@ -95,6 +112,28 @@ class FedAvgLora:
                 evaluations |= dict.fromkeys(same, reply.evaluation)
                 rows += reply.rows
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations, rows=tuple(rows))
+
+    def received(self, reply: Reply, shapes: Shapes) -> AdapterUpdate:
+        """What a client has sent.
+
+        Args:
+            reply: The client's, with the encoded `AdapterUpdate`.
+            shapes: Of an adapter, at any rank.
+
+        Raises:
+            MessageError: It is no update of this client and round, or its tensors are not finite or not those expected;
+                names the client.
+        """
+        expected = self.exchanged(shapes_at(shapes, self.ranks[reply.client_id]))
+        who = {"client_id": reply.client_id, "round": reply.round}
+        update = decode_uplink(AdapterUpdate, reply.uplink, **who, max_bytes=packed_bytes(expected))
+        with naming(**who):
+            check_shapes(unpack(update.tensors), expected)
+        return update
+
+    def exchanged(self, shapes: Shapes) -> Shapes:
+        """What of an adapter of these shapes crosses the wire, either way: all of it."""
+        return shapes
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The mean of A and of B, weighted by private examples; the next state."""
@@ -144,8 +183,20 @@ class FedAvgLora:
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """Take the average for the client's adapter; before there is one, the common beginning."""
-        sent = unpack(GlobalAdapter.decode(downlink).tensors) if downlink else {}
-        client.adapter = {**client.fresh_adapter(), **sent}
+        fresh = client.fresh_adapter()
+        client.adapter = {**fresh, **self.sent(round, downlink, self.exchanged(shapes_of(fresh)))}
+
+    def sent(self, round: int, downlink: bytes, expected: Shapes) -> Adapter:
+        """The tensors of an encoded `GlobalAdapter`; none before there is one.
+
+        Raises:
+            MessageError: It is no such message of an earlier round, or its tensors are not finite or others.
+        """
+        if not downlink:
+            return {}
+        tensors = unpack(decode_downlink(GlobalAdapter, downlink, round=round).tensors)
+        check_shapes(tensors, expected)
+        return tensors
 
     def adjust(self, client: Client) -> Adjust | None:
         """What is done to gradients before each step: nothing."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.weights import Shapes
 from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class FfaLora(FedAvgLora):
                     parameter.grad = None
 
         return freeze
+
+    def exchanged(self, shapes: Shapes) -> Shapes:
+        """B only."""
+        return {key: shape for key, shape in shapes.items() if "lora_B" in key}
 
     def trained(self, client: Client) -> Adapter:
         """B only."""

@@ -11,6 +11,7 @@ model is the same otherwise. A client that took no part in rounds, or was lost, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
+from semcons_ray.errors import MessageError
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import mean_product, stacked, unpack
-from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+from semcons_ray.federation.weights import check_shapes, mean_product, rank_of, shapes_at, shapes_of, stacked, unpack
+from semcons_ray.messages import AdapterUpdate, GlobalAdapter, decode_downlink
 from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -74,11 +76,10 @@ class Flora(FedAvgLora):
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """Put what was missed beside the base model, each stack once, and begin a new adapter."""
-        stacks: dict[int, Adapter] = {}
-        for name, tensor in unpack(GlobalAdapter.decode(downlink).tensors if downlink else b"").items():
-            number, key = name.split(".", 1)
-            stacks.setdefault(int(number), {})[key] = tensor
+        stacks = self._sent_stacks(client, round, downlink)
         held = int(client.memory.get("stacks", torch.zeros(1)))
+        if min(stacks, default=held) > held:
+            raise MessageError(f"tensors: stacks from {min(stacks)} on, and the client has {held}")
         # One whose answer was lost on the way has more than the server knows of.
         new = [stacks[number] for number in sorted(stacks) if number >= held]
         if new:
@@ -86,6 +87,22 @@ class Flora(FedAvgLora):
             client.frozen = stacked(parts, [1.0] * len(parts))
             client.memory["stacks"] = torch.tensor([max(stacks) + 1])
         client.adapter = client.fresh_adapter(round)
+
+    def _sent_stacks(self, client: Client, round: int, downlink: bytes) -> dict[int, Adapter]:
+        """The stacks of an encoded `GlobalAdapter` by their numbers, which follow each other."""
+        tensors = unpack(decode_downlink(GlobalAdapter, downlink, round=round).tensors) if downlink else {}
+        stacks: dict[int, Adapter] = {}
+        for name, tensor in tensors.items():
+            number, _, key = name.partition(".")
+            if not re.fullmatch("[0-9]{1,9}", number):
+                raise MessageError(f"tensors: {name:.200} is of no stack")
+            stacks.setdefault(int(number), {})[key] = tensor
+        if sorted(stacks) != [*range(min(stacks, default=0), min(stacks, default=0) + len(stacks))]:
+            raise MessageError(f"tensors: stacks {sorted(stacks)} do not follow each other")
+        own = shapes_of(client.adapter)
+        for stack in stacks.values():
+            check_shapes(stack, shapes_at(own, max(rank_of(stack), 1)))
+        return stacks
 
 
 def _read(state: bytes) -> _State:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.weights import pack, unpack, weighted_mean
-from semcons_ray.messages import AdapterUpdate, GlobalAdapter
+from semcons_ray.federation.weights import Shapes, pack, shapes_of, unpack, weighted_mean
+from semcons_ray.messages import AdapterUpdate
 from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -45,10 +45,14 @@ class Scaffold(FedAvgLora):
             mean[key] = before.get(key, torch.zeros_like(mean[key])) + share * mean[key]
         return pack(mean, "float32")
 
+    def exchanged(self, shapes: Shapes) -> Shapes:
+        """The adapter, and a control variate of the same shapes."""
+        return {**shapes, **{_CONTROL + key: shape for key, shape in shapes.items()}}
+
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
         """Take the average for the adapter, and keep c."""
-        sent = unpack(GlobalAdapter.decode(downlink).tensors) if downlink else {}
         client.adapter = client.fresh_adapter()
+        sent = self.sent(round, downlink, self.exchanged(shapes_of(client.adapter)))
         for key, value in client.adapter.items():
             client.adapter[key] = sent.get(key, value)
             client.memory["common." + key] = sent.get(_CONTROL + key, torch.zeros_like(value))

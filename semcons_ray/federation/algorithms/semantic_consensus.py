@@ -37,7 +37,7 @@ from semcons_ray.federation.algorithms.local_only import own_labels, train_apart
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.messages import NO_LABELS, PseudoLabels
+from semcons_ray.messages import NO_LABELS, PseudoLabels, decode_downlink
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
     from semcons_ray.federation.client import Client
@@ -96,7 +96,7 @@ class SemanticConsensus:
         server.begin(round, participants)
         replies = []
         for reply in fleet.visit(round, downlinks, evaluate=evaluate):
-            server.collect(reply.uplink)
+            server.collect(reply.client_id, reply.uplink)
             replies.append(reply)
         verdict = server.conclude()
         return RoundOutcome(
@@ -111,7 +111,11 @@ class SemanticConsensus:
 
         Before the first exchange there are no labels, and no answers.
         """
-        labels = own_labels(client, round, self.exchanges) if self.self_training else PseudoLabels.decode(downlink)
+        labels = (
+            own_labels(client, round, self.exchanges)
+            if self.self_training
+            else decode_downlink(PseudoLabels, downlink, round=round)
+        )
         client.fine_tune(
             round,
             labels,
