@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from semcons_ray.errors import ConfigError
@@ -283,6 +292,18 @@ class EvaluationConfig(Settings):
     num_answers: int = Field(24, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
 
 
+def _check_share(share: float) -> float:
+    if share > 1:
+        raise ValueError("at most 1: a process computes on one GPU; sharding.models divides a model among several")
+    if 0 < share < 1e-4:
+        raise ValueError("at least 0.0001, which is the step in which shares are booked")
+    return share
+
+
+GpuShare = Annotated[float, AfterValidator(_check_share)]
+"""Of one GPU."""
+
+
 class ResourcesConfig(Settings):
     """Where clients run."""
 
@@ -291,17 +312,27 @@ class ResourcesConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_workers: int | None = Field(None, ge=1, description="Most client actors; none: as many as fit.")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a client actor.")
-    gpus_per_worker: float = Field(1.0, gt=0, description="GPU share of a client actor, where GPUs are used.")
-    server_gpus: float = Field(0.0, ge=0, description="GPU share of the server actor.")
+    gpus_per_worker: GpuShare = Field(1.0, gt=0, description="GPU share of a client actor, where GPUs are used.")
+    server_gpus: GpuShare = Field(0.0, ge=0, description="GPU share of the server actor.")
     engine_threads: int | None = Field(
         None,
         ge=1,
         description="CPU cores set aside for a vllm engine; none: as many threads as a worker has, on the cores of "
         "workers that wait for it.",
     )
-    engine_gpus: float = Field(0.3, gt=0, description="GPU share of a vllm engine, where GPUs are used.")
+    engine_gpus: GpuShare = Field(0.3, gt=0, description="GPU share of a vllm engine, where GPUs are used.")
     engine_cache_gib: float = Field(0.5, gt=0, description="Memory of a vllm engine for keys and values.")
     memory_limit_gib: float | None = Field(None, gt=0, description="Memory to plan with on a node; none: what is free.")
+
+
+class EnergyConfig(Settings):
+    """How energy is metered."""
+
+    exclusive: bool = Field(
+        False,
+        description="Run one trial at a time in compare and sweep, so that each has the meters for itself; else, of "
+        "trials side by side, only GPUs that one has to itself are measured, and the rest is estimated.",
+    )
 
 
 class ShardingConfig(Settings):
@@ -345,6 +376,7 @@ class ExperimentConfig(Settings):
     server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    energy: EnergyConfig = EnergyConfig()
     sharding: ShardingConfig = ShardingConfig()
     failures: FailuresConfig = FailuresConfig()
 

@@ -267,6 +267,7 @@ RANGES = {
     "resources.threads_per_worker": (1, 0),
     "resources.gpus_per_worker": (0.1, 0),
     "resources.server_gpus": (0, -1),
+    "resources.engine_gpus": (0.3, 0),
     "resources.memory_limit_gib": (0.5, 0),
     "failures.visit_timeout_seconds": (0.1, 0),
     "failures.max_restarts": (0, -1),
@@ -287,6 +288,16 @@ def test_a_number_out_of_range_is_named_with_its_value(key):
     validate_config(merge_settings(rule, nested(allowed)), where="here")
     assert f"{key}: " in refusal(nested(refused))
     assert f"(got {refused!r})" in refusal(nested(refused))
+
+
+@pytest.mark.parametrize("key", ["gpus_per_worker", "server_gpus", "engine_gpus"])
+def test_a_share_of_a_gpu_is_at_most_one_since_a_process_computes_on_one(key):
+    for share in (1.5, 2, 4.0):
+        said = refusal({"resources": {key: share}})
+        assert f"resources.{key}: at most 1: a process computes on one GPU; sharding.models divides" in said
+    assert "0.0001" in refusal({"resources": {key: 1e-5}})
+    config = validate_config({"resources": {key: 1}, "generation": {"engine": "vllm"}}, where="here")
+    assert getattr(config.resources, key) == 1.0
 
 
 def test_more_answers_than_test_examples():

@@ -1,6 +1,8 @@
-"""Tiny models of real architectures, with a tokenizer trained on the spot, and small data files."""
+"""Tiny models of real architectures, with a tokenizer trained on the spot; data files; the shapes of a large one."""
 
 import json
+import struct
+from math import prod
 from pathlib import Path
 
 import torch
@@ -71,3 +73,33 @@ def _build(architecture: str, shape: dict[str, int]) -> PreTrainedModel:
     if architecture == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**shape))
     return Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8))
+
+
+def write_llama_8b(folder: Path) -> Path:
+    """Llama 3.1 8B as far as its size goes: names and shapes of its weights, in bfloat16, over a hole in the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, feed_forward, vocabulary, layers, key_values = 4096, 14336, 128256, 32, 1024
+    shapes = {"model.embed_tokens.weight": [vocabulary, width], "lm_head.weight": [vocabulary, width]}
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        shapes |= {f"{name}.self_attn.{key}_proj.weight": [width, width] for key in "qo"}
+        shapes |= {f"{name}.self_attn.{key}_proj.weight": [key_values, width] for key in "kv"}
+        shapes |= {f"{name}.mlp.{key}_proj.weight": [feed_forward, width] for key in ("gate", "up")}
+        shapes |= {f"{name}.mlp.down_proj.weight": [width, feed_forward]}
+        shapes |= {f"{name}.{key}_layernorm.weight": [width] for key in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": [width]}
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * prod(shape)]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "tokenizer.json").write_bytes(bytes(9_085_657))
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
+        "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": vocabulary, "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    }))  # fmt: skip
+    return folder

@@ -27,10 +27,11 @@ import torch
 
 from semcons_ray.commands.progress import Progress
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig, validate_config
-from semcons_ray.consensus import form_consensus
+from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.data.sources import load_examples
-from semcons_ray.metering.energy import NvmlMeter, estimate_watts
-from semcons_ray.metering.environment import cpu_model, describe_environment, list_gpus
+from semcons_ray.metering.energy import GpuMeter, estimate_draw
+from semcons_ray.metering.environment import cpu_model, describe_environment
+from semcons_ray.metering.gpus import visible_gpus
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.runs.experiment import run_experiment
@@ -62,6 +63,7 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
     embeddings = torch.randn(prompts, clients, DIMENSION, device=device, generator=generator)
     embeddings = torch.nn.functional.normalize(embeddings, dim=2)
     present = torch.ones(prompts, clients, dtype=torch.bool, device=device)
+    priorities = torch.rand(prompts, clients, device=device, generator=generator)
 
     def read_twice() -> None:
         embeddings.sum()
@@ -71,10 +73,10 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
         form_consensus(
             embeddings,
             present,
-            rule="medoid",
+            Election("medoid"),
+            priorities,
             weights=torch.ones(clients, device=device),
             lengths=torch.ones(prompts, clients, dtype=torch.long, device=device),
-            generator=np.random.default_rng(0),
         )
 
     read_twice()
@@ -96,7 +98,7 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
 
 def tokens(device: str, small: bool, model_name: str = MODEL) -> dict[str, Any]:
     """Each client has an adapter of its own in one base model, and trains and answers in turn."""
-    gpus = list_gpus()
+    gpus = visible_gpus()
     bf16 = gpus[0].bf16 if device == "cuda" else cpu_model()[1]
     model = LanguageModel(
         resolve_model(model_name),
@@ -114,7 +116,7 @@ def tokens(device: str, small: bool, model_name: str = MODEL) -> dict[str, Any]:
     for clients in CLIENTS:
         trained = generated = 0
         training_seconds = generating_seconds = 0.0
-        meter = NvmlMeter() if device == "cuda" else None
+        meter = GpuMeter(gpus[0].card) if device == "cuda" else None
         for client in range(clients):
             adapter, rng = model.fresh_adapter(), np.random.default_rng(client)
             own = pairs[client * each : (client + 1) * each]
@@ -129,7 +131,7 @@ def tokens(device: str, small: bool, model_name: str = MODEL) -> dict[str, Any]:
             generating_seconds += time.perf_counter() - middle
         busy = training_seconds + generating_seconds
         threads = torch.get_num_threads()
-        watts = estimate_watts(0, 1, gpus[0].power_limit_watts or 0.0) if meter else estimate_watts(threads)
+        watts = (gpus[0].power_limit_watts or 0.0) if meter else estimate_draw(threads).cpu_watts
         found[f"{clients}_clients"] = {
             "trained_tokens_per_second": trained / training_seconds,
             "generated_tokens_per_second": generated / generating_seconds,

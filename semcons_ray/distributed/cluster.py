@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError, first_line
-from semcons_ray.metering.environment import cpu_model, list_gpus, memory_limit_bytes, usable_cpus
+from semcons_ray.metering.environment import cpu_model, memory_limit_bytes, usable_cpus
+from semcons_ray.metering.gpus import IN_NVMLS_ORDER, Gpu, cuda_fault, list_gpus, visible_gpus
 
 CONNECT_SECONDS = 10.0
 
@@ -53,6 +54,7 @@ def connect(address: str | None) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=usable_cpus(),
+                num_gpus=len(visible_gpus()) or None,  # Ray's own count takes the slices of a GPU for one
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -87,13 +89,13 @@ def list_nodes() -> tuple[Node, ...]:
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = sorted((entry for entry in nodes if entry["Alive"]), key=lambda entry: entry["NodeID"] != here)
-    probed = [this_node() if entry["NodeID"] == here else _probe(entry["NodeID"]) for entry in alive]
+    probed = [_whole_node() if entry["NodeID"] == here else _probe(entry["NodeID"]) for entry in alive]
     nodes_free = tuple(
         replace(
             ray.get(node) if isinstance(node, ray.ObjectRef) else node,
             node_id=entry["NodeID"],
             cpus=float(entry["Resources"].get("CPU", 0)),
-            gpus=float(entry["Resources"].get("GPU", 0)),
+            gpus=_shares(entry["Resources"].get("GPU", 0)),
         )
         for entry, node in zip(alive, probed, strict=True)
     )
@@ -110,34 +112,48 @@ def _list_bundles(group: PlacementGroup, nodes: Mapping[str, Node]) -> tuple[Nod
     bundles = []
     for index, bundle in enumerate(group.bundle_specs):
         node = nodes[node_of[index]]
-        cpus, gpus = bundle.get("CPU", 0.0), bundle.get("GPU", 0.0)
-        share = gpus / node.gpus if gpus else cpus / node.cpus
+        cpus, gpus = bundle.get("CPU", 0.0), _shares(bundle.get("GPU", 0.0))
+        share = sum(gpus) / len(node.gpus) if gpus else cpus / node.cpus
         bundles.append(
             replace(node, node_id=str(index), cpus=cpus, gpus=gpus, memory_bytes=int(node.memory_bytes * share))
         )
     return tuple(bundles)
 
 
+def _shares(gpus: float) -> tuple[float, ...]:
+    """GPUs as Ray counts them, one by one; the last may be a part of one."""
+    rest = round(gpus % 1, 4)
+    return (1.0,) * int(gpus) + ((rest,) if rest else ())
+
+
 def this_node() -> Node:
-    """This machine, as `list_nodes` describes one."""
+    """This machine, as `list_nodes` describes one, with the GPUs that this process sees."""
+    return _describe(visible_gpus())
+
+
+def _whole_node() -> Node:
+    return _describe(list_gpus())
+
+
+def _describe(gpus: Sequence[Gpu]) -> Node:
     free = min(psutil.virtual_memory().available, memory_limit_bytes() - psutil.Process().memory_info().rss)
-    gpus = list_gpus()
     return Node(
         node_id="",
         name=socket.gethostname(),
         cpus=usable_cpus(),
-        gpus=len(gpus),
+        gpus=(1.0,) * len(gpus),
         memory_bytes=free,
         gpu_memory_bytes=min((int(gpu.memory_gib * 2**30) for gpu in gpus), default=None),
         gpu_watts=max((gpu.power_limit_watts or 0.0 for gpu in gpus), default=0.0),
         cpu_bfloat16=cpu_model()[1],
         gpu_bfloat16=all(gpu.bf16 for gpu in gpus),
+        cuda_fault=cuda_fault(),
     )
 
 
 def _probe(node_id: str) -> ray.ObjectRef[Node]:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(this_node).options(num_cpus=0, scheduling_strategy=strategy).remote()
+    return ray.remote(_whole_node).options(num_cpus=0, scheduling_strategy=strategy).remote()
 
 
 def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
@@ -145,7 +161,13 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
 
     Threads beyond its share of the cores made runs 3 to 10 times slower.
     """
-    variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **FLAT_MEMORY, **passed_on()}
+    variables = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **FLAT_MEMORY,
+        **IN_NVMLS_ORDER,
+        **passed_on(),
+    }
     # Asked without a cluster, Ray would start one.
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
     strategy = (
@@ -161,6 +183,16 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         # Ray's head keeps a record of each of the last 100,000 calls, for a dashboard: memory that grows with visits.
         "enable_task_events": False,
     }
+
+
+def see_booked_gpus() -> None:
+    """Let an actor's process see the GPUs that the actor has booked and no others, for whoever starts to use one.
+
+    Ray does so itself, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES forbids it; all would then use the first.
+    """
+    booked = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    if booked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(booked)
 
 
 def passed_on() -> dict[str, str]:

@@ -14,9 +14,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from semcons_ray.distributed.cluster import actor_options
-from semcons_ray.distributed.placement import GIB, Demand, Node, describe_share
+from semcons_ray.distributed.cluster import actor_options, see_booked_gpus
+from semcons_ray.distributed.placement import GIB, Demand, Node, describe_share, in_steps, packed
 from semcons_ray.errors import EngineError, PlacementError, first_line
+from semcons_ray.metering.gpus import this_place
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
 
@@ -40,42 +41,55 @@ class EnginePlan:
 def plan_engines(
     demands: Sequence[Demand], nodes: Sequence[Node], *, threads: int, cpus: int, gpus: float, kept_bytes: int
 ) -> tuple[tuple[EnginePlan, ...], tuple[Node, ...]]:
-    """An engine for each demand, on the node with the most memory left, and what it leaves of the nodes for workers.
+    """An engine for each demand, and what it leaves of the nodes for workers.
+
+    It goes to the node with the most memory left; on GPUs, first of all to where it leaves most GPUs whole.
 
     Args:
         demands: What each engine needs; the largest is placed first.
         threads: Of an engine on the CPU.
         cpus: Cores set aside for it, at most `threads`.
         gpus: Its share of a GPU; 0 on the CPU.
-        kept_bytes: Memory of the first node that the server takes.
+        kept_bytes: Memory of the first node that is kept for the server.
 
     Raises:
         PlacementError: An engine does not fit; names the setting to change.
     """
     left = list(nodes)
     plans: list[EnginePlan] = []
+    shares = [in_steps(gpus)] if gpus else []
     for demand in sorted(demands, key=lambda demand: -demand.host_bytes):
         free = [node.memory_bytes - (kept_bytes if index == 0 else 0) for index, node in enumerate(left)]
-        fitting = [index for index, node in enumerate(left) if _fits(demand, node, free[index], cpus, gpus)]
-        if not fitting:
+        tried = {index: _taken(node, demand, free[index], cpus, shares) for index, node in enumerate(left)}
+        taken = {index: node for index, node in tried.items() if node is not None}
+        if not taken:
             raise PlacementError(_explain(demand, max(free), cpus, gpus))
-        best = max(fitting, key=lambda index: free[index])
-        node = left[best]
-        left[best] = replace(
-            node, memory_bytes=node.memory_bytes - demand.host_bytes, cpus=node.cpus - cpus, gpus=node.gpus - gpus
-        )
+        best = max(taken, key=lambda index: (taken[index].gpus.count(1.0) - left[index].gpus.count(1.0), free[index]))
+        node, left[best] = left[best], taken[best]
         name = f"engine-{len(plans)}"
         plans.append(
             EnginePlan(
-                name, node.node_id, node.name, demand.model, threads, cpus, gpus, demand.host_bytes, demand.device_bytes
+                name,
+                node.node_id,
+                node.name,
+                demand.model,
+                threads,
+                cpus,
+                sum(shares),
+                demand.host_bytes,
+                demand.device_bytes,
             )
         )
     return tuple(plans), tuple(left)
 
 
-def _fits(demand: Demand, node: Node, free: int, cpus: int, gpus: float) -> bool:
-    fits_gpu = node.gpus >= gpus - 1e-9 and node.gpu_holds(demand.device_bytes, gpus)
-    return free >= demand.host_bytes and node.cpus >= cpus and (not gpus or fits_gpu)
+def _taken(node: Node, demand: Demand, free: int, cpus: int, shares: Sequence[float]) -> Node | None:
+    """What an engine leaves of a node with so much free memory; None where it does not fit."""
+    gpus = packed(node.gpus, shares)
+    held = all(node.gpu_holds(demand.device_bytes, share) for share in shares)
+    if gpus is None or not held or free < demand.host_bytes or node.cpus < cpus:
+        return None
+    return replace(node, memory_bytes=node.memory_bytes - demand.host_bytes, cpus=node.cpus - cpus, gpus=gpus)
 
 
 def _explain(demand: Demand, most: int, cpus: int, gpus: float) -> str:
@@ -108,6 +122,7 @@ class EngineActor:
     """A process that holds an engine. Ray starts another where it dies, and asks that one what was left unanswered."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        see_booked_gpus()
         self._spec = spec
         self._engine: VllmEngine | None = None
         self._failure: Exception | None = None
@@ -137,7 +152,7 @@ class EngineActor:
                 raise self._failure
             if self._engine is None:
                 try:
-                    self._engine = self._spec.build()
+                    self._engine = self._spec.build(this_place(uses_gpu=self._spec.gpus > 0).gpus)
                 except Exception as error:
                     self._failure = error
                     raise

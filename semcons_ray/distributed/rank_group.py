@@ -15,7 +15,8 @@ from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol
-from semcons_ray.metering.energy import NodeEnergy
+from semcons_ray.metering.energy import EnergyWindow
+from semcons_ray.metering.ledger import Place
 
 
 def make_room(plan: WorkerPlan) -> PlacementGroup:
@@ -46,10 +47,9 @@ class RankGroup:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
             self._ranks.append(WorkerActor.options(**options).remote())  # type: ignore[attr-defined]
 
-    def node(self) -> str:
-        """See `WorkerActor.node`: all ranks have room then."""
-        name: str = self._all("node")
-        return name
+    def place(self, uses_gpu: bool) -> Place:
+        """See `WorkerActor.place`: all ranks have room then."""
+        return Place.of_all(self._wait([actor.place.remote(uses_gpu) for actor in self._ranks]))
 
     def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
         """Bring the ranks together, and load the model; see `WorkerActor.load`."""
@@ -73,15 +73,15 @@ class RankGroup:
         """See `WorkerActor.export_adapter`."""
         self._all("export_adapter", client_id, round, downlink, folder)
 
-    def start_meter(self, uses_gpu: bool) -> str:
+    def start_meter(self, node: str, uses_gpu: bool) -> str:
         """See `WorkerActor.start_meter`."""
-        name: str = ray.get(self._ranks[0].start_meter.remote(uses_gpu))
+        name: str = ray.get(self._ranks[0].start_meter.remote(node, uses_gpu))
         return name
 
-    def lap(self) -> NodeEnergy | None:
+    def lap(self) -> list[EnergyWindow]:
         """See `WorkerActor.lap`."""
-        energy: NodeEnergy | None = ray.get(self._ranks[0].lap.remote())
-        return energy
+        windows: list[EnergyWindow] = ray.get(self._ranks[0].lap.remote())
+        return windows
 
     def _all(self, method: str, *arguments: Any) -> Any:
         return self._wait([getattr(actor, method).remote(*arguments) for actor in self._ranks])[0]

@@ -29,7 +29,8 @@ from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, NotFiniteError, PlacementError, UserError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
-from semcons_ray.metering.energy import NodeEnergy
+from semcons_ray.metering.energy import EnergyWindow
+from semcons_ray.metering.ledger import Place
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class _Worker:
     Attributes:
         clients: Those that it has yet to visit, the one that it is at first.
         refs: Their replies to be, once it has room.
-        node: Name of the node that it was last seen on.
+        place: Where it was last seen.
         has_room: Whether its process is there; if not, the cluster may have no room for it.
         room: What its ranks have booked, if it has several.
         since: Since when it is at its first visit, or waits for room.
@@ -53,7 +54,7 @@ class _Worker:
         self.spec = spec
         self.clients: deque[int] = deque()
         self.refs: deque[ray.ObjectRef[Any]] = deque()
-        self.node = plan.node
+        self.place = Place(plan.node)
         self.has_room = True
         self.room: PlacementGroup | None = None
         self.start()
@@ -67,7 +68,7 @@ class _Worker:
         else:  # it watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
             self.actor = RankGroup.options(**{**options, "num_cpus": 0, "num_gpus": 0}).remote(plan, self.room)  # type: ignore[attr-defined]
-        self.node_ref = self.actor.node.remote()
+        self.place_ref = self.actor.place.remote(plan.gpus > 0)
         self.load_ref = self.actor.load.remote(self.spec)
         if self.has_room:  # one that waits already is not given its time again
             self.since = time.monotonic()
@@ -76,7 +77,7 @@ class _Worker:
     @property
     def awaited_ref(self) -> ray.ObjectRef[Any]:
         """What it will answer next."""
-        return self.refs[0] if self.has_room else self.node_ref
+        return self.refs[0] if self.has_room else self.place_ref
 
     def replace(self) -> None:
         """Kill the actor, if it lives, and start another."""
@@ -133,9 +134,9 @@ class RayFleet:
         self.meters = {node: ray.get(ref) for node, ref in self._start_meters().items()}
 
     @property
-    def workers(self) -> dict[str, str]:
+    def workers(self) -> dict[str, Place]:
         """See `Fleet.workers`."""
-        return {name: worker.node for name, worker in self._workers.items()}
+        return {name: worker.place for name, worker in self._workers.items()}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`."""
@@ -209,7 +210,7 @@ class RayFleet:
                         worker.since = time.monotonic()
                         yield _REPLY.decode(answer)
                     else:
-                        worker.node, worker.has_room = answer, True
+                        worker.place, worker.has_room = answer, True
                         send(worker, worker.clients)
             if not ready:
                 for worker in hurried:
@@ -221,16 +222,16 @@ class RayFleet:
                         leave_out(worker)
         check_quorum(round, len(downlinks), lost, self._quorum)
 
-    def laps(self) -> list[NodeEnergy]:
+    def laps(self) -> list[EnergyWindow]:
         """See `Fleet.laps`. A node whose meter was lost with its worker is metered again from here on."""
-        energies = []
+        windows: list[EnergyWindow] = []
         for node, worker in list(self._metering.items()):
             try:
-                energies.append(ray.get(worker.actor.lap.remote(), timeout=self._timeout_seconds))
+                windows += ray.get(worker.actor.lap.remote(), timeout=self._timeout_seconds)
             except RayError:  # its energy is then estimated, and the next visit replaces it
                 logger.warning("%s does not answer; energy of node %s is estimated", worker.plan.name, node)
         self._start_meters()
-        return [energy for energy in energies if energy is not None]
+        return windows
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """See `Fleet.export_adapters`. A worker that is done makes room for one that waits for it."""
@@ -270,12 +271,13 @@ class RayFleet:
         return worker.since + (self._timeout_seconds if worker.has_room else self._room_timeout_seconds)
 
     def _start_meters(self) -> dict[str, ray.ObjectRef[str]]:
-        """Have one worker of each node without a meter start it; names of the meters, by node."""
+        """Have one worker of each node that is not metered start its meters; their names, by node."""
         started = {}
         for worker in self._workers.values():
-            if worker.has_room and worker.node not in self._metering:
-                self._metering[worker.node] = worker
-                started[worker.node] = worker.actor.start_meter.remote(self._uses_gpu)
+            node = worker.place.node
+            if worker.has_room and node not in self._metering:
+                self._metering[node] = worker
+                started[node] = worker.actor.start_meter.remote(node, self._uses_gpu)
         return started
 
     def _await_room(self, worker: _Worker, timeout_seconds: float) -> None:
@@ -288,7 +290,7 @@ class RayFleet:
         if worker.has_room:
             return
         try:
-            worker.node = ray.get(worker.node_ref, timeout=timeout_seconds)
+            worker.place = ray.get(worker.place_ref, timeout=timeout_seconds)
         except GetTimeoutError:
             plan = worker.plan
             needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"

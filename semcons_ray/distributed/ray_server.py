@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.worker import ServerActor
-from semcons_ray.errors import SemconsError, first_line
+from semcons_ray.errors import PlacementError, SemconsError, first_line
 from semcons_ray.federation.server import ServerSpec, Verdict
 from semcons_ray.metering.ledger import LedgerRow
 
@@ -30,10 +30,21 @@ class RayServer:
         gpus: GPU share.
         timeout_seconds: A call that takes longer counts as a death.
         max_restarts: How often it is replaced in a call before that is an error.
+        room_timeout_seconds: How long to wait for its share of a GPU, if it has one.
+
+    Raises:
+        PlacementError: No GPU had as much free in that time.
     """
 
     def __init__(
-        self, spec: ServerSpec, *, node_id: str, gpus: float, timeout_seconds: float, max_restarts: int
+        self,
+        spec: ServerSpec,
+        *,
+        node_id: str,
+        gpus: float,
+        timeout_seconds: float,
+        max_restarts: int,
+        room_timeout_seconds: float = 300.0,
     ) -> None:
         self._spec = spec
         # No core of its own, which would lie idle: it works while clients generate, seldom and shortly.
@@ -43,6 +54,14 @@ class RayServer:
         self._heard: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[ray.ObjectRef[Any]] = []
         self._start()
+        if gpus:  # has its share before workers ask for theirs: GPUs were packed in this order
+            try:
+                ray.get(self._actor.place.remote(True), timeout=room_timeout_seconds)
+            except GetTimeoutError:
+                raise PlacementError(
+                    f"no node had {gpus:g} of a GPU free for the server in {room_timeout_seconds:g} s; wait for its "
+                    f"users, or lower resources.server_gpus"
+                ) from None
 
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         """See `ServerProtocol.begin`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import msgspec
 import ray
 
+from semcons_ray.distributed.cluster import see_booked_gpus
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
-from semcons_ray.metering.energy import NodeEnergy, NodeMeter, detect_meter
-from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.metering.energy import EnergyWindow, NodeMeter, open_meters
+from semcons_ray.metering.gpus import this_place
+from semcons_ray.metering.ledger import LedgerRow, Place
 
 
 @ray.remote
@@ -26,6 +27,7 @@ class WorkerActor:
     """
 
     def __init__(self) -> None:
+        see_booked_gpus()
         self._host: Host | None = None
         self._failure: Exception | None = None
         self._meter: NodeMeter | None = None
@@ -45,9 +47,9 @@ class WorkerActor:
 
         join_ranks(rank, num_ranks, address, self._rendezvous)
 
-    def node(self) -> str:
-        """Name of the machine it runs on: the first thing asked of it, since the answer says that it has room."""
-        return socket.gethostname()
+    def place(self, uses_gpu: bool) -> Place:
+        """Where it computes: the first thing asked of it, since the answer says that it has room."""
+        return this_place(uses_gpu=uses_gpu)
 
     def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
         """Load the model and make the clients; see `Host.adapter_shapes` for what comes back."""
@@ -73,16 +75,14 @@ class WorkerActor:
         """See `Host.export_adapter`."""
         self._loaded().export_adapter(client_id, round, downlink, folder)
 
-    def start_meter(self, uses_gpu: bool) -> str:
-        """Meter this node's energy from now on; the meter's name, empty where the node has none."""
-        meter = detect_meter(uses_gpu=uses_gpu)
-        if meter is not None:
-            self._meter = NodeMeter(socket.gethostname(), meter)
-        return meter.name if meter is not None else ""
+    def start_meter(self, node: str, uses_gpu: bool) -> str:
+        """Meter this node's energy from now on; the meters' names, empty where the node has none."""
+        self._meter = NodeMeter(node, open_meters(uses_gpu=uses_gpu))
+        return self._meter.name
 
-    def lap(self) -> NodeEnergy | None:
-        """Energy that the node used since the last lap."""
-        return self._meter.lap() if self._meter is not None else None
+    def lap(self) -> list[EnergyWindow]:
+        """What each counter of the node went up by since the last lap."""
+        return self._meter.lap() if self._meter is not None else []
 
     def _loaded(self) -> Host:
         if self._host is None:
@@ -95,8 +95,13 @@ class ServerActor:
     """A process that embeds answers and forms the consensus."""
 
     def __init__(self) -> None:
+        see_booked_gpus()
         self._server: Server | None = None
         self._failure: Exception | None = None
+
+    def place(self, uses_gpu: bool) -> Place:
+        """See `WorkerActor.place`."""
+        return this_place(uses_gpu=uses_gpu)
 
     def load(self, spec: ServerSpec) -> None:
         """Load the embedding model."""

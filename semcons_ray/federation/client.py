@@ -245,6 +245,7 @@ class Client:
                 started_at=reply.started_at,
                 duration_seconds=reply.busy_seconds,
                 tokens=reply.num_tokens,
+                gpus=reply.gpus,
             )
         )
         return self.model.decode(reply.answers)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from semcons_ray.errors import ClientError, QuorumError, UserError
-from semcons_ray.metering.energy import NodeEnergy, NodeMeter
-from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.metering.energy import EnergyWindow, NodeMeter
+from semcons_ray.metering.ledger import LedgerRow, Place
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
     from semcons_ray.federation.client import Client
@@ -139,8 +139,8 @@ class Fleet(Visitor, Protocol):
     """Clients that can be visited, wherever they are."""
 
     @property
-    def workers(self) -> Mapping[str, str]:
-        """Node by worker name."""
+    def workers(self) -> Mapping[str, Place]:
+        """Where each worker is, by name."""
         ...
 
     @property
@@ -150,11 +150,11 @@ class Fleet(Visitor, Protocol):
 
     @property
     def meters(self) -> Mapping[str, str]:
-        """Name of the energy meter by node; empty where a node has none."""
+        """Names of the energy meters by node; empty where a node has none."""
         ...
 
-    def laps(self) -> list[NodeEnergy]:
-        """Energy that each metered node used since the last call."""
+    def laps(self) -> list[EnergyWindow]:
+        """What each counter of each metered node went up by since the last call."""
         ...
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
@@ -209,9 +209,9 @@ class LocalFleet:
     Args:
         hosts: One a base model, by worker name.
         clients: Ids of the clients of each host.
-        node: Name of this machine.
+        place: Where this process computes.
         quorum: Share of the clients visited that must answer.
-        meter: Energy meter of this machine, if it has one.
+        meter: Of this machine, if its energy is metered.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class LocalFleet:
         hosts: Mapping[str, Host],
         clients: Mapping[str, Sequence[int]],
         *,
-        node: str,
+        place: Place,
         quorum: float,
         meter: NodeMeter | None = None,
     ) -> None:
@@ -228,18 +228,17 @@ class LocalFleet:
         self._quorum = quorum
         self._meter = meter
         self.lost: Mapping[int, str] = {}
-        self.workers: Mapping[str, str] = dict.fromkeys(hosts, node)
-        self.meters: Mapping[str, str] = {node: meter.name if meter else ""}
+        self.workers: Mapping[str, Place] = dict.fromkeys(hosts, place)
+        self.meters: Mapping[str, str] = {place.node: meter.name if meter else ""}
 
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See `Visitor.adapter_shapes`."""
         return next(iter(self._hosts.values())).adapter_shapes
 
-    def laps(self) -> list[NodeEnergy]:
+    def laps(self) -> list[EnergyWindow]:
         """See `Fleet.laps`."""
-        energy = self._meter.lap() if self._meter else None
-        return [energy] if energy else []
+        return self._meter.lap() if self._meter else []
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""

@@ -8,7 +8,6 @@ replaced by any other.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import PublicPrompts
-from semcons_ray.metering.ledger import Ledger
+from semcons_ray.metering.gpus import this_place
+from semcons_ray.metering.ledger import Ledger, Place
 from semcons_ray.modeling.engine import Engine
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class HostSpec:
         from semcons_ray.modeling.packaged import resolve_model
 
         torch.set_num_threads(self.threads)
-        ledger = Ledger(self.worker, socket.gethostname())
+        place = this_place(uses_gpu=self.device == "cuda")
+        ledger = Ledger(self.worker, place.node, place.gpus)
         with ledger.stage("load", round=0):
             make: Callable[..., LanguageModel] = LanguageModel
             if self.sharding is not None:
@@ -100,6 +101,7 @@ class HostSpec:
                 system_prompt=self.model.system_prompt,
                 seed=self.seed,
             )
+            ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus
             prompts: tuple[str, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts

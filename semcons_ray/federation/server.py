@@ -5,7 +5,6 @@ Legend: C clients whose answers were awaited, P public prompts, D embedding dime
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +18,7 @@ from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.randomness import priorities
 from semcons_ray.messages import Answers, PseudoLabels, decode_uplink
+from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow
 
 
@@ -243,7 +243,8 @@ class ServerSpec:
         from semcons_ray.modeling.packaged import resolve_model
 
         torch.set_num_threads(self.threads)
-        ledger = Ledger("server", socket.gethostname())
+        place = this_place(uses_gpu=self.device == "cuda")
+        ledger = Ledger("server", place.node, place.gpus)
         with ledger.stage("load", round=0):
             embedder = Embedder(
                 resolve_model(self.embedding_model), batch_size=self.embedding_batch_size, device=self.device

@@ -1,15 +1,17 @@
-"""Energy: read a node's own counters where it has them, and share the joules out among the rows of its ledger.
+"""Energy: read the counters that a node has, and share their joules out among the rows of its ledger.
 
-Processes that share a device cannot be metered one by one (mlco2/codecarbon#936), so a node is metered once, by
-whoever runs first on it, and the joules between two readings are apportioned to the work done between them.
+Processes that share a device cannot be metered one by one (mlco2/codecarbon#936), so a counter is read once, by whoever
+runs first on its node, and the joules between two readings are apportioned to the work done between them: a GPU's to
+those who had that GPU, by busy time where they were several; the CPUs' to all on the node.
 
 Counters:
-  - NVML: total energy of each GPU in millijoules since the driver was loaded (Volta and later).
+  - NVML: total energy of each GPU in millijoules since the driver was loaded (Volta and later). Slices of a GPU (MIG)
+    have none of their own and share the GPU's.
     https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceQueries.html
   - RAPL: energy of each CPU package and its DRAM in microjoules, which wraps at max_energy_range_uj.
     https://docs.kernel.org/power/powercap/powercap.html
 
-Both count all that happens on the device, including its idle draw and other people's jobs.
+All count whatever happens on the device, including its idle draw and other people's jobs.
 
 The estimate, where there is no counter: `CPU_THREAD_WATTS` a busy CPU thread, and a GPU at its power limit. It is what
 codecarbon falls back to for a CPU it does not know (codecarbon 3.3.2, core/cpu.py, DEFAULT_POWER_PER_CORE). codecarbon
@@ -25,61 +27,61 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import pynvml
 
-from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.metering.gpus import list_gpus
+from semcons_ray.metering.ledger import LedgerRow, Place, split_gpus
 
 CPU_THREAD_WATTS = 4.0
 RAPL_ROOT = Path("/sys/class/powercap")
 # The smallest wrap seen is 65.5 kJ: at one reading a minute it would take over 1 kW in one domain to miss a wrap.
 RAPL_SAMPLE_SECONDS = 60.0
+CPU = ""
+"""Name of a node's counter of CPUs; those of GPUs have the GPUs' UUIDs."""
 
 
 class EnergyMeter(Protocol):
-    """Counts the energy of the node it runs on."""
+    """A counter of energy."""
 
     name: str
-    source: Literal["measured"]
 
     def read_joules(self) -> float:
-        """Joules of the whole node since the meter was made; NaN if the counter can no longer be read."""
+        """Joules since the meter was made; NaN if the counter can no longer be read."""
         ...
 
 
-class NvmlMeter:
-    """All GPUs that the node shows, whatever CUDA_VISIBLE_DEVICES says.
+class GpuMeter:
+    """One GPU, whatever CUDA_VISIBLE_DEVICES says.
 
     Args:
+        uuid: Which: a whole one, and no slice.
         nvml: The pynvml module.
 
     Raises:
-        nvml.NVMLError: There is no driver or no GPU, or a GPU has no energy counter.
+        nvml.NVMLError: There is no driver or no such GPU, or it has no energy counter.
     """
 
     name = "nvml"
-    source: Literal["measured"] = "measured"
 
-    def __init__(self, nvml: Any = pynvml) -> None:
+    def __init__(self, uuid: str, nvml: Any = pynvml) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        if not self._handles:
-            raise nvml.NVMLError(nvml.NVML_ERROR_NOT_FOUND)
-        self._first = [nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles]
+        self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        self._first = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def read_joules(self) -> float:
-        """Joules of all GPUs since the meter was made; NaN if one was lost."""
+        """Joules of the GPU since the meter was made; NaN if it was lost."""
         try:
-            now = [self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles]
+            now = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except self._nvml.NVMLError:
             return math.nan
-        return float(sum(now) - sum(self._first)) / 1e3
+        return float(now - self._first) / 1e3
 
 
 class _RaplDomain:
@@ -113,7 +115,6 @@ class RaplMeter:
     """
 
     name = "rapl"
-    source: Literal["measured"] = "measured"
 
     def __init__(self, root: Path = RAPL_ROOT, sample_seconds: float = RAPL_SAMPLE_SECONDS) -> None:
         self._domains = _open_domains(root)
@@ -166,117 +167,148 @@ def _keep_reading(domains: list[_RaplDomain], lock: threading.Lock, stop: thread
         _read_domains(domains, lock)
 
 
-class CombinedMeter:
-    """The sum of several meters of one node."""
+def open_meters(*, uses_gpu: bool, rapl_root: Path = RAPL_ROOT, nvml: Any = pynvml) -> dict[str, EnergyMeter]:
+    """The counters of this node by name, `CPU` or a GPU's UUID; those that cannot be read are left out.
 
-    source: Literal["measured"] = "measured"
-
-    def __init__(self, meters: Sequence[EnergyMeter]) -> None:
-        self._meters = tuple(meters)
-        self.name = "+".join(meter.name for meter in self._meters)
-
-    def read_joules(self) -> float:
-        """Joules of all the meters; NaN if one of them fails."""
-        return sum(meter.read_joules() for meter in self._meters)
-
-
-def detect_meter(*, uses_gpu: bool, rapl_root: Path = RAPL_ROOT, nvml: Any = pynvml) -> EnergyMeter | None:
-    """The best meter of this node for a run that does or doesn't compute on GPUs; None: only an estimate is possible.
-
-    A run on GPUs needs NVML, and RAPL joins where it can be read; without it ("nvml" alone, not "nvml+rapl") the CPU's
-    joules are left out. A run on the CPU takes RAPL alone: GPUs that idle beside it are not its doing.
+    Args:
+        uses_gpu: Whether GPUs are wanted, too: those that idle beside a run on the CPU are not its doing.
+        rapl_root: The powercap folder.
+        nvml: The pynvml module.
     """
-    meters: list[EnergyMeter] = []
-    if uses_gpu:
-        try:
-            meters.append(NvmlMeter(nvml))
-        except nvml.NVMLError:
-            return None
+    meters: dict[str, EnergyMeter] = {}
+    for card in dict.fromkeys(gpu.card for gpu in list_gpus(nvml)) if uses_gpu else ():
+        with contextlib.suppress(nvml.NVMLError):
+            meters[card] = GpuMeter(card, nvml)
     with contextlib.suppress(OSError, ValueError):
-        meters.append(RaplMeter(rapl_root))
-    if len(meters) > 1:
-        return CombinedMeter(meters)
-    return meters[0] if meters else None
+        meters[CPU] = RaplMeter(rapl_root)
+    return meters
 
 
 @dataclass(frozen=True)
-class NodeEnergy:
-    """Joules that a node used from `window_start` to `window_end` (unix seconds, the node's own clock)."""
+class EnergyWindow:
+    """Joules that a counter of a node went up by, from `window_start` to `window_end` (unix seconds, the node's clock).
+
+    `counter` is `CPU` or a GPU's UUID.
+    """
 
     node: str
     joules: float
     window_start: float
     window_end: float
+    counter: str = CPU
 
 
 class NodeMeter:
-    """A meter read lap by lap, on the node and by the clock that the node's rows are stamped with."""
+    """A node's counters read lap by lap, on the node and by the clock that the node's rows are stamped with."""
 
-    def __init__(self, node: str, meter: EnergyMeter) -> None:
+    def __init__(self, node: str, meters: Mapping[str, EnergyMeter]) -> None:
         self.node = node
-        self.name = meter.name
-        self._meter = meter
-        self._started_at = time.time()
-        self._joules = meter.read_joules()
+        self.name = "+".join(sorted({meter.name for meter in meters.values()}))
+        self._meters = dict(meters)
+        self._last = {counter: (time.time(), meter.read_joules()) for counter, meter in self._meters.items()}
 
-    def lap(self) -> NodeEnergy | None:
-        """Energy since the last lap, or since this object was made; None if the counter failed or was reset."""
-        started_at, before = self._started_at, self._joules
-        self._started_at, self._joules = time.time(), self._meter.read_joules()
-        joules = self._joules - before
-        return NodeEnergy(self.node, joules, started_at, self._started_at) if joules >= 0 else None
-
-
-def estimate_watts(num_threads: float, num_gpus: float = 0.0, gpu_watts: float = 0.0) -> float:
-    """Watts of a busy worker: `CPU_THREAD_WATTS` a CPU thread, and its share of GPUs at `gpu_watts`, their limit."""
-    return num_threads * CPU_THREAD_WATTS + num_gpus * gpu_watts
+    def lap(self) -> list[EnergyWindow]:
+        """Energy of each counter since the last lap, or since this object was made; of those that were not reset."""
+        windows = []
+        for counter, meter in self._meters.items():
+            started_at, before = self._last[counter]
+            self._last[counter] = now, joules = time.time(), meter.read_joules()
+            if joules >= before:
+                windows.append(EnergyWindow(self.node, joules - before, started_at, now, counter))
+        return windows
 
 
-def apportion(rows: Iterable[LedgerRow], measured: Iterable[NodeEnergy], watts: Mapping[str, float]) -> list[LedgerRow]:
+def own_windows(windows: Iterable[EnergyWindow], places: Iterable[Place]) -> list[EnergyWindow]:
+    """Of a run beside others, the windows whose joules are its own.
+
+    Args:
+        windows: What counters went up by.
+        places: Of workers that share their GPUs with no other process. A slice of a GPU shares the GPU's counter.
+    """
+    own = {gpu for place in places if not place.sliced for gpu in split_gpus(place.gpus)}
+    return [window for window in windows if window.counter in own]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Watts of a busy worker, on the CPU and of its GPUs."""
+
+    cpu_watts: float
+    gpu_watts: float = 0.0
+
+
+def estimate_draw(num_threads: float, num_gpus: float = 0.0, gpu_watts: float = 0.0) -> Draw:
+    """Of a busy worker: `CPU_THREAD_WATTS` a CPU thread, and its share of GPUs at `gpu_watts`, their limit."""
+    return Draw(num_threads * CPU_THREAD_WATTS, num_gpus * gpu_watts)
+
+
+def apportion(
+    rows: Iterable[LedgerRow], measured: Iterable[EnergyWindow], draws: Mapping[str, Draw]
+) -> list[LedgerRow]:
     """The rows with their energy filled in.
 
-    A row belongs to a metered window of its node if its middle lies in it (so that a clock's jitter cannot cut it in
-    two), and its estimate is duration times its worker's watts. The joules of a window are shared among its busy rows
-    in proportion to their estimates: by busy seconds where all workers draw alike, and a GPU worker gets more than a
-    CPU one beside it. The draw of an idle machine is part of what the work cost, so idle rows get 0 J and the busy
-    ones bear it, except where a window has only idle rows: they share it by duration. So the rows of a window sum to
-    its joules, whenever it has a row of more than zero length.
+    A row draws from the counters of its GPUs, and from the CPUs' of its node. It belongs to a window of such a counter
+    if its middle lies in it (so that a clock's jitter cannot cut it in two). The joules of a window are shared among
+    its busy rows: a GPU's by busy seconds; the CPUs' by busy seconds times the watts of the workers' threads. The draw
+    of an idle machine is part of what the work cost, so idle rows get 0 J and the busy ones bear it, except where a
+    window has only idle rows: they share it by duration. So the shares of a window sum to its joules, whenever it has a
+    row of more than zero length.
 
-    A row in no window (a node without a meter, or a round from before a resume) gets its estimate; an idle one 0 J.
+    What no window covers (a counter that is not there, or a round from before a resume) is estimated: duration times
+    watts; 0 J for an idle row. A row is "measured" if nothing of it is estimated, but for this: where GPUs are metered
+    and CPUs are not, the CPUs' part of the work on GPUs is left out.
 
     Args:
         rows: Rows of any nodes and rounds.
-        measured: What nodes used. Windows of one node should not overlap: the first that holds a row takes it.
-        watts: Watts of each worker when busy, see `estimate_watts`; a worker not named is taken for one CPU thread.
+        measured: What counters went up by. Windows of one should not overlap: the first that holds a row takes it.
+        draws: Watts of each worker when busy, see `estimate_draw`; a worker not named is taken for one CPU thread.
 
     Returns:
         New rows in the order of `rows`, each "measured" or "estimated".
     """
     rows = list(rows)
-    windows: dict[str, list[tuple[NodeEnergy, list[int]]]] = {}
-    for window in measured:
-        windows.setdefault(window.node, []).append((window, []))
-    joules = [_estimate_joules(row, watts) for row in rows]
-    is_measured = [False] * len(rows)
+    users: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(rows):
-        middle = row.started_at + row.duration_seconds / 2
-        for window, members in windows.get(row.node, ()):
-            if window.window_start <= middle <= window.window_end:
-                members.append(index)
-                break
-    for window, members in (pair for pairs in windows.values() for pair in pairs):
-        weights = [joules[index] for index in members]
+        for counter in (CPU, *split_gpus(row.gpus)):
+            users.setdefault((row.node, counter), []).append(index)
+    shares: list[dict[str, float]] = [{} for _ in rows]
+    for window in measured:
+        members = [
+            index
+            for index in users.get((window.node, window.counter), ())
+            if window.counter not in shares[index] and _is_within(rows[index], window)
+        ]
+        weights = [_weight(rows[index], window.counter, draws) for index in members]
         if sum(weights) <= 0:
             weights = [rows[index].duration_seconds for index in members]
         total = sum(weights)
         for index, weight in zip(members, weights, strict=True):
-            joules[index] = window.joules * (weight / total) if total > 0 else 0.0
-            is_measured[index] = True
-    return [
-        msgspec.structs.replace(row, energy_joules=value, energy_source="measured" if metered else "estimated")
-        for row, value, metered in zip(rows, joules, is_measured, strict=True)
-    ]
+            shares[index][window.counter] = window.joules * (weight / total) if total > 0 else 0.0
+    return [_with_energy(row, own, _draw(row, draws)) for row, own in zip(rows, shares, strict=True)]
 
 
-def _estimate_joules(row: LedgerRow, watts: Mapping[str, float]) -> float:
-    return 0.0 if row.stage == "idle" else row.duration_seconds * watts.get(row.worker, CPU_THREAD_WATTS)
+def _is_within(row: LedgerRow, window: EnergyWindow) -> bool:
+    return window.window_start <= row.started_at + row.duration_seconds / 2 <= window.window_end
+
+
+def _draw(row: LedgerRow, draws: Mapping[str, Draw]) -> Draw:
+    return Draw(0.0) if row.stage == "idle" else draws.get(row.worker, Draw(CPU_THREAD_WATTS))
+
+
+def _weight(row: LedgerRow, counter: str, draws: Mapping[str, Draw]) -> float:
+    if counter == CPU:
+        return row.duration_seconds * _draw(row, draws).cpu_watts
+    return 0.0 if row.stage == "idle" else row.duration_seconds
+
+
+def _with_energy(row: LedgerRow, shares: Mapping[str, float], draw: Draw) -> LedgerRow:
+    """The row with its shares of windows, and estimates for what they do not cover."""
+    gpus = split_gpus(row.gpus)
+    estimates = {gpu: row.duration_seconds * draw.gpu_watts / len(gpus) for gpu in gpus if gpu not in shares}
+    if CPU not in shares and (estimates or not gpus):
+        estimates[CPU] = row.duration_seconds * draw.cpu_watts
+    return msgspec.structs.replace(
+        row,
+        energy_joules=sum(shares.values()) + sum(estimates.values()),
+        energy_source="estimated" if estimates else "measured",
+    )

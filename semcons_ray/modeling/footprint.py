@@ -24,6 +24,19 @@ HEAP_GROWTH = 2
 a batch leaves holes: 1.6 to 2.0 measured with six layers of each of the three models and batches of one length.
 Batches of ever new lengths leave more."""
 
+CUDA_HOST_BYTES = 1 << 30
+"""What CUDA's libraries add to a process in host memory. Not measured yet."""
+
+CUDA_DEVICE_BYTES = 512 << 20
+"""What a process takes of a GPU before anything is computed: its context and kernels. Not measured yet."""
+
+LOADING_MATRICES = 4
+"""Weights on their way to a GPU at a time: transformers loads with as many threads, one tensor each. The files behind
+them are mapped into memory, which the system takes back when it needs it."""
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2")
+"""Models whose layers are built alike, and keep less for the backward pass than the bound for all others."""
+
 ENGINE_PROCESS_BYTES = 1500 << 20
 """A process that has imported vLLM, with what it computes in on a CPU: 1350 MiB measured on Linux beside weights and
 cache, most of it copies of adapters for every token of a batch of prompts."""
@@ -41,7 +54,10 @@ _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a worker needs.
+    """Bytes a worker needs, and whether of host memory or of a GPU's.
+
+    On the CPU all is in host memory. On a GPU the weights, what is computed and the adapter with its optimizer state
+    are there; the host has the process, the tokenizer and what is being loaded. Adapters are too small to count.
 
     Attributes:
         weights: The model's; of a quantised one with the largest matrix once more, as it is when it is computed with.
@@ -50,6 +66,9 @@ class Footprint:
         tokenizer: The tokenizer's tables.
         process: The process itself.
         largest: The largest of the weights' matrices; in `weights` as well.
+        loading: Of the largest `LOADING_MATRICES` of them.
+        offloaded: Weights that a worker on a GPU keeps in host memory, and fetches while it computes with them.
+        device: "cpu" or "cuda".
     """
 
     weights: int
@@ -58,23 +77,37 @@ class Footprint:
     tokenizer: int = 0
     process: int = PROCESS_BYTES
     largest: int = 0
+    loading: int = 0
+    offloaded: int = 0
+    device: str = "cpu"
 
-    def divided(self, ranks: int) -> Footprint:
-        """Of one of the ranks that hold equal parts of the weights, and gather a matrix while they compute with it."""
-        return replace(self, weights=ceil(self.weights / ranks) + self.largest)
+    def divided(self, ranks: int, *, offloaded: bool = False) -> Footprint:
+        """Of one of the ranks that hold equal parts of the weights, and gather a matrix while they compute with it.
+
+        `offloaded` says whether a rank on a GPU has its part in host memory.
+        """
+        part = ceil(self.weights / ranks)
+        if offloaded and self.device == "cuda":
+            return replace(self, weights=self.largest, offloaded=part)
+        return replace(self, weights=part + self.largest)
 
     @property
     def host_bytes(self) -> int:
-        """What a worker on the CPU needs of the host's memory. Logits are too large for the heap, and leave no holes.
+        """What the worker needs of the host's memory.
 
-        They come on top of the heap at its largest, since it does not shrink when a batch is done.
+        On the CPU, logits are too large for the heap, and leave no holes. They come on top of the heap at its largest,
+        since it does not shrink when a batch is done.
         """
+        if self.device == "cuda":
+            return self.process + CUDA_HOST_BYTES + self.tokenizer + self.loading + self.offloaded
         return self.weights + HEAP_GROWTH * self.activations + self.logits + self.tokenizer + self.process
 
     @property
     def device_bytes(self) -> int:
-        """What a worker on a GPU needs of the GPU's memory."""
-        return self.weights + self.activations + self.logits
+        """What the worker needs of its GPU's memory."""
+        if self.device == "cuda":
+            return self.weights + self.activations + self.logits + CUDA_DEVICE_BYTES
+        return 0
 
 
 def measure_footprint(
@@ -86,13 +119,18 @@ def measure_footprint(
     generation_batch_size: int,
     max_new_tokens: int,
     quantization: Quantization = "none",
+    device: str = "cpu",
 ) -> Footprint:
-    """Footprint of one worker that trains, evaluates and runs the model in `folder`.
+    """Footprint of one worker on `device` that trains, evaluates and runs the model in `folder`.
 
     Weights are counted from the headers of the safetensors files. A training batch of B sequences of T tokens keeps
     for the backward pass, for each token and layer, at most 10 hidden vectors, 9 as wide as all attention heads, keys
     and values, 4 of the feed-forward width, and T attention weights of each head in float32. That is what a layer of
     Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. Each bound takes sequences as long as they may be.
+
+    On GPUs attention is one kernel, which computes its weights anew in the backward pass. It keeps no more than the
+    mask, T numbers of the model's dtype, and the rest is 10, 6, keys and values, and 4; for models that are
+    `LLAMA_LIKE` 6, 4, none and 4.
 
     Logits are of the responses, half of the tokens at most. In training each is there in the model's dtype and as a
     float32 log-probability; in evaluation, whose batches are as large as those of answers, in the model's dtype. On top
@@ -109,8 +147,14 @@ def measure_footprint(
     head_width = int(config.get("head_dim") or width // heads)
     key_values = 2 * int(config.get("num_key_value_heads") or heads) * head_width
     vocabulary, size = int(config.get("vocab_size", 0)), _BYTES[dtype]
-    vectors = 10 * width + 9 * heads * head_width + key_values + 4 * feed_forward
-    kept = batch_size * max_length * layers * (vectors * size + heads * max_length * 4)
+    attention = heads * max_length * 4
+    vectors = 10 * width + 9 * heads * head_width + key_values
+    if device == "cuda":
+        attention = max_length * size
+        vectors = 10 * width + 6 * heads * head_width + key_values
+        if config.get("model_type") in LLAMA_LIKE:
+            vectors = 6 * width + 4 * heads * head_width
+    kept = batch_size * max_length * layers * ((vectors + 4 * feed_forward) * size + attention)
     cache = generation_batch_size * (max_length + max_new_tokens) * layers * key_values * size
     learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
@@ -121,6 +165,8 @@ def measure_footprint(
         logits=vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         largest=max(map(prod, shapes.values()), default=0) * size,
+        loading=sum(sorted(map(prod, shapes.values()))[-LOADING_MATRICES:]) * size,
+        device=device,
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
+Value = TypeVar("Value")
 Parameters = Mapping[str, torch.nn.Parameter]
 Adjust = Callable[[Parameters], None]
 """What an algorithm does to the gradients of float32 masters, before they are clipped and a step is taken."""
@@ -120,7 +121,7 @@ class LanguageModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             base = self._load_base(name, getattr(torch, dtype), **options)
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
-            how = f" with model.quantization {quantization}" if options else ""
+            how = f" with model.quantization {quantization}" if quantization != "none" else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
         keep_trainable(base)
         if self.tokenizer.pad_token_id is None:
@@ -359,6 +360,10 @@ class LanguageModel:
         return len((response if is_whole else self.tokenizer.decode(ids)).encode())
 
     # What ranks do together, where there are several: see sharded.py ------------------------------------------------
+
+    def of_all_ranks(self, value: Value) -> list[Value]:
+        """What each of them has."""
+        return [value]
 
     def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)

@@ -31,8 +31,10 @@ def loading_options(quantization: Quantization, *, dtype: str, device: str) -> d
     Raises:
         ModelError: bitsandbytes is missing, or does not start on this platform or with this device.
     """
+    # Tensor by tensor to the GPU, so that the host never holds the whole model.
+    placed: dict[str, Any] = {"device_map": {"": device}} if torch.device(device).type == "cuda" else {}
     if quantization == "none":
-        return {}
+        return placed
     check_quantization(quantization)
     try:
         import bitsandbytes

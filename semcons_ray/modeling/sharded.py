@@ -32,7 +32,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.language_model import AdamW, LanguageModel, Parameters, schedule
+from semcons_ray.modeling.language_model import AdamW, LanguageModel, Parameters, Value, schedule
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 
@@ -100,6 +100,12 @@ class ShardedLanguageModel(LanguageModel):
         if self.writes:
             super().export_adapter(adapter, folder)
 
+    def of_all_ranks(self, value: Value) -> list[Value]:
+        """See `LanguageModel.of_all_ranks`."""
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value)
+        return values
+
     def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
         if self._sharding.zero_stage == 2:
             return super()._load_base(name, dtype, **options)
@@ -121,7 +127,7 @@ class ShardedLanguageModel(LanguageModel):
         if self._sharding.cpu_offload:
             settings["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         while_it_lives = HfDeepSpeedConfig(settings)  # from_pretrained divides each layer as it is made
-        base = super()._load_base(name, dtype, **options)
+        base = super()._load_base(name, dtype)  # and puts its part where it is to be, which the options would forbid
         del while_it_lives
         self._engine, *_ = self._deepspeed.initialize(model=base, config=settings)
         return self._engine.module
@@ -152,8 +158,7 @@ class ShardedLanguageModel(LanguageModel):
     ) -> list[list[int]]:
         mine, _ = self._share([*range(len(texts))])
         rows = super()._written([texts[i] for i in mine], generation, draws[mine])
-        parts: list[list[list[int]]] = [[] for _ in range(self.num_ranks)]
-        dist.all_gather_object(parts, rows)
+        parts = self.of_all_ranks(rows)
         return [parts[i % self.num_ranks][i // self.num_ranks] for i in range(len(texts))]
 
     def _goes_on(self, unfinished: bool) -> bool:

@@ -93,14 +93,17 @@ class EngineSpec:
     max_adapters: int
     cache_bytes: int
 
-    def build(self) -> VllmEngine:
+    def build(self, gpus: str) -> VllmEngine:
         """Load the model.
+
+        Args:
+            gpus: UUIDs of the GPUs that it will compute on, for the ledger.
 
         Raises:
             ConfigError: vLLM is not installed here.
             ModelError: vLLM cannot load the model.
         """
-        return VllmEngine(self)
+        return VllmEngine(self, gpus)
 
 
 @dataclass
@@ -123,9 +126,10 @@ class VllmEngine:
         ModelError: vLLM cannot load the model.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, gpus: str) -> None:
         check_installed()
         self.spec = spec
+        self._gpus = gpus
         self._node = socket.gethostname()
         self._engine = _load(spec)
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -253,6 +257,7 @@ class VllmEngine:
                 num_tokens=sum(map(len, written)),
                 engine=self.spec.name,
                 node=self._node,
+                gpus=self._gpus,
                 started_at=started_at,
                 busy_seconds=job.busy_seconds,
             )
@@ -280,7 +285,7 @@ def _load(spec: EngineSpec) -> Any:
         max_lora_rank=room_for_rank(spec.max_rank),
         kv_cache_memory_bytes=spec.cache_bytes,
         # With the cache's size given, this only says how much of a GPU must be free at the start.
-        gpu_memory_utilization=0.9 * min(spec.gpus, 1.0) if spec.gpus else 0.9,
+        gpu_memory_utilization=0.9 * spec.gpus if spec.gpus else 0.9,
         enable_prefix_caching=False,  # an adapter is asked once: nothing that it computed is of use again
         skip_tokenizer_init=True,
         generation_config="vllm",

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from semcons_ray.config import AlgorithmConfig
 from semcons_ray.errors import RunFolderError
+from semcons_ray.metering.ledger import split_gpus
 from semcons_ray.reporting.drawing import client_colours
 from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.prompts import prompt_table
@@ -73,7 +74,7 @@ def render_report(run: Run) -> str:
         rounds=run.rounds.to_dict("records"),
         stages=work_by_stage(run.ledger).reset_index().to_dict("records"),
         totals=totals(run),
-        energy_note=energy_note(run.placement),
+        energy_note=energy_note(run.placement, run.ledger),
         figures=[{"svg": Markup(figure.svg), "figure": figure} for figure in draw_figures(run)],
         answered=answered,
         config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
@@ -183,8 +184,8 @@ def _clients_headline(change: pd.Series[float]) -> tuple[str, str, str]:
     return "Clients with a lower NLL", value, note
 
 
-def energy_note(placement: Mapping[str, Any]) -> str:
-    """Which meters the run's machines had."""
+def energy_note(placement: Mapping[str, Any], ledger: pd.DataFrame) -> str:
+    """Which meters the run's machines had, and who shared them."""
     meters: Mapping[str, str] = placement.get("energy_meters", {})
     named = sorted({name for name in meters.values() if name})
     without = sum(not name for name in meters.values())
@@ -193,6 +194,14 @@ def energy_note(placement: Mapping[str, Any]) -> str:
         parts.append(f"{_count(without, 'machine')} without an energy counter, where joules are estimated")
     if named and not any("rapl" in name for name in named):
         parts.append("the CPU's own energy is not counted where GPUs alone are metered")
+    had = ledger.assign(gpu=ledger["gpus"].map(split_gpus)).explode("gpu")
+    if (had.groupby("gpu")["worker"].nunique() > 1).any():
+        parts.append("the joules of a GPU that several workers had are shared out among them by busy time")
+    if not placement.get("alone", True):
+        parts.append(
+            "other runs went on beside this one, so counters that they shared are left out and their part is estimated "
+            "(energy.exclusive)"
+        )
     return "; ".join(parts)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
@@ -16,15 +17,26 @@ from semcons_ray.data.sources import load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
 from semcons_ray.distributed.engines import EnginePlan, RayEngine, plan_engines
-from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, WorkerPlan, plan_workers
+from semcons_ray.distributed.placement import (
+    GIB,
+    Demand,
+    Limits,
+    Node,
+    ServerPlan,
+    WorkerPlan,
+    choose_device,
+    plan_server,
+    plan_workers,
+    unused_gpus,
+)
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
-from semcons_ray.errors import PlacementError
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.messages import PublicPrompts
-from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
+from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
+from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import pin_model, resolve_model
@@ -40,14 +52,17 @@ class Placement:
     """Where everything goes, with `model.dtype` and `resources.device` of the config resolved.
 
     Attributes:
+        warnings: Lines about GPUs that are there and not used.
         revisions: See `pin_revisions`.
     """
 
     config: ExperimentConfig
     nodes: tuple[Node, ...]
+    server: ServerPlan
     workers: tuple[WorkerPlan, ...]
     demands: dict[str, Demand]
     engines: tuple[EnginePlan, ...] = ()
+    warnings: tuple[str, ...] = ()
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def pinned(self, model: str) -> str:
@@ -55,21 +70,15 @@ class Placement:
         return self.revisions.get(model, model)
 
     @property
-    def server_gpus(self) -> float:
-        """GPU share of the server; 0 where it works on the CPU."""
-        resources = self.config.resources
-        return resources.server_gpus if resources.device == "cuda" else 0.0
-
-    @property
-    def watts(self) -> dict[str, float]:
+    def draws(self) -> dict[str, Draw]:
         """Watts of each process when busy, for where energy must be estimated."""
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
         processes = [(worker, worker.ranks) for worker in self.workers] + [(engine, 1) for engine in self.engines]
         return {
-            plan.name: count * estimate_watts(plan.threads, plan.gpus, gpu_watts[plan.node_id])
+            plan.name: estimate_draw(count * plan.threads, count * plan.gpus, gpu_watts[plan.node_id])
             for plan, count in processes
-        } | {"server": estimate_watts(threads, self.server_gpus, self.nodes[0].gpu_watts)}
+        } | {"server": estimate_draw(threads, self.server.gpus, self.server.gpu_watts)}
 
 
 def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
@@ -146,6 +155,8 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
 def cluster(config: ExperimentConfig) -> Iterator[tuple[Node, ...]]:
     """The machines to place clients on: a Ray cluster's, or this one."""
     if config.resources.fleet == "local":
+        for name, value in IN_NVMLS_ORDER.items():
+            os.environ.setdefault(name, value)  # before anything looks for a GPU
         yield (this_node(),)
     else:
         with connect(config.resources.ray_address):
@@ -164,11 +175,9 @@ def place(
         PlacementError: The clients do not fit; names the setting to change.
     """
     resources, training = config.resources, config.training
-    device = resources.device
-    if device == "auto":
-        device = "cuda" if any(node.gpus for node in nodes) else "cpu"
-    if device == "cuda" and not any(node.gpus for node in nodes):
-        raise PlacementError("resources.device is cuda, but no node has a GPU; set it to auto or cpu")
+    device = choose_device(resources.device, nodes)
+    warnings = tuple(unused_gpus(resources.device, nodes))
+    nodes = tuple(replace(node, gpus=()) if node.cuda_fault else node for node in nodes)
     dtype = config.model.dtype
     if dtype == "auto":
         # bfloat16 without hardware for it is slower than float32; one dtype everywhere keeps the numbers equal.
@@ -193,29 +202,37 @@ def place(
             batch_size=ceil(training.batch_size / ranks),
             generation_batch_size=ceil(config.generation.batch_size / ranks),
             max_new_tokens=config.generation.max_new_tokens,
+            device=device,
         )
-        device_bytes = footprint.device_bytes
         if ranks > 1 and sharding.zero_stage == 3:
-            whole, footprint = footprint, footprint.divided(ranks)
-            kept = whole.largest if sharding.cpu_offload else footprint.weights
-            device_bytes += kept - whole.weights
+            footprint = footprint.divided(ranks, offloaded=sharding.cpu_offload)
         clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
-        demands.append(Demand(name, clients, ranks * footprint.host_bytes, device_bytes, ranks))
+        demands.append(Demand(name, clients, ranks * footprint.host_bytes, footprint.device_bytes, ranks))
     limits = Limits(
         threads_per_worker=resources.threads_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
         max_workers=len(demands) if resources.fleet == "local" else resources.max_workers,
-        server_bytes=SERVER_BYTES,
-        server_gpus=resources.server_gpus,
         one_by_one=resources.fleet == "local",
     )
     limit = resources.memory_limit_gib
-    planned = nodes if limit is None else tuple(node.limited(int(limit * GIB)) for node in nodes)
+    free = nodes if limit is None else tuple(node.limited(int(limit * GIB)) for node in nodes)
+    if resources.fleet == "local":  # one process uses one GPU
+        free = tuple(replace(node, gpus=node.gpus[:1]) for node in free)
     engines: tuple[EnginePlan, ...] = ()
     if config.generation.engine == "vllm":
-        engines, planned = _place_engines(config, planned, folders)
-    workers = plan_workers(demands, planned, limits, device=device)
-    return Placement(config, nodes, workers, {d.model: d for d in demands}, engines, revisions)
+        engines, free = _place_engines(config, free, folders)
+    server_gpus = resources.server_gpus if device == "cuda" else 0.0
+    server, free = plan_server(free, memory_bytes=SERVER_BYTES, gpus=server_gpus)
+    return Placement(
+        config,
+        nodes,
+        server,
+        plan_workers(demands, free, limits, device=device),
+        {demand.model: demand for demand in demands},
+        engines,
+        warnings,
+        revisions,
+    )
 
 
 def _place_engines(
@@ -269,7 +286,7 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
                 cache_bytes=int(config.resources.engine_cache_gib * GIB),
             )
             if config.resources.fleet == "local":
-                started[plan.model] = spec.build()
+                started[plan.model] = spec.build(this_place(uses_gpu=plan.gpus > 0).gpus)
             else:
                 restarts = config.failures.max_restarts
                 started[plan.model] = RayEngine.start(spec, plan, callers=callers, max_restarts=restarts)
@@ -288,10 +305,11 @@ def parts(
     """Start the fleet and the server, and stop them at the end."""
     config = placement.config
     resources, failures = config.resources, config.failures
+    uses_gpu = resources.device == "cuda"
     server_spec = ServerSpec(
         embedding_model=placement.pinned(config.server.embedding_model),
         embedding_batch_size=config.server.embedding_batch_size,
-        device="cuda" if placement.server_gpus else "cpu",
+        device="cuda" if placement.server.gpus else "cpu",
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
         election=_election(config.algorithm),
@@ -311,22 +329,22 @@ def parts(
     server: ServerProtocol
     if resources.fleet == "local":
         server = server_spec.build()
-        meter = detect_meter(uses_gpu=resources.device == "cuda")
-        node = placement.nodes[0].name
+        place = this_place(uses_gpu=uses_gpu)
         fleet = LocalFleet(
             {spec.worker: spec.build() for spec in specs},
             {worker.name: worker.clients for worker in placement.workers},
-            node=node,
+            place=place,
             quorum=failures.quorum,
-            meter=NodeMeter(node, meter) if meter else None,
+            meter=NodeMeter(place.node, open_meters(uses_gpu=uses_gpu)),
         )
     else:
         server = RayServer(
             server_spec,
-            node_id=placement.nodes[0].node_id,
-            gpus=placement.server_gpus,
+            node_id=placement.server.node_id,
+            gpus=placement.server.gpus,
             timeout_seconds=failures.visit_timeout_seconds,
             max_restarts=failures.max_restarts,
+            room_timeout_seconds=failures.room_timeout_seconds,
         )
         fleet = RayFleet(
             placement.workers,
@@ -334,7 +352,7 @@ def parts(
             timeout_seconds=failures.visit_timeout_seconds,
             max_restarts=failures.max_restarts,
             quorum=failures.quorum,
-            uses_gpu=resources.device == "cuda",
+            uses_gpu=uses_gpu,
             room_timeout_seconds=failures.room_timeout_seconds,
         )
     try:

@@ -25,7 +25,7 @@ from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol, Verdict
 from semcons_ray.messages import PseudoLabels
-from semcons_ray.metering.energy import apportion
+from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
 from semcons_ray.runs.assembly import (
@@ -65,8 +65,15 @@ class Observer(Protocol):
         ...
 
 
-def run_experiment(config: ExperimentConfig, out: Path, observer: Observer) -> RunFolder:
+def run_experiment(config: ExperimentConfig, out: Path, observer: Observer, *, alone: bool = True) -> RunFolder:
     """Run an experiment from its beginning, into a new folder.
+
+    Args:
+        config: What to run.
+        out: The folder.
+        observer: Told how it gets on.
+        alone: Whether no other run shares its machines. If others do, energy is measured of the GPUs that it has to
+            itself, and all other is estimated: a counter cannot tell runs apart.
 
     Raises:
         UserError: Something in the config, the data, the models, the cluster or the folder must be changed.
@@ -74,23 +81,25 @@ def run_experiment(config: ExperimentConfig, out: Path, observer: Observer) -> R
     """
     folder = RunFolder.create(out, config)
     with folder.locked():
-        _execute(folder, config, observer)
+        _execute(folder, config, observer, alone)
     return folder
 
 
-def resume_experiment(out: Path, observer: Observer) -> RunFolder:
+def resume_experiment(out: Path, observer: Observer, *, alone: bool = True) -> RunFolder:
     """Go on with a run from its last committed round; nothing to do where it is finished.
+
+    The arguments are those of `run_experiment`.
 
     Raises:
         RunFolderError: `out` is no run folder, is damaged, or is in use.
     """
     folder = RunFolder(out)
     with folder.locked():
-        _execute(folder, folder.read_config(), observer)
+        _execute(folder, folder.read_config(), observer, alone)
     return folder
 
 
-def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) -> None:
+def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, alone: bool) -> None:
     commits = folder.commits()
     if folder.is_finished(config.num_rounds):
         folder.write_tables(commits)
@@ -108,7 +117,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
         config = placement.config
         folder.write_config(config)
         plan = describe_plan(placement.workers, config.resources.device, placement.demands)
-        observer.planned(plan + describe_engines(placement.engines))
+        observer.planned("\n".join([plan + describe_engines(placement.engines), *placement.warnings]))
         observer.stage("loading models")
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
@@ -118,10 +127,10 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer) ->
             parts(placement, split, algorithm, folder.state, serving) as (fleet, server),
             RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
         ):
-            _write_placement(folder, placement, fleet)
+            _write_placement(folder, placement, fleet, alone)
             for commit in commits:
                 _export(exported, commit)
-            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported)
+            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported, alone)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
@@ -151,6 +160,7 @@ class Rounds:
     server: ServerProtocol
     observer: Observer
     exported: RunMetrics
+    alone: bool
 
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
         """One round, and what the server takes into the next.
@@ -240,7 +250,15 @@ class Rounds:
         rows += [*outcome.rows, *(outcome.verdict.rows if outcome.verdict else ())]
         rows += self.server.take_rows()
         rows += idle_rows(rows, round, started_at, ended_at, self.fleet.workers)
-        return apportion(rows, self.fleet.laps(), self.placement.watts)
+        return apportion(rows, self._windows(), self.placement.draws)
+
+    def _windows(self) -> list[EnergyWindow]:
+        """What counters went up by, of those that no other run shares."""
+        windows = self.fleet.laps()
+        if self.alone:
+            return windows
+        places = self.fleet.workers
+        return own_windows(windows, [places[worker.name] for worker in self.placement.workers if worker.gpus == 1])
 
 
 class _Watched:
@@ -319,7 +337,7 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
     )
 
 
-def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet) -> None:
+def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet, alone: bool) -> None:
     folder.write_json(
         "placement.json",
         {
@@ -328,5 +346,6 @@ def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet) -> N
             "engines": [asdict(engine) for engine in placement.engines],
             "nodes": [asdict(node) for node in placement.nodes],
             "energy_meters": dict(fleet.meters),
+            "alone": alone,
         },
     )

@@ -1,4 +1,4 @@
-"""Many runs: one after another where each has a whole Ray cluster, else as many at once as there are cores."""
+"""Many runs: one after another where each has a whole Ray cluster, else as many at once as cores or GPUs allow."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,14 @@ from semcons_ray.config import (
     without_effect,
     without_settings,
 )
+from semcons_ray.distributed.placement import in_steps
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
-from semcons_ray.metering.energy import detect_meter
 from semcons_ray.metering.environment import usable_cpus
+from semcons_ray.metering.gpus import cuda_fault, visible_gpus
 from semcons_ray.runs.run_folder import RunFolder
+
+_WHERE = ("resources", "energy")
+"""Sections that say where and how a run is run, and decide none of its numbers but seconds and joules."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Job:
         """
         if not self.folder.exists():
             return
-        wanted = self.config.model_dump(exclude={"resources": True})
-        stored = RunFolder(self.folder).read_config().model_dump(exclude={"resources": True})
+        wanted = self.config.model_dump(exclude=set(_WHERE))
+        stored = RunFolder(self.folder).read_config().model_dump(exclude=set(_WHERE))
         if wanted["model"]["dtype"] == "auto":
             stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
         if difference := next(_differences(stored, wanted), ""):
@@ -96,9 +101,9 @@ SomeJob = TypeVar("SomeJob", bound=Job)
 def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], float]], None]) -> None:
     """Run, or resume, each job.
 
-    With `resources.fleet` ray, jobs follow one another. With local, each is in a process of its own, cores //
-    `resources.threads_per_worker` at once; a process goes on to further jobs, so it imports torch once. Where energy is
-    metered it is one at a time, since a node's counter cannot tell processes apart.
+    With `resources.fleet` ray, or `energy.exclusive`, jobs follow one another. Else each is in a process of its own; a
+    process goes on to further jobs, so it imports torch once. On CPUs there are cores // `resources.threads_per_worker`
+    of them; on GPUs as many as the GPUs have room for, each with one GPU in sight.
 
     Args:
         jobs: With distinct folders.
@@ -111,13 +116,12 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
         for job in jobs:
             report(job, functools.partial(perform, job))
         return
-    threads = max((job.config.resources.threads_per_worker for job in jobs), default=1)
-    uses_gpu = any(job.config.resources.device == "cuda" for job in jobs)
-    metered = detect_meter(uses_gpu=uses_gpu) is not None
-    processes = 1 if metered else max(1, min(len(jobs), usable_cpus() // threads))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_process, (threads,)) as pool:
-        futures = {pool.submit(perform, job): job for job in jobs}
+    configs = [job.config for job in jobs]
+    threads = max((config.resources.threads_per_worker for config in configs), default=1)
+    gpus = [] if cuda_fault() else [gpu.uuid for gpu in visible_gpus()]
+    places = plan_processes(configs, gpus, usable_cpus() // threads)
+    with start_processes(places, threads) as pool:
+        futures = {pool.submit(perform, job, alone=len(places) == 1): job for job in jobs}
         try:
             for future in as_completed(futures):
                 report(futures[future], future.result)
@@ -130,9 +134,45 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
             raise
 
 
-def _start_process(threads: int) -> None:
-    """Set a process up before it imports torch: its threads, and that it dies when its parent does."""
+def plan_processes(configs: Sequence[ExperimentConfig], gpus: Sequence[str], cpus: int) -> list[str]:
+    """The GPU of each process that runs experiments one after another; empty where they are on the CPU.
+
+    GPUs are dealt out in turn, so that processes share one only when there are more of them than GPUs.
+
+    Args:
+        configs: What is to be run, each in one process.
+        gpus: UUIDs of the GPUs that torch can use.
+        cpus: How many processes the cores are enough for.
+    """
+    on_gpus = [config for config in configs if gpus and config.resources.device != "cpu"]
+    count = 1 if any(config.energy.exclusive for config in configs) else len(configs)
+    if not on_gpus:
+        return [""] * max(1, min(count, cpus))
+    a_gpu = max(1, int(1 / max(map(gpu_share, on_gpus)) + 1e-6))
+    return [gpu for _ in range(a_gpu) for gpu in gpus][:count]
+
+
+def gpu_share(config: ExperimentConfig) -> float:
+    """What a process takes of a GPU that has all of an experiment in it: clients, server and engines."""
+    resources = config.resources
+    engines = len(set(config.client_models())) if config.generation.engine == "vllm" else 0
+    return in_steps(resources.gpus_per_worker + resources.server_gpus + engines * resources.engine_gpus)
+
+
+def start_processes(gpus: Sequence[str], threads: int) -> ProcessPoolExecutor:
+    """A process for each of `gpus`, which sees that GPU and no other, or whatever its parent does where it is empty."""
+    context = multiprocessing.get_context("spawn")
+    left = context.SimpleQueue()
+    for gpu in gpus:
+        left.put(gpu)
+    return ProcessPoolExecutor(len(gpus), context, _start_process, (threads, left))
+
+
+def _start_process(threads: int, gpus: SimpleQueue[str]) -> None:
+    """Set a process up before it imports torch: its threads, its GPU, and that it dies when its parent does."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if gpu := gpus.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends this one
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -153,8 +193,8 @@ class Silent:
     planned = round_begins = client_done = round_ends = stage
 
 
-def perform(job: Job, observer: Silent | None = None) -> float:
-    """Run or resume; returns the seconds that it took."""
+def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> float:
+    """Run or resume, see `run_experiment`; returns the seconds that it took."""
     from semcons_ray.runs.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
@@ -162,10 +202,11 @@ def perform(job: Job, observer: Silent | None = None) -> float:
     if job.folder.exists():
         folder = RunFolder(job.folder)
         # Where it runs may have been changed since, which leaves its numbers as they are.
-        folder.write_config(folder.read_config().model_copy(update={"resources": job.config.resources}))
-        resume_experiment(job.folder, observer)
+        changed = {section: getattr(job.config, section) for section in _WHERE}
+        folder.write_config(folder.read_config().model_copy(update=changed))
+        resume_experiment(job.folder, observer, alone=alone)
     else:
-        run_experiment(job.config, job.folder, observer)
+        run_experiment(job.config, job.folder, observer, alone=alone)
     return time.monotonic() - began
 
 

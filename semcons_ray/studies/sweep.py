@@ -29,22 +29,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.distributed.cluster import connect, passed_on
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
-from semcons_ray.metering.energy import detect_meter
+from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
+from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
+from semcons_ray.errors import ConfigError, PlacementError, RunFolderError, SemconsError
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
 from semcons_ray.runs.assembly import find_models
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, held, write_file
-from semcons_ray.studies.batch import Job, Silent, perform
+from semcons_ray.studies.batch import Job, Silent, gpu_share, perform
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
@@ -145,15 +144,19 @@ def _tune(
     progress = _Progress(sweep, out, len(done), total, say)
     with connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
-        trainable = tune.with_parameters(_perform_trial, sweep=sweep, out=out, variables=passed_on())
-        room = _Room.of_cluster(experiment)
+        room = _Room(list_nodes())
+        for config in configs:
+            room.reserve(config)  # what fits nowhere is refused now: it would wait for ever
+        at_once = _at_once(sweep, experiment)
+        alone = 1 in (at_once, total - len(done))
+        trainable = tune.with_parameters(_perform_trial, sweep=sweep, out=out, variables=passed_on(), alone=alone)
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda point: room.reserve(sweep.configure(_decode(sweep, point)))),
             tune_config=tune.TuneConfig(
                 search_alg=_searcher(sweep, todo, done),
                 scheduler=_scheduler(sweep, done),
                 num_samples=total - len(done),
-                max_concurrent_trials=1 if room.metered else sweep.max_concurrent_trials,
+                max_concurrent_trials=at_once,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: _name(sweep, trial),
                 trial_dirname_creator=lambda trial: _name(sweep, trial),
@@ -168,42 +171,62 @@ def _tune(
     return progress.failed
 
 
+def _at_once(sweep: SweepConfig, experiment: ExperimentConfig) -> int | None:
+    """How many trials go on side by side at most; None: as many as there is room for."""
+    return 1 if experiment.energy.exclusive else sweep.max_concurrent_trials
+
+
 @dataclass(frozen=True)
 class _Room:
     """What the cluster has for one trial."""
 
-    cpus: tuple[float, ...]
-    gpus: float
-    metered: bool
-    """Whether energy is metered here: a node's counter can't tell trials apart, so they follow one another."""
-
-    @classmethod
-    def of_cluster(cls, experiment: ExperimentConfig) -> _Room:
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        resources = [entry["Resources"] for entry in nodes if entry["Alive"]]
-        gpus = 0.0 if experiment.resources.device == "cpu" else sum(entry.get("GPU", 0.0) for entry in resources)
-        metered = detect_meter(uses_gpu=gpus > 0) is not None
-        return cls(tuple(entry.get("CPU", 0.0) for entry in resources), gpus, metered)
+    nodes: tuple[Node, ...]
 
     def reserve(self, config: ExperimentConfig) -> tune.PlacementGroupFactory:
         """A placement group with a bundle a worker, for as many as the clients can use and the cluster can have.
 
-        The trial's own process takes nothing from it, unless all clients are in that process: it mostly waits.
+        A server that shares a GPU has the first bundle. The trial's own process takes nothing from them, unless all
+        clients are in that process: it mostly waits.
+
+        Raises:
+            PlacementError: The cluster can't have one; names the setting to change.
         """
         resources = config.resources
-        threads, share = resources.threads_per_worker, min(resources.gpus_per_worker, self.gpus)
+        threads, share = resources.threads_per_worker, in_steps(resources.gpus_per_worker)
+        on_gpus = choose_device(resources.device, self.nodes) == "cuda"
         if resources.fleet == "local":
-            return tune.PlacementGroupFactory([{"CPU": threads, "GPU": share}])
-        fitting = int(self.gpus / share) if share else sum(int(cpus // threads) for cpus in self.cpus)
-        workers = max(1, min(resources.max_workers or fitting, config.clients.num_clients, fitting))
-        bundle = {"GPU": share} if share else {"CPU": threads}
-        bundles = [dict(bundle) for _ in range(workers)]
-        if share:
-            bundles[0]["GPU"] += resources.server_gpus
-        return tune.PlacementGroupFactory([{}, *bundles])
+            whole = gpu_share(config) if on_gpus else 0.0
+            if whole > 1:
+                raise PlacementError(
+                    f"with resources.fleet local a trial is one process on one GPU, of which "
+                    f"resources.gpus_per_worker, resources.server_gpus and resources.engine_gpus take {whole:g}; "
+                    f"lower them"
+                )
+            return tune.PlacementGroupFactory([{"CPU": threads, "GPU": whole}])
+        wanted = min(resources.max_workers or config.clients.num_clients, config.clients.num_clients)
+        if not on_gpus:
+            fitting = sum(int(node.cpus // threads) for node in self.nodes)
+            return _group({"CPU": threads}, max(1, min(wanted, fitting)))
+        server = [in_steps(resources.server_gpus)] if resources.server_gpus else []
+        left = packed([gpu for node in self.nodes if not node.cuda_fault for gpu in node.gpus], server)
+        workers = 0
+        while left is not None and workers < wanted and (left := packed(left, [share])) is not None:
+            workers += 1
+        if not workers:
+            raise PlacementError(
+                f"no trial fits: resources.gpus_per_worker = {share:g} and resources.server_gpus = "
+                f"{resources.server_gpus:g} are more than the cluster's GPUs have; lower them"
+            )
+        return _group({"GPU": share}, workers, *({"GPU": gpu} for gpu in server))
 
 
-def _perform_trial(config: dict[str, Any], *, sweep: SweepConfig, out: Path, variables: dict[str, str]) -> None:
+def _group(bundle: dict[str, float], count: int, *first: dict[str, float]) -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory([{}, *first, *[bundle] * count])
+
+
+def _perform_trial(
+    config: dict[str, Any], *, sweep: SweepConfig, out: Path, variables: dict[str, str], alone: bool
+) -> None:
     """In the trial's process: run or resume it, and report its rounds, those of before a kill included.
 
     The last round is reported when all is written, so a scheduler never stops a trial that was as good as finished.
@@ -225,7 +248,7 @@ def _perform_trial(config: dict[str, Any], *, sweep: SweepConfig, out: Path, var
     with held(out / "trials" / f".{trial.name}.lock", trial.folder, wait=True):
         if trial.has_results:
             report(trial.rounds().loc[: last - 1])
-        perform(trial, Reporter())
+        perform(trial, Reporter(), alone=alone)
     report(trial.rounds().loc[[last]])
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from semcons_ray.commands import doctor
 from semcons_ray.commands.doctor import (
     Check,
+    check_cuda,
     check_hardware,
     check_hub,
     check_nvml_energy,
@@ -20,7 +21,7 @@ from semcons_ray.commands.doctor import (
     render,
 )
 from semcons_ray.errors import ModelError
-from semcons_ray.metering.environment import Gpu, list_gpus
+from semcons_ray.metering.gpus import Gpu, list_gpus
 from tests.metering.fakes import FakeNvml, write_domain
 
 
@@ -29,7 +30,8 @@ def test_this_machine_gets_a_full_diagnosis():
     names = [check.name for check in checks]
     assert len(names) == len(set(names))
     expected = {"Python", "torch", "CPU", "memory", "disk", "GPUs", "bfloat16", "vLLM", "DeepSpeed", "CPU energy"}
-    assert expected | {"torchvision", "default data", "GPU energy", "Hugging Face hub", "ray"} <= set(names)
+    expected |= {"torch on GPUs", "torchvision", "default data", "GPU energy", "Hugging Face hub", "ray"}
+    assert expected <= set(names)
     assert all(check.advice for check in checks if check.status == "missing")
 
 
@@ -158,6 +160,18 @@ def test_gpu_energy_counters():
     assert check_nvml_energy(list_gpus(gpu), gpu).found == "measured by NVML"
     assert check_nvml_energy(list_gpus(bare), bare).status == "warning"
     assert check_nvml_energy([], bare).status == "ok"
+    one_of_two = FakeNvml([1, None])
+    assert "no NVML energy counter of GPU 1" in check_nvml_energy(list_gpus(one_of_two), one_of_two).found
+    cut = FakeNvml([1], slices={0: 2})
+    assert check_nvml_energy(list_gpus(cut), cut).found == "measured by NVML"
+
+
+def test_a_torch_that_cannot_use_the_gpus_is_reported():
+    gpus = list_gpus(FakeNvml([1]))
+    assert check_cuda(gpus, "").status == "ok"
+    fault = "torch 2.13.0+cpu is built without CUDA"
+    assert (check_cuda(gpus, fault).status, check_cuda(gpus, fault).found) == ("warning", fault)
+    assert check_cuda([], fault).status == "ok"
 
 
 def test_hub_offline_is_reported():

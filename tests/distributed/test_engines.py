@@ -9,8 +9,8 @@ from semcons_ray.errors import PlacementError
 SMALL, LARGE = Demand("small", (), 1 * GIB, 2 * GIB), Demand("large", (), 3 * GIB, 8 * GIB)
 
 
-def node(name: str, gib: int, *, cpus: float = 4, gpus: float = 0) -> Node:
-    return Node(name, name, cpus, gpus, gib * GIB, gpu_memory_bytes=16 * GIB if gpus else None)
+def node(name: str, gib: int, *, cpus: float = 4, gpus: int = 0) -> Node:
+    return Node(name, name, cpus, (1.0,) * gpus, gib * GIB, gpu_memory_bytes=16 * GIB if gpus else None)
 
 
 def test_an_engine_takes_memory_and_its_own_cores_from_what_workers_get() -> None:
@@ -35,7 +35,7 @@ def test_the_largest_goes_where_most_memory_is() -> None:
 def test_on_gpus_it_has_a_share_that_must_hold_its_memory() -> None:
     nodes = [node("a", 32, gpus=1)]
     (plan,), (left,) = plan_engines([LARGE], nodes, threads=1, cpus=0, gpus=0.5, kept_bytes=GIB)
-    assert left.gpus == 0.5
+    assert left.gpus == (0.5,)
     assert "0.5 GPU, 3.0 GiB + 8.0 GiB of the GPU" in describe_engines([plan])
     with pytest.raises(PlacementError, match=r"8\.0 GiB in resources\.engine_gpus = 0\.3 of a GPU"):
         plan_engines([LARGE], nodes, threads=1, cpus=0, gpus=0.3, kept_bytes=GIB)

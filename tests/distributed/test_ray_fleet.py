@@ -10,6 +10,7 @@ from semcons_ray.distributed import cluster, ray_fleet
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ClientError, ModelError, QuorumError
+from semcons_ray.metering.ledger import Place
 from tests.distributed.fakes import FakeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -22,8 +23,8 @@ class DiesAtStart:
     def __init__(self) -> None:
         ray.actor.exit_actor()
 
-    def node(self) -> str:
-        return ""
+    def place(self, uses_gpu: bool) -> Place:
+        return Place("")
 
     def load(self, spec: FakeSpec) -> None: ...
 

@@ -24,6 +24,7 @@ from semcons_ray.federation.algorithms import (
 from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.messages import PseudoLabels
+from semcons_ray.metering.ledger import Place
 
 LABELS = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("x", "y"))
 COHORT = Cohort(num_clients=3, participation=1.0, seed=0)
@@ -215,7 +216,7 @@ class Host:
 
 
 def local_fleet(failing: Mapping[int, Exception], quorum: float) -> LocalFleet:
-    return LocalFleet({"worker-0": Host(failing)}, {"worker-0": range(4)}, node="n", quorum=quorum)
+    return LocalFleet({"worker-0": Host(failing)}, {"worker-0": range(4)}, place=Place("n"), quorum=quorum)
 
 
 def visited(fleet: LocalFleet) -> list[int]:

@@ -9,12 +9,10 @@ from semcons_ray import __version__
 from semcons_ray.metering.environment import (
     cpu_model,
     describe_environment,
-    list_gpus,
     memory_limit_bytes,
     package_versions,
     usable_cpus,
 )
-from tests.metering.fakes import FakeNvml
 
 
 def test_the_description_is_json_and_about_this_machine():
@@ -90,22 +88,3 @@ def test_without_limits_affinity_and_the_machine_decide(tmp_path):
     write(tmp_path / "cpu/cpu.cfs_quota_us", "-1\n")
     assert usable_cpus(tmp_path, membership) == len(os.sched_getaffinity(0))
     assert memory_limit_bytes(tmp_path, tmp_path / "absent") == psutil.virtual_memory().total
-
-
-def test_gpus_are_described_and_nvml_is_closed_again():
-    nvml = FakeNvml([0, 0])
-    gpus = list_gpus(nvml)
-    assert [(gpu.name, gpu.memory_gib, gpu.bf16, gpu.power_limit_watts) for gpu in gpus] == [
-        ("GPU 0", 80.0, True, 700.0),
-        ("GPU 1", 80.0, True, 700.0),
-    ]
-    assert nvml.open == 0
-
-
-def test_an_old_gpu_has_no_bf16_and_a_slice_no_power_limit():
-    (gpu,) = list_gpus(FakeNvml([0], capability=(7, 5), power_limit=None))
-    assert (gpu.compute_capability, gpu.bf16, gpu.power_limit_watts) == ("7.5", False, None)
-
-
-def test_no_driver_no_gpus():
-    assert list_gpus(FakeNvml([0], driver=False)) == []

@@ -192,3 +192,8 @@ def test_a_device_that_it_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch
     pretend(monkeypatch, {"cuda"})
     with pytest.raises(ModelError, match=r"model\.quantization 4bit: bitsandbytes does not know cpu; set it to none"):
         load(tiny_llama, "4bit")
+
+
+def test_weights_go_to_a_gpu_one_by_one_and_not_by_way_of_a_whole_model_in_host_memory() -> None:
+    assert quantization.loading_options("none", dtype="bfloat16", device="cuda") == {"device_map": {"": "cuda"}}
+    assert quantization.loading_options("none", dtype="bfloat16", device="cpu") == {}

@@ -58,7 +58,7 @@ def ask_all(engine: VllmEngine, requests: list[EngineRequest]) -> list[EngineRep
 def test_without_vllm_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"generation\.engine is vllm, but vLLM is not installed: `make vllm`"):
-        EngineSpec("engine-0", "nothing", "float32", 1, 0.0, 64, 8, 1, 1 << 28).build()
+        EngineSpec("engine-0", "nothing", "float32", 1, 0.0, 64, 8, 1, 1 << 28).build("")
 
 
 def test_room_is_the_least_that_holds_the_rank() -> None:
@@ -80,7 +80,7 @@ class TestTiny:
 
     @pytest.fixture(scope="class")
     def engine(self, spec: EngineSpec) -> Iterator[VllmEngine]:
-        engine = spec.build()
+        engine = spec.build("")
         yield engine
         engine.close()
 
@@ -139,7 +139,7 @@ class TestTiny:
 
     def test_a_model_without_kernels_here_is_refused_with_the_reason(self, spec: EngineSpec, tiny_llama: Path) -> None:
         with pytest.raises(ModelError, match="head_dim=8"):
-            replace(spec, model=str(tiny_llama)).build()
+            replace(spec, model=str(tiny_llama)).build("")
 
 
 @pytest.mark.real
@@ -155,7 +155,7 @@ class TestReal:
         model = LanguageModel(
             str(resolve_model(name)), lora=LoraConfig(), dtype="bfloat16", device="cpu", max_length=96
         )
-        engine = EngineSpec("engine-0", name, "bfloat16", 1, 0.0, 120, 8, 3, 1 << 28).build()
+        engine = EngineSpec("engine-0", name, "bfloat16", 1, 0.0, 120, 8, 3, 1 << 28).build("")
         adapters = [trained(model, seed, 0.03) for seed in range(3)]
         draw = np.random.default_rng(0)
         requests = [model.engine_request(adapter, PROMPTS, GREEDY, draw) for adapter in adapters]

@@ -151,6 +151,7 @@ def ledger_row(round, client, worker, stage, start, seconds, source="estimated",
         "downlink_bytes": 0,
         "energy_joules": joules,
         "energy_source": source,
+        "gpus": "",
         **values,
     }
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from semcons_ray.config import ExperimentConfig
@@ -157,13 +158,27 @@ def test_the_setting_in_a_sentence():
     assert alone.endswith("Training is local only: nothing is exchanged. Seed 0.")
 
 
+def on_gpus(**workers: str) -> pd.DataFrame:
+    return pd.DataFrame({"worker": [*workers], "gpus": [*workers.values()]})
+
+
 def test_meters_are_named():
-    assert energy_note({}) == ""
-    assert energy_note({"energy_meters": {"a": "nvml+rapl"}}) == "metered by nvml+rapl"
-    assert energy_note({"energy_meters": {"a": "nvml", "b": ""}}) == (
+    cpus = on_gpus(a="", b="")
+    assert energy_note({}, cpus) == ""
+    assert energy_note({"energy_meters": {"a": "nvml+rapl"}}, cpus) == "metered by nvml+rapl"
+    assert energy_note({"energy_meters": {"a": "nvml", "b": ""}}, cpus) == (
         "metered by nvml; 1 machine without an energy counter, where joules are estimated; "
         "the CPU's own energy is not counted where GPUs alone are metered"
     )
+
+
+def test_it_is_said_that_workers_shared_a_gpu_and_that_runs_shared_a_machine():
+    placement = {"energy_meters": {"a": "nvml+rapl"}, "alone": True}
+    assert "shared out" not in energy_note(placement, on_gpus(a="GPU-0", b="GPU-1", server=""))
+    assert "a GPU that several workers had are shared out" in energy_note(placement, on_gpus(a="GPU-0", b="GPU-0"))
+    assert "several workers had are shared out" in energy_note(placement, on_gpus(a="GPU-1,GPU-0", b="GPU-0"))
+    assert "energy.exclusive" not in energy_note(placement, on_gpus(a="GPU-0"))
+    assert "energy.exclusive" in energy_note({**placement, "alone": False}, on_gpus(a="GPU-0"))
 
 
 def test_equal_answers_are_one_entry_and_the_chosen_comes_first(tmp_path):

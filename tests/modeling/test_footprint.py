@@ -1,0 +1,129 @@
+"""What of a worker's memory is the host's and what a GPU's; what was kept for the backward pass is measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from semcons_ray.modeling.footprint import (
+    CUDA_DEVICE_BYTES,
+    CUDA_HOST_BYTES,
+    PROCESS_BYTES,
+    Footprint,
+    measure_footprint,
+)
+from tests.tiny import write_llama_8b
+
+GIB = 1 << 30
+
+
+def footprint(folder: Path, device: str, *, batch_size: int = 4, max_length: int = 2048) -> Footprint:
+    return measure_footprint(
+        folder, dtype="bfloat16", max_length=max_length, batch_size=batch_size, generation_batch_size=32,
+        max_new_tokens=24, device=device,
+    )  # fmt: skip
+
+
+def test_what_lies_on_a_gpu_is_not_asked_of_the_host(tmp_path: Path) -> None:
+    """By hand: 8.03e9 weights of 2 bytes; four matrices of a vocabulary or a feed-forward width are on their way."""
+    found = footprint(write_llama_8b(tmp_path), "cuda")
+    assert found.weights == 2 * 8_030_261_248
+    assert found.device_bytes == found.weights + found.activations + found.logits + CUDA_DEVICE_BYTES
+    loading = 2 * (2 * 128256 * 4096 + 2 * 14336 * 4096)
+    assert found.host_bytes == PROCESS_BYTES + CUDA_HOST_BYTES + 10 * 9_085_657 + loading
+    assert found.host_bytes < 5 * GIB
+
+
+def test_on_a_gpu_the_mask_is_kept_and_no_weights_of_attention(tmp_path: Path) -> None:
+    """4 x 2048 tokens in 32 layers of Llama: 6 of the width, 4 of the heads' width, 4 of the feed-forward width, T."""
+    found = footprint(write_llama_8b(tmp_path), "cuda")
+    assert found.activations == 4 * 2048 * 32 * 2 * (6 * 4096 + 4 * 4096 + 4 * 14336 + 2048)
+
+
+def test_a_worker_on_the_cpu_has_all_of_it_in_host_memory(tmp_path: Path) -> None:
+    found = footprint(write_llama_8b(tmp_path), "cpu")
+    assert found.device_bytes == 0
+    kept = 4 * 2048 * 32 * (2 * (10 * 4096 + 9 * 4096 + 2048 + 4 * 14336) + 32 * 2048 * 4)
+    assert found.activations == kept
+    assert found.host_bytes == found.weights + 2 * kept + found.logits + found.tokenizer + PROCESS_BYTES
+
+
+def test_a_rank_has_its_part_of_the_weights_where_the_setting_says(tmp_path: Path) -> None:
+    whole = footprint(write_llama_8b(tmp_path), "cuda")
+    largest = 2 * 128256 * 4096
+    kept, offloaded = whole.divided(4), whole.divided(4, offloaded=True)
+    assert whole.device_bytes - kept.device_bytes == whole.weights - (whole.weights // 4 + largest)
+    assert kept.host_bytes == whole.host_bytes
+    assert whole.device_bytes - offloaded.device_bytes == whole.weights - largest
+    assert offloaded.host_bytes == whole.host_bytes + whole.weights // 4
+
+
+def test_on_the_cpu_offloading_changes_nothing(tmp_path: Path) -> None:
+    whole = footprint(write_llama_8b(tmp_path), "cpu")
+    assert whole.divided(4, offloaded=True) == whole.divided(4)
+
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 64, "vocab_size": 100}  # fmt: skip
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
+}
+
+
+def built(name: str, layers: int) -> PreTrainedModel:
+    model, config = MODELS[name]
+    return model(config(**SHAPE, num_hidden_layers=layers)).to(torch.bfloat16)
+
+
+def bytes_kept(model: PreTrainedModel, length: int) -> int:
+    """What two sequences, one of them padded, keep for the backward pass, under a kernel such as GPUs have."""
+    adapted = get_peft_model(
+        model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+    ).train()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros((2, length), dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        adapted(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("length", [64, 512])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_layer_keeps_on_a_gpu_is_as_it_was_counted(name: str, length: int, tmp_path: Path) -> None:
+    """Of a layer that is one more, so without embeddings and logits; the bound is not far above either."""
+    model = built(name, 1)
+    model.save_pretrained(tmp_path)
+    planned = measure_footprint(
+        tmp_path, dtype="bfloat16", max_length=length, batch_size=2, generation_batch_size=1, max_new_tokens=1,
+        device="cuda",
+    ).activations  # fmt: skip
+    measured = bytes_kept(built(name, 3), length) - bytes_kept(built(name, 2), length)
+    assert 0.99 * measured <= planned <= 1.2 * measured

@@ -1,0 +1,124 @@
+"""Plans for machines with GPUs, which are only described here."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semcons_ray.config import validate_config
+from semcons_ray.distributed.placement import GIB, Node, describe_plan
+from semcons_ray.errors import PlacementError
+from semcons_ray.metering.energy import Draw
+from semcons_ray.runs.assembly import SERVER_BYTES, Placement, place
+from tests.tiny import write_llama_8b
+
+H100 = 81_559 << 20
+"""Memory of a GPU that is sold with 80 GB."""
+
+A100_40 = 40_536 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama_8b(tmp_path_factory.mktemp("models") / "8b")
+
+
+def machine(gpus: int = 1, *, host_gib: int = 64, gpu_bytes: int = H100, **more: Any) -> Node:
+    return Node(
+        "id", "machine", 16, (1.0,) * gpus, host_gib * GIB, gpu_bytes, gpu_watts=700.0, cpu_bfloat16=True, **more
+    )
+
+
+def placed(folder: Path, *nodes: Node, clients: int = 2, **sections: Any) -> Placement:
+    """A model of 8 billion weights in bfloat16, 2,048 tokens, four examples at a time."""
+    values = {
+        "clients": {"num_clients": clients},
+        "model": {"name": "8b", "max_length": 2048},
+        "training": {"batch_size": 4},
+        **sections,
+    }
+    return place(validate_config(values, where="test"), nodes, {"8b": folder})
+
+
+def test_a_large_model_is_accepted_where_its_gpu_holds_it_and_the_host_has_what_little_it_needs(folder: Path) -> None:
+    plan = placed(folder, machine())
+    (worker,) = plan.workers
+    assert (worker.clients, worker.gpus, worker.num_cpus) == ((0, 1), 1.0, 0)
+    assert plan.config.resources.device == "cuda"
+    assert plan.config.model.dtype == "bfloat16"
+    needs = plan.demands["8b"]
+    assert 70 * GIB < needs.device_bytes <= H100
+    assert needs.host_bytes < 6 * GIB
+    assert plan.draws == {"worker-0": Draw(4.0, 700.0), "server": Draw(4.0)}
+
+
+def test_eight_gpus_take_eight_workers_and_their_host_needs_no_memory_for_models(folder: Path) -> None:
+    plan = placed(folder, machine(8), clients=20)
+    assert len(plan.workers) == 8
+    assert sum(worker.memory_bytes for worker in plan.workers) + SERVER_BYTES <= 64 * GIB
+
+
+@pytest.mark.parametrize(
+    ("node", "sections", "says"),
+    [
+        (machine(gpu_bytes=A100_40), {}, r"GiB for a worker of 8b do not fit in any GPU; .*training\.batch_size"),
+        (machine(), {"resources": {"gpus_per_worker": 0.5}}, r"do not fit in resources\.gpus_per_worker = 0\.5 of any"),
+        (machine(host_gib=4), {}, r"needs \d\.\d GiB of host memory, and the most a node has left is 3\.1 GiB"),
+        (machine(0), {}, r"needs 285\.5 GiB of host memory, and the most a node has left is 63\.1 GiB"),
+        (machine(), {"resources": {"device": "cpu"}}, r"needs 285\.5 GiB of host memory"),
+    ],
+)
+def test_a_large_model_is_refused_for_the_memory_that_is_too_small(
+    folder: Path, node: Node, sections: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(PlacementError, match=says):
+        placed(folder, node, **sections)
+
+
+def test_a_model_divided_among_gpus_fits_smaller_ones_or_lies_in_host_memory(folder: Path) -> None:
+    """Half of the batch and half of the weights on each of two, or the weights in host memory."""
+    divided = {"sharding": {"models": {"8b": 2}}}
+    plan = placed(folder, machine(2), **divided)
+    assert [(worker.ranks, worker.gpus) for worker in plan.workers] == [(2, 1.0)]
+    offloaded = placed(folder, machine(2), sharding={"models": {"8b": 2}, "cpu_offload": True})
+    on_gpu = [each.demands["8b"].device_bytes for each in (plan, offloaded)]
+    on_host = [each.demands["8b"].host_bytes for each in (plan, offloaded)]
+    weights = 2 * 8_030_261_248
+    assert on_gpu[0] - on_gpu[1] == weights // 2
+    assert on_host[1] - on_host[0] == weights
+    assert placed(folder, machine(2, gpu_bytes=A100_40), **divided).workers == plan.workers
+    with pytest.raises(PlacementError, match=r"for a rank of 8b do not fit in any GPU; .* among more GPUs"):
+        placed(folder, machine(2, gpu_bytes=24 * GIB), **divided)
+
+
+FAULT = "torch 2.13.0+cpu is built without CUDA"
+
+
+def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpus_and_says_so(folder: Path) -> None:
+    plan = placed(folder, machine(host_gib=600, cuda_fault=FAULT))
+    assert plan.config.resources.device == "cpu"
+    assert plan.warnings == (f"  GPUs of machine are not used: {FAULT}",)
+    assert not any(worker.gpus for worker in plan.workers)
+    with pytest.raises(
+        PlacementError, match=r"resources\.device is cuda, but on machine torch 2\.13\.0\+cpu is built w"
+    ):
+        placed(folder, machine(cuda_fault=FAULT), resources={"device": "cuda"})
+
+
+def test_only_nodes_whose_torch_can_use_gpus_get_workers(folder: Path) -> None:
+    faulty = replace(machine(4, cuda_fault=FAULT), node_id="faulty", name="faulty")
+    plan = placed(folder, faulty, machine(2), clients=8)
+    assert [worker.node for worker in plan.workers] == ["machine", "machine"]
+    assert "GPUs of faulty are not used" in plan.warnings[0]
+    assert plan.server.node == "faulty"  # on its CPU
+
+
+def test_a_process_of_its_own_uses_one_gpu_and_shares_it_with_the_server(folder: Path) -> None:
+    local = {"fleet": "local", "server_gpus": 0.25}
+    with pytest.raises(PlacementError, match=r"no node has 1 of a GPU free .*resources\.server_gpus"):
+        placed(folder, machine(8), resources=local)
+    plan = placed(folder, machine(8), model={"name": "8b"}, resources={**local, "gpus_per_worker": 0.75})
+    assert [(worker.clients, worker.gpus) for worker in plan.workers] == [((0, 1), 0.75)]
+    assert plan.server.gpus == 0.25
+    assert "0.75 GPU" in describe_plan(plan.workers, "cuda", plan.demands)
