@@ -27,7 +27,7 @@ import torch
 
 from semcons_ray.commands.progress import Progress
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig, validate_config
-from semcons_ray.consensus import form_consensus
+from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.data.sources import load_examples
 from semcons_ray.metering.energy import NvmlMeter, estimate_watts
 from semcons_ray.metering.environment import cpu_model, describe_environment, list_gpus
@@ -62,6 +62,7 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
     embeddings = torch.randn(prompts, clients, DIMENSION, device=device, generator=generator)
     embeddings = torch.nn.functional.normalize(embeddings, dim=2)
     present = torch.ones(prompts, clients, dtype=torch.bool, device=device)
+    priority = torch.rand(prompts, clients, device=device, generator=generator)
 
     def read_twice() -> None:
         embeddings.sum()
@@ -71,10 +72,10 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
         form_consensus(
             embeddings,
             present,
-            rule="medoid",
+            Election("medoid"),
+            priority,
             weights=torch.ones(clients, device=device),
             lengths=torch.ones(prompts, clients, dtype=torch.long, device=device),
-            generator=np.random.default_rng(0),
         )
 
     read_twice()
