@@ -25,8 +25,8 @@ from semcons_ray.commands.cost import (
     read_linear_maps,
     split_targets,
 )
+from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.drawing import BLUE, INK, log_axis, save
-from semcons_ray.reporting.tables import format_quantity
 
 HERE = Path(__file__).parent
 MODEL, TARGETS = "llama-3.1-405b", "q,v"

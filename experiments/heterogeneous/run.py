@@ -9,60 +9,67 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
 from semcons_ray.reporting.drawing import BLUE, FAINT, save
+from semcons_ray.reporting.tables import Run, quality, read_run
 
 HERE = Path(__file__).parent
+SCORES = ("nll", "bits_per_byte", "rouge_l")
 
 
 def twins(comparison: Path) -> pd.DataFrame:
-    """A row a seed and client: NLL of the base model, alone and in the consensus, after the last round; votes won."""
+    """A row a seed and client: scores of the base model, alone and in the consensus, after the last round; votes won.
+
+    Votes are those of the last round in which clients answered. NLL is in nats a token of the client's own tokenizer,
+    and compares a client with its twin; bits per byte also compare clients with each other.
+    """
     rows = []
     for folder in sorted((comparison / "runs" / "semantic-consensus").glob("seed_*")):
-        together = pd.read_parquet(folder / "metrics.parquet")
-        alone = pd.read_parquet(comparison / "runs" / "local-only" / folder.name / "metrics.parquet")
-        last = together["round"].max()
-        votes = pd.read_parquet(folder / f"consensus/round_{last:03d}.parquet").groupby("client_id")["chosen"].mean()
-        base = together[together["round"] == 0].set_index("client_id")
-        ends = {
-            name: frame[frame["round"] == last].set_index("client_id")
-            for name, frame in (("consensus", together), ("local", alone))
-        }
-        rows += [
-            {
-                "seed": int(folder.name.removeprefix("seed_")),
-                "client_id": client,
-                "model": base.loc[client, "model"].removeprefix("packaged:"),
-                "base_nll": base.loc[client, "nll"],
-                "local_nll": ends["local"].loc[client, "nll"],
-                "consensus_nll": ends["consensus"].loc[client, "nll"],
-                "local_rouge_l": ends["local"].loc[client, "rouge_l"],
-                "consensus_rouge_l": ends["consensus"].loc[client, "rouge_l"],
-                "votes_won": votes[client],
+        together, alone = read_run(folder), read_run(comparison / "runs" / "local-only" / folder.name)
+        answered = together.consensus[together.consensus["round"] == together.consensus["round"].max()]
+        votes = answered.groupby("client_id")["chosen"].mean()
+        ends = {"local": after_last_round(alone), "consensus": after_last_round(together)}
+        for client, row in ends["consensus"].iterrows():
+            scores = {f"base_{score}": row[f"base_{score}"] for score in SCORES}
+            scores |= {
+                f"{arm}_{score}": table.loc[client, f"last_{score}"] for score in SCORES for arm, table in ends.items()
             }
-            for client in base.index
-        ]
+            model = row["model"].removeprefix("packaged:")
+            seed = {"seed": together.config["seed"], "client_id": client, "model": model}
+            rows.append(seed | scores | {"votes_won": votes[client]})
     return pd.DataFrame(rows)
 
 
+def after_last_round(run: Run) -> pd.DataFrame:
+    """See `tables.quality`; all clients must have been measured in the last round, or this ends."""
+    table = quality(run.metrics)
+    missing = set(range(run.config["clients"]["num_clients"])) - set(table.index[table["last_round"] == run.num_rounds])
+    if missing:
+        raise SystemExit(f"{run.folder}: clients {sorted(missing)} were not measured after round {run.num_rounds}")
+    return table
+
+
 def draw(canvas: Canvas, means: pd.DataFrame) -> None:
-    """A line a client from its twin's NLL to its own."""
+    """A line a client from its twin's bits per byte to its own."""
     axes = canvas.subplots()
     places = range(len(means), 0, -1)
-    axes.hlines(places, means["local_nll"], means["consensus_nll"], color=FAINT)
-    axes.plot(means["local_nll"], places, "o", color="#009E73", label="alone")
-    axes.plot(means["consensus_nll"], places, "D", color=BLUE, label="semantic consensus")
+    alone, together = means["local_bits_per_byte"], means["consensus_bits_per_byte"]
+    axes.hlines(places, alone, together, color=FAINT)
+    axes.plot(alone, places, "o", color="#009E73", label="alone")
+    axes.plot(together, places, "D", color=BLUE, label="semantic consensus")
     axes.set_yticks(list(places), [f"client {row.client_id}\n{row.model}" for row in means.itertuples()])
-    axes.set_xlabel("test NLL after the last round\n(nats a token of the client's own tokenizer)")
+    axes.set_xlabel("bits per byte of the test set's answers after the last round")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=2, frameon=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comparison", type=Path, help="folder of semcons compare")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     table = twins(args.comparison)
-    table.to_csv(HERE / "twins.csv", index=False, float_format="%.4f")
+    table.to_csv(args.out / "twins.csv", index=False, float_format="%.4f")
     means = table.groupby(["client_id", "model"], as_index=False).mean(numeric_only=True)
-    save(HERE / "twins.svg", lambda canvas: draw(canvas, means), (7.0, 0.7 * len(means) + 1.2))
+    save(args.out / "twins.svg", lambda canvas: draw(canvas, means), (7.0, 0.7 * len(means) + 1.2))
     print(table.round(3).to_string(index=False))
 
 

@@ -43,7 +43,7 @@ def labels(run: Path) -> pd.DataFrame:
         rows.append(
             {
                 "round": number,
-                "labels": len(chosen),
+                "labels": rounds.loc[number, "num_labels"],
                 "label_rouge_l": chosen["rouge_l"].mean(),
                 "answer_rouge_l": answers["rouge_l"].mean(),
                 "best_answer_rouge_l": answers.groupby("prompt_id")["rouge_l"].max().mean(),
@@ -76,15 +76,18 @@ def read_adapter(folder: Path) -> Adapter:
 def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
     """NLL of the last adapters of one run, whose clients have one model and rank: their mean, mixed and averaged."""
     config = RunFolder(run).read_config()
-    if config.model.name not in models:
-        models[config.model.name] = LanguageModel(
-            resolve_model(config.model.name),
+    name, *others = sorted(set(config.client_models()))
+    if others or len(set(config.client_ranks())) > 1:
+        raise SystemExit(f"{run}: clients have several models or ranks, and neither tokens nor adapters of these mix")
+    if name not in models:
+        models[name] = LanguageModel(
+            resolve_model(name),
             lora=config.model.lora,
             dtype=config.model.dtype,
             device="cpu",
             max_length=config.model.max_length,
         )
-    model = models[config.model.name]
+    model = models[name]
     pairs = [Pair(example.prompt, example.response) for example in read_split(run / "data.parquet").test]
     adapters = [read_adapter(folder) for folder in sorted((run / "adapters").glob("client_*"))]
     both = np.array([[model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs] for adapter in adapters])

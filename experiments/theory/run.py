@@ -96,25 +96,27 @@ def semantic_churn(consensus: pd.DataFrame, embed: Callable[[Sequence[str]], Ten
 
 
 def by_round(run: Run, embed: Callable[[Sequence[str]], Tensor]) -> pd.DataFrame:
-    """One run: columns seed, round, agreement, exact_churn, semantic_churn, reproduced, c and train_loss."""
-    table = run.rounds[run.rounds["round"] > 0].set_index("round")[["mean_agreement", "label_churn"]]
+    """One run by round that formed a consensus: columns seed, round, agreement, exact_churn, semantic_churn,
+    reproduced, c and train_loss (nats a token; NaN where models differ)."""
+    table = run.rounds[run.rounds["round"].isin(run.consensus["round"])].set_index("round")
+    table = table[["mean_agreement", "label_churn"]]
     table = table.rename(columns={"mean_agreement": "agreement", "label_churn": "exact_churn"})
     table["semantic_churn"] = semantic_churn(run.consensus, embed)
     table["reproduced"] = reproduced(run.consensus).mean(axis="columns")
     table["c"] = table.index * (1 - table["reproduced"])
-    table["train_loss"] = run.metrics.groupby("round")["train_loss"].mean()
+    table["train_loss"] = run.metrics.groupby("round")["train_loss"].mean() if run.loss == "nll" else math.nan
     table.insert(0, "seed", run.config["seed"])
     return table.reset_index()
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs of semantic consensus in these folders, alike but for their seeds."""
+    """Runs that elect answers in these folders, alike but for their seeds."""
     paths = {path.parent for folder in folders for path in folder.glob("**/rounds.parquet")}
     runs: list[Run] = []
     settings: dict[str, Path] = {}
     for path in sorted(paths):
         config = RunFolder(path).read_config()
-        if config.algorithm.name == "semantic_consensus":
+        if config.algorithm.elects:
             runs.append(read_run(path))
             setting = config.model_dump_json(exclude={"name", "seed", "resources", "failures"})
             settings.setdefault(setting, path)
@@ -127,10 +129,19 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def judge(table: pd.DataFrame, *, prompts: int, clients: int) -> dict[str, Any]:
-    """What the bound comes to: c is the least that the proposition could hold with in every round that was seen."""
+    """What the bound comes to: c is the least that the proposition could hold with in every round that was seen.
+
+    Args:
+        table: Rows of `by_round`, so the last round is the last that formed a consensus.
+        prompts: See `bound`.
+        clients: See `bound`.
+    """
     c = float(table.groupby("round")["c"].mean().max())
     if math.isnan(c):
-        raise SystemExit("no pseudo-label was taught: the runs need two rounds at least")
+        raise SystemExit(
+            "no client answered after it was taught a pseudo-label: the runs need three rounds at least, or two with "
+            "algorithm.answer_last_round"
+        )
     setting: dict[str, Any] = {"prompts": prompts, "clients": clients, "c": c}
     rounds = int(table["round"].max())
     return {

@@ -68,7 +68,7 @@ SWEEP says what is tried:
   search: grid                       # random: num_samples draws; optuna: as many, each chosen by those before
   num_samples: 10
   seed: 0                            # of the search
-  metric: mean_nll                   # or worst_nll, rouge_l, similarity
+  metric: bits_per_byte              # or worst_bits_per_byte, rouge_l, similarity; of one model, mean_nll, worst_nll
   scheduler: none                    # asha stops trials that fall behind,
   asha: {grace_rounds: 1, reduction_factor: 2}    # at first after this many rounds, all but the best half
   max_concurrent_trials: 2           # left out: as many as the cluster has cores, or GPUs, for

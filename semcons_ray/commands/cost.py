@@ -22,6 +22,7 @@ from rich.table import Table
 
 from semcons_ray.config import load_config
 from semcons_ray.errors import ConfigError, ModelError
+from semcons_ray.metering.units import format_quantity
 from semcons_ray.modeling.packaged import PREFIX, resolve_model
 
 if TYPE_CHECKING:  # the rest of the command line starts without matplotlib and transformers
@@ -393,7 +394,8 @@ def _table(cost: Cost) -> Table:
     for heading in ("weights", "text", "ratio"):
         table.add_column(heading, justify="right")
     for label, left, right in rows:
-        table.add_row(label, _si(left), _si(right), f"{left / right:,.1f}x" if left else "-")
+        sizes = [format_quantity(size, "B") for size in (left, right)]
+        table.add_row(label, *sizes, f"{left / right:,.1f}x" if left else "-")
     return table
 
 
@@ -452,14 +454,3 @@ def _sum_linear_maps(built: PreTrainedModel) -> dict[str, int]:
                 if weight.ndim == 3:
                     sums[stack] += weight.shape[0] * sum(weight.shape[1:])
     return dict(sums)
-
-
-def _si(size: float) -> str:
-    """Bytes in decimal units, to a tenth."""
-    if size < 1000:
-        return f"{size:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        size /= 1000
-        if size < 999.95:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1000:,.1f} TB"

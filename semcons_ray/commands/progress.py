@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, RoundRow, comparable_loss
 
 
 class Progress:
@@ -55,12 +56,17 @@ class Progress:
         self._clear()
         parts = [f"round {summary.round}" if summary.round else "base model"]
         if metrics:
-            parts.append(f"mean test NLL {sum(row.nll for row in metrics) / len(metrics):.3f}")
+            loss = comparable_loss(row.model for row in metrics)
+            mean, clients = fmean(getattr(row, loss) for row in metrics), "client" if len(metrics) == 1 else "clients"
+            parts.append(f"mean {LOSS_NAMES[loss]} {mean:.3f} of {len(metrics)} {clients}")
+        labels = f"{summary.num_labels} pseudo-labels"
         if not math.isnan(summary.mean_agreement):
-            parts.append(f"agreement {summary.mean_agreement:.2f}, {summary.num_labels} pseudo-labels")
+            parts.append(f"agreement {summary.mean_agreement:.2f}, {labels}")
+        elif summary.num_labels:  # of answers that stand alone
+            parts.append(labels)
         if summary.lost:
             parts.append(f"left out: {summary.failures}")
-        self._console.print("  ".join([*parts, f"({summary.duration_seconds:.0f} s)"]))
+        self._console.print("  ".join([*parts, f"({summary.duration_seconds:.0f} s)"]), soft_wrap=True)
 
     def _clear(self) -> None:
         if self._task is not None:

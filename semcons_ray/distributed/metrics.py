@@ -28,7 +28,8 @@ METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "semcons_tokens": (Counter, "Tokens trained on, generated or embedded", ("stage",)),
     "semcons_seconds": (Counter, "Seconds of work or idleness, over all processes", ("stage",)),
     "semcons_energy_joules": (Counter, "Energy", ("stage", "source")),
-    "semcons_test_nll": (Gauge, "Mean over clients of the test set's NLL (nats a token)", ()),
+    "semcons_test_bits_per_byte": (Gauge, "Mean over clients of the test set's bits per byte", ()),
+    "semcons_test_nll": (Gauge, "The same in nats a token, of runs whose clients all have one model", ()),
     "semcons_agreement": (Gauge, "Mean agreement over public prompts in the last round", ()),
 }
 """Kind, meaning and labels beside `run`, by name. Prometheus sees them as ray_NAME, counters as ray_NAME_total."""
@@ -74,7 +75,9 @@ class RunMetrics:
         """A client was visited."""
         self._gauges["semcons_round_clients_answered"] += 1
 
-    def round_committed(self, rows: Iterable[LedgerRow], *, num_lost: int, nll: float, agreement: float) -> None:
+    def round_committed(
+        self, rows: Iterable[LedgerRow], *, num_lost: int, bits_per_byte: float, nll: float, agreement: float
+    ) -> None:
         """A round is over; NaN where something was not measured in it."""
         sums: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         for row in rows:
@@ -90,7 +93,11 @@ class RunMetrics:
         for (name, labels), value in sums.items():
             if value > 0:  # Ray refuses to add nothing
                 self._metrics[name].inc(value, tags=dict(labels))
-        measured = {"semcons_test_nll": nll, "semcons_agreement": agreement}
+        measured = {
+            "semcons_test_bits_per_byte": bits_per_byte,
+            "semcons_test_nll": nll,
+            "semcons_agreement": agreement,
+        }
         self._gauges |= {name: value for name, value in measured.items() if not math.isnan(value)}
 
     def _repeat(self) -> None:

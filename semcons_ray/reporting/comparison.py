@@ -17,17 +17,15 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.reporting.tables import (
-    STAGES,
-    columns_of,
-    energy,
-    mean_by_round,
-    metric_by_round,
-    read_table,
-)
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.reporting.tables import STAGES, columns_of, energy, held_by_round, mean_by_round, read_table
+from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
 
 NOT_COUNTED = ("evaluate", "idle")
+LOSS_COLUMNS: Mapping[Loss, tuple[str, str]] = {
+    "nll": ("mean_nll", "worst_nll"),
+    "bits_per_byte": ("bits_per_byte", "worst_bits_per_byte"),
+}
+"""Columns of `costs_by_round` with the mean and the maximum of a loss over clients."""
 KEYS = ["arm", "seed"]
 LABELS = ["arm", "algorithm", "seed"]
 
@@ -53,21 +51,20 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
     Raises:
         RunFolderError: A table is missing or damaged; one line that names the file.
     """
-    rounds, stages = [], []
+    rounds, stages, models = [], [], set()
     for (arm, seed), folder in runs.items():
         ledger = read_table(folder / "ledger.parquet", columns_of(LedgerRow))
-        table = costs_by_round(
-            read_table(folder / "metrics.parquet", columns_of(MetricsRow)),
-            read_table(folder / "rounds.parquet", columns_of(RoundRow)),
-            ledger,
-        ).reset_index()
+        metrics = read_table(folder / "metrics.parquet", columns_of(MetricsRow))
+        rounds_done = read_table(folder / "rounds.parquet", columns_of(RoundRow))
+        table = costs_by_round(metrics, rounds_done, ledger).reset_index()
+        models |= set(metrics["model"])
         table = table.assign(arm=arm, algorithm=RunFolder(folder).read_config().algorithm.name, seed=seed)
         rounds.append(table[[*LABELS, *table.columns.drop(LABELS)]])
         stages.append(_work(ledger).assign(arm=arm, seed=seed))
     together = pd.concat(rounds, ignore_index=True)
     return Comparison(
         rounds=together,
-        summary=summarize(together, first=first, reference=reference, baseline=baseline),
+        summary=summarize(together, loss=comparable_loss(models), first=first, reference=reference, baseline=baseline),
         stages=mean_work(pd.concat(stages, ignore_index=True)),
     )
 
@@ -75,24 +72,31 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
 def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
     """One run by evaluated round.
 
-    A client that was not measured in a round counts with its last measurement. A measured NLL of NaN, which is what a
-    model that diverged gives, counts as infinite.
+    A client that was not measured in a round counts with its last measurement. A loss that is no number, which is what
+    a model that diverged gives, or is not known yet counts as infinite.
 
     Returns:
-        Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients), rouge_l, similarity
-        and train_loss (means over clients); and, from the run's beginning to the round's end, visits (of clients,
-        asked for), uplink_bytes, downlink_bytes, total_bytes, seconds (of work, summed over workers), joules and
+        Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients; NaN where clients have
+        several models), bits_per_byte and worst_bits_per_byte, rouge_l, similarity and train_loss (means over clients,
+        the last as mean_nll); and, from the run's beginning to the round's end, visits (of clients, asked for), failed
+        (of these), uplink_bytes, downlink_bytes, total_bytes, seconds (of work, summed over workers), joules and
         energy_source.
     """
-    nll = metric_by_round(metrics.assign(nll=metrics["nll"].fillna(math.inf)), "nll").ffill()
-    table = pd.DataFrame({"mean_nll": nll.mean(axis="columns"), "worst_nll": nll.max(axis="columns")})
+    table = pd.DataFrame(index=pd.Index(sorted(set(metrics["round"])), name="round"))
+    for loss, (mean, worst) in LOSS_COLUMNS.items():
+        held = held_by_round(metrics, loss).fillna(math.inf)
+        table[mean], table[worst] = held.mean(axis="columns"), held.max(axis="columns")
     for metric in ("rouge_l", "similarity"):
         table[metric] = mean_by_round(metrics, metric)
     table["train_loss"] = metrics.groupby("round")["train_loss"].mean()
-    asked = rounds.set_index("round")["num_participants"].where(rounds.set_index("round").index > 0, 0)
+    if comparable_loss(metrics["model"]) != "nll":
+        table[["mean_nll", "worst_nll", "train_loss"]] = math.nan
+    visits = rounds[rounds["round"] > 0].set_index("round")
+    failed = visits["num_participants"] - visits["num_answered"]
     traffic = ledger.groupby("round")[["uplink_bytes", "downlink_bytes"]].sum()
-    sums = traffic.assign(visits=asked).cumsum().reindex(table.index, method="ffill").astype("int64")
-    table[["visits", "uplink_bytes", "downlink_bytes"]] = sums[["visits", "uplink_bytes", "downlink_bytes"]]
+    sums = traffic.assign(visits=visits["num_participants"], failed=failed).fillna(0).cumsum()
+    names = ["visits", "failed", "uplink_bytes", "downlink_bytes"]
+    table[names] = sums.reindex(table.index, method="ffill").astype("int64")[names]
     table["total_bytes"] = table["uplink_bytes"] + table["downlink_bytes"]
     work = ledger[~ledger["stage"].isin(NOT_COUNTED)]
     until = [work[work["round"] <= round] for round in table.index]
@@ -101,42 +105,50 @@ def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataF
     return table
 
 
-def summarize(rounds: pd.DataFrame, *, first: str, reference: str, baseline: str) -> pd.DataFrame:
+def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, baseline: str) -> pd.DataFrame:
     """One row an arm, in the order of `rounds`; means are over seeds, half widths of 95% t-intervals over seeds.
 
     Args:
         rounds: As in `Comparison`.
+        loss: What arms are compared by, see `comparable_loss`.
         first: The arm that others are held against.
         reference: The arm that closes the gap: whole.
         baseline: The arm that closes nothing of it.
 
     Returns:
-        Index arm; columns algorithm, seeds (how many), nll and nll_half_width (after the last round; nats a token),
-        worst_nll, rouge_l, similarity, bytes, bytes_per_visit (of a client in a round), bytes_ratio (of the
-        reference to the arm), seconds, joules, energy_source, gap_closed (share of the way from the baseline's NLL to
-        the reference's; NaN where the reference is no better), difference and difference_half_width (NLL less that of
-        `first`, by seeds that both have), nll_at_equal_bytes (at the last evaluated round by when the arm had sent no
-        more than `first` in all; round 0 at the latest). NaN where an arm that is needed is not there, and half
-        widths for a single seed.
+        Index arm; columns algorithm, seeds (how many), failed (visits, of all seeds), loss (its name), nll,
+        nll_half_width and worst_nll (after the last round; nats a token; NaN where an arm's clients have several
+        models), bits_per_byte, bits_per_byte_half_width and worst_bits_per_byte, rouge_l, similarity, bytes,
+        bytes_per_visit (of a client in a round), bytes_ratio (of the reference to the arm), seconds, joules,
+        energy_source; and of the loss: gap_closed (share of the way from the baseline's to the reference's; NaN where
+        the reference is no better), difference and difference_half_width (less that of `first`, by seeds that both
+        have), at_equal_bytes (at the last evaluated round by when the arm had sent no more than `first` in all; round 0
+        at the latest). NaN where an arm that is needed is not there, where a seed's value is NaN, and half widths for a
+        single seed.
     """
+    mean_loss = LOSS_COLUMNS[loss][0]
     last = rounds.sort_values("round").groupby(KEYS, sort=False).tail(1).set_index(KEYS).sort_index()
     of_first = last.loc[first] if first in last.index else last.iloc[:0].droplevel("arm")
     budgets = rounds["seed"].map(of_first["total_bytes"])
     within = rounds[budgets.notna() & ((rounds["round"] == 0) | (rounds["total_bytes"] <= budgets))]
-    at_equal_bytes = within.sort_values("round").groupby(KEYS)["mean_nll"].last().groupby("arm").mean()
+    at_equal_bytes = within.sort_values("round").groupby(KEYS).tail(1).groupby("arm")[mean_loss].mean()
     rows = {}
     for arm in dict.fromkeys(rounds["arm"]):
         of_arm = last.loc[arm]
         seeds = of_arm.index.intersection(of_first.index)
-        nll, half_width = mean_and_half_width(of_arm["mean_nll"])
-        difference = mean_and_half_width(of_arm.loc[seeds, "mean_nll"] - of_first.loc[seeds, "mean_nll"])
-        mean = of_arm.mean(numeric_only=True)
+        difference = mean_and_half_width(of_arm.loc[seeds, mean_loss] - of_first.loc[seeds, mean_loss])
+        mean = of_arm.mean(numeric_only=True, skipna=False)
         rows[arm] = {
             "algorithm": of_arm["algorithm"].iloc[0],
             "seeds": len(of_arm),
-            "nll": nll,
-            "nll_half_width": half_width,
-            **{name: mean[name] for name in ("worst_nll", "rouge_l", "similarity")},
+            "failed": of_arm["failed"].sum(),
+            "loss": loss,
+        }
+        for name, (column, worst) in LOSS_COLUMNS.items():
+            rows[arm][name], rows[arm][f"{name}_half_width"] = mean_and_half_width(of_arm[column])
+            rows[arm][worst] = mean[worst]
+        rows[arm] |= {
+            **{name: mean[name] for name in ("rouge_l", "similarity")},
             "bytes": mean["total_bytes"],
             "bytes_per_visit": mean["total_bytes"] / mean["visits"],
             "bytes_ratio": math.nan,
@@ -145,16 +157,16 @@ def summarize(rounds: pd.DataFrame, *, first: str, reference: str, baseline: str
             "gap_closed": math.nan,
             "difference": difference[0],
             "difference_half_width": difference[1],
-            "nll_at_equal_bytes": at_equal_bytes.get(arm, math.nan),
+            "at_equal_bytes": at_equal_bytes.get(arm, math.nan),
         }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
-    reached = table["nll"].to_dict()
+    reached = table[loss].to_dict()
     if reference in reached:
         # Infinite for an arm that sends nothing.
         table["bytes_ratio"] = table["bytes"].to_dict()[reference] / table["bytes"]
     if reference in reached and baseline in reached:
         gap = reached[baseline] - reached[reference]
-        table["gap_closed"] = (reached[baseline] - table["nll"]) / (gap if gap > 0 else math.nan)
+        table["gap_closed"] = (reached[baseline] - table[loss]) / (gap if gap > 0 else math.nan)
     return table
 
 

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from semcons_ray.errors import ConfigError
+from semcons_ray.metering.units import scale
 
 CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A2A", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -201,9 +202,3 @@ def place_legend(canvas: Canvas, axes: Axes, columns: int) -> None:
             columnspacing=1.1,
             borderaxespad=0.1,
         )
-
-
-def scale(largest: float, unit: str) -> tuple[float, str]:
-    """What to divide by, and the unit with its SI prefix, for an axis that goes up to `largest`."""
-    power = min(max(int(math.log10(largest)) // 3, 0), 4) if largest > 0 else 0
-    return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit

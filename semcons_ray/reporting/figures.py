@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.reporting.drawing import (
     BLUE,
     GREY,
@@ -24,7 +25,6 @@ from semcons_ray.reporting.drawing import (
     place_legend,
     render,
     round_axis,
-    scale,
     stacked_bars,
     stage_label,
 )
@@ -33,19 +33,25 @@ from semcons_ray.reporting.tables import (
     agreement,
     by_round_and_stage,
     bytes_by_round,
+    describe_measured,
     energy,
     format_number,
-    format_quantity,
     mean_by_round,
     metric_by_round,
     short_model_name,
     wins,
 )
 from semcons_ray.reporting.timeline import timeline_figure
+from semcons_ray.runs.run_folder import LOSS_NAMES
 
 DASHES = ("-", "--", ":", "-.")
 QUALITY = {
-    "nll": ("test NLL", "Mean negative log-likelihood of the reference answers (nats a token)"),
+    "bits_per_byte": (
+        LOSS_NAMES["bits_per_byte"],
+        "Bits that the reference answers take under a client's model, over their bytes as UTF-8, which compares models "
+        "with different tokenizers",
+    ),
+    "nll": (LOSS_NAMES["nll"], "Mean negative log-likelihood of the reference answers (nats a token)"),
     "rouge_l": ("ROUGE-L", "ROUGE-L F-measure of answers to test prompts (0 to 1)"),
     "similarity": ("similarity", "Cosine of answers to the references, by the server's embedding model"),
 }
@@ -53,15 +59,17 @@ QUALITY = {
 
 def draw_figures(run: Run) -> list[Figure]:
     """All figures that the run has numbers for, in the order to read them in."""
-    drawn = [quality_figure(run, metric) for metric in QUALITY]
+    # Of one model, bits per byte have the same curves as its NLL.
+    drawn = [quality_figure(run, metric) for metric in QUALITY if metric != "bits_per_byte" or metric == run.loss]
     if not run.consensus.empty:
-        drawn += [wins_figure(run), agreement_figure(run), churn_figure(run)]
+        elected = run.config["algorithm"]["rule"] != "reference"
+        drawn += [wins_figure(run) if elected else None, agreement_figure(run), churn_figure(run)]
     drawn += [bytes_figure(run), energy_figure(run), timeline_figure(run)]
     return [figure for figure in drawn if figure]
 
 
 def quality_figure(run: Run, metric: str) -> Figure | None:
-    """A metric by round and client; None if it was never measured."""
+    """A metric by round and client, and its mean where it has one; None if it was never measured."""
     label, caption = QUALITY[metric]
     values, mean = metric_by_round(run.metrics, metric), mean_by_round(run.metrics, metric)
     if values.empty:
@@ -69,6 +77,7 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
     model_of: dict[int, str] = dict(zip(run.metrics["client_id"], run.metrics["model"], strict=True))
     clients, models = sorted(model_of), sorted(set(model_of.values()))
     colours, distinct = client_colours(clients), few(clients)
+    has_mean = len(clients) > 1 and not mean.empty
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         for position, client in enumerate(clients):
@@ -84,20 +93,25 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
                 alpha=1 if distinct else 0.7,
                 label=name if distinct else None,
             )
-        if len(clients) > 1:
+        if has_mean:
             axes.plot(mean.index, mean, color=INK, linewidth=2.6, label="mean", zorder=1 if distinct else 3)
         axes.set_ylabel(label)
         round_axis(axes, values.index)
         place_legend(canvas, axes, 5 if len(models) == 1 else 2)
 
     caption += ", measured. Round 0 is the base model."
-    if len(clients) > 1:
+    if has_mean:
         caption += " The thick line is the mean over clients"
         caption += "." if distinct else f", thin lines are all {len(clients)}."
-    if metric == "nll" and len(models) > 1:
+        if measured := describe_measured(run):
+            caption += f" {measured}; others count with their last measurement."
+    if metric == "nll" and metric != run.loss:
         caption += " Models differ in their tokens, so compare levels within a model only."
-    name = f"Mean {label}" if len(clients) > 1 else label[0].upper() + label[1:]
-    title = _quality_title(mean, name, lower_is_better=metric == "nll")
+    name = label[0].upper() + label[1:]
+    if mean.empty:
+        title = f"{name} of each client"
+    else:
+        title = _quality_title(mean, f"Mean {label}" if has_mean else name, lower_is_better=metric in LOSS_NAMES)
     return Figure(metric, title, caption, render(metric, title, draw))
 
 
@@ -105,6 +119,8 @@ def _quality_title(mean: pd.Series[float], name: str, *, lower_is_better: bool) 
     first, last = float(mean.iloc[0]), float(mean.iloc[-1])
     digits = 2 if abs(first - last) >= 0.02 else 3
     at_last = format_number(last, digits)
+    if math.isnan(last):
+        return f"{name} is no number after round {mean.index[-1]}"
     if len(mean) == 1:
         return f"{name} is {at_last}"
     if format_number(first, digits) == at_last:
@@ -164,9 +180,11 @@ def wins_figure(run: Run) -> Figure:
     return Figure("wins", title, caption, render("wins", title, draw_bars if distinct else draw_map, (5.8, height)))
 
 
-def agreement_figure(run: Run) -> Figure:
-    """How agreement is distributed over prompts, by round."""
-    table = agreement(run.consensus)
+def agreement_figure(run: Run) -> Figure | None:
+    """How agreement is distributed over prompts, by round; None if no prompt had two answers."""
+    table = agreement(run.consensus).dropna(subset="mean")
+    if table.empty:
+        return None
     threshold = run.config["algorithm"]["agreement_threshold"]
 
     def draw(axes: Axes, canvas: Canvas) -> None:
@@ -199,8 +217,8 @@ def agreement_figure(run: Run) -> Figure:
         verb = "rose" if table["mean"].iloc[-1] > table["mean"].iloc[0] else "fell"
         title = f"Mean agreement {verb} from {first} to {last}"
     caption = (
-        "Agreement of the chosen answer with the others, over public prompts, measured: line at the median, box from "
-        "the 25th to the 75th percentile, whiskers at the 10th and the 90th."
+        "Agreement of the chosen answer with the others, over public prompts with two answers at least, measured: line "
+        "at the median, box from the 25th to the 75th percentile, whiskers at the 10th and the 90th."
     )
     return Figure("agreement", title, caption, render("agreement", title, draw))
 
@@ -241,8 +259,8 @@ def bytes_figure(run: Run) -> Figure | None:
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         parts = {
-            "uplink (answers)": (table["uplink_bytes"] / divisor, BLUE),
-            "downlink (pseudo-labels)": (table["downlink_bytes"] / divisor, "#E69F00"),
+            "uplink": (table["uplink_bytes"] / divisor, BLUE),
+            "downlink": (table["downlink_bytes"] / divisor, "#E69F00"),
         }
         stacked_bars(axes, parts)
         axes.set_ylabel(f"all clients ({unit})")

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -21,13 +20,17 @@ from markupsafe import Markup
 from semcons_ray.config import AlgorithmConfig
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import split_gpus
+from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.drawing import client_colours
 from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.prompts import prompt_table
 from semcons_ray.reporting.tables import (
+    SHORT_NAMES,
+    UNITS,
     Run,
+    as_of,
+    describe_measured,
     format_number,
-    format_quantity,
     format_seconds,
     mean_by_round,
     quality,
@@ -36,7 +39,7 @@ from semcons_ray.reporting.tables import (
     totals,
     work_by_stage,
 )
-from semcons_ray.runs.run_folder import write_file
+from semcons_ray.runs.run_folder import LOSS_NAMES, write_file
 
 
 def write_report(folder: Path) -> Path:
@@ -69,7 +72,9 @@ def render_report(run: Run) -> str:
         setting=describe_setting(run.config),
         headlines=headlines(run),
         clients=clients.reset_index().to_dict("records"),
-        newest=clients["last_round"].max(),
+        loss=run.loss,
+        loss_name=SHORT_NAMES[run.loss],
+        as_of=as_of,
         colours=client_colours(sorted(clients.index)),
         rounds=run.rounds.to_dict("records"),
         stages=work_by_stage(run.ledger).reset_index().to_dict("records"),
@@ -148,8 +153,8 @@ def headlines(run: Run) -> list[dict[str, str]]:
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
     known = cost.energy_source != "unavailable"
     rows = [
-        _nll_headline(mean_by_round(run.metrics, "nll")),
-        _clients_headline(quality(run.metrics)["change_nll"]),
+        _loss_headline(run),
+        _clients_headline(run),
         ("On the wire", format_quantity(total, "B") if total else "nothing", f"{up} up, {down} down, measured"),
         ("Energy", format_quantity(cost.joules, "J") if known else "unavailable",
          cost.energy_source if known else "no counter and no estimate"),
@@ -159,29 +164,33 @@ def headlines(run: Run) -> list[dict[str, str]]:
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
 
 
-def _nll_headline(mean: pd.Series[float]) -> tuple[str, str, str]:
+def _loss_headline(run: Run) -> tuple[str, str, str]:
+    mean, name, unit = mean_by_round(run.metrics, run.loss), f"Mean {LOSS_NAMES[run.loss]}", UNITS[run.loss]
     if mean.empty:
-        return "Mean test NLL", "not measured", "nats a token"
+        return name, "not measured", unit
     first, last, since = mean.iloc[0], mean.iloc[-1], "base" if mean.index[0] == 0 else f"round {mean.index[0]}"
     if len(mean) == 1:
-        return f"Mean test NLL, {since}", format_number(last), "nats a token, measured"
+        return f"{name}, {since}", format_number(last), f"{unit}, measured"
+    note = f"{format_number(100 * (last / first - 1), 1, signed=True)}%, {unit}, measured"
+    measured = describe_measured(run)
     return (
-        f"Mean test NLL, {since} → round {mean.index[-1]}",
+        f"{name}, {since} → round {mean.index[-1]}",
         f"{format_number(first)} → {format_number(last)}",
-        f"{format_number(100 * (last / first - 1), 1, signed=True)}%, nats a token, measured",
+        f"{note}; {measured}" if measured else note,
     )
 
 
-def _clients_headline(change: pd.Series[float]) -> tuple[str, str, str]:
+def _clients_headline(run: Run) -> tuple[str, str, str]:
+    name, change = f"Clients with lower {LOSS_NAMES[run.loss]}", quality(run.metrics)[f"change_{run.loss}"]
     measured = {int(str(client)): float(value) for client, value in change.dropna().items()}
     if not measured:
-        return "Clients with a lower NLL", "–", "not measured"
+        return name, "–", "not measured"
     best, worst = min(measured, key=lambda c: measured[c]), max(measured, key=lambda c: measured[c])
-    value = f"{sum(by < 0 for by in measured.values())} of {len(change)}"
+    value = f"{sum(by < 0 for by in measured.values())} of {run.config['clients']['num_clients']}"
     note = f"{format_number(measured[best], signed=True)} (client {best})"
     if len(measured) > 1:
         note = f"from {note} to {format_number(measured[worst], signed=True)} (client {worst})"
-    return "Clients with a lower NLL", value, note
+    return name, value, note
 
 
 def energy_note(placement: Mapping[str, Any], ledger: pd.DataFrame) -> str:

@@ -15,8 +15,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save, scale
-from semcons_ray.reporting.tables import format_quantity
+from semcons_ray.metering.units import format_quantity, scale
+from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save
+from semcons_ray.reporting.summary import compared_by
+from semcons_ray.runs.run_folder import LOSS_NAMES
 
 FAMILIES = {
     "semantic_consensus": BLUE,
@@ -72,7 +74,9 @@ def write_pareto(summary: pd.DataFrame, title: str, folder: Path) -> None:
 
 def _draw(canvas: Canvas, summary: pd.DataFrame, title: str) -> None:
     styles = dict(zip(summary.index, arm_styles(summary["algorithm"].tolist()), strict=True))
-    shown = summary[summary["nll"].map(math.isfinite)]
+    name = compared_by(summary)
+    summary = summary.assign(loss=summary[name], half_width=summary[f"{name}_half_width"])
+    shown = summary[summary["loss"].map(math.isfinite)]
     panels = canvas.subplots(1, 3, sharey=True)
     sources = "; ".join(dict.fromkeys(summary["energy_source"]))
     places = (
@@ -80,32 +84,32 @@ def _draw(canvas: Canvas, summary: pd.DataFrame, title: str) -> None:
         _axis(panels[1], shown["seconds"], "time at work", "s"),
         _axis(panels[2], shown["joules"], f"energy, {sources}", "J"),
     )
-    _nll_axis(panels[0], shown)
+    _loss_axis(panels[0], shown, LOSS_NAMES[name])
     # In the order of the markers from the top down, so that the eye finds its way.
-    handles = [_handle(arm, styles[arm]) for arm in summary["nll"].sort_values(ascending=False).index]
+    handles = [_handle(arm, styles[arm]) for arm in summary["loss"].sort_values(ascending=False).index]
     handles.append(Line2D([], [], color=FAINT, label="Pareto front"))
     canvas.legend(handles=handles, loc="outside right center", handlelength=1.4, labelspacing=0.45)
-    bars = "bars: 95% t-interval over seeds; " if summary["nll_half_width"].notna().any() else ""
+    bars = "bars: 95% t-interval over seeds; " if summary["half_width"].notna().any() else ""
     heading = f"{title} ({bars}markers that would hide each other are set apart)"
     canvas.suptitle(heading, x=0.01, ha="left", fontsize=10, color=INK)
     canvas.draw_without_rendering()  # places the axes, which says where markers would hide each other
-    nll, half_width = shown["nll"].to_dict(), shown["nll_half_width"].to_dict()
+    loss, half_width = shown["loss"].to_dict(), shown["half_width"].to_dict()
     federated = shown[~shown["algorithm"].isin(NOT_FEDERATED)].index
     for axes, place in zip(panels, places, strict=True):
-        front = pareto_front(place[federated], shown["nll"])
-        for arm, x in _dodged(axes, place, shown["nll"], front).items():
-            _draw_arm(axes, x, nll[arm], half_width[arm], styles[arm])
+        front = pareto_front(place[federated], shown["loss"])
+        for arm, x in _dodged(axes, place, shown["loss"], front).items():
+            _draw_arm(axes, x, loss[arm], half_width[arm], styles[arm])
         if front:
-            steps = [*((place[arm], nll[arm]) for arm in front), (axes.get_xlim()[1], nll[front[-1]])]
+            steps = [*((place[arm], loss[arm]) for arm in front), (axes.get_xlim()[1], loss[front[-1]])]
             axes.step(*zip(*steps, strict=True), where="post", color=FAINT, zorder=0)
 
 
-def _draw_arm(axes: Axes, x: float, nll: float, half_width: float, style: Style) -> None:
+def _draw_arm(axes: Axes, x: float, loss: float, half_width: float, style: Style) -> None:
     colour, marker, face = style
     if not math.isnan(half_width):
-        axes.vlines(x, nll - half_width, nll + half_width, color=colour, linewidth=0.9, alpha=0.6, zorder=1)
+        axes.vlines(x, loss - half_width, loss + half_width, color=colour, linewidth=0.9, alpha=0.6, zorder=1)
     edge, width = ("white", 0.4) if face == colour else (colour, 1.2)
-    axes.plot(x, nll, marker, markersize=SIZE, markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
+    axes.plot(x, loss, marker, markersize=SIZE, markerfacecolor=face, markeredgecolor=edge, markeredgewidth=width)
 
 
 def _handle(arm: str, style: Style) -> Line2D:
@@ -113,13 +117,13 @@ def _handle(arm: str, style: Style) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, markerfacecolor=face, markersize=SIZE, linewidth=0, label=arm)
 
 
-def _nll_axis(axes: Axes, shown: pd.DataFrame) -> None:
-    widths = shown["nll_half_width"].fillna(0.0)
-    low, high = (shown["nll"] - widths).min(), (shown["nll"] + widths).max()
+def _loss_axis(axes: Axes, shown: pd.DataFrame, name: str) -> None:
+    widths = shown["half_width"].fillna(0.0)
+    low, high = (shown["loss"] - widths).min(), (shown["loss"] + widths).max()
     margin = 0.05 * (high - low) or 0.1
     if not shown.empty:
         axes.set_ylim(low - margin, high + margin)
-    axes.set_ylabel("mean test NLL after the last round")
+    axes.set_ylabel(f"mean {name} after the last round")
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
 
 

@@ -6,6 +6,7 @@ import io
 import math
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -13,40 +14,35 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds
+from semcons_ray.metering.units import format_quantity
+from semcons_ray.reporting.comparison import LOSS_COLUMNS
+from semcons_ray.reporting.tables import format_number, format_seconds
+from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 WIDTH = 120
-SHOWN = (
-    "arm",
-    "test NLL",
-    "vs first",
-    "gap closed",
-    "NLL at equal bytes",
-    "ROUGE-L",
-    "bytes",
-    "fewer",
-    "time",
-    "energy",
-)
-"""Columns of `summary_cells` that fit on a terminal."""
+LEFT_OUT = ("worst client", "similarity", "a client and round")
+"""Columns of `summary_cells` that do not fit on a terminal, beside the loss that arms are not compared by."""
 
 
 def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary as texts under short headings, a row an arm."""
+    """The summary as texts under short headings, a row an arm; first the loss that arms are compared by."""
+    loss = compared_by(summary)
+    other: Loss = "bits_per_byte" if loss == "nll" else "nll"
     most = summary["seeds"].max()
     rows = []
     for position, (arm, row) in enumerate(summary.iterrows()):
         rows.append(
             {
-                "arm": f"{arm}" if row["seeds"] == most else f"{arm} ({row['seeds']} of {most} seeds)",
-                "test NLL": _interval(row["nll"], row["nll_half_width"]),
-                "worst client": format_number(row["worst_nll"]),
+                "arm": f"{arm}{_remarks(row, most)}",
+                LOSS_NAMES[loss]: _interval(row[loss], row[f"{loss}_half_width"]),
+                "worst client": format_number(row[LOSS_COLUMNS[loss][1]]),
+                LOSS_NAMES[other]: _interval(row[other], row[f"{other}_half_width"]),
                 "vs first": _interval(row["difference"], row["difference_half_width"], signed=True)
                 if position
                 else "–",
                 "gap closed": format_number(100 * row["gap_closed"], 0)
                 + ("" if math.isnan(row["gap_closed"]) else "%"),
-                "NLL at equal bytes": format_number(row["nll_at_equal_bytes"]),
+                "at equal bytes": format_number(row["at_equal_bytes"]),
                 "ROUGE-L": format_number(row["rouge_l"]),
                 "similarity": format_number(row["similarity"]),
                 "bytes": format_quantity(row["bytes"], "B"),
@@ -57,6 +53,19 @@ def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def compared_by(summary: pd.DataFrame) -> Loss:
+    """The loss that arms are compared by."""
+    loss: Loss = summary["loss"].iloc[0]
+    return loss
+
+
+def _remarks(row: pd.Series[Any], most: int) -> str:
+    remarks = [f"{row['seeds']} of {most} seeds"] if row["seeds"] < most else []
+    if row["failed"]:
+        remarks.append(f"{row['failed']} visit{'s' if row['failed'] > 1 else ''} failed")
+    return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def _interval(mean: float, half_width: float, *, signed: bool = False) -> str:
@@ -71,15 +80,18 @@ def _ratio(value: float) -> str:
 
 def notes(summary: pd.DataFrame, *, reference: str, baseline: str) -> list[str]:
     """What the columns mean, a line each."""
-    first, most = summary.index[0], summary["seeds"].max()
+    first, most, loss = summary.index[0], summary["seeds"].max(), compared_by(summary)
+    name = LOSS_NAMES[loss].removeprefix("test ")
     lines = [f"Means over {most} seeds, ± half of the 95% t-interval." if most > 1 else "One seed: no spread is known."]
+    if loss != "nll":
+        lines.append("Models differ in their tokens, so arms are compared in bits per byte of the test set's answers.")
     if len(summary) > 1 and summary["difference"].notna().any():
-        lines.append(f"vs first: NLL less that of {first}, seed by seed; below 0 is better.")
-        lines.append(f"NLL at equal bytes: when no more was sent than by {first} in all.")
+        lines.append(f"vs first: {name} less that of {first}, seed by seed; below 0 is better.")
+        lines.append(f"at equal bytes: {name} when no more was sent than by {first} in all.")
     if reference in summary.index:
         lines.append(f"fewer: bytes of {reference} for one of the arm's.")
         if baseline in summary.index:
-            lines.append(f"gap closed: of the NLL from {baseline} (0%) to {reference} (100%).")
+            lines.append(f"gap closed: of the {name} from {baseline} (0%) to {reference} (100%).")
     sources = "; ".join(dict.fromkeys(summary["energy_source"]))
     lines.append(f"Work of all clients and the server without evaluation; bytes and time measured, energy {sources}.")
     return lines
@@ -89,7 +101,9 @@ def render_summary(
     summary: pd.DataFrame, title: str, *, reference: str, baseline: str, width: int | None = None
 ) -> str:
     """The summary as plain text; by default as wide as the terminal, or `WIDTH` columns where there is none."""
-    cells = summary_cells(summary)[list(SHOWN)]
+    loss = compared_by(summary)
+    others = [name for kind, name in LOSS_NAMES.items() if kind != loss]
+    cells = summary_cells(summary).drop(columns=[*LEFT_OUT, *others])
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
                   padding=(0, 1), collapse_padding=True)  # fmt: skip
     for name in cells:

@@ -21,14 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render, scale
+from semcons_ray.metering.units import format_quantity, scale
+from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
-from semcons_ray.reporting.tables import format_number, format_quantity, format_seconds, short_model_name
-from semcons_ray.runs.run_folder import write_file
+from semcons_ray.reporting.tables import format_number, format_seconds, short_model_name
+from semcons_ray.runs.run_folder import Loss, write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
 METRICS = {
+    "bits_per_byte": "mean bits per byte",
+    "worst_bits_per_byte": "bits per byte of the worst client",
     "mean_nll": "mean test NLL",
     "worst_nll": "test NLL of the worst client",
     "rouge_l": "mean ROUGE-L",
@@ -49,6 +52,7 @@ class SweepResult:
         keys: The keys that were swept.
         metric: What is best.
         higher_is_better: Whether that is the highest.
+        loss: The loss that compares all trials, see `comparable_loss`.
         trials: A row a trial, the best first: trial, a column a swept key, status (finished, stopped by the scheduler,
             unfinished), rounds, and the columns of `comparison.costs_by_round` after the last of them.
     """
@@ -57,7 +61,14 @@ class SweepResult:
     keys: tuple[str, ...]
     metric: str
     higher_is_better: bool
+    loss: Loss
     trials: pd.DataFrame
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Scores for tables, column and name: the metric, the NLL where all trials have one model, ROUGE-L."""
+        columns = (self.metric, *(["mean_nll"] if self.loss == "nll" else []), "rouge_l")
+        return {column: METRICS[column] for column in columns}
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -111,19 +122,19 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
     """The trials and what stands on fronts, as plain text."""
     fronts = result.fronts()
     table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in (*result.keys, METRICS[result.metric], "ROUGE-L", "bytes", "time", "energy", "on the front of"):
+    for heading in (*result.keys, *result.shown.values(), "bytes", "time", "energy", "on the front of"):
         table.add_column(heading, justify="left" if heading in result.keys else "right", overflow="fold")
     for _, row in result.trials.iterrows():
         on = [name for name, members in zip(("bytes", "time", "energy"), fronts.values(), strict=True)
               if row["trial"] in members]  # fmt: skip
+        remark = ", ".join(on) if row["status"] == "finished" else f"{row['status']} after round {row['rounds']}"
         table.add_row(
             *(Text(_text(row[key])) for key in result.keys),
-            format_number(row[result.metric]),
-            format_number(row["rouge_l"]),
+            *(format_number(row[column]) for column in result.shown),
             format_quantity(row["total_bytes"], "B"),
             format_seconds(row["seconds"]),
             format_quantity(row["joules"], "J"),
-            ", ".join(on) if row["status"] == "finished" else f"{row['status']} after round {row['rounds']}",
+            remark + _failed(row["failed"]),
         )
     stream = io.StringIO()
     Console(file=stream, width=width or max(100, shutil.get_terminal_size((120, 24)).columns), color_system=None).print(
@@ -131,7 +142,12 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
     )
     spans = sorted(result.spans().items(), key=lambda item: -item[1])
     effects = ", ".join(f"{key} {format_number(span)}" for key, span in spans if not math.isnan(span))
-    return f"{stream.getvalue()}\nbest less worst mean {METRICS[result.metric]} by key: {effects or '–'}"
+    return f"{stream.getvalue()}\nbest less worst {METRICS[result.metric]} by key: {effects or '–'}"
+
+
+def _failed(visits: int) -> str:
+    """A remark on visits of clients that failed, if any did."""
+    return f" ({visits} visit{'s' if visits > 1 else ''} failed)" if visits else ""
 
 
 def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> None:
@@ -162,6 +178,7 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
             on_front={trial for members in fronts.values() for trial in members},
             energy=energy,
             text=_text,
+            failed=_failed,
             config_yaml=config_yaml,
         )
     )

@@ -22,10 +22,13 @@ from rich.text import Text
 
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder
+from semcons_ray.metering.units import format_quantity
+from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
 
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
-METRICS = ("nll", "rouge_l", "similarity")
+METRICS = ("nll", "bits_per_byte", "rouge_l", "similarity")
+SHORT_NAMES: Mapping[Loss, str] = {"nll": "NLL", "bits_per_byte": "bits/byte"}
+UNITS: Mapping[Loss, str] = {"nll": "nats a token", "bits_per_byte": "of the reference text"}
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 _DTYPES = {int: "int64", float: "float64", str: "str"}
@@ -72,6 +75,11 @@ class Run:
         """Rounds that are done, set-up not counted."""
         return int((self.rounds["round"] > 0).sum())
 
+    @property
+    def loss(self) -> Loss:
+        """The loss that may be averaged over its clients."""
+        return comparable_loss(self.metrics["model"])
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -97,12 +105,13 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
     rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
-    algorithm = config.algorithm
-    forms_consensus = algorithm.name == "semantic_consensus" and algorithm.rule != "own_answer"
+    files = {round: folder / f"consensus/round_{round:03d}.parquet" for round in rounds["round"]}
+    # Which rounds formed one is not to be read from the settings: a run that goes on has other last rounds.
+    labelled = set(rounds.loc[(rounds["num_labels"] > 0) | rounds["mean_agreement"].notna(), "round"])
     answers = [
-        read_table(folder / f"consensus/round_{round:03d}.parquet", _CONSENSUS).assign(round=round)
-        for round in rounds["round"]
-        if forms_consensus and round in algorithm.exchanges(config.num_rounds)
+        read_table(path, _CONSENSUS).assign(round=round)
+        for round, path in files.items()
+        if round in labelled or path.is_file()
     ]
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
     return Run(
@@ -162,13 +171,43 @@ def metric_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table.dropna(axis="index", how="all").sort_index()
 
 
-def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
-    """Mean over clients by round. A client that was not measured counts with its last measurement.
+def held_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric of the model that each client has after a round, (R, C): as measured in it, else as last measured.
 
-    A client that takes no part in a round keeps its model, so its last measurement still holds; without it the mean
-    would move with who was sampled.
+    A client that takes no part in a round, or fails, keeps its model, so its last measurement still holds; without it
+    a mean would move with who was sampled. NaN where it was not measured yet, or what was measured is no number.
     """
-    return metric_by_round(metrics, metric).ffill().mean(axis="columns")
+    rows = metrics.reset_index(drop=True).reset_index(names="row")
+    last = rows.pivot_table(index="round", columns="client_id", values="row", aggfunc="last").sort_index().ffill()
+    return pd.DataFrame({client: last[client].map(rows[metric]) for client in last})
+
+
+def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Mean of `held_by_round` over clients, from the round on by which all are measured; NaN where one of them is NaN.
+
+    Nats a token of several models have no mean: empty.
+    """
+    if metric == "nll" and comparable_loss(metrics["model"]) != "nll":
+        return pd.Series(dtype="float64")
+    mean = held_by_round(metrics, metric).mean(axis="columns", skipna=False)
+    return mean[mean.notna().cummax()]
+
+
+def describe_measured(run: Run) -> str:
+    """How many clients were measured when some last were; empty if all were."""
+    last = run.metrics.groupby("client_id")["round"].max()
+    count, of = int((last == last.max()).sum()), run.config["clients"]["num_clients"]
+    return f"{count} of {of} clients measured in round {last.max()}" if count < of else ""
+
+
+def describe_failures(rounds: pd.DataFrame) -> str:
+    """How many visits failed, and why those of the last round that had any; empty if none did."""
+    failed = rounds[rounds["lost"] != ""]
+    if failed.empty:
+        return ""
+    visits = int((failed["num_participants"] - failed["num_answered"]).sum())
+    newest = failed.iloc[-1]
+    return f"{visits} visit{'s' if visits > 1 else ''} failed; in round {newest['round']}: {newest['failures']}"
 
 
 def quality(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -176,17 +215,25 @@ def quality(metrics: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Index client_id; columns model, last_round (the round of the last measurement, 0 for a client that was never
-        measured after training), base_M, last_M and change_M (last - base) for M in `METRICS`; NaN where there is no
-        measurement.
+        measured after training, whose last is then the base model's), base_M, last_M and change_M (last - base) for M
+        in `METRICS`; NaN where there is no measurement, or it is no number.
     """
-    clients = metrics.sort_values("round").groupby("client_id")
-    table = clients.agg(model=("model", "last"), last_round=("round", "last"))
+    clients = metrics.sort_values("round")
+    last = clients.drop_duplicates("client_id", keep="last").set_index("client_id").sort_index()
+    base = clients[clients["round"] == 0].set_index("client_id").reindex(last.index)
+    table = last[["model", "round"]].rename(columns={"round": "last_round"})
     for metric in METRICS:
-        values = metric_by_round(metrics, metric).reindex(columns=table.index)
-        table[f"base_{metric}"] = values.loc[0] if 0 in values.index else float("nan")
-        table[f"last_{metric}"] = values.ffill().iloc[-1] if len(values) else float("nan")
-        table[f"change_{metric}"] = table[f"last_{metric}"] - table[f"base_{metric}"]
+        table[f"base_{metric}"] = base[metric]
+        table[f"last_{metric}"] = last[metric]
+        table[f"change_{metric}"] = last[metric] - base[metric]
     return table
+
+
+def as_of(last_round: int, num_rounds: int) -> str:
+    """Which round a last measurement is of, if it is not the last that is done."""
+    if not last_round:
+        return "base"
+    return f"round {last_round}" if last_round < num_rounds else ""
 
 
 def bytes_by_round(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -252,7 +299,10 @@ def wins(consensus: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(consensus: pd.DataFrame) -> pd.DataFrame:
-    """Distribution over prompts. Index round; columns mean, abstained (a share) and percentiles q10 to q90."""
+    """Distribution over prompts. Index round; columns mean, abstained (a share) and percentiles q10 to q90.
+
+    Agreement is NaN where no prompt had two answers.
+    """
     prompts = consensus.drop_duplicates(["round", "prompt_id"]).groupby("round")
     table = prompts.agg(mean=("agreement", "mean"), abstained=("abstained", "mean"))
     for quantile in QUANTILES:
@@ -277,19 +327,6 @@ def totals(run: Run) -> Totals:
 def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str:
     """A number with so many decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-
-
-def format_quantity(value: float, unit: str) -> str:
-    """Bytes or joules to three digits with an SI prefix (kB = 1000 B); a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    for prefix in ("", "k", "M", "G", "T"):
-        # 999.5 would be shown as 1000.
-        if abs(value) < 999.5 or prefix == "T":
-            break
-        value /= 1000
-    digits = 0 if prefix == "" and float(value).is_integer() else max(0, 3 - len(str(int(abs(value)))))
-    return f"{value:,.{digits}f} {prefix}{unit}"
 
 
 def format_seconds(value: float) -> str:
@@ -327,15 +364,18 @@ def _result(run: Run) -> Group:
                   title_justify="left", show_edge=False, pad_edge=False)  # fmt: skip
     table.add_column("client", justify="right")
     table.add_column("model", overflow="fold")
-    for heading in ("base NLL", "last NLL", "change", "ROUGE-L", "similarity"):
+    name = SHORT_NAMES[run.loss]
+    for heading in (f"base {name}", f"last {name}", "change", "ROUGE-L", "similarity"):
         table.add_column(heading, justify="right")
     clients = quality(run.metrics)
     for client_id, row in clients.iterrows():
-        behind = f" (round {row['last_round']})" if row["last_round"] < clients["last_round"].max() else ""
-        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row, behind))
+        known = as_of(row["last_round"], run.num_rounds)
+        behind = f" ({known})" if known else ""
+        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row, run.loss, behind))
     if len(clients) > 1:
         table.add_section()
-        table.add_row("mean", "", *_quality_cells(clients.mean(numeric_only=True)), style="bold")
+        mean = clients.drop(columns="model").mean(skipna=False)
+        table.add_row("mean", describe_measured(run), *_quality_cells(mean, run.loss), style="bold")
     cost = totals(run)
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
     wall, setup = format_seconds(cost.wall_seconds), format_seconds(cost.setup_seconds)
@@ -344,15 +384,16 @@ def _result(run: Run) -> Group:
         f"on the wire  {up} up, {down} down (measured)",
         f"wall time    {wall}, set-up {setup} of it (measured)",
         f"energy       {joules if cost.energy_source != 'unavailable' else 'unavailable'}",
+        *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
     )
     return Group(table, Text(), *(Text(line) for line in lines))
 
 
-def _quality_cells(row: pd.Series[Any], behind: str = "") -> tuple[str, ...]:
+def _quality_cells(row: pd.Series[Any], loss: Loss, behind: str = "") -> tuple[str, ...]:
     return (
-        format_number(row["base_nll"]),
-        format_number(row["last_nll"]) + behind,
-        format_number(row["change_nll"], signed=True),
+        format_number(row[f"base_{loss}"]),
+        format_number(row[f"last_{loss}"]) + behind,
+        format_number(row[f"change_{loss}"], signed=True),
         format_number(row["last_rouge_l"]),
         format_number(row["last_similarity"]),
     )

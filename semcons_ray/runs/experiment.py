@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ from semcons_ray.runs.assembly import (
     place,
     prepare_data,
 )
-from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
+from semcons_ray.runs.run_folder import Commit, Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
 
 
 class Observer(Protocol):
@@ -128,14 +129,15 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
         ):
             _write_placement(folder, placement, fleet, alone)
+            loss = comparable_loss(config.client_models())
             for commit in commits:
-                _export(exported, commit)
+                _export(exported, commit, loss)
             rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported, alone)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
                 folder.commit(commits, state)
-                _export(exported, commit)
+                _export(exported, commit, loss)
                 observer.round_ends(commits[-1].summary, commits[-1].metrics)
             observer.stage("writing adapters")
             last = config.num_rounds + 1
@@ -277,8 +279,7 @@ class _Watched:
         return self._fleet.adapter_shapes
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        yield from self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
-        self.lost = dict(self._fleet.lost)
+        return self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
 
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
         replies = self._fleet.measure(round, downlinks)
@@ -293,13 +294,16 @@ class _Watched:
             self._observer.client_done(reply)
             self._exported.client_answered()
             yield reply
+        self.lost = dict(self._fleet.lost)
 
 
-def _export(exported: RunMetrics, commit: Commit) -> None:
+def _export(exported: RunMetrics, commit: Commit, loss: Loss) -> None:
+    rows = commit.metrics
     exported.round_committed(
         commit.ledger,
         num_lost=commit.summary.num_participants - commit.summary.num_answered,
-        nll=sum(row.nll for row in commit.metrics) / len(commit.metrics) if commit.metrics else math.nan,
+        bits_per_byte=fmean(row.bits_per_byte for row in rows) if rows else math.nan,
+        nll=fmean(row.nll for row in rows) if rows and loss == "nll" else math.nan,
         agreement=commit.summary.mean_agreement,
     )
 

@@ -22,9 +22,9 @@ import fcntl
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pandas as pd
@@ -32,6 +32,20 @@ import pandas as pd
 from semcons_ray.config import ExperimentConfig, dump_config, load_config
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import LedgerRow
+
+Loss = Literal["nll", "bits_per_byte"]
+"""Columns of `MetricsRow` that say how likely a model finds the reference answers; lower is better."""
+
+LOSS_NAMES: Mapping[Loss, str] = {"nll": "test NLL", "bits_per_byte": "bits per byte"}
+
+
+def comparable_loss(models: Iterable[str]) -> Loss:
+    """The loss that may be averaged over clients of these models, and rank them.
+
+    Tokens are what a model's tokenizer makes of a text, so nats a token are a measure of one model alone; bits per byte
+    of the text compare any.
+    """
+    return "nll" if len(set(models)) <= 1 else "bits_per_byte"
 
 
 class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):

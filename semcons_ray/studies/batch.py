@@ -74,6 +74,7 @@ def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, A
     Raises:
         ConfigError: A setting is refused, or has no effect: a run's own in that run, a shared one in any.
     """
+    validate_shared(shared, where="experiment", shared=shared)
     configs = []
     idle: set[str] | None = None
     for where, own in runs:

@@ -26,7 +26,7 @@ from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.runs.run_folder import MetricsRow, write_file
+from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, comparable_loss, write_file
 from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
@@ -50,6 +50,7 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "reference answers": {"algorithm": {"rule": "reference"}},
 }
 """Algorithms first, then controls: bounds, and other ways to label the public prompts."""
+
 
 class ComparisonConfig(Settings):
     """What is compared; only `arms` differ from each other.
@@ -159,13 +160,14 @@ def run_comparison(
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
+    loss = comparable_loss(model for run in runs for model in run.config.client_models())
 
     def report(run: ArmRun, seconds: Callable[[], float]) -> None:
         nonlocal failed
         try:
             outcome = f"({seconds():.0f} s)"
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
-            outcome = f"NLL {mean_by_round(metrics, 'nll').iloc[-1]:.3f} {outcome}"
+            outcome = f"{LOSS_NAMES[loss]} {mean_by_round(metrics, loss).iloc[-1]:.3f} {outcome}"
         except SemconsError as error:
             failed += 1
             outcome = f"failed: {' '.join(str(error).split())}"

@@ -27,9 +27,13 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.runs.run_folder import comparable_loss
 from semcons_ray.studies.batch import slug
 
-Metric = Literal["mean_nll", "worst_nll", "rouge_l", "similarity"]
+Metric = Literal["bits_per_byte", "worst_bits_per_byte", "mean_nll", "worst_nll", "rouge_l", "similarity"]
+
+_OF_ANY_MODEL: dict[Metric, Metric] = {"mean_nll": "bits_per_byte", "worst_nll": "worst_bits_per_byte"}
+"""What ranks trials of several models, for a metric that only compares those of one; of one, they rank alike."""
 
 Point = dict[str, Any]
 """A value for each key that is swept."""
@@ -111,7 +115,8 @@ class SweepConfig(Settings):
             optuna: as many, each chosen by those before.
         num_samples: See `search`.
         seed: Of the search; the trials' own is `experiment.seed`, or swept.
-        metric: What is best: lowest NLL (mean over clients, or of the worst client), highest ROUGE-L or similarity.
+        metric: What is best: lowest bits per byte (mean over clients, or of the worst client), lowest NLL a token of
+            trials that all have one model, highest ROUGE-L or similarity.
         scheduler: asha stops trials that fall behind.
         asha: Its settings.
         max_concurrent_trials: None: as many as the cluster has room for.
@@ -124,7 +129,7 @@ class SweepConfig(Settings):
     search: Literal["grid", "random", "optuna"] = "grid"
     num_samples: int = Field(10, ge=1)
     seed: int = Field(0, ge=0)
-    metric: Metric = "mean_nll"
+    metric: Metric = "bits_per_byte"
     scheduler: Literal["none", "asha"] = "none"
     asha: AshaConfig = AshaConfig()
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -202,7 +207,7 @@ class SweepConfig(Settings):
         return point
 
     def check(self) -> None:
-        """Make sure that settings, points and the ends of ranges are valid.
+        """Make sure that settings, points and the ends of ranges are valid, and that the metric compares the trials.
 
         Raises:
             ConfigError: One is not; one line that names the key.
@@ -214,8 +219,12 @@ class SweepConfig(Settings):
             for value in (axis.extremes() if axis.grid is None else ())
         ]
         points = [*self.points(), *ends]
-        for point in points:
-            self.configure(point)
+        models = sorted({model for point in points for model in self.configure(point).client_models()})
+        if self.metric in _OF_ANY_MODEL and comparable_loss(models) != "nll":
+            raise ConfigError(
+                f"metric: {self.metric} is in nats a token, and the tokens of {' and '.join(models)} differ; "
+                f"set metric to {_OF_ANY_MODEL[self.metric]}"
+            )
         idle = [set(self._idle(point)) for point in points]
         if unused := set.intersection(*idle):
             raise ConfigError(f"experiment: {', '.join(sorted(unused))} has no effect in any trial")

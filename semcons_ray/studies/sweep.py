@@ -42,7 +42,7 @@ from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
 from semcons_ray.runs.assembly import find_models
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, held, write_file
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
 from semcons_ray.studies.batch import Job, Silent, gpu_share, perform
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
@@ -375,7 +375,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
     rows = []
     for trial in trials:
         status = "finished" if trial.finished else "stopped" if trial.name in stopped else "unfinished"
-        last: dict[str, Any] = {"rounds": 0, "energy_source": "unavailable"}
+        last: dict[str, Any] = {"rounds": 0, "failed": 0, "energy_source": "unavailable"}
         if trial.has_results:
             rounds = trial.rounds()
             last = {"rounds": rounds.index[-1]} | {str(name): value for name, value in rounds.iloc[-1].items()}
@@ -385,6 +385,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
         keys=tuple(sweep.space),
         metric=sweep.metric,
         higher_is_better=sweep.higher_is_better,
+        loss=comparable_loss(model for trial in trials for model in trial.config.client_models()),
         trials=pd.DataFrame(rows).sort_values(sweep.metric, ascending=not sweep.higher_is_better, kind="stable"),
     )
     write_file(out / "trials.csv", result.trials.to_csv(index=False))

@@ -307,10 +307,10 @@ def test_the_table_states_every_size_and_that_it_is_analytic(capsys, monkeypatch
     out, err = capsys.readouterr()
     assert err == ""
     rows = {line.split("│")[0].strip(): line.replace("│", " ").split()[-5:] for line in out.splitlines() if "│" in line}
-    assert rows["up, a client and round"] == ["202.3", "MB", "200.0", "kB", "1,011.5x"]
+    assert rows["up, a client and round"] == ["202", "MB", "200", "kB", "1,011.5x"]
     assert rows["down, a client and round"] == rows["up, a client and round"]
-    assert rows["both, a client and round"] == ["404.6", "MB", "400.0", "kB", "1,011.5x"]
-    assert rows["public prompts, once a client"] == ["0", "B", "200.0", "kB", "-"]
+    assert rows["both, a client and round"] == ["405", "MB", "400", "kB", "1,011.5x"]
+    assert rows["public prompts, once a client"] == ["0", "B", "200", "kB", "-"]
     assert rows["total, 10 clients, 5 rounds"] == ["20.2", "GB", "22.0", "MB", "919.6x"]
     assert "101,154,816 parameters" in out
     assert "Analytic, not measured" in out

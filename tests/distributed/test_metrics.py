@@ -34,11 +34,11 @@ class Scraped(Silent):
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
         deadline = time.monotonic() + 60
         names = EXPORTED - {"ray_semcons_clients_lost_total"}  # none was
-        nll = sum(row.nll for row in metrics) / len(metrics)
+        loss = {name: sum(getattr(row, name) for row in metrics) / len(metrics) for name in ("nll", "bits_per_byte")}
         while time.monotonic() < deadline and not (
             {name for name, _, _ in self.samples} == names
             and self.sum("ray_semcons_rounds_committed_total") == 3
-            and self.sum("ray_semcons_test_nll") == pytest.approx(nll)
+            and all(self.sum(f"ray_semcons_test_{name}") == pytest.approx(mean) for name, mean in loss.items())
         ):
             time.sleep(0.5)
             self.samples = [sample for url in urls for sample in scrape(url)]
@@ -78,7 +78,9 @@ def test_the_exporter_says_what_the_ledger_says(
     assert scraped.sum("ray_semcons_num_rounds") == scraped.sum("ray_semcons_round") == 2
     assert scraped.sum("ray_semcons_round_clients_answered") == scraped.sum("ray_semcons_round_clients_asked") == 3
     metrics = pd.read_parquet(tmp_path / "first" / "metrics.parquet")
-    assert scraped.sum("ray_semcons_test_nll") == pytest.approx(metrics.loc[metrics["round"] == 2, "nll"].mean())
+    last = metrics[metrics["round"] == 2]
+    for name in ("nll", "bits_per_byte"):
+        assert scraped.sum(f"ray_semcons_test_{name}") == pytest.approx(last[name].mean())
 
 
 def test_the_dashboard_names_only_metrics_and_labels_that_exist() -> None:

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from semcons_ray.reporting import read_run
 from tests.experiments.scripts import load_script
+from tests.reporting.builder import write_run
 
 theory = load_script("theory")
 
@@ -101,6 +103,22 @@ def test_c_is_the_least_that_holds_in_every_round():
     assert verdict["bound_after_last_round"] == theory.bound(3, prompts=48, clients=4, c=verdict["c"])
 
 
+def test_the_last_round_has_no_consensus_and_is_left_out(tmp_path):
+    run = read_run(write_run(tmp_path / "run", num_rounds=3, answer_last_round=False))
+    table = theory.by_round(run, lambda texts: torch.ones(len(texts), 1))
+    assert table["round"].tolist() == [1, 2]
+    assert table["agreement"].tolist() == pytest.approx([0.4, 0.4])
+    assert theory.judge(table, prompts=5, clients=3)["rounds"] == 2
+
+
+def test_only_runs_that_elect_an_answer_are_read(tmp_path):
+    write_run(tmp_path / "elects")
+    for rule in ("reference", "own_answer"):
+        write_run(tmp_path / rule, settings={"algorithm": {"rule": rule}})
+    write_run(tmp_path / "alone", local_only=True)
+    assert [run.folder.name for run in theory.find_runs([tmp_path])] == ["elects"]
+
+
 def test_one_round_says_nothing():
-    with pytest.raises(SystemExit, match="two rounds"):
+    with pytest.raises(SystemExit, match="three rounds at least"):
         theory.judge(pd.DataFrame({"round": [1], "c": [math.nan]}), prompts=48, clients=4)

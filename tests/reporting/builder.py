@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from semcons_ray.config import ExperimentConfig, dump_config, validate_config
+from semcons_ray.config import dump_config, validate_config
+from semcons_ray.data.examples import Example
+from semcons_ray.data.split import DataSplit, write_split
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> $\\frac{ & \"quoted\" é 漢字"
 
@@ -21,13 +23,15 @@ def write_run(
     lost: dict[int, tuple[int, ...]] | None = None,
     energy_source: str = "estimated",
     local_only: bool = False,
+    answer_last_round: bool = True,
     answer=lambda round, prompt, client: f"answer {client % 2} to {prompt}",
     settings: dict | None = None,
 ) -> Path:
     """A run whose numbers are simple to work out.
 
-    Client c's NLL is 2 for the base and 2 - 0.1 * round * (c + 1) after; ROUGE-L is a tenth of the round; each visit
-    of a round fine-tunes 2 s, generates 1 s and evaluates 0.5 s, sends 100 B + c up and takes 50 B down, at 10 W.
+    Client c's NLL is 2 for the base and 2 - 0.1 * round * (c + 1) after, and its bits per byte are half of that, or a
+    quarter for the second model; ROUGE-L is a tenth of the round; each visit of a round fine-tunes 2 s, generates 1 s
+    and evaluates 0.5 s, sends 100 B + c up and takes 50 B down, at 10 W.
     Client (prompt + round) % C is chosen, unless it was lost; prompt 0 is abstained; prompt p agrees to p / P.
     """
     lost = lost or {}
@@ -36,7 +40,7 @@ def write_run(
             "num_rounds": num_rounds,
             "clients": {"num_clients": num_clients},
             "prompts": {"budget": num_prompts},
-            "algorithm": {"name": "local_only" if local_only else "semantic_consensus"},
+            "algorithm": {"name": "local_only"} if local_only else {"answer_last_round": answer_last_round},
             **(settings or {}),
         },
         where="test",
@@ -50,7 +54,8 @@ def write_run(
         started_at = clock
         for client in present:
             start, worker = started_at, f"worker-{client}"
-            metrics.append(metrics_row(round, client, model_of[client]))
+            row = metrics_row(round, client, model_of[client])
+            metrics.append(row | {"bits_per_byte": row["nll"] / (4 if model_of[client] in models[1:2] else 2)})
             visit = {"fine_tune": 2.0, "generate": 1.0, "evaluate": 0.5} if round else {"load": 4.0}
             for stage, seconds in visit.items():
                 ledger.append(
@@ -69,7 +74,7 @@ def write_run(
                 start += seconds
             ledger.append(ledger_row(round, -1, worker, "idle", started_at, 0.5 if round else 0.0, energy_source))
         clock += 4.0
-        has_consensus = bool(round) and not local_only
+        has_consensus = not local_only and round in config.algorithm.exchanges(num_rounds)
         if has_consensus:
             consensus = consensus_rows(round, num_prompts, num_clients, present, answer)
             pd.DataFrame(consensus).to_parquet(folder / f"consensus/round_{round:03d}.parquet", index=False)
@@ -81,6 +86,7 @@ def write_run(
                 "num_participants": num_clients,
                 "num_answered": len(present),
                 "lost": ", ".join(map(str, lost.get(round, ()))),
+                "failures": "; ".join(f"client {client}, round {round}: it died" for client in lost.get(round, ())),
                 "num_labels": num_prompts - 1 if has_consensus else 0,
                 "mean_agreement": (num_prompts - 1) / 2 / num_prompts if has_consensus else math.nan,
                 "label_churn": 0.4 if has_consensus and round > 1 else math.nan,
@@ -89,7 +95,7 @@ def write_run(
     pd.DataFrame(metrics).to_parquet(folder / "metrics.parquet", index=False)
     pd.DataFrame(rounds).to_parquet(folder / "rounds.parquet", index=False)
     pd.DataFrame(ledger).to_parquet(folder / "ledger.parquet", index=False)
-    data_frame(config, num_prompts, num_clients).to_parquet(folder / "data.parquet", index=False)
+    write_split(split(num_prompts, num_clients), folder / "data.parquet")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (folder / "environment.json").write_text(
         json.dumps({"semcons_ray": "0", "python": "3.11.9", "cpu": "A CPU", "num_cpus": 2, "memory_gib": 8.0,
@@ -127,6 +133,7 @@ def metrics_row(round: int, client: int, model: str, **values: float) -> dict:
         "model": model,
         "nll": nll,
         "perplexity": math.exp(nll),
+        "bits_per_byte": nll / 2,
         "rouge_l": 0.1 * round,
         "similarity": 0.3 + 0.1 * round,
         "train_loss": 1.0 if round else math.nan,
@@ -172,9 +179,9 @@ def consensus_rows(round, num_prompts, num_clients, present, answer) -> list[dic
     ]
 
 
-def data_frame(config: ExperimentConfig, num_prompts: int, num_clients: int) -> pd.DataFrame:
-    rows = [("private", client, f"private {client}", "secret", "qa") for client in range(num_clients)]
-    rows += [("public", -1, f"question {prompt}?", f"reference {prompt}", f"category {prompt % 2}")
-             for prompt in range(num_prompts)]  # fmt: skip
-    rows += [("test", -1, "test?", "test", "qa")]
-    return pd.DataFrame(rows, columns=["role", "client_id", "prompt", "response", "category"])
+def split(num_prompts: int, num_clients: int) -> DataSplit:
+    return DataSplit(
+        private=tuple((Example(f"private {client}", "secret", "qa"),) for client in range(num_clients)),
+        public=tuple(Example(f"question {i}?", f"reference {i}", f"category {i % 2}") for i in range(num_prompts)),
+        test=(Example("test?", "test", "qa"),),
+    )

@@ -19,6 +19,7 @@ from tests.reporting.builder import HOSTILE, write_run
 
 T_OF_2 = 4.302652729911275  # 97.5th percentile of Student's t, from a table
 LANDMARKS = {"reference": "averaging", "baseline": "alone"}
+BY_NLL = {"loss": "nll", **LANDMARKS}
 
 
 def arm(name, finals, total_bytes, *, base=2.0, middle=1.5, algorithm="semantic_consensus", joules=30.0):
@@ -32,10 +33,13 @@ def arm(name, finals, total_bytes, *, base=2.0, middle=1.5, algorithm="semantic_
                 "round": round,
                 "mean_nll": nll,
                 "worst_nll": nll + 0.5,
+                "bits_per_byte": nll / 2,
+                "worst_bits_per_byte": nll / 2 + 0.25,
                 "rouge_l": 0.1 * round,
                 "similarity": 0.2 * round,
                 "train_loss": 1.0,
                 "visits": 4 * round,
+                "failed": 0,
                 "uplink_bytes": sent,
                 "downlink_bytes": 0,
                 "total_bytes": sent,
@@ -64,7 +68,7 @@ def rounds():
 
 @pytest.fixture
 def summary(rounds):
-    return summarize(rounds, first="consensus", **LANDMARKS)
+    return summarize(rounds, first="consensus", **BY_NLL)
 
 
 def test_means_and_t_intervals(summary):
@@ -89,7 +93,7 @@ def test_gap_closed_is_0_for_the_baseline_and_1_for_the_reference(summary):
 
 
 def test_no_gap_where_the_reference_is_no_better(rounds):
-    table = summarize(rounds, first="consensus", reference="alone", baseline="averaging")
+    table = summarize(rounds, loss="nll", first="consensus", reference="alone", baseline="averaging")
     assert table["gap_closed"].isna().all()
 
 
@@ -102,23 +106,64 @@ def test_differences_are_taken_seed_by_seed(summary):
 
 def test_nll_at_equal_bytes(summary):
     # Consensus sent 100 B: averaging had by round 1, and heavy not even by round 0, which is always granted.
-    assert summary["nll_at_equal_bytes"].tolist() == pytest.approx([1.2, 1.4, 1.5, 2.0])
+    assert summary["at_equal_bytes"].tolist() == pytest.approx([1.2, 1.4, 1.5, 2.0])
+
+
+def test_models_that_differ_are_compared_in_bits_per_byte(rounds):
+    # Averaging has the best bits per byte, but "heavy" the lowest NLL: its model cuts text into more tokens.
+    mixed = rounds.assign(bits_per_byte=rounds["mean_nll"] / 2, worst_bits_per_byte=rounds["worst_nll"] / 2)
+    mixed.loc[mixed["arm"] == "heavy", ["bits_per_byte", "worst_bits_per_byte"]] *= 4
+    mixed.loc[mixed["arm"] == "consensus", ["mean_nll", "worst_nll"]] = math.nan
+    table = summarize(mixed, loss="bits_per_byte", first="consensus", **LANDMARKS)
+    assert table["bits_per_byte"].tolist() == pytest.approx([0.6, 0.7, 0.5, 1.6])
+    assert table["worst_bits_per_byte"].tolist() == pytest.approx([0.85, 0.95, 0.75, 2.6])
+    assert table["nll"].tolist() == pytest.approx([math.nan, 1.4, 1.0, 0.8], nan_ok=True)
+    assert table["difference"].tolist() == pytest.approx([0.0, 0.1, -0.1, 1.0])
+    assert table["gap_closed"].tolist() == pytest.approx([0.5, 0.0, 1.0, -4.5])
+    assert table["at_equal_bytes"].tolist() == pytest.approx([0.6, 0.7, 0.75, 4.0])
+    cells = summary_cells(table).set_index("arm")
+    assert cells.columns[:3].tolist() == ["bits per byte", "worst client", "test NLL"]
+    assert cells.loc["consensus"].tolist()[:3] == ["0.600 ± 0.124", "0.850", "–"]
+    text = render_summary(table, "mixed", **LANDMARKS, width=120)
+    assert "NLL" not in text
+    assert "vs first: bits per byte less that of consensus" in text
+    assert "compared in bits per byte" in text
+
+
+def test_the_figure_of_models_that_differ_is_in_bits_per_byte(rounds, tmp_path):
+    table = summarize(rounds.assign(mean_nll=math.nan), loss="bits_per_byte", first="consensus", **LANDMARKS)
+    write_pareto(table, "mixed", tmp_path)
+    assert "mean bits per byte after the last round" in (tmp_path / "pareto.svg").read_text(encoding="utf-8")
+
+
+def test_visits_that_failed_are_counted_and_named(rounds):
+    rounds.loc[(rounds["arm"] == "alone") & (rounds["round"] == 2) & (rounds["seed"] == 1), "failed"] = 2
+    table = summarize(rounds, first="consensus", **BY_NLL)
+    assert table["failed"].tolist() == [0, 2, 0, 0]
+    assert summary_cells(table)["arm"].tolist()[1] == "alone (2 visits failed)"
+
+
+def test_a_value_that_one_seed_lacks_is_not_averaged_over_the_others(rounds):
+    rounds.loc[(rounds["arm"] == "alone") & (rounds["seed"] == 1), ["rouge_l", "joules"]] = math.nan
+    row = summarize(rounds, first="consensus", **BY_NLL).loc["alone"]
+    assert math.isnan(row["rouge_l"])
+    assert math.isnan(row["joules"])
 
 
 def test_an_arm_with_fewer_seeds_is_paired_by_those_it_has(rounds):
     some = rounds[(rounds["arm"] != "alone") | (rounds["seed"] == 1)]
-    row = summarize(some, first="consensus", **LANDMARKS).loc["alone"]
+    row = summarize(some, first="consensus", **BY_NLL).loc["alone"]
     assert (row["seeds"], row["nll"], row["difference"]) == pytest.approx((1, 1.6, 0.3))
     assert math.isnan(row["nll_half_width"])
     assert math.isnan(row["difference_half_width"])
-    cells = summary_cells(summarize(some, first="consensus", **LANDMARKS))
+    cells = summary_cells(summarize(some, first="consensus", **BY_NLL))
     assert cells["arm"].tolist()[1] == "alone (1 of 3 seeds)"
     assert cells["test NLL"].tolist()[1] == "1.600"
 
 
 def test_what_needs_an_arm_that_is_not_there_is_nan(rounds):
-    table = summarize(rounds[rounds["arm"].isin(["alone", "heavy"])], first="consensus", **LANDMARKS)
-    for column in ("bytes_ratio", "gap_closed", "difference", "nll_at_equal_bytes"):
+    table = summarize(rounds[rounds["arm"].isin(["alone", "heavy"])], first="consensus", **BY_NLL)
+    for column in ("bytes_ratio", "gap_closed", "difference", "at_equal_bytes"):
         assert table[column].isna().all(), column
     assert "vs first" not in render_summary(table, "t", **LANDMARKS).split("\n\n")[1]
 
@@ -135,6 +180,9 @@ def test_costs_by_round_leave_out_evaluation_and_idling(tmp_path):
     # Client 1 was lost in round 2 and counts with its 1.8 of round 1.
     assert table["mean_nll"].tolist() == pytest.approx([2.0, 1.8, (1.8 + 1.8 + 1.4) / 3])
     assert table["worst_nll"].tolist() == pytest.approx([2.0, 1.9, 1.8])
+    assert table["bits_per_byte"].tolist() == pytest.approx([1.0, 0.9, (0.9 + 0.9 + 0.7) / 3])
+    assert table["worst_bits_per_byte"].tolist() == pytest.approx([1.0, 0.95, 0.9])
+    assert table["failed"].tolist() == [0, 0, 1]
     assert table["rouge_l"].tolist() == pytest.approx([0.0, 0.1, 0.5 / 3])
     assert table["train_loss"].tolist() == pytest.approx([math.nan, 1.0, 1.0], nan_ok=True)
     assert table["visits"].tolist() == [0, 3, 6]
@@ -154,10 +202,34 @@ def test_rounds_without_evaluation_count_towards_the_next(tmp_path):
     assert table.loc[3, ["visits", "total_bytes"]].tolist() == [9, 3 * 453]
 
 
+def test_nats_a_token_of_several_models_have_no_mean(tmp_path):
+    run = read_run(write_run(tmp_path / "run", models=("org/one", "org/two")))
+    table = costs_by_round(run.metrics, run.rounds, run.ledger)
+    assert table[["mean_nll", "worst_nll", "train_loss"]].isna().all(axis=None)
+    assert table["bits_per_byte"].tolist() == pytest.approx([2.5 / 3, (0.95 + 0.45 + 0.85) / 3, 2.0 / 3])
+
+
+def test_arms_of_several_models_are_compared_in_bits_per_byte_though_each_has_one(tmp_path):
+    runs = {
+        ("one", 0): write_run(tmp_path / "one", models=("org/one",)),
+        ("two", 0): write_run(tmp_path / "two", models=("org/two",)),
+    }
+    result = compare_runs(runs, first="one", **LANDMARKS)
+    assert set(result.summary["loss"]) == {"bits_per_byte"}
+    assert result.summary["nll"].tolist() == pytest.approx([1.6, 1.6])  # beside it, each of its own tokens
+    assert set(compare_runs({("one", 0): runs["one", 0]}, first="one", **LANDMARKS).summary["loss"]) == {"nll"}
+
+
+def test_a_client_that_was_never_measured_is_not_left_out_of_the_mean(tmp_path):
+    run = read_run(write_run(tmp_path / "run", lost={0: (1,)}))
+    table = costs_by_round(run.metrics, run.rounds, run.ledger)
+    assert table["bits_per_byte"].tolist() == pytest.approx([math.inf, 0.9, 0.8])
+
+
 def test_a_model_that_diverged_is_infinitely_bad_and_not_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
     metrics = pd.read_parquet(folder / "metrics.parquet")
-    metrics.loc[metrics["round"] == 2, "nll"] = math.nan
+    metrics.loc[metrics["round"] == 2, ["nll", "bits_per_byte"]] = math.nan
     metrics.to_parquet(folder / "metrics.parquet", index=False)
     good = write_run(tmp_path / "good")
     runs = {("good", 0): good, ("good", 1): good, ("bad", 0): folder, ("bad", 1): good}
@@ -234,7 +306,7 @@ def test_the_figure_is_drawn_and_names_every_arm(summary, tmp_path):
     ],
 )
 def test_figures_of_odd_comparisons_are_drawn(arms, tmp_path):
-    table = summarize(pd.concat(arms), first=arms[0]["arm"][0], **LANDMARKS)
+    table = summarize(pd.concat(arms), first=arms[0]["arm"][0], **BY_NLL)
     write_pareto(table, "odd", tmp_path)
     ElementTree.parse(tmp_path / "pareto.svg")
     assert render_summary(table, "odd", **LANDMARKS)
@@ -242,7 +314,7 @@ def test_figures_of_odd_comparisons_are_drawn(arms, tmp_path):
 
 def test_the_table_fits_a_terminal(rounds):
     names = {name: f"{name}, with a label that says a lot about it" for name in set(rounds["arm"])}
-    table = summarize(rounds.replace({"arm": names}), first=names["consensus"], **LANDMARKS)
+    table = summarize(rounds.replace({"arm": names}), first=names["consensus"], **BY_NLL)
     text = render_summary(table, "wide", **LANDMARKS, width=120)
     head = text.split("\n\n")[0]
     assert max(map(len, head.splitlines())) <= 120
@@ -255,7 +327,8 @@ def test_the_table_says_what_its_columns_mean(summary):
     assert text.startswith("[red] title")
     cells = summary_cells(summary).set_index("arm")
     assert cells.loc["consensus"].tolist() == [
-        *("1.200 ± 0.248", "1.700", "–", "50%", "1.200", "0.200", "0.400", "100 B", "12.5 B", "1.6×", "31.0 s", "90 J"),
+        *("1.200 ± 0.248", "1.700", "0.600 ± 0.124", "–", "50%", "1.200", "0.200", "0.400", "100 B", "12.5 B", "1.6×"),
+        *("31.0 s", "90 J"),
     ]
     assert cells["fewer"].tolist() == ["1.6×", "∞", "1×", "0.27×"]
     assert "Means over 3 seeds, ± half of the 95% t-interval." in text
@@ -267,8 +340,8 @@ def test_markdown_has_a_row_an_arm_and_escapes_bars(summary):
     text = summary_markdown(summary.rename(index={"alone": "a|b"}), "title", **LANDMARKS)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(summary)
-    assert rows[3].startswith("| a\\|b | 1.400 ± 0.497 | 1.900 | +0.200 ± 0.248 |")
-    assert {row.replace("\\|", "").count("|") for row in rows} == {14}
+    assert rows[3].startswith("| a\\|b | 1.400 ± 0.497 | 1.900 | 0.700 ± 0.248 | +0.200 ± 0.248 |")
+    assert {row.replace("\\|", "").count("|") for row in rows} == {15}
 
 
 def test_the_frames_survive_csv(summary):

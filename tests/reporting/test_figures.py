@@ -136,9 +136,51 @@ def test_one_client_has_no_mean(tmp_path):
 
 def test_models_that_differ_are_named_and_not_compared(tmp_path):
     drawn = figures(tmp_path / "run", models=("org/one", "org/two"))
+    assert list(drawn) == ["bits_per_byte", *ALL]
     assert "1 · two" in drawn["nll"].svg
+    assert drawn["nll"].title == "Test NLL of each client"
+    assert ">mean<" not in drawn["nll"].svg
     assert "compare levels within a model only" in drawn["nll"].caption
-    assert "compare levels" not in drawn["rouge_l"].caption
+    assert "compare levels" not in drawn["rouge_l"].caption + drawn["bits_per_byte"].caption
+    assert drawn["bits_per_byte"].title == "Mean bits per byte fell from 0.83 to 0.67"
+    assert ">mean<" in drawn["bits_per_byte"].svg
+
+
+def test_a_mean_says_of_how_many_clients_it_is_new(tmp_path):
+    drawn = figures(tmp_path / "run", lost={2: (1,)})
+    said = "2 of 3 clients measured in round 2; others count with their last measurement."
+    assert all(said in drawn[name].caption for name in ("nll", "rouge_l", "similarity"))
+    assert "others count" not in figures(tmp_path / "whole")["nll"].caption
+
+
+def test_a_mean_that_is_no_number_is_said_to_be_none(tmp_path):
+    folder = write_run(tmp_path / "run")
+
+    def diverge(metrics):
+        metrics.loc[(metrics["client_id"] == 1) & (metrics["round"] == 2), "nll"] = math.nan
+
+    assert edit(folder, "metrics.parquet", diverge)["nll"].title == "Mean test NLL is no number after round 2"
+
+
+def test_a_last_round_without_answers_is_no_round_of_the_consensus(tmp_path):
+    drawn = figures(tmp_path / "run", num_rounds=3, answer_last_round=False)
+    assert list(drawn) == ALL
+    assert drawn["wins"].title.endswith("in round 2")
+    assert drawn["agreement"].title == "Clients agree at a mean cosine of 0.40"
+    assert drawn["churn"].title == "The pseudo-label of 40% of prompts changed in round 2"
+
+
+def test_answers_that_stand_alone_have_no_agreement_to_draw(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for number in (1, 2):
+        rows = pd.read_parquet(folder / f"consensus/round_{number:03d}.parquet")
+        rows.assign(agreement=math.nan).to_parquet(folder / f"consensus/round_{number:03d}.parquet", index=False)
+    assert [figure.name for figure in draw_figures(read_run(folder))] == [name for name in ALL if name != "agreement"]
+
+
+def test_reference_answers_are_won_by_nobody(tmp_path):
+    drawn = figures(tmp_path / "run", settings={"algorithm": {"rule": "reference", "answer_last_round": True}})
+    assert list(drawn) == [name for name in ALL if name != "wins"]
 
 
 def test_many_clients_stay_small_and_say_what_is_left_out(tmp_path):

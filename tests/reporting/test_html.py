@@ -108,8 +108,12 @@ def test_private_examples_are_not_in_the_page(tmp_path):
 def test_headlines(tmp_path):
     run = read_run(write_run(tmp_path / "run", lost={2: (1,)}))
     assert [(item["label"], item["value"], item["note"]) for item in headlines(run)] == [
-        ("Mean test NLL, base → round 2", "2.000 → 1.667", "−16.7%, nats a token, measured"),
-        ("Clients with a lower NLL", "3 of 3", "from −0.600 (client 2) to −0.200 (client 0)"),
+        (
+            "Mean test NLL, base → round 2",
+            "2.000 → 1.667",
+            "−16.7%, nats a token, measured; 2 of 3 clients measured in round 2",
+        ),
+        ("Clients with lower test NLL", "3 of 3", "from −0.600 (client 2) to −0.200 (client 0)"),
         ("On the wire", "755 B", "505 B up, 250 B down, measured"),
         ("Energy", "295 J", "estimated"),
         ("Wall time", "12.0 s", "set-up 4.0 s of it, measured"),
@@ -130,7 +134,7 @@ def test_the_setting_in_a_sentence():
     usual = describe(
         seed=7,
         num_rounds=3,
-        algorithm={"rule": "medoid", "agreement_threshold": 0.0},
+        algorithm={"rule": "medoid"},
         clients={"num_clients": 4},
         data={"source": "a.csv", "examples_per_client": 64, "partition": "dirichlet", "dirichlet_alpha": 0.5},
         model={"name": "org/tiny", "lora": {"rank": 8}},
@@ -140,7 +144,7 @@ def test_the_setting_in_a_sentence():
     assert usual == (
         "4 clients fine-tune tiny (LoRA, rank 8) on 64 private examples each of a.csv, partition dirichlet with "
         "α = 0.5, 1 epoch a round for 3 rounds. They answer 32 public prompts (stratified); by the medoid rule the "
-        "server keeps one answer to each as a pseudo-label, and never abstains. Seed 7."
+        "server keeps one answer to each as a pseudo-label, and abstains under 2 answers. Seed 7."
     )
     other = describe(
         num_rounds=1,
@@ -152,7 +156,9 @@ def test_the_setting_in_a_sentence():
     assert "4 clients fine-tune a and b" in other
     assert "partition iid, 5 steps a round for 1 round. 50% of the clients take part in a round." in other
     assert "by the multi krum rule the server" in other
-    assert "as a pseudo-label, and abstains under an agreement of 0.8" in other
+    assert "as a pseudo-label, and abstains under 2 answers or an agreement of 0.8." in other
+    alike = describe(algorithm={"rule": "own_answer"}, prompts={"budget": 32})
+    assert "Each learns its own answers to 32 public prompts (stratified); nothing is exchanged." in alike
     alone = describe(algorithm={"name": "local_only"}, clients={"num_clients": 1})
     assert alone.startswith("1 client fine-tunes")
     assert alone.endswith("Training is local only: nothing is exchanged. Seed 0.")
@@ -219,9 +225,43 @@ def test_no_prompt_table_without_a_consensus(tmp_path):
     assert page.scripts == {}
 
 
-def test_rounds_show_who_was_lost(tmp_path):
+def test_headlines_of_models_that_differ_are_in_bits_per_byte(tmp_path):
+    # Bits per byte by client: from 1, 0.5, 1 to 0.9, 0.4, 0.7.
+    run = read_run(write_run(tmp_path / "run", models=("org/one", "org/two")))
+    loss, clients, *_ = headlines(run)
+    assert (loss["label"], loss["value"]) == ("Mean bits per byte, base → round 2", "0.833 → 0.667")
+    assert loss["note"] == "−20.0%, of the reference text, measured"
+    assert clients["label"] == "Clients with lower bits per byte"
+    assert clients["note"] == "from −0.300 (client 2) to −0.100 (client 0)"
+
+
+def test_nats_stand_beside_bits_per_byte_where_models_differ(tmp_path):
+    one = render_report(read_run(write_run(tmp_path / "one")))
+    assert "<th>base NLL</th><th>last NLL</th><th>change</th><th>ROUGE-L</th>" in one
+    several = render_report(read_run(write_run(tmp_path / "several", models=("org/one", "org/two"))))
+    assert "<th>base bits/byte</th><th>last bits/byte</th><th>change</th><th>last NLL</th>" in several
+    assert re.search(r"<td>0\.500</td><td>0\.400</td>\s*<td class=\"better\">−0\.100</td>\s*<td>1\.600</td>", several)
+
+
+def test_rounds_show_who_was_lost_and_why(tmp_path):
     html = render_report(read_run(write_run(tmp_path / "run", lost={2: (0, 1)})))
-    assert '<td class="text worse">0, 1</td>' in html
+    why = "client 0, round 2: it died; client 1, round 2: it died"
+    assert f'<td class="text worse">0, 1</td><td class="text">{why}</td>' in html
+
+
+def test_a_client_that_is_behind_is_shown_with_its_last_round(tmp_path):
+    html = render_report(read_run(write_run(tmp_path / "run", lost={1: (0,), 2: (0, 1)})))
+    assert '<td class="worse">base</td>' in html
+    assert '<td class="worse">round 1</td>' in html
+    assert "<td>round 2</td>" in html
+
+
+def test_a_last_round_without_answers_is_reported(tmp_path):
+    run = read_run(write_run(tmp_path / "run", answer_last_round=False))
+    assert set(run.consensus["round"]) == {1}
+    html = render_report(run)
+    assert '<section id="prompts">' in html
+    assert "<td>0</td><td>–</td><td>–</td></tr>" in html  # pseudo-labels, agreement and churn of round 2
 
 
 def test_importing_reporting_pulls_in_neither_torch_nor_ray():

@@ -19,7 +19,9 @@ def trials(**changes: list[Any]) -> pd.DataFrame:
         "clients.mix": ["{}", "{}", MIX, MIX, MIX],
         "status": ["finished", "finished", "finished", "finished", "stopped"],
         "rounds": [2, 2, 2, 2, 1],
-        "mean_nll": [2.0, 1.0, 1.5, 3.0, 0.5],
+        "failed": [0, 0, 3, 0, 1],
+        "bits_per_byte": [2.0, 1.0, 1.5, 3.0, 0.5],
+        "mean_nll": [math.nan] * 5,
         "rouge_l": [0.1, 0.4, 0.2, 0.3, 0.9],
         "total_bytes": [100, 400, 200, 300, 10],
         "seconds": [4.0, 1.0, 2.0, 3.0, 0.1],
@@ -30,8 +32,9 @@ def trials(**changes: list[Any]) -> pd.DataFrame:
 
 
 def result(**more: Any) -> SweepResult:
-    values = {"name": "tiny <b>", "keys": ("prompts.budget", "clients.mix"), "metric": "mean_nll"}
-    return SweepResult(**{**values, "higher_is_better": False, "trials": trials(), **more})
+    values = {"name": "tiny <b>", "keys": ("prompts.budget", "clients.mix"), "metric": "bits_per_byte"}
+    values |= {"higher_is_better": False, "loss": "bits_per_byte", "trials": trials()}
+    return SweepResult(**{**values, **more})
 
 
 def test_fronts_hold_finished_trials_that_none_beats() -> None:
@@ -56,7 +59,7 @@ def test_effects_average_the_other_keys_out() -> None:
 def test_many_numbers_are_put_into_quarters() -> None:
     rates = [index / 100 for index in range(1, 21)]
     columns = {name: [1.0] * 20 for name in ("rouge_l", "total_bytes", "seconds", "joules")}
-    table = pd.DataFrame({"trial": [f"t{i}" for i in range(20)], "rate": rates, "mean_nll": rates, **columns})
+    table = pd.DataFrame({"trial": [f"t{i}" for i in range(20)], "rate": rates, "bits_per_byte": rates, **columns})
     effects = result(keys=("rate",), trials=table.assign(status="finished", rounds=1)).effects()
     assert effects["trials"].tolist() == [5, 5, 5, 5]
     assert effects["mean"].tolist() == pytest.approx([0.03, 0.08, 0.13, 0.18])
@@ -82,10 +85,22 @@ def test_the_page_shows_three_fronts_and_every_effect_and_needs_nothing_else(tmp
 def test_the_table_names_fronts_and_what_did_not_finish() -> None:
     text = render_sweep(result(), 160)
     lines = {line.split()[0]: line for line in text.splitlines() if line[:1].isdigit()}
-    assert "stopped after round 1" in text
+    assert "stopped after round 1 (1 visit failed)" in text
+    assert "bytes, energy (3 visits failed)" in text
     assert "bytes, time, energy" in text
     assert lines
     assert "clients.mix 0.750, prompts.budget 0.250" in text
+
+
+def test_nats_a_token_stand_beside_the_metric_where_all_trials_have_one_model(tmp_path: Path) -> None:
+    assert list(result().shown) == ["bits_per_byte", "rouge_l"]
+    assert "NLL" not in render_sweep(result(), 160)
+    one = result(loss="nll", trials=trials(mean_nll=[1.25] * 5))
+    assert list(one.shown) == ["bits_per_byte", "mean_nll", "rouge_l"]
+    assert "mean test NLL" in render_sweep(one, 160)
+    write_sweep_report(one, "space: {}", tmp_path / "report.html")
+    assert "<td>1.250</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert list(result(metric="rouge_l", loss="nll").shown) == ["rouge_l", "mean_nll"]
 
 
 def test_a_sweep_in_which_nothing_finished_has_a_report_all_the_same(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from semcons_ray.reporting.tables import (
     bytes_by_round,
     energy,
     format_number,
-    format_quantity,
     format_seconds,
+    held_by_round,
     mean_by_round,
     metric_by_round,
     print_result,
@@ -48,6 +48,7 @@ def test_local_only_has_no_consensus_but_its_columns(tmp_path):
     run = read_run(write_run(tmp_path / "run", local_only=True))
     assert run.consensus.empty
     assert wins(run.consensus).empty
+    assert run.loss == "nll"
     assert bytes_by_round(run.ledger)["total_bytes"].tolist() == [0, 0]
 
 
@@ -120,6 +121,40 @@ def test_the_mean_keeps_the_last_measurement_of_a_client_that_sat_out(run):
     assert math.isnan(metric_by_round(run.metrics, "nll").loc[2, 1])
 
 
+def test_a_mean_has_all_clients_or_is_none():
+    metrics = pd.DataFrame([metrics_row(0, 0, "m"), metrics_row(1, 0, "m"), metrics_row(1, 1, "m")])
+    assert mean_by_round(metrics, "nll").to_dict() == pytest.approx({1: (1.9 + 1.8) / 2})  # client 1 had no base
+    diverged = pd.concat([metrics, pd.DataFrame([metrics_row(2, 0, "m", nll=math.nan), metrics_row(2, 1, "m")])])
+    assert held_by_round(diverged, "nll")[0].tolist() == pytest.approx([2.0, 1.9, math.nan], nan_ok=True)
+    assert mean_by_round(diverged, "nll").tolist() == pytest.approx([1.85, math.nan], nan_ok=True)
+    assert mean_by_round(metrics.assign(rouge_l=math.nan), "rouge_l").empty
+
+
+def test_nats_a_token_have_a_mean_over_one_model_alone(tmp_path):
+    run = read_run(write_run(tmp_path / "run", models=("org/one", "org/two")))
+    assert run.loss == "bits_per_byte"
+    assert mean_by_round(run.metrics, "nll").empty
+    # 1, 0.5 and 1 bits per byte of the base models.
+    assert mean_by_round(run.metrics, "bits_per_byte").tolist() == pytest.approx([2.5 / 3, 2.25 / 3, 2.0 / 3])
+
+
+def test_a_run_that_went_on_may_lack_the_answers_of_what_was_its_last_round(tmp_path):
+    # Three rounds, of which the second was the last when it was run: nobody answered then.
+    folder = write_run(tmp_path / "run", num_rounds=3)
+    (folder / "consensus/round_002.parquet").unlink()
+    rounds = pd.read_parquet(folder / "rounds.parquet")
+    rounds.loc[rounds["round"] == 2, ["num_labels", "mean_agreement"]] = 0, math.nan
+    rounds.to_parquet(folder / "rounds.parquet", index=False)
+    assert set(read_run(folder).consensus["round"]) == {1, 3}
+
+
+def test_answers_that_gave_no_label_are_read_all_the_same(tmp_path):
+    folder = write_run(tmp_path / "run")
+    rounds = pd.read_parquet(folder / "rounds.parquet")
+    rounds.assign(num_labels=0, mean_agreement=math.nan).to_parquet(folder / "rounds.parquet", index=False)
+    assert set(read_run(folder).consensus["round"]) == {1, 2}
+
+
 def test_what_was_never_measured_is_nan_and_not_zero():
     metrics = pd.DataFrame(
         [
@@ -129,9 +164,9 @@ def test_what_was_never_measured_is_nan_and_not_zero():
         ]
     )
     table = quality(metrics)
-    assert table["last_nll"].tolist() == [2.0, 1.5]
-    assert table["change_nll"].tolist()[0] == 0.0
-    assert math.isnan(table.loc[7, "change_nll"])
+    assert table["last_nll"].tolist() == pytest.approx([math.nan, 1.5], nan_ok=True)  # and not the base's 2.0
+    assert table["change_nll"].isna().all()
+    assert table["last_round"].tolist() == [1, 1]
     assert table["last_rouge_l"].isna().all()
     assert metric_by_round(metrics, "rouge_l").empty
 
@@ -198,14 +233,42 @@ def test_totals(run):
 
 
 def test_the_result_table_shows_numbers_units_and_sources(run):
-    lines = [line.strip() for line in render_result(run, 100).splitlines()]
+    lines = [line.strip() for line in render_result(run, 120).splitlines()]
     cells = [[cell.strip() for cell in line.split("│")] for line in lines]
     assert ["0", "tiny-model", "2.000", "1.800", "−0.200", "0.200", "0.500"] in cells
     assert ["1", "tiny-model", "2.000", "1.800 (round 1)", "−0.200", "0.100", "0.400"] in cells
-    assert ["mean", "", "2.000", "1.667", "−0.333", "0.167", "0.467"] in cells
+    mean = next(row for row in cells if row[0] == "mean")
+    assert mean == ["mean", "2 of 3 clients measured in round 2", "2.000", "1.667", "−0.333", "0.167", "0.467"]
+    assert "left out     1 visit failed; in round 2: client 1, round 2: it died" in lines
     assert "on the wire  505 B up, 250 B down (measured)" in lines
     assert "wall time    12.0 s, set-up 4.0 s of it (measured)" in lines
     assert "energy       295 J (estimated)" in lines
+
+
+def table_rows(run):
+    lines = render_result(run, 140).splitlines()
+    return [[cell.strip() for cell in line.replace("┃", "│").split("│")] for line in lines]
+
+
+def test_the_result_never_shows_the_base_as_the_last_without_saying_so(tmp_path):
+    failed = read_run(write_run(tmp_path / "run", num_rounds=2, lost={1: (0,), 2: (0, 1)}))
+    rows = {row[0]: row for row in table_rows(failed)}
+    assert [rows[client][3] for client in ("0", "1", "2")] == ["2.000 (base)", "1.800 (round 1)", "1.400"]
+    assert rows["mean"][1] == "1 of 3 clients measured in round 2"
+    early = read_run(forget_rounds_after(write_run(tmp_path / "early"), 0))
+    assert {row[3] for row in table_rows(early) if row[0] in "012" and len(row) > 1} == {"2.000 (base)"}
+    folder = write_run(tmp_path / "rarely")  # in round 2 nothing was measured
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    metrics[metrics["round"] == 0].to_parquet(folder / "metrics.parquet", index=False)
+    assert {row[3] for row in table_rows(read_run(folder)) if row[0] in "012" and len(row) > 1} == {"2.000 (base)"}
+
+
+def test_the_result_of_models_that_differ_is_in_bits_per_byte(tmp_path):
+    rows = table_rows(read_run(write_run(tmp_path / "run", models=("org/one", "org/two"))))
+    headings = next(row for row in rows if row[0] == "client")
+    assert headings[2:5] == ["base bits/byte", "last bits/byte", "change"]
+    assert ["1", "two", "0.500", "0.400", "−0.100", "0.200", "0.500"] in rows
+    assert ["mean", "", "0.833", "0.667", "−0.167", "0.200", "0.500"] in rows
 
 
 def test_the_result_says_when_energy_is_unavailable(tmp_path):
@@ -224,15 +287,6 @@ def test_the_result_goes_to_the_console_given(run):
     stream = io.StringIO()
     print_result(run, Console(file=stream, width=100, color_system=None))
     assert stream.getvalue() == render_result(run, 100)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0 B"), (999, "999 B"), (999.6, "1.00 kB"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (123_456, "123 kB"),
-     (999_499, "999 kB"), (999_501, "1.00 MB"), (5e15, "5,000 TB"), (0.25, "0.25 B"), (math.nan, "–")],
-)  # fmt: skip
-def test_quantities_have_three_digits(value, text):
-    assert format_quantity(value, "B") == text
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_on_ray_runs_follow_one_another(values: dict[str, Any], tmp_path: Path) 
     told: list[str] = []
     result, failures = run_comparison(comparison, tmp_path, told.append)
     assert failures == 0
-    assert [line[:22] for line in told] == ["[1/1] alone, seed 0: N"]
+    assert [line[:30] for line in told] == ["[1/1] alone, seed 0: test NLL "]
     assert result is not None
     assert result.summary.index.tolist() == ["alone"]
 

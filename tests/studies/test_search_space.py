@@ -42,7 +42,7 @@ def test_a_point_lies_over_the_experiment_and_a_mix_replaces_the_experiments(tmp
 def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path) -> None:
     space = {
         "training.learning_rate": {"loguniform": [1e-4, 1e-2]},
-        "training.ema_decay": {"uniform": [0.1, 0.9]},
+        "algorithm.ema_decay": {"uniform": [0.1, 0.9]},
         "model.lora.rank": {"randint": [2, 5]},
         "algorithm.rule": {"choice": ["medoid", "plurality"]},
         "seed": {"grid": [0, 1]},
@@ -51,7 +51,7 @@ def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path)
     points = load_sweep(write(tmp_path, values)).points()
     assert len(points) == 40
     assert all(1e-4 <= point["training.learning_rate"] <= 1e-2 for point in points)
-    assert all(0.1 <= point["training.ema_decay"] <= 0.9 for point in points)
+    assert all(0.1 <= point["algorithm.ema_decay"] <= 0.9 for point in points)
     assert {point["model.lora.rank"] for point in points} == {2, 3, 4}
     assert {point["algorithm.rule"] for point in points} == {"medoid", "plurality"}
     assert [point["seed"] for point in points[:4]] == [0, 1, 0, 1]
@@ -93,8 +93,8 @@ BAD: dict[str, tuple[Any, str]] = {
         "space (data.num_test=5, evaluation.num_answers=6): evaluation.num_answers is 6",
     ),
     "a bad bound": (
-        {"search": "optuna", "space": {"training.ema_decay": {"uniform": [0, 1]}}},
-        "space (training.ema_decay=1): training.ema_decay",
+        {"search": "optuna", "space": {"algorithm.ema_decay": {"uniform": [0, 1]}}},
+        "space (algorithm.ema_decay=1): algorithm.ema_decay",
     ),
     "a bad choice": (
         {"search": "optuna", "space": {"algorithm.rule": {"choice": ["medoid", "best"]}}},
@@ -117,9 +117,28 @@ BAD: dict[str, tuple[Any, str]] = {
     "an unknown setting of all": ({"space": GRID, "experiment": {"num_round": 1}}, "unknown setting 'num_round'"),
     "an unknown setting": ({"space": GRID, "metrics": "nll"}, "unknown setting 'metrics'"),
     "an unknown metric": ({"space": GRID, "metric": "nll"}, "metric"),
+    "nats a token of a mix": (
+        {"space": GRID, "metric": "mean_nll", "experiment": {"clients": {"mix": MIX}}},
+        "metric: mean_nll is in nats a token, and the tokens of a and b differ; set metric to bits_per_byte",
+    ),
+    "nats a token over models": (
+        {"space": {"model.name": {"grid": ["a", "b"]}}, "metric": "worst_nll"},
+        "metric: worst_nll is in nats a token, and the tokens of a and b differ; set metric to worst_bits_per_byte",
+    ),
+    "nats a token over models that are drawn": (
+        {"search": "optuna", "space": {"clients.mix": {"choice": [{"a": 1}, {"b": 1}]}}, "metric": "mean_nll"},
+        "set metric to bits_per_byte",
+    ),
     "an unknown search": ({"space": GRID, "search": "hyperband"}, "search"),
     "an unknown logger": ({"space": GRID, "loggers": ["comet"]}, "loggers"),
 }  # fmt: skip
+
+
+def test_trials_of_one_model_may_be_ranked_by_nats_and_those_of_several_by_bits_per_byte(tmp_path: Path) -> None:
+    assert load_sweep(write(tmp_path, {"space": GRID, "metric": "mean_nll"})).metric == "mean_nll"
+    mixes = {"clients.mix": {"grid": [{"a": 1}, MIX, {"b": 1}]}}
+    assert load_sweep(write(tmp_path, {"space": mixes})).metric == "bits_per_byte"
+    assert load_sweep(write(tmp_path, {"space": mixes, "metric": "worst_bits_per_byte"})).higher_is_better is False
 
 
 @pytest.mark.parametrize("name", BAD)
