@@ -27,7 +27,7 @@ from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.runs.run_folder import MetricsRow, write_file
-from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug
+from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug, warn_of_losses
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
@@ -159,6 +159,7 @@ def run_comparison(
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
+    warned: set[str] = set()
 
     def report(run: ArmRun, seconds: Callable[[], float]) -> None:
         nonlocal failed
@@ -166,6 +167,7 @@ def run_comparison(
             outcome = f"({seconds():.0f} s)"
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
             outcome = f"NLL {mean_by_round(metrics, 'nll').iloc[-1]:.3f} {outcome}"
+            warn_of_losses(run.folder, warned, say)
         except SemconsError as error:
             failed += 1
             outcome = f"failed: {' '.join(str(error).split())}"
