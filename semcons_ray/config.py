@@ -105,7 +105,7 @@ class DataConfig(Settings):
     split: str = Field("train", description="Split to read, for a hub data set.")
     examples_per_client: int = Field(48, ge=1, description="Private examples a client holds (the mean, by quantity).")
     num_test: int = Field(48, ge=1, description="Examples of the common test set, held out from everything else.")
-    max_response_chars: int = Field(400, ge=1, description="Examples with a longer response are left out.")
+    max_response_chars: int = Field(400, ge=1, description="Examples with a longer response are left out, and counted.")
     partition: Literal["iid", "dirichlet", "category", "quantity"] = Field(
         "dirichlet", description="How private examples differ between clients: by category mix, or by number."
     )

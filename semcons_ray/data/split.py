@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from semcons_ray.data.examples import Example
-from semcons_ray.data.partition import Partition, private_shares
-from semcons_ray.data.selection import Selection, order_prompts, proportional
+from semcons_ray.config import DataConfig, PromptsConfig
+from semcons_ray.data.examples import DataSet, Example
+from semcons_ray.data.partition import private_shares
+from semcons_ray.data.selection import order_prompts, proportional
 from semcons_ray.errors import DataError, RunFolderError, first_line
 
 _SHUFFLE, _PARTITION = 0, 1  # spawn keys: a stream of random numbers for each stage
@@ -56,64 +57,58 @@ class DataSplit:
 
 
 def divide(
-    examples: Sequence[Example],
+    source: DataSet,
+    data: DataConfig,
+    prompts: PromptsConfig,
     *,
     num_clients: int,
-    examples_per_client: int,
-    num_test: int,
-    budget: int,
-    selection: Selection,
-    partition: Partition,
-    dirichlet_alpha: float,
     seed: int,
     embed: Callable[[Sequence[str]], Tensor],
 ) -> DataSplit:
-    """Divide examples with distinct prompts; the same arguments always give the same split.
+    """Divide a data set; the same arguments always give the same split.
 
     Args:
-        examples: What `load_examples` returned.
+        source: What `load_examples` returned.
+        data: Size of the test set and of private shares, and how these differ, see `partition.private_shares`.
+        prompts: How many public prompts, and how they are chosen, see `selection.order_prompts`.
         num_clients: Number of clients C.
-        examples_per_client: Private examples of each client; their mean, by partition `quantity`.
-        num_test: Size of the test set.
-        budget: Number of public prompts P.
-        selection: How public prompts are chosen, see `selection.order_prompts`.
-        partition: How private shares differ, see `partition.private_shares`.
-        dirichlet_alpha: Concentration for the partitions `dirichlet` and `quantity`.
         seed: Seed of every draw.
         embed: Vectors (N, D) of N texts; called for selection `k_center` only.
 
     Raises:
         DataError: There are too few examples, or too few categories for the partition.
     """
-    needed = budget + num_test + num_clients * examples_per_client
+    examples = source.examples
+    needed = prompts.budget + data.num_test + num_clients * data.examples_per_client
     if needed > len(examples):
         raise DataError(
-            f"prompts.budget {budget} + data.num_test {num_test} + {num_clients} clients x data.examples_per_client "
-            f"{examples_per_client} needs {needed} examples; data.source has {len(examples)}"
+            f"prompts.budget {prompts.budget} + data.num_test {data.num_test} + {num_clients} clients x "
+            f"data.examples_per_client {data.examples_per_client} needs {needed} examples, and there are "
+            f"{len(examples)}; {source.tally}"
         )
     names = sorted({example.category for example in examples})
     code = {name: index for index, name in enumerate(names)}
     category = np.array([code[example.category] for example in examples])
 
     shuffled = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SHUFFLE,))).permutation(len(examples))
-    test = proportional(shuffled, category)[:num_test]
+    test = proportional(shuffled, category)[: data.num_test]
     rest = _without(shuffled, test)
     private = private_shares(
         rest,
         category,
         names,
         num_clients=num_clients,
-        examples_per_client=examples_per_client,
-        partition=partition,
-        dirichlet_alpha=dirichlet_alpha,
+        examples_per_client=data.examples_per_client,
+        partition=data.partition,
+        dirichlet_alpha=data.dirichlet_alpha,
         random=np.random.SeedSequence(seed, spawn_key=(_PARTITION,)),
     )
     candidates = _without(rest, np.concatenate(private))[::-1]
     public = order_prompts(
         candidates,
         category,
-        budget=budget,
-        selection=selection,
+        budget=prompts.budget,
+        selection=prompts.selection,
         embed=lambda indices: embed([examples[index].prompt for index in indices]),
     )
 

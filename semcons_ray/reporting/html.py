@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -81,6 +82,7 @@ def render_report(run: Run) -> str:
         totals=totals(run),
         energy_note=energy_note(run.placement, run.ledger),
         figures=[{"svg": Markup(figure.svg), "figure": figure} for figure in draw_figures(run)],
+        tallies=run.tallies,
         answered=answered,
         config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         environment={key: value for key, value in run.environment.items() if not isinstance(value, (dict, list))},

@@ -20,6 +20,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from semcons_ray.data.losses import Tally
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
@@ -58,6 +59,7 @@ class Run:
         config: Every setting.
         environment: Versions and machine.
         placement: Workers and energy meters.
+        tallies: What of the data is not used.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     placement: dict[str, Any]
+    tallies: tuple[Tally, ...]
 
     @property
     def num_rounds(self) -> int:
@@ -124,6 +127,7 @@ def read_run(folder: Path) -> Run:
         config=config.model_dump(mode="json"),
         environment=_read_json(folder / "environment.json"),
         placement=_read_json(folder / "placement.json"),
+        tallies=opened.tallies(),
     )
 
 

@@ -42,6 +42,7 @@ from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measur
 from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
+from semcons_ray.runs.run_folder import RunFolder
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 NO_REVISIONS: Mapping[str, str] = {}
@@ -99,40 +100,35 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     return {name: pin for name, pin in pinned.items() if pin not in (name, config.data.source)}
 
 
-def prepare_data(config: ExperimentConfig, path: Path, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
-    """The division of data in `path`, made there first if it is missing.
+def prepare_data(
+    config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS
+) -> DataSplit:
+    """The division of data in a run's folder; made there first, with the count of what is left out, if it is missing.
 
     Args:
         revisions: See `pin_revisions`.
 
     Raises:
-        DataError: The data is missing, malformed or too small.
+        DataError: The data is missing, malformed or too small, or over half of it is left out.
     """
-    if path.is_file():
-        return read_split(path)
-    data, prompts = config.data, config.prompts
+    if folder.data.is_file():
+        return read_split(folder.data)
+    data = config.data
 
     def embed(texts: Sequence[str]) -> Tensor:
         from semcons_ray.modeling.embedding import Embedder
 
-        name = config.server.embedding_model
-        folder = resolve_model(revisions.get(name, name))
-        return Embedder(folder, batch_size=config.server.embedding_batch_size).embed(texts)
+        server = config.server
+        name = revisions.get(server.embedding_model, server.embedding_model)
+        return Embedder(resolve_model(name), batch_size=server.embedding_batch_size).embed(texts)
 
-    source = revisions.get(f"datasets/{data.source}", data.source)
-    split = divide(
-        load_examples(source, split=data.split, max_response_chars=data.max_response_chars),
-        num_clients=config.clients.num_clients,
-        examples_per_client=data.examples_per_client,
-        num_test=data.num_test,
-        budget=prompts.budget,
-        selection=prompts.selection,
-        partition=data.partition,
-        dirichlet_alpha=data.dirichlet_alpha,
-        seed=config.seed,
-        embed=embed,
-    )
-    write_split(split, path)
+    pinned = revisions.get(f"datasets/{data.source}", data.source)
+    source = load_examples(pinned, split=data.split, max_response_chars=data.max_response_chars)
+    folder.write_tallies([source.tally])
+    source.tally.check()
+    clients = config.clients.num_clients
+    split = divide(source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed)
+    write_split(split, folder.data)
     return split
 
 

@@ -50,7 +50,7 @@ class Observer(Protocol):
         ...
 
     def planned(self, text: str) -> None:
-        """The placement plan, a line a worker."""
+        """What is known before the work begins: what of the data is not used, and the placement, a line a worker."""
         ...
 
     def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
@@ -108,7 +108,9 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     observer.stage("reading data")
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
-    split = prepare_data(config, folder.data, revisions)
+    split = prepare_data(config, folder, revisions)
+    for tally in folder.tallies():
+        observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
     if config.algorithm.name == "centralized":
         split = pooled(split)
     observer.stage("finding models")

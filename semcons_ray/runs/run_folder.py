@@ -3,7 +3,7 @@
     config.yaml             every setting, with `auto` resolved
     environment.json        versions, machine, commits of hub models and data
     placement.json          workers, nodes and energy meters
-    data.parquet            who holds which example
+    data.parquet            who holds which example; data_report.json: what of the data is not used, by reason
     state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
     state/server_NNN        what the server takes from a round into the next; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py)
@@ -30,6 +30,7 @@ import msgspec
 import pandas as pd
 
 from semcons_ray.config import ExperimentConfig, dump_config, load_config
+from semcons_ray.data.losses import Tally
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import LedgerRow
 
@@ -123,6 +124,7 @@ class RunFolder:
         self.path = path
         self.state = path / "state"
         self.data = path / "data.parquet"
+        self.data_report = path / "data_report.json"
         self.adapters = path / "adapters"
 
     @classmethod
@@ -192,6 +194,23 @@ class RunFolder:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         self._write(name, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+    def tallies(self) -> tuple[Tally, ...]:
+        """What of the data is not used; nothing where a run began before it was counted.
+
+        Raises:
+            RunFolderError: The file is damaged.
+        """
+        if not self.data_report.is_file():
+            return ()
+        try:
+            return msgspec.json.decode(self.data_report.read_bytes(), type=tuple[Tally, ...])
+        except msgspec.MsgspecError as error:
+            raise RunFolderError(f"{self.data_report} is damaged ({error}); start the run again") from error
+
+    def write_tallies(self, tallies: Sequence[Tally]) -> None:
+        """Write what of the data is not used."""
+        self._write(self.data_report.name, msgspec.json.format(msgspec.json.encode(tallies), indent=2) + b"\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write a parquet file."""

