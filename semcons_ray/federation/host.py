@@ -97,6 +97,8 @@ class HostSpec:
                 max_length=self.model.max_length,
                 quantization=self.model.quantization,
                 system_prompt=self.model.system_prompt,
+                chat_template_kwargs=self.model.chat_template_kwargs,
+                template_date=self.model.template_date,
                 seed=self.seed,
             )
             prompts: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import NodeMeter, detect_meter, estimate_watts
+from semcons_ray.modeling.chat import ChatFormat, read_formats
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import resolve_model
@@ -98,12 +99,31 @@ def find_models(config: ExperimentConfig) -> dict[str, Path]:
     """Folder of each model, downloaded or converted if need be.
 
     Raises:
-        ModelError: A model cannot be found, or not be quantised for want of a package.
+        ModelError: A model cannot be found, or not be quantised for want of a package, or its tokenizer does not do.
+        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
     """
     check_quantization(config.model.quantization)
     folders = {name: Path(resolve_model(name)) for name in dict.fromkeys(config.client_models())}
+    chat_formats(config, folders)
     resolve_model(config.server.embedding_model)
     return folders
+
+
+def chat_formats(config: ExperimentConfig, folders: Mapping[str, Path]) -> dict[str, ChatFormat]:
+    """How each model writes questions and answers, from its tokenizer alone.
+
+    Raises:
+        ModelError: A tokenizer cannot be loaded, or it or its chat template does not do.
+        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
+    """
+    model = config.model
+    return read_formats(
+        folders,
+        max_length=model.max_length,
+        system_prompt=model.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        template_date=model.template_date,
+    )
 
 
 @contextlib.contextmanager
