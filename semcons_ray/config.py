@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -65,6 +66,9 @@ MOVING_AVERAGE = 0.5
 """What the adapter of before a round keeps in a client's moving average, where an algorithm has one."""
 
 _DEFAULT_MIN_VOTES = 2
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""What Llama 3.1's own chat template takes for today."""
 
 ANY_MODELS = ("semantic_consensus", "local_only")
 ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
@@ -146,7 +150,18 @@ class ModelConfig(Settings):
         "none", description="Bits of the frozen base weights, by bitsandbytes; adapters are not quantised."
     )
     max_length: int = Field(96, ge=8, description="Tokens an example is cut to.")
-    system_prompt: str = Field("", description="System prompt of the chat template; empty leaves it out.")
+    system_prompt: str = Field(
+        "", description="Goes before a question: as a turn of its own where the chat template takes one. Empty: none."
+    )
+    chat_template_kwargs: Section = Field(
+        default_factory=dict,
+        description="Passed to the chat template, as {enable_thinking: false}; chat_template names one of several.",
+    )
+    template_date: date = Field(
+        TEMPLATE_DATE,
+        description="What a chat template that asks for today's date is told, on whatever day, so that the same "
+        "settings give the same numbers.",
+    )
     lora: LoraConfig = LoraConfig()
 
 

@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -44,23 +44,60 @@ def write_data(path: Path) -> Path:
     return path
 
 
-def write_model(folder: Path, architecture: str = "llama", *, seed: int = 0, width: int = 32) -> Path:
-    """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template."""
+def train_tokenizer(
+    marks: tuple[str, ...] = ("<|pad|>", "<|im_start|>", "<|im_end|>"),
+    *,
+    eos: str | None = "<|im_end|>",
+    bos: str | None = None,
+    template: str | None = None,
+    frame: str | None = None,
+    spaces: str = "bytes",
+    texts: tuple[str, ...] = (),
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of the examples; the first mark pads.
+
+    Args:
+        marks: Special tokens, from id 0 on.
+        template: Its chat template.
+        frame: What it puts around a text, such as "<s> $A </s>".
+        spaces: "bytes", as GPT-2 and Llama 3 have it, or "prepended", as Llama 2 has it: a space before every text.
+        texts: More to train on.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    if spaces == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = [*"▁:?,.\n", *map(chr, range(ord("A"), ord("Z") + 1)), *map(chr, range(ord("a"), ord("z") + 1))]
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=list(marks), initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([row["prompt"] + " " + row["response"] for row in examples()], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
-    if architecture != "gemma3":
-        fast.chat_template = CHATML
-    fast.save_pretrained(folder)
-    ids = {"vocab_size": len(fast), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+    tokenizer.train_from_iterator([*(row["prompt"] + " " + row["response"] for row in examples()), *texts], trainer)
+    if frame:
+        ids = [(mark, tokenizer.token_to_id(mark)) for mark in frame.split() if mark != "$A"]
+        tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=ids)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=marks[0], eos_token=eos, bos_token=bos)
+    fast.chat_template = template
+    return fast
+
+
+def write_model(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    seed: int = 0,
+    width: int = 32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Path:
+    """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template."""
+    tokenizer = tokenizer or train_tokenizer(template=None if architecture == "gemma3" else CHATML)
+    tokenizer.save_pretrained(folder)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _build(architecture, {**SHAPE, "hidden_size": width, **ids}).save_pretrained(folder)

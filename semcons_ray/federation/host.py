@@ -99,6 +99,8 @@ class HostSpec:
                 max_length=self.model.max_length,
                 quantization=self.model.quantization,
                 system_prompt=self.model.system_prompt,
+                chat_template_kwargs=self.model.chat_template_kwargs,
+                template_date=self.model.template_date,
                 seed=self.seed,
             )
             ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus

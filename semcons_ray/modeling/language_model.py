@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,10 +31,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, get_scheduler
 
+from semcons_ray.config import TEMPLATE_DATE, LoraConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
-from semcons_ray.config import LoraConfig, Quantization, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
 from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.chat import ChatFormat
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
@@ -92,12 +94,14 @@ class LanguageModel:
         device: A torch device.
         quantization: Bits of the base weights.
         max_length: Tokens a prompt with its response is cut to.
-        system_prompt: Goes first in the chat template; empty leaves it out.
+        system_prompt: See `ChatFormat`.
+        chat_template_kwargs: Passed to the chat template.
+        template_date: See `ChatFormat`.
         seed: Decides the first adapter, equal for every client of this architecture (as averaging needs).
 
     Raises:
         ModelError: The model cannot be loaded, has no module that `lora.target_modules` names, or cannot be quantised
-            here.
+            here; or its tokenizer does not do, see `ChatFormat`.
     """
 
     def __init__(
@@ -110,12 +114,12 @@ class LanguageModel:
         max_length: int,
         quantization: Quantization = "none",
         system_prompt: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        template_date: date = TEMPLATE_DATE,
         seed: int = 0,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
-        self.max_length = max_length
-        self.system_prompt = system_prompt
         options = loading_options(quantization, dtype=dtype, device=device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
@@ -123,6 +127,15 @@ class LanguageModel:
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
             how = f" with model.quantization {quantization}" if quantization != "none" else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
+        self.chat = ChatFormat(
+            self.tokenizer,
+            name=name,
+            max_length=max_length,
+            system_prompt=system_prompt,
+            template_kwargs=chat_template_kwargs,
+            template_date=template_date,
+        )
+        self.ends = self.chat.ends(base.generation_config.eos_token_id)
         keep_trainable(base)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -265,7 +278,7 @@ class LanguageModel:
         Every prompt has random numbers of its own, so what it is batched with changes no draw.
         """
         self.load_adapter(adapter)
-        prompt_ids = self._all_prompt_ids(prompts)
+        prompt_ids = [self.chat.prompt_ids(prompt) for prompt in prompts]
         draws = generator.random((len(prompts), generation.max_new_tokens))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
         written: dict[int, list[int]] = {}
@@ -274,8 +287,7 @@ class LanguageModel:
                 batch = order[start : start + generation.batch_size]
                 rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
                 written |= zip(batch, rows, strict=True)
-        ends = self._eos_ids()
-        answers = [[token for token in written[i] if token not in ends] for i in range(len(prompts))]
+        answers = [[token for token in written[i] if token not in self.ends] for i in range(len(prompts))]
         return self.decode(answers), sum(map(len, written.values()))
 
     def engine_request(
@@ -286,17 +298,17 @@ class LanguageModel:
             self.export_adapter(adapter, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         return EngineRequest(
-            prompts=self._all_prompt_ids(prompts),
+            prompts=[self.chat.prompt_ids(prompt) for prompt in prompts],
             adapter=files,
             max_new_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
-            ends=self._eos_ids(),
+            ends=self.ends,
             seeds=generator.integers(2**62, size=len(prompts)).tolist(),
         )
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """Answers as texts."""
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        """Answers, without their ends, as texts."""
+        return [self.chat.answer(ids) for ids in answers]
 
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationSettings, draws: NDArray[np.float64]
@@ -307,7 +319,7 @@ class LanguageModel:
         """
         ids, mask, _, _ = self._collate([(text, 0) for text in texts], [1.0] * len(texts), pad_left=True)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache, ends = DynamicCache(config=self.model.config), self._eos_ids()
+        cache = DynamicCache(config=self.model.config)
         rows: list[list[int]] = [[] for _ in texts]
         going = [*range(len(texts))]
         for step in range(generation.max_new_tokens):
@@ -319,7 +331,7 @@ class LanguageModel:
             tokens = _chosen(output.logits[0].float(), generation.temperature, draws[:, step])
             for row, token in zip(going, tokens.tolist(), strict=False):
                 rows[row].append(token)
-            left = [place for place, row in enumerate(going) if rows[row][-1] not in ends]
+            left = [place for place, row in enumerate(going) if rows[row][-1] not in self.ends]
             going = [going[place] for place in left]
             if not self._goes_on(bool(going)):
                 break
@@ -356,8 +368,7 @@ class LanguageModel:
 
     def _scored_bytes(self, response: str, ids: list[int]) -> int:
         """Length of the response, as far as its ids go."""
-        is_whole = ids[-1] == self.tokenizer.eos_token_id
-        return len((response if is_whole else self.tokenizer.decode(ids)).encode())
+        return len((response if self.chat.ends_turn(ids) else self.tokenizer.decode(ids)).encode())
 
     # What ranks do together, where there are several: see sharded.py ------------------------------------------------
 
@@ -387,32 +398,9 @@ class LanguageModel:
 
     # Tokens -----------------------------------------------------------------------------------------------------
 
-    def _all_prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [self._cut(self._prompt_ids(prompt), self.max_length) for prompt in prompts]
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"])
-        turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        turns.append({"role": "user", "content": prompt})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _encode(self, pair: Pair) -> tuple[list[int], int]:
-        """Token ids of prompt, response and end, and how many of them are the prompt's; cut to max_length."""
-        prompt = self._prompt_ids(pair.prompt)
-        space = "" if self.tokenizer.chat_template else " "
-        response = self.tokenizer(space + pair.response, add_special_tokens=False)["input_ids"]
-        response = [*response, self.tokenizer.eos_token_id][: self.max_length // 2]
-        prompt = self._cut(prompt, self.max_length - len(response))
-        return [*prompt, *response], len(prompt)
-
-    def _cut(self, prompt: list[int], length: int) -> list[int]:
-        """The end of a prompt too long; a first token that marks the beginning of every text stays before it."""
-        if len(prompt) <= length:
-            return prompt
-        kept = 1 if prompt[0] == self.tokenizer.bos_token_id else 0
-        return prompt[:kept] + prompt[len(prompt) - length + kept :]
+        """See `ChatFormat.encode`."""
+        return self.chat.encode(pair.prompt, pair.response)
 
     def _collate(
         self, examples: Sequence[tuple[list[int], int]], weights: Sequence[float], *, pad_left: bool
@@ -443,11 +431,6 @@ class LanguageModel:
         """Hook before the output embedding: compute logits of the scored positions, (1, N, V), and no others."""
         hidden, scored, self._scored = inputs[0], self._scored, None
         return (hidden if scored is None else hidden[scored][None],)
-
-    def _eos_ids(self) -> list[int]:
-        configured = self.model.generation_config.eos_token_id
-        listed = configured if isinstance(configured, list) else [configured]
-        return sorted({self.tokenizer.eos_token_id, *(token for token in listed if token is not None)})
 
     @contextmanager
     def _beside(self, frozen: Adapter | None) -> Iterator[None]:

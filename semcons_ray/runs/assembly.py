@@ -37,6 +37,7 @@ from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
+from semcons_ray.modeling.chat import ChatFormat, read_formats
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import pin_model, resolve_model
@@ -139,12 +140,32 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
         revisions: See `pin_revisions`.
 
     Raises:
-        ModelError: A model cannot be found, or not be quantised for want of a package.
+        ModelError: A model cannot be found, or not be quantised for want of a package, or its tokenizer does not do.
+        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
     """
     check_quantization(config.model.quantization)
     names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
     folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
-    return {name: folders[name] for name in config.client_models()}
+    models = {name: folders[name] for name in config.client_models()}
+    chat_formats(config, models)
+    return models
+
+
+def chat_formats(config: ExperimentConfig, folders: Mapping[str, Path]) -> dict[str, ChatFormat]:
+    """How each model writes questions and answers, from its tokenizer alone.
+
+    Raises:
+        ModelError: A tokenizer cannot be loaded, or it or its chat template does not do.
+        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
+    """
+    model = config.model
+    return read_formats(
+        folders,
+        max_length=model.max_length,
+        system_prompt=model.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        template_date=model.template_date,
+    )
 
 
 @contextlib.contextmanager

@@ -86,6 +86,12 @@ def broken_model(place: Place, *, without: str = "", damage: str = "") -> list[s
     return place.run("--model.name", str(copy))
 
 
+def refusing_template(place: Place) -> list[str]:
+    arguments = broken_model(place)
+    (place.folder / "model/chat_template.jinja").write_text("{{ raise_exception('only with tools') }}")
+    return arguments
+
+
 ROW = json.dumps({"prompt": "p", "response": "r"}) + "\n"
 
 CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
@@ -148,6 +154,12 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: p.run("--model.lora.target_modules", "[nowhere]"),
         "model.lora.target_modules",
     ),
+    "a chat template that refuses": (refusing_template, "chat template fails (only with tools)"),
+    "a word that no chat template reads": (
+        lambda p: p.run("--model.chat_template_kwargs", "{enable_thought: false}"),
+        "model.chat_template_kwargs: enable_thought has no effect",
+    ),
+    "a day that is none": (lambda p: p.run("--model.template_date", "today"), "model.template_date"),
     "missing embedding model": (lambda p: p.run("--server.embedding_model", "/no/such"), "/no/such"),
     # placement
     "a model that does not fit": (lambda p: p.run("--resources.memory_limit_gib", "0.1"), "resources.memory_limit_gib"),

@@ -246,7 +246,7 @@ def test_a_cut_prompt_keeps_the_token_that_begins_every_text(tmp_path: Path) -> 
     prompt = "add one and two " * 20
     plain = model.tokenizer(f"Question: {prompt}\nAnswer:", add_special_tokens=False)["input_ids"]
     response = [*model.tokenizer(" it is 3", add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
-    assert model._prompt_ids(prompt) == [1, *plain]
+    assert load(tmp_path, max_length=400).chat.prompt_ids(prompt) == [1, *plain]
     room = 16 - len(response) - 1
     assert model._encode(Pair(prompt, "it is 3")) == ([1, *plain[-room:], *response], 1 + room)
     assert ids_generated_from(model, prompt) == [1, *plain[-15:]]
@@ -263,11 +263,11 @@ def test_a_cut_prompt_without_such_a_token_is_its_end(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_fits_to_the_last_token_is_left_as_it_is(tmp_path: Path) -> None:
-    model = load(write_model_with_bos(tmp_path))
-    assert model._cut([1, 7, 8, 9], 4) == [1, 7, 8, 9]
-    assert model._cut([1, 7, 8, 9], 3) == [1, 8, 9]
-    assert model._cut([1, 7, 8, 9], 1) == [1]
-    assert model._cut([7, 8, 9, 1], 3) == [8, 9, 1]
+    chat = load(write_model_with_bos(tmp_path)).chat
+    assert chat._cut([1, 7, 8, 9], 4) == [1, 7, 8, 9]
+    assert chat._cut([1, 7, 8, 9], 3) == [1, 8, 9]
+    assert chat._cut([1, 7, 8, 9], 1) == [1]
+    assert chat._cut([7, 8, 9, 1], 3) == [8, 9, 1]
 
 
 def test_losses_a_few_rows_at_a_time_have_the_bits_of_all_at_once(

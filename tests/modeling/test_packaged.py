@@ -177,7 +177,7 @@ def test_a_converted_model_is_tied_and_begins_and_ends_as_it_should(tmp_path: Pa
     assert (
         loaded.model.get_output_embeddings().weight.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
     )
-    assert loaded._eos_ids() == [0, 2]
+    assert loaded.ends == [0, 2]
     ids, prompt = loaded._encode(Pair("Who?", "Lo"))
     assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 0)
     assert loaded.tokenizer.decode(ids[1:prompt]) == "Question: Who?\nAnswer:"
@@ -202,8 +202,8 @@ def test_a_packaged_model_knows_facts_and_learns(key: str, begins: str, ends: li
     except ModelError as error:
         pytest.skip(str(error))
     model = load(resolve_model(f"packaged:{key}"))
-    assert model.tokenizer.decode(model._prompt_ids("What is it?")).startswith(begins)
-    assert model._eos_ids() == ends
+    assert model.tokenizer.decode(model.chat.prompt_ids("What is it?")).startswith(begins)
+    assert model.ends == ends
     adapter, rng = model.fresh_adapter(), np.random.default_rng(0)
     answers, _ = model.generate(adapter, ["What is the capital of France?"], GenerationConfig(max_new_tokens=12), rng)
     assert "Paris" in answers[0]

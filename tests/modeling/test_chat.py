@@ -1,0 +1,409 @@
+"""The text that a model family expects, in small forms of the families' own chat templates."""
+
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from semcons_ray.config import ExperimentConfig, GenerationConfig, LoraConfig, dump_config, load_config
+from semcons_ray.errors import ConfigError, ModelError
+from semcons_ray.modeling.chat import ChatFormat, CutTexts, read_formats
+from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.packaged import CHATML, locate, resolve_model
+from tests.tiny import train_tokenizer, write_model
+
+QUESTION, ANSWER = "add one and two", "it is 3"
+REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+LEAVES_SYSTEM_OUT = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + CHATML
+TODAY = "<|im_start|>system\nToday: {{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+
+
+@dataclass(frozen=True)
+class Family:
+    """A chat template, and what its tokenizer has besides the pad token."""
+
+    template: str
+    marks: tuple[str, ...]
+    end: str
+    eos: str | None = None
+    bos: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def tokenizer(self, **settings: Any) -> PreTrainedTokenizerFast:
+        marks = ("<pad>", *self.marks)
+        return train_tokenizer(marks, eos=self.eos or self.end, bos=self.bos, template=self.template, **settings)
+
+
+LLAMA3 = Family(
+    "{{ bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] | trim }}{% set messages = messages[1:] %}"
+    "{% endif %}<|eot_id|>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    end="<|eot_id|>",
+    eos="<|end_of_text|>",
+    bos="<|begin_of_text|>",
+)
+GEMMA = Family(
+    "{{ bos_token }}" + REFUSES_SYSTEM + "{% for m in messages %}<start_of_turn>"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    end="<end_of_turn>",
+    eos="<eos>",
+    bos="<bos>",
+)
+PHI = Family(
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+    ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    end="<|end|>",
+    eos="<|endoftext|>",
+)
+MISTRAL = Family(
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+    ("<s>", "</s>", "[INST]", "[/INST]"),
+    end="</s>",
+    bos="<s>",
+)
+THOUGHT = "<think>\n\n</think>\n\n"
+QWEN3 = Family(
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% if loop.last %}{{ '" + THOUGHT + "' }}{% endif %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '" + THOUGHT + "' }}{% endif %}{% endif %}",
+    ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    end="<|im_end|>",
+)
+WITHOUT_THOUGHT = Family(QWEN3.template, QWEN3.marks, QWEN3.end, kwargs={"enable_thinking": False})
+CHANNELS = Family(
+    "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}"
+    "{{ '<|message|>' + m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+    end="<|return|>",
+)
+CHAT = Family(CHATML, ("<|im_start|>", "<|im_end|>"), end="<|im_end|>")
+FAMILIES = {
+    "ChatML": CHAT,
+    "Llama 3": LLAMA3,
+    "Gemma": GEMMA,
+    "Phi": PHI,
+    "Mistral": MISTRAL,
+    "Qwen 3": QWEN3,
+    "Qwen 3 without a thought": WITHOUT_THOUGHT,
+    "channels": CHANNELS,
+}
+
+
+def chat(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> ChatFormat:
+    return ChatFormat(tokenizer, name="m", **{"max_length": 400, **settings})
+
+
+def own_ids(tokenizer: PreTrainedTokenizerFast, *turns: tuple[str, str], **options: Any) -> list[int]:
+    """What the family's own flow gives, on the day that our runs have."""
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    today = date(2024, 7, 26).strftime
+    return list(
+        tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False, strftime_now=today, **options)
+    )
+
+
+@pytest.mark.parametrize("spaces", ["bytes", "prepended"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_those_of_the_family_s_own_flow_up_to_the_end_of_the_turn(name: str, spaces: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(spaces=spaces)
+    ours = chat(tokenizer, template_kwargs=family.kwargs)
+    prompt = own_ids(tokenizer, ("user", QUESTION), add_generation_prompt=True, **family.kwargs)
+    assert ours.prompt_ids(QUESTION) == prompt
+    ids, length = ours.encode(QUESTION, ANSWER)
+    whole = own_ids(tokenizer, ("user", QUESTION), ("assistant", ANSWER), **family.kwargs)
+    end = tokenizer.convert_tokens_to_ids(family.end)
+    assert ids == whole[: len(ids)]
+    assert ids[:length] == prompt
+    assert ids[length:].index(end) == len(ids) - length - 1
+    assert whole[len(ids) :].count(end) == 0
+    assert ours.ends(None) == sorted({end, tokenizer.eos_token_id})
+    assert ours.ends([7, end]) == sorted({7, end, tokenizer.eos_token_id})
+    assert ours.ends_turn(ids)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_learnt_is_read_back_as_it_was(name: str) -> None:
+    tokenizer = FAMILIES[name].tokenizer()
+    ours = chat(tokenizer, template_kwargs=FAMILIES[name].kwargs)
+    ids, length = ours.encode(QUESTION, ANSWER)
+    assert ours.answer(ids[length:-1]) == ANSWER
+
+
+def test_what_leads_an_answer_in_is_not_part_of_it() -> None:
+    thinking, channels = QWEN3.tokenizer(), CHANNELS.tokenizer()
+    thought = "<think>\none and two\n</think>\n\nit is 3"
+    assert chat(thinking).answer(thinking(thought)["input_ids"]) == ANSWER
+    said = "<|channel|>analysis<|message|>one and two<|end|><|start|>assistant<|channel|>final<|message|>it is 3"
+    assert chat(channels).answer(channels(said)["input_ids"]) == ANSWER
+    assert chat(channels).answer(channels(ANSWER)["input_ids"]) == ANSWER
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "learnt"),
+    [
+        (THOUGHT, "", "it is 3"),
+        ("<think>\n", "", "\n</think>\n\nit is 3"),
+        ("<think>\n", "<think></think>", "</think>it is 3"),
+        (THOUGHT, "<think></think>", "it is 3"),
+    ],
+)
+def test_an_answer_is_learnt_behind_the_prompt_though_the_template_writes_it_elsewhere(
+    asked: str, given: str, learnt: str
+) -> None:
+    """It writes one thought, or none, before an answer given, and another before one asked for."""
+    template = CHATML.replace("<|im_start|>assistant\n", "{{ '<|im_start|>assistant\n" + asked + "' }}").replace(
+        "{{ message['content'] }}", "{% if loop.last and loop.index > 1 %}" + given + "{% endif %}{{ message['content'] }}"
+    )
+    tokenizer = Family(template, QWEN3.marks, end="<|im_end|>").tokenizer()
+    ours = chat(tokenizer)
+    ids, length = ours.encode(QUESTION, ANSWER)
+    assert ids[:length] == ours.prompt_ids(QUESTION)
+    assert tokenizer.decode(ids[:length]).endswith(f"<|im_start|>assistant\n{asked}")
+    assert tokenizer.decode(ids[length:]) == f"{learnt}<|im_end|>"
+    assert ours.answer(ids[length:-1]) == ANSWER
+    trims = Family(template.replace("['content'] }}", "['content'] | trim }}"), QWEN3.marks, end="<|im_end|>").tokenizer()
+    assert chat(trims).encode(QUESTION, " it is 3\n") == (ids, length)
+
+
+def test_a_template_may_do_nothing_where_an_answer_begins() -> None:
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer = Family(template, PHI.marks, end="<|end|>").tokenizer()
+    ids, length = chat(tokenizer).encode(QUESTION, ANSWER)
+    assert tokenizer.decode(ids[length:]) == "<|assistant|>it is 3<|end|>"
+    assert chat(tokenizer).answer(ids[length:-1]) == ANSWER
+
+
+def test_a_turn_without_a_mark_at_its_end_ends_with_the_sequence() -> None:
+    template = "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}\n\n{% endfor %}### assistant:"
+    tokenizer = Family(template, ("</s>",), end="</s>").tokenizer()
+    ids, length = chat(tokenizer).encode(QUESTION, ANSWER)
+    assert tokenizer.decode(ids[:length]) == "### user\nadd one and two\n\n### assistant:"
+    assert tokenizer.decode(ids[length:]) == "it is 3</s>"
+    assert chat(tokenizer).ends(None) == [tokenizer.eos_token_id]
+
+
+def test_a_blank_that_is_a_token_of_its_own_ends_nothing() -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n\n<|im_end|>{% endfor %}"
+    tokenizer = Family(template, ("<|im_start|>", "<|im_end|>", "\n\n"), end="<|im_end|>").tokenizer()
+    ids, _ = chat(tokenizer).encode(QUESTION, ANSWER)
+    assert tokenizer.decode(ids).endswith("it is 3\n\n<|im_end|>")
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM + CHATML, LEAVES_SYSTEM_OUT])
+def test_a_system_prompt_goes_before_the_question_where_there_is_no_system_turn(template: str) -> None:
+    tokenizer = Family(template, CHAT.marks, end=CHAT.end).tokenizer()
+    ours = chat(tokenizer, system_prompt="Be brief.")
+    both = "Be brief.\n\nadd one and two"
+    assert ours.prompt_ids(QUESTION) == own_ids(tokenizer, ("user", both), add_generation_prompt=True)
+    ids, _ = ours.encode(QUESTION, ANSWER)
+    assert ids == own_ids(tokenizer, ("user", both), ("assistant", ANSWER))[: len(ids)]
+
+
+@pytest.mark.parametrize("family", [CHAT, LLAMA3, PHI])
+def test_a_system_prompt_is_a_turn_where_there_is_one(family: Family) -> None:
+    tokenizer = family.tokenizer()
+    asked = own_ids(tokenizer, ("system", "Be brief."), ("user", QUESTION), add_generation_prompt=True)
+    assert chat(tokenizer, system_prompt="Be brief.").prompt_ids(QUESTION) == asked
+
+
+def test_a_base_model_gets_a_system_prompt_too() -> None:
+    tokenizer = train_tokenizer()
+    ids = chat(tokenizer, system_prompt="Be brief.").prompt_ids(QUESTION)
+    assert tokenizer.decode(ids) == "Be brief.\n\nQuestion: add one and two\nAnswer:"
+
+
+def test_the_date_is_the_same_on_any_day_and_can_be_set() -> None:
+    for family in (LLAMA3, Family(TODAY, CHAT.marks, end=CHAT.end)):
+        tokenizer = family.tokenizer()
+        assert "26 Jul 2024" in tokenizer.decode(chat(tokenizer).prompt_ids(QUESTION))
+        other = chat(tokenizer, template_date=date(2031, 2, 3))
+        assert "03 Feb 2031" in tokenizer.decode(other.prompt_ids(QUESTION))
+        assert "03 Feb 2031" in tokenizer.decode(other.encode(QUESTION, ANSWER)[0])
+    tokenizer = LLAMA3.tokenizer()
+    given = chat(tokenizer, template_kwargs={"date_string": "a Sunday"})
+    assert "Today Date: a Sunday" in tokenizer.decode(given.prompt_ids(QUESTION))
+
+
+def test_the_date_is_written_in_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {template_date: 2031-02-03, chat_template_kwargs: }")
+    config = load_config(tmp_path / "config.yaml")
+    assert config.model.template_date == date(2031, 2, 3)
+    assert config.model.chat_template_kwargs == {}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+    assert "template_date: '2024-07-26'" in dump_config(ExperimentConfig())
+    (tmp_path / "config.yaml").write_text("model: {template_date: tomorrow}")
+    with pytest.raises(ConfigError, match=r"model\.template_date"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_one_of_several_templates_is_chosen_by_its_name() -> None:
+    tokenizer = CHAT.tokenizer()
+    plain = chat(tokenizer).prompt_ids(QUESTION)
+    tokenizer.chat_template = {"default": CHATML, "dated": TODAY}
+    assert chat(tokenizer).prompt_ids(QUESTION) == plain
+    dated = chat(tokenizer, template_kwargs={"chat_template": "dated"})
+    assert "Today: 26 Jul 2024" in tokenizer.decode(dated.prompt_ids(QUESTION))
+    tokenizer.chat_template = {"plain": CHATML, "dated": TODAY}
+    with pytest.raises(ModelError, match=r"^model m: its chat template fails [^\n]*model\.chat_template_kwargs[^\n]*$"):
+        chat(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('never') }}", r"^model m: its chat template fails \(never\); [^\n]*model\.name$"),
+        ("{{ messages[0]['content'] + none }}", "its chat template fails"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "its chat template leaves the question out"),
+        ("{{ messages[0]['content'] }}", "its chat template leaves the answer out"),
+    ],
+)
+def test_a_template_that_does_not_do_is_refused(template: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        chat(Family(template, CHAT.marks, end=CHAT.end).tokenizer())
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused() -> None:
+    for template in (None, CHATML):
+        with pytest.raises(ModelError, match="has no eos_token"):
+            chat(train_tokenizer(eos=None, template=template))
+
+
+# Base models ----------------------------------------------------------------------------------------------------------
+
+BASE = {"marks": ("<pad>", "<s>", "</s>"), "eos": "</s>", "bos": "<s>"}
+
+
+@pytest.mark.parametrize("spaces", ["bytes", "prepended"])
+@pytest.mark.parametrize("frame", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_a_base_model_reads_and_learns_one_text_that_nothing_ends_but_its_end(frame: str | None, spaces: str) -> None:
+    tokenizer = train_tokenizer(**BASE, frame=frame, spaces=spaces)  # type: ignore[arg-type]
+    opening = [1] if frame and frame.startswith("<s>") else []
+    text = "Question: add one and two\nAnswer:"
+    prompt = [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    whole = [*opening, *tokenizer(f"{text} it is three", add_special_tokens=False)["input_ids"], 2]
+    assert chat(tokenizer).prompt_ids(QUESTION) == prompt
+    assert chat(tokenizer).encode(QUESTION, "it is three") == (whole, len(prompt))
+
+
+def test_a_token_over_the_boundary_is_taken_apart_into_the_same_text() -> None:
+    """"Answer: it" is one token here, which no prompt ends in the middle of."""
+    tokenizer = train_tokenizer(**BASE, spaces="prepended", texts=("\nAnswer: it is three",) * 500)  # type: ignore[arg-type]
+    together = tokenizer("\nAnswer: it", add_special_tokens=False)["input_ids"]
+    assert together[-1] not in tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"]
+    ours = chat(tokenizer)
+    ids, length = ours.encode(QUESTION, "it is three")
+    assert ids[:length] == ours.prompt_ids(QUESTION)
+    assert tokenizer.decode(ids[:-1]) == "Question: add one and two\nAnswer: it is three"
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[length:])) == "▁it▁is▁three</s>"
+
+
+# Cut texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_cut_texts_are_counted() -> None:
+    """Of 64 tokens at most 32 are a response's, with its end; a prompt has what is left."""
+    tokenizer = train_tokenizer(texts=(" x",) * 500)
+    ours = chat(tokenizer, max_length=64)
+
+    def of(asked: int, answered: int) -> tuple[str, str]:
+        overhead = len(chat(tokenizer).prompt_ids("")) - 1  # the last space of "Question: " begins the first word
+        return "x" + " x" * (asked - overhead - 1), " ".join(["x"] * answered)
+
+    lengths = [(50, 2), (61, 2), (62, 2), (32, 31), (33, 31), (32, 32), (32, 33), (33, 33)]
+    examples = [of(*length) for length in lengths]
+    for (asked, answered), example in zip(lengths, examples, strict=True):
+        ids, prompt = chat(tokenizer).encode(*example)
+        assert (prompt, len(ids) - prompt) == (asked, answered + 1)
+    assert [ours.count_cut([example]) for example in examples] == [
+        CutTexts(0, 0, 0), CutTexts(0, 0, 0), CutTexts(1, 0, 0), CutTexts(0, 0, 0),
+        CutTexts(1, 0, 0), CutTexts(0, 0, 1), CutTexts(0, 1, 1), CutTexts(1, 1, 1),
+    ]  # fmt: skip
+    assert ours.count_cut(examples) == CutTexts(3, 2, 3)
+    for example in examples:
+        ids, prompt = ours.encode(*example)
+        cut = ours.count_cut([example])
+        assert ours.ends_turn(ids[prompt:]) == (cut.ends == 0)
+        assert (ids[:prompt] == chat(tokenizer).encode(*example)[0][:prompt]) == (cut.prompts == 0)
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, **settings: Any) -> LanguageModel:
+    return LanguageModel(str(folder), lora=LoraConfig(), dtype="float32", device="cpu", max_length=64, **settings)
+
+
+def test_an_answer_stops_at_the_end_of_its_turn_in_either_engine(tmp_path: Path) -> None:
+    """The model's generation config names the end of sequence only, as that of some chat models does."""
+    tokenizer = GEMMA.tokenizer()
+    model = load(write_model(tmp_path, tokenizer=tokenizer))
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+
+    def says_end(_: torch.nn.Module, __: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor([end]), 1e9)
+
+    model.model.get_output_embeddings().register_forward_hook(says_end)
+    adapter, generation = model.fresh_adapter(), GenerationConfig(max_new_tokens=8)
+    assert model.generate(adapter, [QUESTION], generation, np.random.default_rng(0)) == ([""], 1)
+    request = model.engine_request(adapter, [QUESTION], generation, np.random.default_rng(0))
+    assert request.ends == [tokenizer.eos_token_id, end]
+    assert request.prompts == [own_ids(tokenizer, ("user", QUESTION), add_generation_prompt=True)]
+    score = model.negative_log_likelihood(adapter, [Pair(QUESTION, ANSWER)], 1)
+    assert score.num_bytes == len(ANSWER)
+    assert score.num_tokens == len(tokenizer(ANSWER)["input_ids"]) + 1
+
+
+def test_a_model_s_format_needs_its_tokenizer_only(tmp_path: Path) -> None:
+    WITHOUT_THOUGHT.tokenizer().save_pretrained(tmp_path / "thinks")
+    train_tokenizer().save_pretrained(tmp_path / "base")
+    folders = {name: tmp_path / name for name in ("thinks", "base")}
+    kwargs = {"enable_thinking": False}
+    formats = read_formats(folders, max_length=64, template_kwargs=kwargs)
+    expected = chat(WITHOUT_THOUGHT.tokenizer(), template_kwargs=kwargs)
+    assert formats["thinks"].encode(QUESTION, ANSWER) == expected.encode(QUESTION, ANSWER)
+    with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: enable_thought has no effect.*thinks, base"):
+        read_formats(folders, max_length=64, template_kwargs={"enable_thought": False})
+    with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: enable_thinking has no effect.*base"):
+        read_formats({"base": tmp_path / "base"}, max_length=64, template_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: messages cannot be chosen"):
+        read_formats(folders, max_length=64, template_kwargs={"messages": []})
+    with pytest.raises(ModelError, match="cannot load model none"):
+        read_formats({"none": tmp_path}, max_length=64)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("key", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"])
+def test_ids_of_a_packaged_model_are_those_of_its_own_flow(key: str) -> None:
+    try:
+        locate(key)
+    except ModelError as error:
+        pytest.skip(str(error))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(f"packaged:{key}"))
+    ids, length = chat(tokenizer).encode("What is the capital of France?", "Paris, of course.")
+    if tokenizer.chat_template is None:
+        text = "Question: What is the capital of France?\nAnswer: Paris, of course."
+        assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        return
+    turns = [("user", "What is the capital of France?"), ("assistant", "Paris, of course.")]
+    assert ids == own_ids(tokenizer, *turns)[: len(ids)]
+    assert ids[:length] == own_ids(tokenizer, turns[0], add_generation_prompt=True)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
