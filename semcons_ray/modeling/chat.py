@@ -34,16 +34,14 @@ _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought)>\s*$")
 
 @dataclass(frozen=True)
 class CutTexts:
-    """How many texts `max_length` cuts: prompts at their beginning, responses at their end.
+    """How many texts `max_length` cuts, none counted twice.
 
     Attributes:
-        prompts: Those that lose tokens.
-        responses: Those that lose tokens of what they say.
-        ends: Responses that lose their end of turn, those above among them: they are not taught to end.
+        prompts: Those of which only the prompt loses tokens, at its beginning.
+        ends: Those whose response loses its end of turn, and perhaps some of what it says: it is not taught to end.
     """
 
     prompts: int
-    responses: int
     ends: int
 
 
@@ -140,8 +138,7 @@ class ChatFormat:
         half = self._max_length // 2
         lengths = [(len(prompt), len(answer)) for prompt, answer in (self._whole(*example) for example in examples)]
         return CutTexts(
-            prompts=sum(prompt > self._max_length - min(answer, half) for prompt, answer in lengths),
-            responses=sum(answer - 1 > half for _, answer in lengths),
+            prompts=sum(answer <= half and prompt + answer > self._max_length for prompt, answer in lengths),
             ends=sum(answer > half for _, answer in lengths),
         )
 
@@ -149,7 +146,8 @@ class ChatFormat:
         """Ids of a prompt, and of what follows it with the end."""
         text = self._style.prompt(question)
         prompt = self._ids(text)
-        return prompt, [*self._following(text, prompt, self._style.rest(text, question, response)), *self._style.closing]
+        rest = self._style.rest(text, question, response)
+        return prompt, [*self._following(text, prompt, rest), *self._style.closing]
 
     def _following(self, text: str, ids: list[int], rest: str) -> list[int]:
         """Ids of `rest` behind `text`, which has `ids`: those of both together, from where `text` ends."""
@@ -210,13 +208,17 @@ class _TemplateStyle:
         if system_prompt and not self._shows_system_prompt():
             self._has_system_turn = False
         prompt, whole = self.prompt(QUESTION), self._conversation(QUESTION, ANSWER)
-        for kind, word, text in (("question", QUESTION, prompt), ("question", QUESTION, whole), ("answer", ANSWER, whole)):
+        shown = (("question", QUESTION, prompt), ("question", QUESTION, whole), ("answer", ANSWER, whole))
+        for kind, word, text in shown:
             if word not in text:
                 raise ModelError(f"model {name}: its chat template leaves the {kind} out; choose another model.name")
         beginning, _, self._after = whole.rpartition(ANSWER)
         self._lead = _lead(prompt, beginning)
         marks = _marks_in(self._lead, tokenizer)
-        self._lead_end, mark = marks[-1] if marks else (None, "")
+        self._lead_end: int | None = None
+        mark = ""
+        if marks:
+            self._lead_end, mark = marks[-1]
         self._lead_text = (self._lead.rpartition(mark)[2] if marks else self._lead).strip()
         ends = _marks_in(self._after, tokenizer)
         self.opening: list[int] = []
@@ -327,7 +329,7 @@ def _lead(prompt: str, beginning: str) -> str:
         prompt: A question as it is asked.
         beginning: A conversation with the same question, up to what its answer says.
     """
-    same = len(commonprefix([prompt, beginning]))
+    same = len(commonprefix([prompt, beginning]))  # noqa: RUF071 - of texts, letter by letter
     asked, given = prompt[same:], beginning[same:]
     if not asked.strip():
         return given

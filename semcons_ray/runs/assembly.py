@@ -13,6 +13,7 @@ from torch import Tensor
 
 from semcons_ray.config import AlgorithmConfig, ExperimentConfig
 from semcons_ray.consensus import Election
+from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.data.sources import load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
@@ -37,7 +38,7 @@ from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
-from semcons_ray.modeling.chat import ChatFormat, read_formats
+from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import pin_model, resolve_model
@@ -45,6 +46,7 @@ from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 from semcons_ray.runs.run_folder import RunFolder
 
+CUT = "texts cut at model.max_length"
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 NO_REVISIONS: Mapping[str, str] = {}
 
@@ -140,32 +142,41 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
         revisions: See `pin_revisions`.
 
     Raises:
-        ModelError: A model cannot be found, or not be quantised for want of a package, or its tokenizer does not do.
-        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
+        ModelError: A model cannot be found, or not be quantised for want of a package.
     """
     check_quantization(config.model.quantization)
     names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
     folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
-    models = {name: folders[name] for name in config.client_models()}
-    chat_formats(config, models)
-    return models
+    return {name: folders[name] for name in config.client_models()}
 
 
-def chat_formats(config: ExperimentConfig, folders: Mapping[str, Path]) -> dict[str, ChatFormat]:
-    """How each model writes questions and answers, from its tokenizer alone.
+def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> tuple[Tally, ...]:
+    """How many of the questions and answers each model sees cut, by its tokenizer alone.
 
     Raises:
         ModelError: A tokenizer cannot be loaded, or it or its chat template does not do.
         ConfigError: No chat template reads what `model.chat_template_kwargs` says.
     """
     model = config.model
-    return read_formats(
+    formats = read_formats(
         folders,
         max_length=model.max_length,
         system_prompt=model.system_prompt,
         template_kwargs=model.chat_template_kwargs,
         template_date=model.template_date,
     )
+    examples = [*(example for share in split.private for example in share), *split.public, *split.test]
+    texts = [(example.prompt, example.response) for example in examples]
+    raised = f"raise model.max_length from {model.max_length}, or use a smaller data.max_response_chars"
+    tallies = []
+    for name, chat in formats.items():
+        cut = chat.count_cut(texts)
+        counts = {
+            Reason(words="whose question loses its beginning", remedy=raised): cut.prompts,
+            Reason(words="whose answer loses its end", remedy=raised): cut.ends,
+        }
+        tallies.append(Tally.of(f"model {name}", f"{CUT} {model.max_length} tokens", len(texts), counts))
+    return tuple(tallies)
 
 
 @contextlib.contextmanager

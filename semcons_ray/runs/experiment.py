@@ -30,8 +30,10 @@ from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
 from semcons_ray.runs.assembly import (
+    CUT,
     Placement,
     cluster,
+    count_cut_texts,
     engines,
     find_models,
     parts,
@@ -109,12 +111,15 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
     split = prepare_data(config, folder, revisions)
-    for tally in folder.tallies():
-        observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
     if config.algorithm.name == "centralized":
         split = pooled(split)
     observer.stage("finding models")
     models = find_models(config, revisions)
+    cut = count_cut_texts(config, models, split)
+    folder.write_tallies([*(tally for tally in folder.tallies() if not tally.what.startswith(CUT)), *cut])
+    for tally in folder.tallies():
+        observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
+        tally.check()
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
         config = placement.config

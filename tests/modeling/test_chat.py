@@ -170,7 +170,8 @@ def test_an_answer_is_learnt_behind_the_prompt_though_the_template_writes_it_els
 ) -> None:
     """It writes one thought, or none, before an answer given, and another before one asked for."""
     template = CHATML.replace("<|im_start|>assistant\n", "{{ '<|im_start|>assistant\n" + asked + "' }}").replace(
-        "{{ message['content'] }}", "{% if loop.last and loop.index > 1 %}" + given + "{% endif %}{{ message['content'] }}"
+        "{{ message['content'] }}",
+        "{% if loop.last and loop.index > 1 %}" + given + "{% endif %}{{ message['content'] }}",
     )
     tokenizer = Family(template, QWEN3.marks, end="<|im_end|>").tokenizer()
     ours = chat(tokenizer)
@@ -179,7 +180,8 @@ def test_an_answer_is_learnt_behind_the_prompt_though_the_template_writes_it_els
     assert tokenizer.decode(ids[:length]).endswith(f"<|im_start|>assistant\n{asked}")
     assert tokenizer.decode(ids[length:]) == f"{learnt}<|im_end|>"
     assert ours.answer(ids[length:-1]) == ANSWER
-    trims = Family(template.replace("['content'] }}", "['content'] | trim }}"), QWEN3.marks, end="<|im_end|>").tokenizer()
+    trimming = template.replace("['content'] }}", "['content'] | trim }}")
+    trims = Family(trimming, QWEN3.marks, end="<|im_end|>").tokenizer()
     assert chat(trims).encode(QUESTION, " it is 3\n") == (ids, length)
 
 
@@ -334,15 +336,16 @@ def test_cut_texts_are_counted() -> None:
         ids, prompt = chat(tokenizer).encode(*example)
         assert (prompt, len(ids) - prompt) == (asked, answered + 1)
     assert [ours.count_cut([example]) for example in examples] == [
-        CutTexts(0, 0, 0), CutTexts(0, 0, 0), CutTexts(1, 0, 0), CutTexts(0, 0, 0),
-        CutTexts(1, 0, 0), CutTexts(0, 0, 1), CutTexts(0, 1, 1), CutTexts(1, 1, 1),
+        CutTexts(0, 0), CutTexts(0, 0), CutTexts(1, 0), CutTexts(0, 0),
+        CutTexts(1, 0), CutTexts(0, 1), CutTexts(0, 1), CutTexts(0, 1),
     ]  # fmt: skip
-    assert ours.count_cut(examples) == CutTexts(3, 2, 3)
+    assert ours.count_cut(examples) == CutTexts(2, 3)
     for example in examples:
         ids, prompt = ours.encode(*example)
         cut = ours.count_cut([example])
         assert ours.ends_turn(ids[prompt:]) == (cut.ends == 0)
-        assert (ids[:prompt] == chat(tokenizer).encode(*example)[0][:prompt]) == (cut.prompts == 0)
+        if not cut.ends:
+            assert (ids[:prompt] == chat(tokenizer).encode(*example)[0][:prompt]) == (cut.prompts == 0)
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
