@@ -3,18 +3,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+# A package index to take torch from, for another build of it than the default index has; counts when VENV is made.
+TORCH_INDEX ?=
+PYTHONS ?= python3.11 python3.12 python3.13
+ENGINE_TESTS = vllm or deepspeed or bitsandbytes
 
-.PHONY: run test check setup architectures vllm deepspeed clean
+.PHONY: run test test-engines test-install check setup architectures vllm deepspeed bitsandbytes clean
+.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.ready-dev ## Set up, and run the tests
-	$(VENV)/bin/pytest
+test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines
+	$(VENV)/bin/pytest -m "not ($(ENGINE_TESTS))"
+
+test-engines: ## Set up a second environment with vLLM, DeepSpeed and bitsandbytes, and run the tests that need them
+	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes
+	$(VENV)-engines/bin/python -m pytest -m "$(ENGINE_TESTS)" -p tests.no_skips
+
+test-install: ## Set up and run on each of PYTHONS as on a user's machine; by hand, as it downloads 4 GB a Python
+	failed=0; for python in $(PYTHONS); do .ci/install "$$python" || failed=1; done; exit $$failed
 
 check: $(VENV)/.ready-dev ## Style, types and layers
 	$(VENV)/bin/ruff check .
@@ -32,9 +44,14 @@ vllm: $(VENV)/.ready ## Install vLLM for CPUs, for generation.engine; on a GPU m
 deepspeed: $(VENV)/.ready ## Install DeepSpeed, for models divided among devices
 	$(PIP) install --no-deps --requirement requirements-deepspeed.lock
 
+bitsandbytes: $(VENV)/.ready ## Install bitsandbytes, for model.quantization
+	$(PIP) install --no-deps --requirement requirements-bitsandbytes.lock
+
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+# torch with what it depends on: CUDA's libraries, which differ by platform; the lock holds all else.
+	$(PIP) install --constraint requirements.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(PIP) install --no-deps --requirement requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
@@ -43,5 +60,5 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
 	$(PIP) install --no-deps --requirement requirements-dev.lock
 	touch $@
 
-clean: ## Remove the environment
-	rm -rf $(VENV)
+clean: ## Remove the environments
+	rm -rf $(VENV) $(VENV)-engines

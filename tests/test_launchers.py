@@ -117,14 +117,17 @@ def test_both_kuberay_files_describe_the_same_cluster() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["shellcheck", "slurm/semcons.sbatch"], ["hadolint", "docker/Dockerfile"]],
+    [
+        ["shellcheck", "cluster/slurm/semcons.sbatch", ".ci/as_user", ".ci/install", ".ci/resolve", ".ci/run"],
+        ["hadolint", "cluster/docker/Dockerfile"],
+    ],
     ids=["shellcheck", "hadolint"],
 )
 def test_linters_have_nothing_to_say(command: list[str]) -> None:
     tool = Path(sys.executable).with_name(command[0])
     if not tool.is_file():
         pytest.skip(f"{command[0]} is not installed; it is in requirements-dev.lock")
-    done = subprocess.run([tool, CLUSTER / command[1]], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -134,7 +137,6 @@ def test_the_images_copy_what_there_is() -> None:
     let_in = set(re.findall(r"^!(.*)$", (CLUSTER / "docker" / "Dockerfile.dockerignore").read_text(), re.MULTILINE))
     assert copied == let_in
     assert all((ROOT / name).exists() for name in copied)
-    assert set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE)) == {"base", "cpu", "cuda"}
 
 
 def test_no_file_holds_a_token() -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from semcons_ray import __version__
 from semcons_ray.config import describe_settings, load_config
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
 
 if TYPE_CHECKING:
     from semcons_ray.runs.experiment import Observer
@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = args.function(args)
     except SemconsError as error:
         return _fail(error)
+    except ImportError as error:  # torch without CUDA's libraries, for one
+        return _fail(UserError(f"{first_line(error)}; `semcons doctor` says what is missing"))
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"))

@@ -1,6 +1,7 @@
 """`semcons doctor`: what this machine offers an experiment, and what to do about what is missing.
 
-Cheap and offline: nothing heavy is imported, no model is loaded, and nothing is asked of a network.
+Cheap and offline: nothing heavy is imported but torch, in a process of its own, to see that it starts; no model is
+loaded, and nothing is asked of a network.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +61,7 @@ def diagnose() -> list[Check]:
     return [
         check_python(sys.version_info[:3]),
         *check_packages(declared_requirements(), package_versions),
+        *check_torch(versions),
         check_torchvision(versions),
         *check_hardware(gpus),
         check_cuda(gpus, cuda_fault()),
@@ -123,6 +126,22 @@ def check_packages(requirements: Sequence[Requirement], versions_of: Any) -> lis
         else:
             checks.append(Check(item.name, "ok", version, essential=True))
     return checks
+
+
+def check_torch(versions: Mapping[str, str]) -> list[Check]:
+    """Whether an installed torch starts: it may lack CUDA's libraries, which are packages of their own."""
+    if "torch" not in versions:
+        return []  # said of the package
+    code = "import torch; print('built', f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return [Check("import torch", "ok", f"works, {done.stdout.strip()}", essential=True)]
+    found = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    advice = (
+        f"pip install torch=={versions['torch'].partition('+')[0]}, without --no-deps: "
+        "CUDA's libraries are packages that it depends on"
+    )
+    return [Check("import torch", "missing", found, advice, essential=True)]
 
 
 def check_torchvision(versions: Mapping[str, str]) -> Check:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,19 @@ def test_help_of_run_lists_every_setting_with_its_default(capsys: pytest.Capture
         for name in [f"{section}.{key}" for key in names] if names else [section]:
             assert f"--{name}" in text
     assert "--algorithm.rule [medoid]" in text
+
+
+def test_without_cudas_libraries_one_line_points_to_doctor(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')")
+    done = subprocess.run(
+        [sys.executable, "-m", "semcons_ray.commands.cli", "run", "--out", str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "semcons: libcudnn.so.9: cannot open shared object file; `semcons doctor` says what is missing\n"
+    )
 
 
 def test_doctor_prints_checks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@ import io
 import os
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
@@ -15,6 +16,7 @@ from semcons_ray.commands.doctor import (
     check_packages,
     check_python,
     check_rapl,
+    check_torch,
     check_torchvision,
     diagnose,
     exit_code,
@@ -89,6 +91,21 @@ def test_packages_are_held_against_their_requirements():
 )
 def test_torchvision_beside_a_cpu_torch(versions, status):
     assert check_torchvision(versions).status == status
+
+
+def test_a_torch_that_cannot_load_cudas_libraries_is_said_with_the_remedy(tmp_path, monkeypatch):
+    cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    (check,) = check_torch({"torch": torch.__version__})
+    assert (check.status, check.found) == ("ok", f"works, built {cuda}")
+    (tmp_path / "torch.py").write_text(
+        "raise ImportError('libcudnn.so.9: cannot open shared object file: No such file or directory')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (check,) = check_torch({"torch": "2.13.0"})
+    assert check.found.endswith("libcudnn.so.9: cannot open shared object file: No such file or directory")
+    assert check.advice.startswith("pip install torch==2.13.0, without --no-deps")
+    assert exit_code([check]) == 1
+    assert check_torch({}) == []  # said of the package
 
 
 def test_bfloat16_is_judged_by_the_device_that_computes():

@@ -68,7 +68,7 @@ def measure(model: LanguageModel, case: str, out: Path) -> dict[str, Any]:
         "loss": tuned.loss,
         "tokens": tuned.tokens,
         "adapter": adapter,
-        "nll": model.negative_log_likelihood(adapter, PAIRS, 6, frozen=frozen),
+        "nll": tuple(model.negative_log_likelihood(adapter, PAIRS, 6, frozen=frozen)),  # plain, as torch.load takes it
         "answers": model.generate(adapter, prompts, greedy, rng(2), frozen=frozen),
         "drawn": model.generate(adapter, prompts, greedy.model_copy(update={"temperature": 1.0}), rng(3))[0],
     }

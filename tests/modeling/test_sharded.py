@@ -100,18 +100,20 @@ class TestRanks:
         for rank in ranks:
             assert rank[case]["held"] == [math.ceil(base / share)] * 2
 
-    @pytest.mark.filterwarnings("ignore")
-    def test_the_adapter_loads_in_plain_peft_and_scores_what_was_measured(
-        self, ranks: list[dict[str, Measured]], case: str, folder: Path, tiny_llama: Path
-    ) -> None:
-        if "algorithms" in case:
-            pytest.skip("scored with a frozen adapter beside it, which is not exported here")
-        plain = LanguageModel(str(tiny_llama), **SETTINGS)
-        plain.model = PeftModel.from_pretrained(plain.model.unload(), folder / case).eval()
-        plain._parameters = {}
-        nll, tokens, *_ = plain.negative_log_likelihood({}, PAIRS, 6)
-        assert tokens == ranks[0][case]["nll"][1]
-        assert nll == pytest.approx(ranks[0][case]["nll"][0], rel=1e-5)
+
+@pytest.mark.deepspeed
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [case for case in CASES if "algorithms" not in case])  # which score with two adapters
+def test_the_adapter_loads_in_plain_peft_and_scores_what_was_measured(
+    ranks: list[dict[str, Measured]], case: str, folder: Path, tiny_llama: Path
+) -> None:
+    plain = LanguageModel(str(tiny_llama), **SETTINGS)
+    plain.model = PeftModel.from_pretrained(plain.model.unload(), folder / case).eval()
+    plain._parameters = {}
+    nll, tokens, *_ = plain.negative_log_likelihood({}, PAIRS, 6)
+    assert tokens == ranks[0][case]["nll"][1]
+    assert nll == pytest.approx(ranks[0][case]["nll"][0], rel=1e-5)
 
 
 def test_without_deepspeed_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

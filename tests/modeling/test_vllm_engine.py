@@ -156,7 +156,7 @@ class TestReal:
             str(resolve_model(name)), lora=LoraConfig(), dtype="bfloat16", device="cpu", max_length=96
         )
         engine = EngineSpec("engine-0", name, "bfloat16", 1, 0.0, 120, 8, 3, 1 << 28).build("")
-        adapters = [trained(model, seed, 0.03) for seed in range(3)]
+        adapters = [trained(model, seed, 0.06) for seed in range(3)]
         draw = np.random.default_rng(0)
         requests = [model.engine_request(adapter, PROMPTS, GREEDY, draw) for adapter in adapters]
         replies = ask_all(engine, requests)
