@@ -47,7 +47,7 @@ class Decoding:
         if cache is None or not base._supports_default_dynamic_cache():
             return cls(None, positions, pads=False)
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
-        if base._is_stateful and kinds <= PADDED or any(kind.__module__ != DynamicLayer.__module__ for kind in kinds):
+        if (base._is_stateful and kinds <= PADDED) or any(kind.__module__ != DynamicLayer.__module__ for kind in kinds):
             return cls(None, positions, pads=False)  # its state is in its modules, or in layers that keep rows apart
         return cls(cache, positions, pads=kinds <= PADDED and positions)
 

@@ -41,8 +41,8 @@ def check_model(folder: Path, model: ModelConfig, generation: GenerationConfig, 
 def _check_adapter(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"model {name} holds an adapter (adapter_config.json), which would be left out: merge it into its base model "
-            "(PEFT's merge_and_unload, then save_pretrained, the tokenizer's too) and name that folder, or remove it"
+            f"model {name} holds an adapter (adapter_config.json), which would be left out: merge it into its base "
+            "(PEFT's merge_and_unload, then save_pretrained, the tokenizer's too) and name that folder, or take it away"
         )
 
 
@@ -52,7 +52,7 @@ def _check_kind(config: Any, name: str) -> None:
     flags |= {"is_causal": False, "causal": False, "use_bidirectional_attention": True}
     both_ways = any(getattr(config, flag, None) is value for flag, value in flags.items())
     if config.is_encoder_decoder or both_ways:
-        what = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder: it reads what it should foretell"
+        what = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder, which reads what follows too"
         raise ModelError(f"model {name} ({kind}) is {what}; model.name takes causal language models")
 
 
@@ -65,7 +65,8 @@ def _without_weights(config: Any, name: str) -> Any:
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
         raise ModelError(
-            f"model {name} ({config.model_type}) is no causal language model that transformers knows: {first_line(error)}"
+            f"model {name} ({config.model_type}) is not one of transformers' causal language models: "
+            f"{first_line(error)}"
         ) from error
     if base.config.get_text_config(decoder=True) is not base.config:
         raise ModelError(

@@ -48,7 +48,7 @@ Adjust = Callable[[Parameters], None]
 
 IGNORED = -100
 PADDING = 0
-"""Id of what fills up a batch. It is masked, so any serves that the embedding has; a tokenizer's own may lie outside."""
+"""Id of what fills up a batch. It is masked, so any serves that the embedding has; a tokenizer's own may not be."""
 
 LENGTH_WINDOW = 8
 """Batches whose examples are sorted by length together: less padding, and batches still random."""
@@ -166,15 +166,16 @@ class LanguageModel:
 
     def _rehearse(self) -> None:
         """Train and answer once, so that what a family of models cannot do shows before any client works."""
+        pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
         one_step, two_tokens = TrainingConfig(batch_size=2, local_steps=1), GenerationSettings(max_new_tokens=2)
         try:
-            self.fine_tune(self.fresh_adapter(), [Pair("a", "b"), Pair("a b a", "b a")], one_step, np.random.default_rng(0))
-            self.generate(self.fresh_adapter(), ["a", "a b a"], two_tokens, np.random.default_rng(0))
+            self.fine_tune(self.fresh_adapter(), pairs, one_step, generator)
+            self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], two_tokens, generator)
         except SemconsError:
             raise
         except Exception as error:  # whatever the model's own code raises
-            kind = type(error).__name__
-            raise ModelError(f"model {self.name} cannot be trained and asked here: {kind}: {first_line(error)}") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(f"model {self.name} cannot be trained and asked here: {why}") from error
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -324,13 +325,13 @@ class LanguageModel:
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
         ids, mask, _, _ = self._collate([(text, 0) for text in texts], [1.0] * len(texts), pad_left=True)
-        written = self._decoding.begin(self.model.config, ids, mask)
+        growing = self._decoding.begin(self.model.config, ids, mask)
         rows: list[list[int]] = [[] for _ in texts]
         going = [*range(len(texts))]
         for step in range(generation.max_new_tokens):
-            self._scored = torch.zeros_like(written.ids, dtype=torch.bool)
+            self._scored = torch.zeros_like(growing.ids, dtype=torch.bool)
             self._scored[:, -1] = True
-            output = self.model(**written.inputs())
+            output = self.model(**growing.inputs())
             tokens = _chosen(output.logits[0].float(), generation.temperature, draws[:, step])
             for row, token in zip(going, tokens.tolist(), strict=False):
                 rows[row].append(token)
@@ -340,9 +341,9 @@ class LanguageModel:
                 break
             left = left or [0]  # a stand-in, for ranks that go on in step with others
             if len(left) < len(tokens):
-                written.keep(left)
+                growing.keep(left)
                 tokens, draws = tokens[left], draws[left]
-            written.append(tokens)
+            growing.append(tokens)
         return rows
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from semcons_ray.errors import ModelError, first_line
 MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 """Families whose kernels take the weights of `out_proj` past an adapter on it; PEFT refuses it there."""
 
+LINEAR = (torch.nn.Linear, Conv1D)
+
 OTHER_KINDS = ("Router", "GroupedLinear")
 """Ends of the names of classes that derive from a linear layer and compute something else."""
 
@@ -46,7 +48,8 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
         try:
-            return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=base.device.type == "meta")
+            on_meta = base.device.type == "meta"
+            return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
         except (ValueError, TypeError) as error:
             raise ModelError(f"model.lora.target_modules does not fit {name}: {first_line(error)}") from error
 
@@ -59,32 +62,31 @@ def _check_targets(base: Any, targets: Sequence[str], name: str) -> None:
         found = [module for path, module in modules.items() if _ends(path, target)]
         where = f"model.lora.target_modules: {target} "
         if not found and any(_ends(path, target) for path, _ in base.named_parameters()):
-            raise ModelError(f"{where}is no module of {name} but a tensor inside one; linear ones are {_listed(linear)}")
+            raise ModelError(f"{where}is no module of {name} but a tensor in one; linear ones are {_listed(linear)}")
         if not found:
-            near = difflib.get_close_matches(target, linear, n=1)
+            near = difflib.get_close_matches(target.lower(), linear, n=1)
             hint = f"did you mean {near[0]}?" if near else f"linear ones are {_listed(linear)}"
             raise ModelError(f"{where}names no module of {name}; {hint}")
         for module in found:
             if not _is_linear(module):
-                kind = type(module).__name__
-                raise ModelError(f"{where}is a {kind} of {name}, and adapters are for linear layers: {_listed(linear)}")
+                kind = f"is of kind {type(module).__name__} in {name}"
+                raise ModelError(f"{where}{kind}, and adapters are for linear layers: {_listed(linear)}")
 
 
 def _unfit(base: Any) -> list[str] | None:
-    """Paths of linear modules that no adapter can be on."""
-    return [
-        path
-        for path, module in base.named_modules()
-        if _is_linear(module) and (type(module).__name__.endswith(OTHER_KINDS) or base.config.model_type in MAMBA and _ends(path, "out_proj"))
-    ] or None
+    """Paths of modules that PEFT takes for linear ones, and that no adapter can be on."""
+    in_mamba = base.config.model_type in MAMBA
+    taken = [(path, module) for path, module in base.named_modules() if isinstance(module, LINEAR)]
+    unfit = [path for path, module in taken if not _is_linear(module) or (in_mamba and _ends(path, "out_proj"))]
+    return unfit or None
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, (torch.nn.Linear, Conv1D))
+    return isinstance(module, LINEAR) and not type(module).__name__.endswith(OTHER_KINDS)
 
 
 def _ends(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
+    return path == target or path.endswith(f".{target}")
 
 
 def _listed(names: set[str]) -> str:

@@ -9,6 +9,9 @@ from typing import Any
 
 from semcons_ray.errors import ModelError, first_line
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""What transformers loads: the first that is there."""
+
 
 def read_config(folder: Path) -> Any:
     """The configuration, as transformers has it: its names for what families call otherwise (n_embd, d_model ...).
@@ -37,8 +40,8 @@ def read_shapes(folder: Path, config: Any) -> dict[str, list[int]]:
 
 def _weight_files(folder: Path, config: Any) -> list[Path]:
     named = getattr(config, "transformers_weights", None)
-    for file in [folder / name for name in ([named] if named else ["model.safetensors", "model.safetensors.index.json"])]:
-        if file.is_file():
+    for name in [named] if named else WEIGHTS:
+        if (file := folder / name).is_file():
             return [file] if file.suffix == ".safetensors" else _listed_in(file)
     raise ModelError(f"model {folder}: no model.safetensors file; weights in other formats are not loaded")
 

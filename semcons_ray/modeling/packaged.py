@@ -140,9 +140,7 @@ def _downloaded(name: str) -> str:
     repository, _, revision = name.partition("@")
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     with _on_the_hub(name):
-        return snapshot_download(
-            repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=COPIES
-        )
+        return snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=COPIES)
 
 
 @contextmanager

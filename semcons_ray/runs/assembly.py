@@ -104,9 +104,7 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     return {name: pin for name, pin in pinned.items() if pin not in (name, config.data.source)}
 
 
-def prepare_data(
-    config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS
-) -> DataSplit:
+def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
     """The division of data in a run's folder; made there first, with the count of what is left out, if it is missing.
 
     Args:
