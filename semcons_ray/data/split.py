@@ -55,6 +55,10 @@ class DataSplit:
     public: tuple[Example, ...]
     test: tuple[Example, ...]
 
+    def examples(self) -> list[Example]:
+        """Everybody's."""
+        return [*(example for share in self.private for example in share), *self.public, *self.test]
+
 
 def divide(
     source: DataSet,

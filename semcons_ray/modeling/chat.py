@@ -287,7 +287,7 @@ def read_formats(
         ConfigError: A name in `template_kwargs` is one that no model's chat template reads.
         ModelError: A tokenizer cannot be loaded; and see `ChatFormat`.
     """
-    tokenizers = {name: _load(name, folder) for name, folder in folders.items()}
+    tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
     _check_kwargs(template_kwargs or {}, tokenizers)
     return {
         name: ChatFormat(
@@ -302,11 +302,16 @@ def read_formats(
     }
 
 
-def _load(name: str, folder: Path) -> Any:
+def load_tokenizer(name: str, folder: Path) -> Any:
+    """The tokenizer of a model, by its folder.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
         raise ModelError(f"cannot load model {name}: its tokenizer: {first_line(error)}") from error
 

@@ -3,22 +3,34 @@
 Answers arrive in any order and repeat between clients and rounds, and a run may resume with an empty cache. So a
 text's vector must not depend on what it was batched with: every batch has a fixed number of rows, and a padded
 length that depends on the text only. Then each row is computed by the same kernels in the same order, whatever
-the other rows hold.
+the other rows hold. Models that take more than what a tokenizer of transformers makes of a text (static embeddings,
+bags of words, a prompt before each text ...) are given texts one at a time.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from semcons_ray.errors import ModelError, first_line
 
+logger = logging.getLogger(__name__)
+
 SHORTEST_LENGTH = 16
+LONGEST_LENGTH = 512
+"""Tokens a text is cut to by a model that does not say how many it takes."""
+
+SAMPLES = ("", " A sample, of 2 sentences.  The other. ")
+"""What a model is tried on before it is trusted."""
+
 MAX_CACHED = 20_000
 """Texts whose vectors are kept, the last used ones: 40 MB of them at 384 dimensions."""
 
@@ -32,24 +44,30 @@ class Embedder:
         device: A torch device.
 
     Raises:
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or its vectors are not numbers.
     """
 
     def __init__(self, name: str, *, batch_size: int = 16, device: str = "cpu") -> None:
-        try:
-            self.model = SentenceTransformer(name, device=device)
-        except Exception as error:  # the library raises many kinds; all mean the same to the user
-            raise ModelError(f"cannot load server.embedding_model {name}: {first_line(error)}") from error
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self._tokenizer: Any = self.model.tokenizer
-        self._longest = int(self.model.max_seq_length or 512)
         self._cache: dict[str, Tensor] = {}
+        try:
+            self.model = SentenceTransformer(name, device=device)
+            self._prompt = self.model.prompts.get(self.model.default_prompt_name or "")
+            self._tokenizer = self._plain_tokenizer()
+            longest = self.model.max_seq_length or LONGEST_LENGTH
+            self._longest = LONGEST_LENGTH if math.isinf(longest) else int(longest)
+            tried = self._computed(SAMPLES)
+        except Exception as error:  # the library raises many kinds; all mean the same to the user
+            raise ModelError(f"cannot load server.embedding_model {name}: {first_line(error)}") from error
+        if not tried.isfinite().all():
+            raise ModelError(f"server.embedding_model {name} gives vectors that are not finite; choose another")
+        self._dimension = tried.shape[1]
 
     @property
     def dimension(self) -> int:
         """Length D of a vector."""
-        return int(self.model.get_embedding_dimension() or 0)
+        return self._dimension
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -67,25 +85,53 @@ class Embedder:
     def _compute(self, texts: Sequence[str]) -> None:
         if not texts:
             return
+        vectors = self._computed(texts)
+        is_finite = vectors.isfinite().all(dim=1)
+        if not is_finite.all():
+            lost = [text for text, finite in zip(texts, is_finite.tolist(), strict=True) if not finite]
+            logger.warning("%d texts have no finite vector, and so are like no other: %r ...", len(lost), lost[0][:80])
+        unit = torch.nn.functional.normalize(torch.where(is_finite[:, None], vectors, 0.0), dim=1)
+        for text, vector in zip(texts, unit, strict=True):
+            self._cache[text] = vector.clone()  # a view would keep its whole batch, padding rows and all
+
+    @torch.no_grad()
+    def _computed(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of any length, (N, D) float32."""
+        if self._tokenizer is None:
+            return torch.cat([self._forward(self.model.preprocess([text], prompt=self._prompt)) for text in texts])
         lengths = [
             len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self._longest)["input_ids"]
         ]
-        by_length: dict[int, list[str]] = defaultdict(list)
-        for text, length in zip(texts, lengths, strict=True):
-            by_length[self._padded(length)].append(text)
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for place, length in enumerate(lengths):
+            by_length[self._padded(length)].append(place)
+        vectors: dict[int, Tensor] = {}
         for length, group in sorted(by_length.items()):
             for start in range(0, len(group), self.batch_size):
-                rows = group[start : start + self.batch_size]
-                for text, vector in zip(rows, self._forward(rows, length), strict=False):
-                    self._cache[text] = vector.clone()  # a view would keep its whole batch, padding rows and all
+                places = group[start : start + self.batch_size]
+                rows = [texts[place] for place in places]
+                rows += [rows[-1]] * (self.batch_size - len(rows))
+                features = self._tokenizer(
+                    rows, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+                )
+                vectors |= zip(places, self._forward(features), strict=False)
+        return torch.stack([vectors[place] for place in range(len(texts))])
 
-    def _forward(self, rows: list[str], length: int) -> Tensor:
-        filled = rows + [rows[-1]] * (self.batch_size - len(rows))
-        features = self._tokenizer(
-            filled, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
-        vectors = self.model(dict(features))["sentence_embedding"].float()
-        return torch.nn.functional.normalize(vectors, dim=1)
+    def _forward(self, features: Mapping[str, Any]) -> Tensor:
+        moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in features.items()}
+        vectors: Tensor = self.model(moved)["sentence_embedding"]
+        return vectors.float()
+
+    def _plain_tokenizer(self) -> Any:
+        """The model's tokenizer, where all that the model takes is a text's ids and their mask; else None."""
+        tokenizer = getattr(self.model[0], "tokenizer", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.pad_token_id is None:
+            return None
+        for text in SAMPLES:
+            taken, made = self.model.preprocess([text], prompt=self._prompt), tokenizer([text], return_tensors="pt")
+            if any(key not in taken or not torch.equal(taken[key], value) for key, value in made.items()):
+                return None
+        return tokenizer
 
     def _padded(self, length: int) -> int:
         padded = SHORTEST_LENGTH

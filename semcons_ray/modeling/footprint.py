@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
-from typing import Any
 
 from semcons_ray.config import Quantization
-from semcons_ray.errors import ModelError
+from semcons_ray.modeling.dimensions import Dimensions
+from semcons_ray.modeling.model_folder import read_config, read_shapes
 
 PROCESS_BYTES = 600 << 20
 """A process that has imported torch, transformers and PEFT, and the libraries' caches, measured on Linux."""
@@ -43,6 +41,9 @@ cache, most of it copies of adapters for every token of a batch of prompts."""
 
 ENGINE_DEVICE_BYTES = 2 << 30
 """What an engine on a GPU takes beside weights and cache: its context, graphs and activations. Not measured yet."""
+
+EXPERTS = ".experts."
+"""In the names of weights of a mixture's experts."""
 
 LOSS_ROWS = 64
 """Rows of logits that are turned into losses at a time."""
@@ -127,6 +128,8 @@ def measure_footprint(
     for the backward pass, for each token and layer, at most 10 hidden vectors, 9 as wide as all attention heads, keys
     and values, 4 of the feed-forward width, and T attention weights of each head in float32. That is what a layer of
     Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. Each bound takes sequences as long as they may be.
+    Experts take a token's vector and give one back each, and their weights are kept once more; recurrent layers keep
+    and compute with what `Dimensions` says.
 
     On GPUs attention is one kernel, which computes its weights anew in the backward pass. It keeps no more than the
     mask, T numbers of the model's dtype, and the rest is 10, 6, keys and values, and 4; for models that are
@@ -137,32 +140,30 @@ def measure_footprint(
     come two float32 copies of `LOSS_ROWS` rows.
 
     Raises:
-        ModelError: The folder holds no safetensors weights or no readable config.json.
+        ModelError: The folder holds no safetensors weights, or no config.json that says how large the model is.
     """
-    shapes = _read_all_shapes(folder)
-    config = _read_config(folder)
-    width, layers = int(config.get("hidden_size", 0)), int(config.get("num_hidden_layers", 0))
-    feed_forward = int(config.get("intermediate_size", 4 * width))
-    heads = int(config.get("num_attention_heads") or 1)
-    head_width = int(config.get("head_dim") or width // heads)
-    key_values = 2 * int(config.get("num_key_value_heads") or heads) * head_width
-    vocabulary, size = int(config.get("vocab_size", 0)), _BYTES[dtype]
-    attention = heads * max_length * 4
-    vectors = 10 * width + 9 * heads * head_width + key_values
+    config = read_config(folder)
+    shapes, size = read_shapes(folder, config), _BYTES[dtype]
+    of = Dimensions.of(config)
+    attention = (3 if of.drops_attention else 1) * of.heads * max_length * 4
+    vectors = 10 * of.width + 9 * of.heads * of.head_width + of.key_values
     if device == "cuda":
         attention = max_length * size
-        vectors = 10 * width + 6 * heads * head_width + key_values
-        if config.get("model_type") in LLAMA_LIKE:
-            vectors = 6 * width + 4 * heads * head_width
-    kept = batch_size * max_length * layers * ((vectors + 4 * feed_forward) * size + attention)
-    cache = generation_batch_size * (max_length + max_new_tokens) * layers * key_values * size
+        vectors = 10 * of.width + 6 * of.heads * of.head_width + of.key_values
+        if config.model_type in LLAMA_LIKE:
+            vectors = 6 * of.width + 4 * of.heads * of.head_width
+    vectors += 4 * of.feed_forward + 2 * of.experts * of.width
+    kept = batch_size * max_length * of.layers * (vectors * size + attention)
+    kept += batch_size * of.padded(max_length) * (of.layers * of.state + of.working) * 4
+    kept += sum(prod(shape) for key, shape in shapes.items() if EXPERTS in key) * size
+    cache = generation_batch_size * (max_length + max_new_tokens) * of.layers * of.key_values * size
     learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
     tokenizer = folder / "tokenizer.json"
     return Footprint(
         weights=_weight_bytes(shapes, size, quantization),
         activations=max(kept, cache),
-        logits=vocabulary * rows,
+        logits=of.vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         largest=max(map(prod, shapes.values()), default=0) * size,
         loading=sum(sorted(map(prod, shapes.values()))[-LOADING_MATRICES:]) * size,
@@ -176,25 +177,10 @@ def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -
     Raises:
         ModelError: The folder holds no safetensors weights.
     """
-    weights = _weight_bytes(_read_all_shapes(folder), _BYTES[dtype], "none")
+    weights = _weight_bytes(read_shapes(folder, read_config(folder)), _BYTES[dtype], "none")
     if device == "cpu":
         return ENGINE_PROCESS_BYTES + weights + cache_bytes, 0
     return ENGINE_PROCESS_BYTES, weights + cache_bytes + ENGINE_DEVICE_BYTES
-
-
-def _read_all_shapes(folder: Path) -> dict[str, list[int]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"model {folder}: no .safetensors file; weights in other formats are not loaded")
-    return {key: shape for file in files for key, shape in _read_shapes(file).items()}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {folder}: cannot read config.json ({error})") from error
-    return dict(config.get("text_config") or config)
 
 
 def _weight_bytes(shapes: Mapping[str, Sequence[int]], size: int, quantization: Quantization) -> int:
@@ -210,14 +196,3 @@ def _weight_bytes(shapes: Mapping[str, Sequence[int]], size: int, quantization: 
     quantised = sum(matrices)
     working = max(matrices, default=0) * size
     return (parameters - quantised) * size + int(quantised * _QUANTIZED_BYTES[quantization]) + working
-
-
-def _read_shapes(file: Path) -> dict[str, list[int]]:
-    # https://huggingface.co/docs/safetensors: 8 bytes of header length, then the header as JSON
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"model file {file} is damaged: {error}") from error
-    return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}

@@ -23,21 +23,22 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from semcons_ray.config import TEMPLATE_DATE, LoraConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
-from semcons_ray.errors import ModelError, first_line
+from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import ChatFormat
+from semcons_ray.modeling.decoding import Decoding
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
+from semcons_ray.modeling.lora import attach_adapter
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
 Value = TypeVar("Value")
@@ -46,6 +47,9 @@ Adjust = Callable[[Parameters], None]
 """What an algorithm does to the gradients of float32 masters, before they are clipped and a step is taken."""
 
 IGNORED = -100
+PADDING = 0
+"""Id of what fills up a batch. It is masked, so any serves that the embedding has; a tokenizer's own may not be."""
+
 LENGTH_WINDOW = 8
 """Batches whose examples are sorted by length together: less padding, and batches still random."""
 
@@ -122,7 +126,7 @@ class LanguageModel:
         self.device = torch.device(device)
         options = loading_options(quantization, dtype=dtype, device=device)
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             base = self._load_base(name, getattr(torch, dtype), **options)
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
             how = f" with model.quantization {quantization}" if quantization != "none" else ""
@@ -137,25 +141,13 @@ class LanguageModel:
         )
         self.ends = self.chat.ends(base.generation_config.eos_token_id)
         keep_trainable(base)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._scored: Tensor | None = None
-        base.get_output_embeddings().register_forward_pre_hook(self._only_scored)
-        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-        peft_config = PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=name,
-        )
+        self._decoding = Decoding.of(base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            try:
-                model = get_peft_model(base, peft_config, autocast_adapter_dtype=False)
-            except ValueError as error:
-                raise ModelError(f"model.lora.target_modules does not fit {name}: {first_line(error)}") from error
+            model = attach_adapter(base, lora, name)
+        self._scored: Tensor | None = None
+        # After the adapter, which may be on the output embedding and wrap it.
+        base.get_output_embeddings().register_forward_pre_hook(self._only_scored)
         self._parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
         self._fresh = {key: value.detach().float().cpu().clone() for key, value in self._parameters.items()}
         # float16 gradients underflow without loss scaling; an adapter in float32 is cheap.
@@ -163,13 +155,27 @@ class LanguageModel:
         for value in self._parameters.values():
             value.data = value.data.to(self._compute_dtype)
         self.model: Any = model.to(self.device).eval()
-        self._peft_config = peft_config
+        self._peft_config = model.active_peft_config
         self._scaling = lora.alpha / lora.rank
+        self._rehearse()
 
     @property
     def writes(self) -> bool:
         """Whether this process is the one that writes what a client leaves on disk."""
         return True
+
+    def _rehearse(self) -> None:
+        """Train and answer once, so that what a family of models cannot do shows before any client works."""
+        pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
+        one_step, two_tokens = TrainingConfig(batch_size=2, local_steps=1), GenerationSettings(max_new_tokens=2)
+        try:
+            self.fine_tune(self.fresh_adapter(), pairs, one_step, generator)
+            self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], two_tokens, generator)
+        except SemconsError:
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(f"model {self.name} cannot be trained and asked here: {why}") from error
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -199,8 +205,10 @@ class LanguageModel:
         config = copy.copy(self._peft_config)
         config.r, config.lora_alpha = rank, self._scaling * rank
         config.inference_mode = True
+        # Else an adapter on the output embedding would take the whole embedding along.
+        tensors = get_peft_model_state_dict(self.model, adapter, save_embedding_layers=False)
         save_file(
-            {key: value.contiguous() for key, value in get_peft_model_state_dict(self.model, adapter).items()},
+            {key: value.contiguous() for key, value in tensors.items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
@@ -283,8 +291,7 @@ class LanguageModel:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
         written: dict[int, list[int]] = {}
         with self._beside(frozen):
-            for start in range(0, len(order), generation.batch_size):
-                batch = order[start : start + generation.batch_size]
+            for batch in self._decoding.batches(order, [len(ids) for ids in prompt_ids], generation.batch_size):
                 rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
                 written |= zip(batch, rows, strict=True)
         answers = [[token for token in written[i] if token not in self.ends] for i in range(len(prompts))]
@@ -318,16 +325,13 @@ class LanguageModel:
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
         ids, mask, _, _ = self._collate([(text, 0) for text in texts], [1.0] * len(texts), pad_left=True)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        growing = self._decoding.begin(self.model.config, ids, mask)
         rows: list[list[int]] = [[] for _ in texts]
         going = [*range(len(texts))]
         for step in range(generation.max_new_tokens):
-            self._scored = torch.zeros_like(ids, dtype=torch.bool)
+            self._scored = torch.zeros_like(growing.ids, dtype=torch.bool)
             self._scored[:, -1] = True
-            output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            output = self.model(**growing.inputs())
             tokens = _chosen(output.logits[0].float(), generation.temperature, draws[:, step])
             for row, token in zip(going, tokens.tolist(), strict=False):
                 rows[row].append(token)
@@ -336,11 +340,10 @@ class LanguageModel:
             if not self._goes_on(bool(going)):
                 break
             left = left or [0]  # a stand-in, for ranks that go on in step with others
-            if len(left) < len(mask):
-                cache.batch_select_indices(torch.tensor(left, device=self.device))
-                tokens, mask, positions, draws = tokens[left], mask[left], positions[left], draws[left]
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            if len(left) < len(tokens):
+                growing.keep(left)
+                tokens, draws = tokens[left], draws[left]
+            growing.append(tokens)
         return rows
 
     @torch.no_grad()
@@ -377,7 +380,13 @@ class LanguageModel:
         return [value]
 
     def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        base, read = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+        if missing := sorted(read["missing_keys"]):  # transformers fills them with random numbers
+            others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ModelError(f"its files hold no {missing[0]}{others}, which a {type(base).__name__} has")
+        return base
 
     def _optimizer(
         self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor], num_steps: int
@@ -407,7 +416,7 @@ class LanguageModel:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids, attention mask and labels, each (B, T), and weights (B,); labels are IGNORED on prompt and padding."""
         longest = max(len(ids) for ids, _ in examples)
-        ids = torch.full((len(examples), longest), self.tokenizer.pad_token_id)
+        ids = torch.full((len(examples), longest), PADDING)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for row, (tokens, prompt) in enumerate(examples):
             where = slice(longest - len(tokens), longest) if pad_left else slice(0, len(tokens))

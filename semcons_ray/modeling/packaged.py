@@ -29,6 +29,12 @@ logger = logging.getLogger(__name__)
 PREFIX = "packaged:"
 LOCAL = ("/", "./", "../", "~")
 
+DESCRIPTIONS = ("config.json", "modules.json", "adapter_config.json")
+"""One of which is in the folder of a model, of an embedder of several modules, or of an adapter."""
+
+COPIES = ["original/*", "consolidated*", "*.fp16.safetensors", "onnx/*", "openvino/*"]
+"""The same weights in other forms, which are not loaded."""
+
 # SmolLM2's own template puts a 20-token system prompt before every question, a third of the work on short
 # questions. This is the same ChatML without it; a system prompt that is passed still goes in.
 CHATML = (
@@ -106,8 +112,8 @@ def resolve_model(name: str) -> str:
         return str(parts[0] if sha256 is None else _converted(key, parts, sha256))
     if name.startswith(LOCAL):
         folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model {name}: no config.json there; give a folder that save_pretrained wrote")
+        if not any((folder / file).is_file() for file in DESCRIPTIONS):
+            raise ModelError(f"model {name}: no {DESCRIPTIONS[0]} there; give a folder that save_pretrained wrote")
         return str(folder)
     return _downloaded(name)
 
@@ -134,7 +140,7 @@ def _downloaded(name: str) -> str:
     repository, _, revision = name.partition("@")
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     with _on_the_hub(name):
-        return snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+        return snapshot_download(repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=COPIES)
 
 
 @contextmanager

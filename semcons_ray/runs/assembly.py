@@ -40,6 +40,7 @@ from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_met
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.engine import Engine
+from semcons_ray.modeling.fit import check_model
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
@@ -103,9 +104,7 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     return {name: pin for name, pin in pinned.items() if pin not in (name, config.data.source)}
 
 
-def prepare_data(
-    config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS
-) -> DataSplit:
+def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
     """The division of data in a run's folder; made there first, with the count of what is left out, if it is missing.
 
     Args:
@@ -165,8 +164,7 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
         template_kwargs=model.chat_template_kwargs,
         template_date=model.template_date,
     )
-    examples = [*(example for share in split.private for example in share), *split.public, *split.test]
-    texts = [(example.prompt, example.response) for example in examples]
+    texts = [(example.prompt, example.response) for example in split.examples()]
     raised = f"raise model.max_length from {model.max_length}, or use a smaller data.max_response_chars"
     tallies = []
     for name, chat in formats.items():
@@ -177,6 +175,17 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
         }
         tallies.append(Tally.of(f"model {name}", f"{CUT} {model.max_length} tokens", len(texts), counts))
     return tuple(tallies)
+
+
+def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> None:
+    """See that the models can do what the run asks of them.
+
+    Raises:
+        ModelError: One can't; says what to change.
+    """
+    texts = [text for example in split.examples() for text in (example.prompt, example.response)]
+    for name, folder in folders.items():
+        check_model(folder, config.model.model_copy(update={"name": name}), config.generation, texts)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from semcons_ray.metering.ledger import LedgerRow, idle_rows
 from semcons_ray.runs.assembly import (
     CUT,
     Placement,
+    check_models,
     cluster,
     count_cut_texts,
     engines,
@@ -115,6 +116,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         split = pooled(split)
     observer.stage("finding models")
     models = find_models(config, revisions)
+    check_models(config, models, split)
     cut = count_cut_texts(config, models, split)
     folder.write_tallies([*(tally for tally in folder.tallies() if not tally.what.startswith(CUT)), *cut])
     for tally in folder.tallies():

@@ -1,0 +1,120 @@
+"""Whether a model can do what a run asks of it, before anything is loaded: from its folder, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from semcons_ray.config import GenerationConfig, ModelConfig
+from semcons_ray.errors import ModelError, first_line
+from semcons_ray.modeling.chat import load_tokenizer
+from semcons_ray.modeling.model_folder import read_config
+
+CAUSAL_WITHOUT_FLAG = {"gpt_neox", "gpt_neox_japanese"}
+"""Families whose `is_decoder` says no, though they read from left to right."""
+
+
+def check_model(folder: Path, model: ModelConfig, generation: GenerationConfig, texts: Sequence[str]) -> None:
+    """Check the model `model.name`, which is in `folder`.
+
+    Args:
+        texts: All that the model is going to read of the data.
+
+    Raises:
+        ModelError: It is no causal language model of text alone, the folder holds an adapter, the adapter to be trained
+            does not fit it, its positions are too few, or its tokenizer is missing or does not fit it. One line, that
+            says what to change.
+    """
+    name = model.name
+    _check_adapter(folder, name)
+    config = read_config(folder)
+    _check_kind(config, name)
+    base = _without_weights(config, name)
+    _check_positions(config, model, generation)
+    _check_tokenizer(folder, base.get_input_embeddings().weight.shape[0], name, texts)
+    from semcons_ray.modeling.lora import attach_adapter
+
+    attach_adapter(base, model.lora, name)
+
+
+def _check_adapter(folder: Path, name: str) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model {name} holds an adapter (adapter_config.json), which would be left out: merge it into its base "
+            "(PEFT's merge_and_unload, then save_pretrained, the tokenizer's too) and name that folder, or take it away"
+        )
+
+
+def _check_kind(config: Any, name: str) -> None:
+    kind = config.model_type
+    flags = {} if kind in CAUSAL_WITHOUT_FLAG else {"is_decoder": False}
+    flags |= {"is_causal": False, "causal": False, "use_bidirectional_attention": True}
+    both_ways = any(getattr(config, flag, None) is value for flag, value in flags.items())
+    if config.is_encoder_decoder or both_ways:
+        what = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder, which reads what follows too"
+        raise ModelError(f"model {name} ({kind}) is {what}; model.name takes causal language models")
+
+
+def _without_weights(config: Any, name: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
+        raise ModelError(
+            f"model {name} ({config.model_type}) is not one of transformers' causal language models: "
+            f"{first_line(error)}"
+        ) from error
+    if base.config.get_text_config(decoder=True) is not base.config:
+        raise ModelError(
+            f"model {name} ({config.model_type}) takes more than text; model.name takes models of text alone, which "
+            "many families have beside these"
+        )
+    return base
+
+
+def _check_positions(config: Any, model: ModelConfig, generation: GenerationConfig) -> None:
+    limit, needed = _positions(config.get_text_config(decoder=True)), model.max_length + generation.max_new_tokens
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"model {model.name} has {limit} positions, and model.max_length {model.max_length} + "
+            f"generation.max_new_tokens {generation.max_new_tokens} are {needed}; lower one of them"
+        )
+
+
+def _positions(config: Any) -> int | None:
+    """The longest text that a model can read; None: there is no such limit."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    for scaled in rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]:
+        stretched = scaled.get("original_max_position_embeddings")
+        if stretched is None and scaled.get("rope_type") in ("dynamic", "yarn"):
+            stretched = limit
+        limit = max(limit, int((scaled.get("factor") or 1) * (stretched or 0)))
+    return int(limit)
+
+
+def _check_tokenizer(folder: Path, rows: int, name: str, texts: Sequence[str]) -> None:
+    """The tokens that texts can become must be in an embedding of so many rows; that of padding, which is masked, not.
+
+    Many models have tokens beyond theirs that only images or sounds become.
+    """
+    tokenizer = load_tokenizer(name, folder)
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ModelError(f"cannot load model {name}: no files of a tokenizer are in its folder")
+    added, always = tokenizer.get_added_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
+    seldom = set(added) - always
+    read = [str(tokenizer.chat_template), *texts]
+    for token in sorted(vocabulary.keys() - ({tokenizer.pad_token} - always), key=vocabulary.__getitem__):
+        index = vocabulary[token]
+        if index >= rows and (token not in seldom or any(token in text for text in read)):
+            raise ModelError(
+                f"model {name}: its tokenizer makes token {token!r} number {index}, and its embedding has {rows} rows; "
+                "resize it (resize_token_embeddings) and save the model again, or choose another model.name"
+            )

@@ -1,0 +1,93 @@
+"""Low-rank adapters on a base model: which modules get one, checked name by name."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from semcons_ray.config import LoraConfig
+from semcons_ray.errors import ModelError, first_line
+
+MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+"""Families whose kernels take the weights of `out_proj` past an adapter on it; PEFT refuses it there."""
+
+LINEAR = (torch.nn.Linear, Conv1D)
+
+OTHER_KINDS = ("Router", "GroupedLinear")
+"""Ends of the names of classes that derive from a linear layer and compute something else."""
+
+
+def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
+    """PEFT's model of `base` with one adapter, on the meta device if `base` is there.
+
+    Raises:
+        ModelError: `lora.target_modules` names nothing in `base`, or what is not a matrix.
+    """
+    targets: str | list[str] = lora.target_modules if isinstance(lora.target_modules, str) else [*lora.target_modules]
+    if not isinstance(targets, str):
+        _check_targets(base, targets, name)
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=_unfit(base) if isinstance(targets, str) else None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=name,
+    )
+    with warnings.catch_warnings():
+        # PEFT sees by itself which way round a layer's weights lie, and that an output embedding is tied: its adapter
+        # is on the output alone.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+        try:
+            on_meta = base.device.type == "meta"
+            return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"model.lora.target_modules does not fit {name}: {first_line(error)}") from error
+
+
+def _check_targets(base: Any, targets: Sequence[str], name: str) -> None:
+    """Each name must be the end of a linear module's path, as PEFT matches them, and of no other module's."""
+    modules = dict(base.named_modules())
+    linear = {path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)}
+    for target in targets:
+        found = [module for path, module in modules.items() if _ends(path, target)]
+        where = f"model.lora.target_modules: {target} "
+        if not found and any(_ends(path, target) for path, _ in base.named_parameters()):
+            raise ModelError(f"{where}is no module of {name} but a tensor in one; linear ones are {_listed(linear)}")
+        if not found:
+            near = difflib.get_close_matches(target.lower(), linear, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"linear ones are {_listed(linear)}"
+            raise ModelError(f"{where}names no module of {name}; {hint}")
+        for module in found:
+            if not _is_linear(module):
+                kind = f"is of kind {type(module).__name__} in {name}"
+                raise ModelError(f"{where}{kind}, and adapters are for linear layers: {_listed(linear)}")
+
+
+def _unfit(base: Any) -> list[str] | None:
+    """Paths of modules that PEFT takes for linear ones, and that no adapter can be on."""
+    in_mamba = base.config.model_type in MAMBA
+    taken = [(path, module) for path, module in base.named_modules() if isinstance(module, LINEAR)]
+    unfit = [path for path, module in taken if not _is_linear(module) or (in_mamba and _ends(path, "out_proj"))]
+    return unfit or None
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, LINEAR) and not type(module).__name__.endswith(OTHER_KINDS)
+
+
+def _ends(path: str, target: str) -> bool:
+    return path == target or path.endswith(f".{target}")
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
