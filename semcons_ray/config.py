@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -627,8 +627,6 @@ class _Loader(yaml.SafeLoader):
     """YAML as version 1.2 reads it. By version 1.1, which PyYAML follows, 1e-3 is text, no and on are truth values,
     010 is eight and 1:30 ninety."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
@@ -638,6 +636,7 @@ class _Dumper(yaml.SafeDumper):
     """Puts into quotes what either version would take for anything else than the text that it is."""
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -720,9 +719,9 @@ def typed(key: str, value: Any) -> Any:
     if isinstance(field.default, Settings):
         known = isinstance(value, dict)
         return {name: typed(f"{key}.{name}", inner) for name, inner in value.items()} if known else value
-    kind: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])
+    kind: Any = Annotated[field.annotation, field]
     try:
-        return kind.dump_python(kind.validate_python(value), mode="json")
+        return TypeAdapter(kind).dump_python(TypeAdapter(kind).validate_python(value), mode="json")
     except ValidationError:
         return value
 

@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from semcons_ray.config import LOCAL_PATH
 from semcons_ray.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
-LOCAL = ("/", "./", "../", "~")
 
 # SmolLM2's own template puts a 20-token system prompt before every question, a third of the work on short
 # questions. This is the same ChatML without it; a system prompt that is passed still goes in.
@@ -104,7 +104,7 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"unknown model '{name}'; packaged models are {', '.join(PREFIX + key for key in MODELS)}")
         parts, sha256 = locate(key), MODELS[key].sha256
         return str(parts[0] if sha256 is None else _converted(key, parts, sha256))
-    if name.startswith(LOCAL):
+    if name.startswith(LOCAL_PATH):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {name}: no config.json there; give a folder that save_pretrained wrote")
@@ -118,7 +118,7 @@ def pin_model(name: str) -> str:
     Raises:
         ModelError: The hub does not know it, or cannot be reached and nothing of it was downloaded before.
     """
-    if name.startswith((PREFIX, *LOCAL)):
+    if name.startswith((PREFIX, *LOCAL_PATH)):
         return name
     from huggingface_hub import HfApi
 

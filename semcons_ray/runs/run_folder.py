@@ -111,7 +111,7 @@ BEGUN = "state/config.yaml"
 """Where a run's folder keeps the settings that it began with."""
 
 DECIDE_NO_NUMBER = ("name", "resources", "energy", "failures")
-"""Settings and sections that decide none of a run's numbers but seconds and joules, so they may be changed on the way."""
+"""Settings and sections that decide none of a run's numbers but seconds and joules: they may be changed on the way."""
 
 
 def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
@@ -124,10 +124,10 @@ def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
             elif value != one[key]:
                 yield f"{above}{key} was changed from {one[key]!r} to {value!r}"
 
-    values = [config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now)]
+    stored, wanted = (config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now))
     if now.model.dtype == "auto":
-        values[0]["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
-    return list(compare(*values, ""))
+        stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
+    return list(compare(stored, wanted, ""))
 
 
 class RunFolder:
@@ -362,5 +362,5 @@ def held(lock: Path, folder: Path, *, wait: bool = False) -> Iterator[None]:
         except BlockingIOError as error:
             raise RunFolderError(f"{folder} is in use by another process") from error
         except OSError as error:
-            raise RunFolderError(f"cannot lock {lock}: {error.strerror}; let --out lie on another file system") from error
+            raise RunFolderError(f"cannot lock {lock}: {error.strerror}; let --out lie elsewhere") from error
         yield
