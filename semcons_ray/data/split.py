@@ -26,7 +26,7 @@ from semcons_ray.config import DataConfig, PromptsConfig
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.partition import private_shares
 from semcons_ray.data.selection import order_prompts, proportional
-from semcons_ray.errors import DataError, RunFolderError, first_line
+from semcons_ray.errors import DataError, RunFolderError, first_line, writing
 
 _SHUFFLE, _PARTITION = 0, 1  # spawn keys: a stream of random numbers for each stage
 
@@ -151,11 +151,13 @@ def write_split(split: DataSplit, path: Path) -> None:
     )
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table, beside)
-        beside.replace(path)
+        with writing(path.parent):
+            pq.write_table(table, beside)
+            beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise RunFolderError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_split(path: Path) -> DataSplit:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -35,6 +41,14 @@ FLAT_MEMORY = {
 """Variables that keep an actor's memory from growing with what it has done."""
 
 
+PASSED_ON = (
+    *("SEMCONS_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_", "XDG_CACHE_HOME"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_"),
+    *("WANDB_", "MLFLOW_"),
+)
+"""How the names of variables begin that say, in either case, where models, data and trackers are and how to get in."""
+
+
 @contextlib.contextmanager
 def connect(address: str | None) -> Iterator[None]:
     """Join the cluster at `address`, or start one on this machine, and leave it at the end.
@@ -42,43 +56,91 @@ def connect(address: str | None) -> Iterator[None]:
     A process that is part of a cluster already, as a trial of a sweep is, stays in that one.
 
     Raises:
-        PlacementError: No cluster answers at `address`.
+        PlacementError: No cluster answers at `address`, it wants another token, or none can be started here.
     """
     if ray.is_initialized():
         yield
         return
     # Ray warns on each start that a later version will leave this variable alone for tasks without GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
+    with _callers_sigterm():
         if address is None:
-            ray.init(
-                address="local",
-                num_cpus=usable_cpus(),
-                num_gpus=len(visible_gpus()) or None,  # Ray's own count takes the slices of a GPU for one
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _start()
         else:
-            _check_reachable(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PlacementError(
-            f"cannot join a Ray cluster at resources.ray_address {address}: {first_line(error)} (if it wants a "
-            f"token: set RAY_AUTH_MODE=token, and have its token in ~/.ray/auth_token)"
-        ) from error
+            _join(address)
     try:
         yield
     finally:
-        ray.shutdown()
+        with _callers_sigterm():
+            ray.shutdown()
+
+
+def _start() -> None:
+    try:
+        wants_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+        if wants_token and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+            # Ray would write one to HOME, which may not be writable, or be that of another run which does the same.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        ray.init(
+            address="local",
+            num_cpus=usable_cpus(),
+            num_gpus=len(visible_gpus()) or None,  # Ray's own count takes the slices of a GPU for one
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+        said = _first_sentence(error)
+        if not isinstance(error, RayError):
+            said += f" (RAY_TMPDIR says where it keeps its files, now {folder})"
+        if "AF_UNIX" in str(error):
+            said = f"{folder} is too long a path for its sockets; set RAY_TMPDIR to a short one, such as /tmp"
+        raise PlacementError(f"cannot start Ray on this machine: {said}") from error
+
+
+def _join(address: str) -> None:
+    try:
+        _check_reachable(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise PlacementError(
+            f"cannot join a Ray cluster at resources.ray_address {address}: {_first_sentence(error)} (its token, if it "
+            f"wants one, belongs in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names or in "
+            f"~/.ray/auth_token; and RAY_AUTH_MODE=token has it shown)"
+        ) from error
 
 
 def _check_reachable(address: str) -> None:
-    # Ray itself tries for minutes before it says that nobody is there.
+    # Ray itself tries for minutes before it says that nobody is there, and does not say that a token was refused.
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        if "://" not in address:
+            ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client would end the process
+            GcsClient(address=address)
+
+
+def _first_sentence(error: Exception) -> str:
+    return first_line(error).partition(". ")[0]
+
+
+@contextlib.contextmanager
+def _callers_sigterm() -> Iterator[None]:
+    """Keep the caller's handler of SIGTERM where Ray puts its own, which ends the process without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # Ray leaves other threads alone, and is better than no handler at all
+        return
+    try:
+        yield
+    except SystemExit:  # what Ray's handler raises, where a signal has come meanwhile
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def list_nodes() -> tuple[Node, ...]:
@@ -166,7 +228,6 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         "TOKENIZERS_PARALLELISM": "false",
         **FLAT_MEMORY,
         **IN_NVMLS_ORDER,
-        **passed_on(),
     }
     # Asked without a cluster, Ray would start one.
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
@@ -196,6 +257,8 @@ def see_booked_gpus() -> None:
 
 
 def passed_on() -> dict[str, str]:
-    """Variables of this process that say where models are; processes elsewhere are to have them, too."""
-    names = ("SEMCONS_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    """Variables of this process that others of the cluster are to have, too; see `PASSED_ON`.
+
+    Actors take them as an argument: Ray writes a runtime environment to its logs, and among these are secrets.
+    """
+    return {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}

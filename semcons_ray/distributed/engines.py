@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from semcons_ray.distributed.cluster import actor_options, see_booked_gpus
+from semcons_ray.distributed.cluster import actor_options, passed_on, see_booked_gpus
 from semcons_ray.distributed.placement import GIB, Demand, Node, describe_share, in_steps, packed
 from semcons_ray.errors import EngineError, PlacementError, first_line
 from semcons_ray.metering.gpus import this_place
@@ -121,7 +121,8 @@ def describe_engines(engines: Sequence[EnginePlan]) -> str:
 class EngineActor:
     """A process that holds an engine. Ray starts another where it dies, and asks that one what was left unanswered."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, variables: Mapping[str, str]) -> None:
+        os.environ.update(variables)
         see_booked_gpus()
         self._spec = spec
         self._engine: VllmEngine | None = None
@@ -179,7 +180,7 @@ class RayEngine:
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.cpus, num_gpus=plan.gpus)
         actor = EngineActor.options(  # type: ignore[attr-defined]
             **options, max_concurrency=callers + 1, max_restarts=-1, max_task_retries=max_restarts
-        ).remote(spec)
+        ).remote(spec, passed_on())
         actor.load.remote()
         return cls(spec.name, actor)
 

@@ -11,6 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Self
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
 
@@ -42,13 +43,14 @@ class RunMetrics:
     """What a run tells Prometheus; a context, in which a thread repeats the gauges, as Ray forgets one that is not set.
 
     Args:
-        run: The label that tells runs apart.
+        run: The label that tells runs apart. Ray takes ASCII only, so another name is percent-encoded, as in a URL.
         num_rounds: Rounds that it is to have.
     """
 
     def __init__(self, run: str, num_rounds: int) -> None:
+        label = run if run.isascii() else quote(run, errors="surrogateescape")
         self._metrics = {
-            name: kind(name, help_text, tag_keys=("run", *labels)).set_default_tags({"run": run})
+            name: kind(name, help_text, tag_keys=("run", *labels)).set_default_tags({"run": label})
             for name, (kind, help_text, labels) in METRICS.items()
         }
         self._gauges: dict[str, float] = {"semcons_num_rounds": num_rounds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,14 @@ class RankGroup:
     in a collective. Ranks end with their owner, this actor, and with their placement group, `room`.
     """
 
-    def __init__(self, plan: WorkerPlan, room: PlacementGroup) -> None:
+    def __init__(self, plan: WorkerPlan, room: PlacementGroup, variables: Mapping[str, str]) -> None:
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         # Without it, DeepSpeed takes a GPU where there is one, also to work on the CPU.
         options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"
         self._ranks = []
         for rank in range(plan.ranks):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
-            self._ranks.append(WorkerActor.options(**options).remote())  # type: ignore[attr-defined]
+            self._ranks.append(WorkerActor.options(**options).remote(variables))  # type: ignore[attr-defined]
 
     def place(self, uses_gpu: bool) -> Place:
         """See `WorkerActor.place`: all ranks have room then."""

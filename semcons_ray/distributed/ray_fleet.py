@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from semcons_ray.distributed.cluster import actor_options
+from semcons_ray.distributed.cluster import actor_options, passed_on
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
@@ -64,10 +64,11 @@ class _Worker:
         plan = self.plan
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
-            self.actor = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+            self.actor = WorkerActor.options(**options).remote(passed_on())  # type: ignore[attr-defined]
         else:  # it watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
-            self.actor = RankGroup.options(**{**options, "num_cpus": 0, "num_gpus": 0}).remote(plan, self.room)  # type: ignore[attr-defined]
+            options |= {"num_cpus": 0, "num_gpus": 0}
+            self.actor = RankGroup.options(**options).remote(plan, self.room, passed_on())  # type: ignore[attr-defined]
         self.place_ref = self.actor.place.remote(plan.gpus > 0)
         self.load_ref = self.actor.load.remote(self.spec)
         if self.has_room:  # one that waits already is not given its time again

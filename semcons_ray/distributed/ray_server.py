@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from semcons_ray.distributed.cluster import actor_options
+from semcons_ray.distributed.cluster import actor_options, passed_on
 from semcons_ray.distributed.worker import ServerActor
 from semcons_ray.errors import PlacementError, SemconsError, first_line
 from semcons_ray.federation.server import ServerSpec, Verdict
@@ -95,7 +95,7 @@ class RayServer:
         ray.kill(self._actor, no_restart=True)
 
     def _start(self) -> None:
-        self._actor = ServerActor.options(**self._options).remote()  # type: ignore[attr-defined]
+        self._actor = ServerActor.options(**self._options).remote(passed_on())  # type: ignore[attr-defined]
         self._pending = [self._actor.load.remote(self._spec)]
         for method, arguments in self._heard:
             self._pending.append(getattr(self._actor, method).remote(*arguments))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from semcons_ray.metering.ledger import LedgerRow, Place
 
 @ray.remote
 class WorkerActor:
-    """A process that hosts clients of one model.
+    """A process that hosts clients of one model, with `variables` of the driver's environment.
 
     Loading is a method and not the constructor: an error in a constructor reaches the driver as a dead actor, without
     the message that says what to change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        os.environ.update(variables)
         see_booked_gpus()
         self._host: Host | None = None
         self._failure: Exception | None = None
@@ -92,9 +94,10 @@ class WorkerActor:
 
 @ray.remote
 class ServerActor:
-    """A process that embeds answers and forms the consensus."""
+    """A process that embeds answers and forms the consensus, with `variables` of the driver's environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        os.environ.update(variables)
         see_booked_gpus()
         self._server: Server | None = None
         self._failure: Exception | None = None

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError
+from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
-from semcons_ray.federation.store import ClientStore
+from semcons_ray.federation.store import ClientStore, check_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.gpus import this_place
@@ -49,6 +49,7 @@ class HostSpec:
         num_answers: Test prompts answered at an evaluation.
         seed: The experiment's.
         state: Folder of the client stores.
+        mark: Name of the mark that the driver put there; see `store.mark`.
         sharding: How the model is divided among ranks, of which this process is one; None: it is whole here.
         engine: Who writes the clients' answers; None: the worker's own model.
     """
@@ -67,6 +68,7 @@ class HostSpec:
     generation: GenerationConfig
     seed: int
     state: Path
+    mark: str
     sharding: ShardingConfig | None = None
     engine: Engine | None = None
 
@@ -74,8 +76,10 @@ class HostSpec:
         """Load the model and make the clients.
 
         Raises:
+            RunFolderError: This process does not see the driver's folder.
             ModelError: The model cannot be found or loaded.
         """
+        check_mark(self.state, self.mark)
         import torch
 
         from semcons_ray.federation.client import Client, Duties
@@ -195,8 +199,10 @@ class ClientHost:
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         """Write the adapter that the client would start `round` with, in PEFT's format."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._before(client_id, round, downlink).export(folder)
+        client = self._before(client_id, round, downlink)
+        with writing(folder.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+            client.export(folder)
 
     def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
         client = self.clients[client_id]

@@ -3,11 +3,15 @@
 The file holds the client's tensors after the visit and the reply that it gave. So a visit can be asked for again
 after any crash: if its file is there, the stored reply comes back and no work is repeated; if it is not, the visit
 starts from the file before it. Two files a client are kept, since a round in progress may still be repeated.
+
+A process that saw another folder than the driver's would find no state there, and begin again from the base model. So
+the driver marks the folder anew each time that it begins (`mark`), and each process looks for that mark (`check_mark`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +23,40 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from semcons_ray.errors import RunFolderError
+from semcons_ray.errors import RunFolderError, writing
 from semcons_ray.federation.fleet import Reply, client_folder
 
 KEPT = 2
 
 _REPLY = "reply"
+
+
+def mark(folder: Path) -> str:
+    """Put a new mark into a folder that other processes are to share, in place of older ones; the mark's name.
+
+    A file of a new name, and no new content of an old one, which a network file system might have kept a copy of.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(".mark-*"):
+            old.unlink(missing_ok=True)
+        name = f".mark-{uuid.uuid4().hex}"
+        (folder / name).touch()
+    return name
+
+
+def check_mark(folder: Path, name: str) -> None:
+    """Make sure that this process sees the folder that the driver marked.
+
+    Raises:
+        RunFolderError: It sees none there, another one, or an older copy.
+    """
+    if not (folder / name).is_file():
+        found = "is another folder" if folder.is_dir() else "is not there"
+        raise RunFolderError(
+            f"{folder} {found} on {socket.gethostname()} than where the run was started; let --out lie on a file "
+            f"system that all machines share under the same path"
+        )
 
 
 class ClientStore:
@@ -62,15 +94,23 @@ class ClientStore:
         return {}
 
     def save(self, tensors: dict[str, Tensor], reply: Reply) -> None:
-        """Commit a visit."""
+        """Commit a visit.
+
+        Raises:
+            StorageError: The disk is full, or cannot be written to.
+        """
         if not self.writes:
             return
         path = self._path(reply.client_id, reply.round)
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         encoded = torch.frombuffer(bytearray(msgspec.msgpack.encode(reply)), dtype=torch.uint8)
-        save_file({**tensors, _REPLY: encoded}, beside)
-        beside.rename(path)
+        with writing(self.folder):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({**tensors, _REPLY: encoded}, beside)
+                beside.rename(path)
+            finally:
+                beside.unlink(missing_ok=True)  # half of a file, where the disk is full
         for round in self._rounds(reply.client_id)[:-KEPT]:
             self._path(reply.client_id, round).unlink(missing_ok=True)
 
@@ -81,7 +121,7 @@ class ClientStore:
         folder = self.folder / client_folder(client_id)
         if not folder.is_dir():
             return []
-        return sorted(int(path.stem[6:]) for path in folder.glob("round_*"))
+        return sorted(int(path.stem[6:]) for path in folder.glob("round_*.safetensors"))
 
 
 @contextlib.contextmanager

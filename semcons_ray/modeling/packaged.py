@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from semcons_ray.config import LOCAL_PATH
 from semcons_ray.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
-LOCAL = ("/", "./", "../", "~")
 
 DESCRIPTIONS = ("config.json", "modules.json", "adapter_config.json")
 """One of which is in the folder of a model, of an embedder of several modules, or of an adapter."""
@@ -110,7 +110,7 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"unknown model '{name}'; packaged models are {', '.join(PREFIX + key for key in MODELS)}")
         parts, sha256 = locate(key), MODELS[key].sha256
         return str(parts[0] if sha256 is None else _converted(key, parts, sha256))
-    if name.startswith(LOCAL):
+    if name.startswith(LOCAL_PATH):
         folder = Path(name).expanduser()
         if not any((folder / file).is_file() for file in DESCRIPTIONS):
             raise ModelError(f"model {name}: no {DESCRIPTIONS[0]} there; give a folder that save_pretrained wrote")
@@ -124,7 +124,7 @@ def pin_model(name: str) -> str:
     Raises:
         ModelError: The hub does not know it, or cannot be reached and nothing of it was downloaded before.
     """
-    if name.startswith((PREFIX, *LOCAL)):
+    if name.startswith((PREFIX, *LOCAL_PATH)):
         return name
     from huggingface_hub import HfApi
 

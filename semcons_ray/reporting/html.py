@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from semcons_ray.config import AlgorithmConfig
+from semcons_ray.config import AlgorithmConfig, dump_yaml
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import split_gpus
 from semcons_ray.metering.units import format_quantity
@@ -84,7 +83,7 @@ def render_report(run: Run) -> str:
         figures=[{"svg": Markup(figure.svg), "figure": figure} for figure in draw_figures(run)],
         tallies=run.tallies,
         answered=answered,
-        config_yaml=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        config_yaml=dump_yaml(run.config),
         environment={key: value for key, value in run.environment.items() if not isinstance(value, (dict, list))},
         packages=run.environment.get("packages", {}),
         gpus=run.environment.get("gpus", []),

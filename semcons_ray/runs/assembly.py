@@ -35,6 +35,7 @@ from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
+from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
@@ -358,8 +359,9 @@ def parts(
     if algorithm.uses_public_prompts:
         message = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
         public_prompts = message.encode(config.algorithm.compression)
+    shared = mark(state)
     specs = [
-        _host_spec(placement, worker, split, public_prompts, algorithm, state, serving.get(worker.model))
+        _host_spec(placement, worker, split, public_prompts, algorithm, state, shared, serving.get(worker.model))
         for worker in placement.workers
     ]
     fleet: Fleet
@@ -418,6 +420,7 @@ def _host_spec(
     public_prompts: bytes,
     algorithm: Algorithm,
     state: Path,
+    shared: str,
     engine: Engine | None,
 ) -> HostSpec:
     config = placement.config
@@ -436,6 +439,7 @@ def _host_spec(
         generation=config.generation,
         seed=config.seed,
         state=state.resolve(),
+        mark=shared,
         sharding=config.sharding if worker.ranks > 1 else None,
         engine=engine,
     )

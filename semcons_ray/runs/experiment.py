@@ -95,11 +95,13 @@ def resume_experiment(out: Path, observer: Observer, *, alone: bool = True) -> R
     The arguments are those of `run_experiment`.
 
     Raises:
-        RunFolderError: `out` is no run folder, is damaged, or is in use.
+        RunFolderError: `out` is no run folder, is damaged, or is in use; or its config.yaml was changed in what decides
+            numbers (see `DECIDE_NO_NUMBER`).
     """
     folder = RunFolder(out)
+    config = folder.settings_to_resume(folder.read_config())
     with folder.locked():
-        _execute(folder, folder.read_config(), observer, alone)
+        _execute(folder, config, observer, alone)
     return folder
 
 
@@ -138,6 +140,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
         ):
             _write_placement(folder, placement, fleet, alone)
+            folder.drop_adapters()
             loss = comparable_loss(config.client_models())
             for commit in commits:
                 _export(exported, commit, loss)

@@ -1,9 +1,10 @@
 """A run's folder: what is written in it, when, and how a killed run finds its place again.
 
-    config.yaml             every setting, with `auto` resolved
+    config.yaml             every setting, with `auto` resolved and paths absolute
     environment.json        versions, machine, commits of hub models and data
     placement.json          workers, nodes and energy meters
     data.parquet            who holds which example; data_report.json: what of the data is not used, by reason
+    state/config.yaml       the settings that the run began with, whatever becomes of the others
     state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
     state/server_NNN        what the server takes from a round into the next; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py)
@@ -31,7 +32,7 @@ import pandas as pd
 
 from semcons_ray.config import ExperimentConfig, dump_config, load_config
 from semcons_ray.data.losses import Tally
-from semcons_ray.errors import RunFolderError
+from semcons_ray.errors import RunFolderError, writing
 from semcons_ray.metering.ledger import LedgerRow
 
 Loss = Literal["nll", "bits_per_byte"]
@@ -106,6 +107,29 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     ledger: tuple[LedgerRow, ...]
 
 
+BEGUN = "state/config.yaml"
+"""Where a run's folder keeps the settings that it began with."""
+
+DECIDE_NO_NUMBER = ("name", "resources", "energy", "failures")
+"""Settings and sections that decide none of a run's numbers but seconds and joules: they may be changed on the way."""
+
+
+def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
+    """What was changed of the settings that decide a run's numbers, in words."""
+
+    def compare(one: Mapping[str, Any], other: Mapping[str, Any], above: str) -> Iterator[str]:
+        for key, value in other.items():
+            if isinstance(value, dict) and isinstance(one[key], dict) and value.keys() == one[key].keys():
+                yield from compare(one[key], value, f"{above}{key}.")
+            elif value != one[key]:
+                yield f"{above}{key} was changed from {one[key]!r} to {value!r}"
+
+    stored, wanted = (config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now))
+    if now.model.dtype == "auto":
+        stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
+    return list(compare(stored, wanted, ""))
+
+
 class RunFolder:
     """Paths, commits and tables of one run.
 
@@ -134,16 +158,18 @@ class RunFolder:
         Raises:
             RunFolderError: It holds something already, or cannot be written.
         """
-        if (path / "config.yaml").is_file():
+        if (path / BEGUN).is_file():
             raise RunFolderError(f"{path} holds a run: go on with semcons resume {path}, or choose another --out")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunFolderError(f"{path} is not empty; choose another --out")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-            (beside / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            beside.chmod(0o755)
-            beside.rename(path)
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as made:
+                beside = Path(made) / "run"
+                (beside / BEGUN).parent.mkdir(parents=True)
+                for name in ("config.yaml", BEGUN):
+                    (beside / name).write_text(dump_config(config), encoding="utf-8")
+                beside.rename(path)
         except OSError as error:
             raise RunFolderError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         return cls(path)
@@ -167,17 +193,51 @@ class RunFolder:
         """A folder that becomes `adapters` when all are written."""
         beside = self.path.resolve() / ".adapters"
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        yield beside
-        beside.rename(self.adapters)
+        with writing(self.path):
+            beside.mkdir()
+            yield beside
+            beside.rename(self.adapters)
+
+    def drop_adapters(self) -> None:
+        """Remove adapters of rounds that are to be repeated."""
+        shutil.rmtree(self.adapters, ignore_errors=True)
 
     def read_config(self) -> ExperimentConfig:
-        """The run's settings."""
+        """The run's settings, as they stand in config.yaml."""
         return load_config(self.path / "config.yaml")
 
+    def begun_with(self) -> ExperimentConfig:
+        """The settings that the run began with.
+
+        Raises:
+            RunFolderError: No run has begun here.
+        """
+        if not (self.path / BEGUN).is_file():
+            raise RunFolderError(
+                f"{self.path} has no {BEGUN}, so no run has begun there that could go on; semcons run "
+                f"{self.path / 'config.yaml'} --out DIR begins one"
+            )
+        return load_config(self.path / BEGUN)
+
+    def settings_to_resume(self, now: ExperimentConfig) -> ExperimentConfig:
+        """The settings that the run began with, but for those of `now` that decide no number.
+
+        Raises:
+            RunFolderError: No run has begun here, or others were changed since; names them.
+        """
+        begun = self.begun_with()
+        if changed := differences(begun, now):
+            finished = "the run is finished and " if self.is_finished(begun.num_rounds) else ""
+            raise RunFolderError(
+                f"{self.path}: {finished}{', '.join(changed)} since it began; set that back, or begin another run in a "
+                f"new folder"
+            )
+        return begun.model_copy(update={name: getattr(now, name) for name in DECIDE_NO_NUMBER})
+
     def write_config(self, config: ExperimentConfig) -> None:
-        """Replace the settings by resolved ones."""
-        self._write("config.yaml", dump_config(config).encode())
+        """Replace the settings, also those that the run began with, by resolved ones."""
+        for name in (BEGUN, "config.yaml"):
+            self._write(name, dump_config(config).encode())
 
     def revisions(self) -> dict[str, str]:
         """Hub models and data, by their names in the settings, at the commits that the run began with.
@@ -272,10 +332,18 @@ class RunFolder:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file beside, and rename it."""
+    """Write a file beside, and rename it.
+
+    Raises:
+        StorageError: The disk is full, or cannot be written to.
+    """
     beside = path.with_name(f".{path.name}")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    beside.rename(path)
+    with writing(path.parent):
+        try:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+            beside.rename(path)
+        finally:
+            beside.unlink(missing_ok=True)  # half of a file, where the disk is full
 
 
 @contextlib.contextmanager
@@ -283,12 +351,16 @@ def held(lock: Path, folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock, a file, on a folder; it ends with this process.
 
     Raises:
-        RunFolderError: Another process holds it, and this one does not `wait`.
+        RunFolderError: Another process holds it, and this one does not `wait`; or its file system knows no locks.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with writing(folder):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunFolderError(f"{folder} is in use by another process") from error
+        except OSError as error:
+            raise RunFolderError(f"cannot lock {lock}: {error.strerror}; let --out lie elsewhere") from error
         yield

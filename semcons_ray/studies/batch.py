@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,13 +27,10 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.distributed.placement import in_steps
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+from semcons_ray.errors import ConfigError, SemconsError
 from semcons_ray.metering.environment import usable_cpus
 from semcons_ray.metering.gpus import cuda_fault, visible_gpus
 from semcons_ray.runs.run_folder import RunFolder
-
-_WHERE = ("resources", "energy")
-"""Sections that say where and how a run is run, and decide none of its numbers but seconds and joules."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,8 @@ class Job:
         Raises:
             RunFolderError: It is not; one line that names the setting.
         """
-        if not self.folder.exists():
-            return
-        wanted = self.config.model_dump(exclude=set(_WHERE))
-        stored = RunFolder(self.folder).read_config().model_dump(exclude=set(_WHERE))
-        if wanted["model"]["dtype"] == "auto":
-            stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
-        if difference := next(_differences(stored, wanted), ""):
-            raise RunFolderError(f"{self.folder} was run with {difference}; remove it, or choose another --out")
+        if self.folder.exists():
+            RunFolder(self.folder).settings_to_resume(self.config)
 
 
 def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, Any]]]) -> list[ExperimentConfig]:
@@ -85,15 +76,6 @@ def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, A
     if idle:
         raise ConfigError(f"experiment: {', '.join(sorted(idle))} has no effect in any run")
     return configs
-
-
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], above: str = "") -> Iterator[str]:
-    for key in wanted:
-        one, other = stored[key], wanted[key]
-        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-            yield from _differences(one, other, f"{above}{key}.")
-        elif one != other:
-            yield f"{above}{key} = {one!r}, and not {other!r}"
 
 
 SomeJob = TypeVar("SomeJob", bound=Job)
@@ -202,9 +184,7 @@ def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> 
     observer = observer or Silent()
     if job.folder.exists():
         folder = RunFolder(job.folder)
-        # Where it runs may have been changed since, which leaves its numbers as they are.
-        changed = {section: getattr(job.config, section) for section in _WHERE}
-        folder.write_config(folder.read_config().model_copy(update=changed))
+        folder.write_config(folder.settings_to_resume(job.config))
         resume_experiment(job.folder, observer, alone=alone)
     else:
         run_experiment(job.config, job.folder, observer, alone=alone)

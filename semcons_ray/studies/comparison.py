@@ -17,11 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from semcons_ray.config import Section, Settings, describe_error, merge_settings, read_yaml, validate_shared
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError
+from semcons_ray.config import (
+    Section,
+    Settings,
+    describe_error,
+    dump_yaml,
+    merge_settings,
+    read_yaml,
+    validate_shared,
+)
+from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, StorageError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
@@ -170,6 +177,8 @@ def run_comparison(
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
             outcome = f"{LOSS_NAMES[loss]} {mean_by_round(metrics, loss).iloc[-1]:.3f} {outcome}"
             warn_of_losses(run.folder, warned, say)
+        except StorageError:  # as other runs would have it
+            raise
         except SemconsError as error:
             failed += 1
             outcome = f"failed: {' '.join(str(error).split())}"
@@ -179,6 +188,8 @@ def run_comparison(
         say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
     try:
         run_jobs(todo, report)
+    except StorageError:
+        raise
     except SemconsError as error:
         failed += 1
         say(f"{error}; the same command goes on with what is left")
@@ -193,7 +204,7 @@ def dump_comparison(comparison: ComparisonConfig) -> str:
             del values[key]
     experiment = validate_shared(comparison.experiment, where="experiment", shared=comparison.experiment)
     values["experiment"] = experiment.model_dump(mode="json", exclude={"seed", "name"})
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 def _check_folder(out: Path, runs: Sequence[ArmRun]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from semcons_ray.config import (
@@ -19,8 +18,11 @@ from semcons_ray.config import (
     Section,
     Settings,
     describe_error,
+    dump_yaml,
+    find_setting,
     merge_settings,
     read_yaml,
+    typed,
     validate_config,
     validate_shared,
     without_effect,
@@ -138,7 +140,7 @@ class SweepConfig(Settings):
     @field_validator("space", mode="before")
     @classmethod
     def _dotted(cls, value: Any) -> Any:
-        return dict(_flatten(value)) if isinstance(value, dict) else value
+        return {key: _typed_axis(key, axis) for key, axis in _flatten(value)} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
@@ -195,13 +197,8 @@ class SweepConfig(Settings):
         """The point that settings are at; None where that is not in the space."""
         point: Point = {}
         for key, axis in self.space.items():
-            value = _descend(config, key)
-            if axis.bounds is None:  # as the sweep writes it, which may be 1 for 1.0
-                same = [own for own in axis.values if _descend(self.configure(self.first() | {key: own}), key) == value]
-                if not same:
-                    return None
-                value = same[0]
-            elif not axis.bounds[0] <= value <= axis.bounds[1]:
+            value = typed(key, _descend(config, key))
+            if not (axis.bounds[0] <= value <= axis.bounds[1] if axis.bounds else value in axis.values):
                 return None
             point[key] = value
         return point
@@ -273,7 +270,7 @@ def dump_sweep(sweep: SweepConfig) -> str:
     }
     experiment = validate_shared(sweep.experiment, where="experiment", shared=sweep.experiment)
     values["experiment"] = experiment.model_dump(mode="json", exclude={"name"})
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)
 
 
 def nested(point: Point) -> dict[str, Any]:
@@ -316,12 +313,17 @@ def _flatten(space: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, A
             raise ValueError(f"space.{key}: values are given under {' or '.join(Axis.model_fields)}")
 
 
+def _typed_axis(key: str, axis: dict[str, Any]) -> dict[str, Any]:
+    """The same axis, its values of the setting's type."""
+    listed = {kind: axis[kind] for kind in ("grid", "choice") if isinstance(axis.get(kind), (list, tuple))}
+    return axis | {kind: [typed(key, value) for value in values] for kind, values in listed.items()}
+
+
 def _check_key(key: str) -> None:
-    try:
-        default = _descend(ExperimentConfig(), key)
-    except AttributeError:
-        raise ValueError(f"space.{key}: there is no such setting") from None
-    if key == "name" or (isinstance(default, Settings)):
+    field = find_setting(key)
+    if field is None:
+        raise ValueError(f"space.{key}: there is no such setting")
+    if key == "name" or isinstance(field.default, Settings):
         raise ValueError(f"space.{key}: a single setting can be swept, such as prompts.budget")
 
 

@@ -36,7 +36,8 @@ from ray.tune.search import Searcher
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
 from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
-from semcons_ray.errors import ConfigError, PlacementError, RunFolderError, SemconsError
+from semcons_ray.errors import ConfigError, PlacementError, RunFolderError, SemconsError, StorageError, writing
+from semcons_ray.federation.store import check_mark, mark
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
@@ -50,7 +51,7 @@ ROUND = "round"
 
 _TUNE_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new kind prints what cannot be turned off
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in settings are relative to where the command was given
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # nothing is written to where a process happens to be
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends it at once: nothing is lost
 }
 
@@ -148,8 +149,9 @@ def _tune(
         for config in configs:
             room.reserve(config)  # what fits nowhere is refused now: it would wait for ever
         at_once = _at_once(sweep, experiment)
+        shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on()}
         alone = 1 in (at_once, total - len(done))
-        trainable = tune.with_parameters(_perform_trial, sweep=sweep, out=out, variables=passed_on(), alone=alone)
+        trainable = tune.with_parameters(_perform_trial, **shared, alone=alone)
         tuner = tune.Tuner(
             tune.with_resources(trainable, lambda point: room.reserve(sweep.configure(_decode(sweep, point)))),
             tune_config=tune.TuneConfig(
@@ -165,9 +167,12 @@ def _tune(
                 name="tune", storage_path=str(out), verbose=0, callbacks=[progress, *_loggers(sweep, out)]
             ),
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), writing(out):
             warnings.simplefilter("ignore")
-            tuner.fit()
+            try:
+                tuner.fit()
+            finally:
+                progress.check_storage()  # where it is full, Tune stumbles over what it could not write itself
     return progress.failed
 
 
@@ -225,13 +230,14 @@ def _group(bundle: dict[str, float], count: int, *first: dict[str, float]) -> tu
 
 
 def _perform_trial(
-    config: dict[str, Any], *, sweep: SweepConfig, out: Path, variables: dict[str, str], alone: bool
+    config: dict[str, Any], *, sweep: SweepConfig, out: Path, marked: str, variables: dict[str, str], alone: bool
 ) -> None:
     """In the trial's process: run or resume it, and report its rounds, those of before a kill included.
 
     The last round is reported when all is written, so a scheduler never stops a trial that was as good as finished.
     """
     os.environ |= variables
+    check_mark(out / "trials", marked)
     trial = _trial(sweep, out, _decode(sweep, config))
     last = trial.config.num_rounds
 
@@ -343,6 +349,12 @@ class _Progress(tune.Callback):
         self._sweep, self._out, self._done, self._total, self._say = sweep, out, done, total, say
         self.failed = 0
         self._warned: set[str] = set()
+        self._full = ""
+
+    def check_storage(self) -> None:
+        """Raises StorageError where a trial has ended with one, as others would."""
+        if self._full:
+            raise StorageError(self._full)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ours = _trial(self._sweep, self._out, _decode(self._sweep, trial.config))
@@ -359,6 +371,8 @@ class _Progress(tune.Callback):
         self.failed += 1
         lines = Path(trial.error_file).read_text(encoding="utf-8").split("\n") if trial.error_file else []
         said = next((line for line in reversed(lines) if line.strip()), "its process died")
+        if said.startswith(kind := f"{StorageError.__module__}.{StorageError.__name__}: "):
+            self._full = said.removeprefix(kind)
         self._tell(
             _trial(self._sweep, self._out, _decode(self._sweep, trial.config)),
             f"failed: {said.strip().removeprefix('semcons_ray.errors.')}",

@@ -21,6 +21,7 @@ from semcons_ray.data.split import read_split
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.store import mark
 from semcons_ray.federation.weights import pack, unpack
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter
 from semcons_ray.runs.experiment import run_experiment
@@ -85,6 +86,7 @@ def flower_rounds(config: ExperimentConfig, run: Path, state: Path) -> list[dict
         generation=config.generation,
         seed=config.seed,
         state=state,
+        mark=mark(state),
     ).build()
     strategy = FedAvg()
     aggregates: list[dict[str, np.ndarray]] = []
