@@ -238,9 +238,9 @@ def test_declared_gpus_decide_the_spread(nodes: ThreeNodes) -> None:
     nodes.set(gpus=1)
     with connect(nodes.cluster.address):
         found = list_nodes()
-    assert sorted(node.gpus for node in found) == [0, 1, 1]
+    assert sorted(node.gpus for node in found) == [(), (1.0,), (1.0,)]
     demand = Demand("m", tuple(range(4)), host_bytes=1, device_bytes=1)
-    limits = Limits(threads_per_worker=1, gpus_per_worker=0.5, max_workers=None, server_bytes=0, server_gpus=0.0)
+    limits = Limits(threads_per_worker=1, gpus_per_worker=0.5, max_workers=None)
     workers = plan_workers([demand], found, limits, device="cuda")
     with_gpus = {node.node_id for node in found if node.gpus}
     assert Counter(worker.node_id for worker in workers) == dict.fromkeys(with_gpus, 2)
