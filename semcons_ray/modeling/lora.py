@@ -46,6 +46,8 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
         # PEFT sees by itself which way round a layer's weights lie, and that an output embedding is tied: its adapter
         # is on the output alone.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")
+        # A model of the hub has its files in a folder of another name.
+        warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
         try:
             on_meta = base.device.type == "meta"
