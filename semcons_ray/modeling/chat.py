@@ -321,7 +321,7 @@ def _check_kwargs(kwargs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> N
     for key in kwargs:
         if key in SET_HERE:
             raise ConfigError(f"model.chat_template_kwargs: {key} cannot be chosen; leave it out")
-        if key != "chat_template" and not any(re.search(rf"\b{re.escape(key)}\b", text) for text in texts):
+        if not any(key == "chat_template" or re.search(rf"\b{re.escape(key)}\b", text) for text in texts):
             raise ConfigError(
                 f"model.chat_template_kwargs: {key} has no effect: no chat template of {', '.join(tokenizers)} reads it"
             )

@@ -387,6 +387,8 @@ def test_a_model_s_format_needs_its_tokenizer_only(tmp_path: Path) -> None:
         read_formats(folders, max_length=64, template_kwargs={"enable_thought": False})
     with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: enable_thinking has no effect.*base"):
         read_formats({"base": tmp_path / "base"}, max_length=64, template_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: chat_template has no effect.*base"):
+        read_formats({"base": tmp_path / "base"}, max_length=64, template_kwargs={"chat_template": "rag"})
     with pytest.raises(ConfigError, match=r"model\.chat_template_kwargs: messages cannot be chosen"):
         read_formats(folders, max_length=64, template_kwargs={"messages": []})
     with pytest.raises(ModelError, match="cannot load model none"):
