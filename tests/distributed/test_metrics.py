@@ -61,10 +61,10 @@ def test_the_exporter_says_what_the_ledger_says(
 ) -> None:
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     scraped = Scraped()
-    run_experiment(tiny_config(resources={"fleet": "ray", "device": "cpu"}), tmp_path / "first", scraped)
+    run_experiment(tiny_config(resources={"fleet": "ray", "device": "cpu"}), tmp_path / "première", scraped)
     assert {name for name, _, _ in scraped.samples} == EXPORTED - {"ray_semcons_clients_lost_total"}  # none was
-    assert {labels["run"] for _, labels, _ in scraped.samples} == {"first"}
-    ledger = pd.read_parquet(tmp_path / "first" / "ledger.parquet")
+    assert {labels["run"] for _, labels, _ in scraped.samples} == {"premi%C3%A8re"}  # Ray takes no other letters
+    ledger = pd.read_parquet(tmp_path / "première" / "ledger.parquet")
     assert scraped.sum("ray_semcons_uplink_bytes_total") == ledger["uplink_bytes"].sum() > 0
     assert scraped.sum("ray_semcons_downlink_bytes_total") == ledger["downlink_bytes"].sum() > 0
     for stage, rows in ledger.groupby("stage"):
@@ -77,7 +77,7 @@ def test_the_exporter_says_what_the_ledger_says(
             assert joules == pytest.approx(part["energy_joules"].sum())
     assert scraped.sum("ray_semcons_num_rounds") == scraped.sum("ray_semcons_round") == 2
     assert scraped.sum("ray_semcons_round_clients_answered") == scraped.sum("ray_semcons_round_clients_asked") == 3
-    metrics = pd.read_parquet(tmp_path / "first" / "metrics.parquet")
+    metrics = pd.read_parquet(tmp_path / "première" / "metrics.parquet")
     last = metrics[metrics["round"] == 2]
     for name in ("nll", "bits_per_byte"):
         assert scraped.sum(f"ray_semcons_test_{name}") == pytest.approx(last[name].mean())

@@ -1,13 +1,15 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 
-from semcons_ray.errors import RunFolderError
+from semcons_ray.errors import RunFolderError, StorageError
 from semcons_ray.federation.fleet import Evaluation, Reply
-from semcons_ray.federation.store import ClientStore
+from semcons_ray.federation.store import ClientStore, check_mark, mark
 from semcons_ray.metering.ledger import LedgerRow
 
 
@@ -97,3 +99,31 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "client_000" / "round_001.safetensors").write_bytes(whole(tmp_path)[:-1])
     with pytest.raises(RunFolderError, match="delete it, and resume repeats that visit"):
         ClientStore(tmp_path).load(0, before=2)
+
+
+def test_a_folder_is_known_by_the_mark_that_the_driver_put_there_last(tmp_path: Path) -> None:
+    shared = tmp_path / "state"
+    older = mark(shared)
+    shutil.copytree(shared, tmp_path / "copy")
+    name = mark(shared)
+    check_mark(shared, name)
+    with pytest.raises(RunFolderError, match="state is another folder on .* let --out lie on a file system that all"):
+        check_mark(shared, older)
+    with pytest.raises(RunFolderError, match="copy is another folder on"):
+        check_mark(tmp_path / "copy", name)
+    with pytest.raises(RunFolderError, match="nowhere is not there on"):
+        check_mark(tmp_path / "nowhere", name)
+    assert [path.name for path in shared.iterdir()] == [name]
+
+
+def test_a_visit_that_a_full_disk_has_no_room_for_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills_the_disk(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("semcons_ray.federation.store.save_file", fills_the_disk)
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path}: the disk is full"):
+        ClientStore(tmp_path).save({"x": torch.zeros(1)}, reply(1))
+    assert not list(tmp_path.rglob("*round*"))

@@ -51,8 +51,8 @@ class Place:
     def data(self, name: str, content: str | bytes) -> list[str]:
         return self.run("--data.source", self.write(name, content))
 
-    def copy(self, *, without: str = "", damage: str = "") -> Path:
-        """The finished run once more, with a file gone or cut in the middle."""
+    def copy(self, *, without: str = "", damage: str = "", change: tuple[str, str] = ("", "")) -> Path:
+        """The finished run once more, with a file gone or cut in the middle, or words of config.yaml changed."""
         copy = self.folder / "copy"
         shutil.copytree(self.finished, copy)
         if without:
@@ -60,6 +60,10 @@ class Place:
         if damage:
             content = (copy / damage).read_bytes()
             (copy / damage).write_bytes(content[: len(content) // 2])
+        before = (copy / "config.yaml").read_text()
+        assert change[0] in before
+        if change[0]:
+            (copy / "config.yaml").write_text(before.replace(*change))
         return copy
 
 
@@ -106,7 +110,8 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "unrecognized arguments: --seed 1",
     ),
     "a value for a section and for what is in it": (lambda p: p.run("--data", "5", "--data.split", "x"), "data"),
-    "a value that is no YAML": (lambda p: p.run("--name", "[a"), "cannot read '[a'"),
+    "a value that is no YAML": (lambda p: p.run("--seed", "[a"), "--seed: cannot read '[a'"),
+    "a word that is not UTF-8": (lambda p: p.run("--name", "caf\udce9"), "'caf\\udce9' on the command line is not UTF-8"),
     # the config
     "unknown key in the file": (lambda p: p.config("algorithm: {rul: medoid}"), "unknown setting 'algorithm.rul'"),
     "unknown key on the command line": (lambda p: p.run("--data.sourc", "x"), "unknown setting 'data.sourc'"),
@@ -176,6 +181,22 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "out cannot be written": (lambda p: ["run", *p.small, "--out", "/proc/out"], "cannot write /proc/out"),
     "resume of nothing": (lambda p: ["resume", "/no/such"], "/no/such is not a folder"),
     "resume of a folder that is no run": (lambda p: ["resume", str(p.folder)], "has no config.yaml"),
+    "resume of a config that no run began with": (
+        lambda p: ["resume", str(Path(p.write("x/config.yaml", "seed: 1")).parent)],
+        "x has no state/config.yaml",
+    ),
+    "resume with more rounds than it began with": (
+        lambda p: ["resume", str(p.copy(change=("num_rounds: 1", "num_rounds: 3")))],
+        "copy: the run is finished and num_rounds was changed from 1 to 3 since it began",
+    ),
+    "resume with other numbers of things": (
+        lambda p: ["resume", str(p.copy(without="state/round_001.msgpack", change=("num_clients: 2", "num_clients: 3")))],
+        "copy: clients.num_clients was changed from 2 to 3 since it began",
+    ),
+    "resume with another model": (
+        lambda p: ["resume", str(p.copy(change=(f"name: {p.model}", "name: ./other")))],
+        "model.name was changed from ",
+    ),
     "resume with half a config": (lambda p: ["resume", str(p.copy(damage="config.yaml"))], "config.yaml"),
     "resume with half a commit": (lambda p: ["resume", str(p.copy(damage="state/round_001.msgpack"))], "round_001"),
     "report of nothing": (lambda p: ["report", "/no/such"], "/no/such"),

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.errors import RunFolderError
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.runs.experiment import run_experiment
+from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
@@ -57,6 +58,21 @@ def test_an_actor_killed_in_mid_round_changes_nothing(
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+def test_a_worker_that_starts_again_where_the_folder_is_not_shared_does_not_begin_anew(
+    tiny_config: MakeConfig, undisturbed: Path, tmp_path: Path
+) -> None:
+    def lose_sight(reply: Reply) -> None:
+        """As if the worker's node were lost, and the next one had a folder of its own under the same path."""
+        for seen in (tmp_path / "run" / "state").glob(".mark-*"):
+            seen.unlink()
+            kill_actor("ray::WorkerActor")
+
+    with pytest.raises(RunFolderError, match=r"run/state is another folder on .* let --out lie on a file system that all"):
+        run_experiment(tiny_config(resources=RAY), tmp_path / "run", Silent(lose_sight))
+    resume_experiment(tmp_path / "run", Silent())
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
 def test_a_driver_killed_at_five_random_points_resumes_to_the_same_numbers(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -96,8 +112,6 @@ def start(arguments: list[str]) -> "subprocess.Popen[str]":
 
 
 def test_a_finished_run_resumes_to_itself(tiny_config: MakeConfig, undisturbed: Path) -> None:
-    from semcons_ray.runs.experiment import resume_experiment
-
     visits: list[Reply] = []
     before = (undisturbed / "metrics.parquet").read_bytes()
     resume_experiment(undisturbed, Silent(visits.append))

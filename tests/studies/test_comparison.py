@@ -159,7 +159,7 @@ def test_a_run_with_other_settings_is_named_and_left_alone(tmp_path: Path, capsy
     kept = (run.folder / "config.yaml").read_bytes()
     assert_refused(
         ["compare", "--training.learning_rate", "0.1", "--out", str(tmp_path)],
-        f"{run.folder} was run with training.learning_rate = 0.0005, and not 0.1; remove it, or choose another --out",
+        f"{run.folder}: training.learning_rate was changed from 0.0005 to 0.1 since it began; set that back, or begin",
         capsys,
     )
     assert (run.folder / "config.yaml").read_bytes() == kept

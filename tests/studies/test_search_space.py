@@ -72,7 +72,7 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
 def test_the_point_of_settings_is_the_one_they_came_from(tmp_path: Path) -> None:
     space = {"clients.mix": {"choice": [{}, MIX]}, "training.learning_rate": {"uniform": [0.001, 0.002]}}
     sweep = load_sweep(write(tmp_path, {"search": "optuna", "space": space}))
-    point = {"clients.mix": MIX, "training.learning_rate": 0.0015}
+    point = {"clients.mix": {"a": 1.0, "b": 1.0}, "training.learning_rate": 0.0015}
     assert sweep.point_of(sweep.configure(point)) == point
     assert trial_name(sweep.point_of(sweep.configure(point)) or {}) == trial_name(point)
     assert sweep.point_of(sweep.configure({**point, "training.learning_rate": 0.1})) is None

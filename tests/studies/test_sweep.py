@@ -109,7 +109,7 @@ def test_a_sweep_with_another_experiment_is_named_and_left_alone(
     before = (killed / "sweep.yaml").read_bytes()
     arguments = ["sweep", str(write(tmp_path, values)), "--training.learning_rate", "0.1", "--out", str(killed)]
     assert main(arguments) == 2
-    assert "was run with training.learning_rate = 0.005, and not 0.1" in capsys.readouterr().err
+    assert "training.learning_rate was changed from 0.005 to 0.1 since it began" in capsys.readouterr().err
     assert (killed / "sweep.yaml").read_bytes() == before
 
 
