@@ -167,7 +167,9 @@ class LoraConfig(Settings):
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        "all-linear", description="Module names that get an adapter, or all-linear."
+        "all-linear",
+        description="Names of linear modules that get an adapter, or all-linear: all but the output embedding; a "
+        "mixture's experts get none.",
     )
 
 

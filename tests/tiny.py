@@ -4,19 +4,11 @@ import json
 import struct
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from semcons_ray.modeling.packaged import CHATML
 
@@ -93,23 +85,28 @@ def write_model(
     seed: int = 0,
     width: int = 32,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    **config: Any,
 ) -> Path:
-    """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template."""
+    """A random model with its tokenizer, as save_pretrained writes them; "gemma3" has no chat template.
+
+    Args:
+        architecture: A model type of transformers, or "gemma3" for its model of text.
+        config: Settings of its configuration, over those of `SHAPE` and of the tokenizer.
+    """
     tokenizer = tokenizer or train_tokenizer(template=None if architecture == "gemma3" else CHATML)
     tokenizer.save_pretrained(folder)
     ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _build(architecture, {**SHAPE, "hidden_size": width, **ids}).save_pretrained(folder)
+        build_model(architecture, **{**SHAPE, "hidden_size": width, **ids, **config}).save_pretrained(folder)
     return folder
 
 
-def _build(architecture: str, shape: dict[str, int]) -> PreTrainedModel:
-    if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    if architecture == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**shape))
-    return Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8))
+def build_model(architecture: str, **config: Any) -> PreTrainedModel:
+    """A random causal language model of one of transformers' families."""
+    if architecture == "gemma3":
+        architecture, config = "gemma3_text", {"head_dim": 8, **config}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config))
 
 
 def write_llama_8b(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers.pytorch_utils import Conv1D
 
 from semcons_ray.config import LoraConfig
@@ -50,6 +52,7 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
         try:
+            _leave_experts(base, config, name)
             on_meta = base.device.type == "meta"
             return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
         except (ValueError, TypeError) as error:
@@ -73,6 +76,25 @@ def _check_targets(base: Any, targets: Sequence[str], name: str) -> None:
             if not _is_linear(module):
                 kind = f"is of kind {type(module).__name__} in {name}"
                 raise ModelError(f"{where}{kind}, and adapters are for linear layers: {_listed(linear)}")
+
+
+def _leave_experts(base: Any, config: PeftLoraConfig, name: str) -> None:
+    """Keep PEFT from putting adapters on a mixture's experts, which some families hold in tensors of three dimensions.
+
+    There it reads the names that the experts' modules had once, in `all-linear` as well, and makes adapters of other
+    ranks than the one asked for.
+    """
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, base, None)
+    if not read.target_parameters:
+        return
+    if not isinstance(config.target_modules, str):
+        experts = sorted(set(config.target_modules or ()) - set(read.target_modules or ()))
+        raise ModelError(
+            f"model.lora.target_modules: {', '.join(experts)} would be experts of {name}, and adapters are for linear "
+            f"layers: {_listed(set(read.target_modules or ())) or 'choose all-linear'}"
+        )
+    config.target_modules = read.target_modules
 
 
 def _unfit(base: Any) -> list[str] | None:
