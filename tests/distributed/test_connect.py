@@ -73,10 +73,10 @@ def test_a_cluster_of_ones_own_needs_nothing_of_home(environment: dict[str, str]
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"TMPDIR": "/tmp/" + "long" * 25}, "longlong is too long a path for its sockets; set RAY_TMPDIR to a short one"),
+        ({"TMPDIR": "/tmp/" + "long" * 25}, "longlong is too long a path for its sockets; set RAY_TMPDIR to a short one"),  # noqa: E501
         ({"RAY_TMPDIR": "/tmp/" + "long" * 25}, "set RAY_TMPDIR to a short one, such as /tmp"),
-        ({"RAY_TMPDIR": "/proc/nowhere"}, "'/proc/nowhere' (RAY_TMPDIR says where it keeps its files, now /proc/nowhere)"),
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere"),
+        ({"RAY_TMPDIR": "/proc/nowhere"}, "'/proc/nowhere' (RAY_TMPDIR says where it keeps its files, now /proc/nowhere)"),  # noqa: E501
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_a_cluster_that_cannot_be_started_says_why(environment: dict[str, str], says: str) -> None:

@@ -39,7 +39,7 @@ def test_a_new_folder_goes_on_with_what_it_began_with(folder: RunFolder) -> None
         ({"clients": {"num_clients": 4}}, "clients.num_clients was changed from 3 to 4"),
         ({"clients": {"mix": {"org/a": 1}}}, r"clients.mix was changed from {} to {'org/a': 1.0}"),
         ({"model": {"name": "org/b"}}, "model.name was changed from 'packaged:smollm2-135m-instruct' to 'org/b'"),
-        ({"training": {"learning_rate": 0.1, "batch_size": 2}}, "learning_rate was changed from 0.0005 to 0.1, training.batch_size was"),
+        ({"training": {"learning_rate": 0.1, "batch_size": 2}}, "learning_rate was changed from 0.0005 to 0.1, training.batch_size was"),  # noqa: E501
         ({"evaluation": {"every": 2}}, "evaluation.every was changed from 1 to 2"),
     ],
 )  # fmt: skip
@@ -61,13 +61,13 @@ def test_dtype_auto_stands_for_what_it_came_to(folder: RunFolder) -> None:
     resolved = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": "float32"})})
     folder.write_config(resolved)
     assert folder.settings_to_resume(CONFIG) == resolved
-    with pytest.raises(RunFolderError, match="model.dtype was changed from 'float32' to 'float16'"):
+    with pytest.raises(RunFolderError, match="model.dtype was changed from 'float32' to 'float16'"):  # noqa: RUF043
         folder.settings_to_resume(changed(model={"dtype": "float16"}))
 
 
 def test_a_config_that_no_run_began_with_is_none_to_resume_or_to_refuse_as_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
-    with pytest.raises(RunFolderError, match="has no state/config.yaml, so no run has begun there"):
+    with pytest.raises(RunFolderError, match="has no state/config.yaml, so no run has begun there"):  # noqa: RUF043
         RunFolder(tmp_path).settings_to_resume(CONFIG)
     with pytest.raises(RunFolderError, match="is not empty; choose another --out"):
         RunFolder.create(tmp_path, CONFIG)
@@ -104,5 +104,5 @@ def test_a_file_system_without_locks_is_not_taken_for_one_in_use(
     ):
         pass
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(RunFolderError, match="cannot lock .*: No locks available"), held(tmp_path / "lock", tmp_path):
+    with pytest.raises(RunFolderError, match="cannot lock .*: No locks available"), held(tmp_path / "lock", tmp_path):  # noqa: RUF043
         pass
