@@ -1,7 +1,6 @@
 """A cluster of one's own, or one to join: each that cannot be had is told of in one line that says what to change."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -73,12 +72,12 @@ def test_a_cluster_of_ones_own_needs_nothing_of_home(environment: dict[str, str]
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
-        ({"TMPDIR": "/tmp/" + "long" * 25}, "longlong is too long a path for its sockets; set RAY_TMPDIR to a short one"),  # noqa: E501
-        ({"RAY_TMPDIR": "/tmp/" + "long" * 25}, "set RAY_TMPDIR to a short one, such as /tmp"),
-        ({"RAY_TMPDIR": "/proc/nowhere"}, "'/proc/nowhere' (RAY_TMPDIR says where it keeps its files, now /proc/nowhere)"),  # noqa: E501
-        ({"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere"),  # noqa: E501
+        ({"TMPDIR": f"/tmp/{'long' * 25}"}, "longlong is too long a path for its sockets; set RAY_TMPDIR to a short"),
+        ({"RAY_TMPDIR": f"/tmp/{'long' * 25}"}, "set RAY_TMPDIR to a short one, such as /tmp"),
+        ({"RAY_TMPDIR": "/proc/nowhere"}, "(RAY_TMPDIR says where it keeps its files, now /proc/nowhere)"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "file cannot be opened or is empty: /nowhere"),
     ],
-)  # fmt: skip
+)
 def test_a_cluster_that_cannot_be_started_says_why(environment: dict[str, str], says: str) -> None:
     done = driver(**environment)
     assert done.returncode == 1
@@ -134,4 +133,3 @@ def test_nobody_there_is_said_at_once() -> None:
     ):
         pass
     assert not ray.is_initialized()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -107,7 +107,7 @@ def test_a_folder_is_known_by_the_mark_that_the_driver_put_there_last(tmp_path: 
     shutil.copytree(shared, tmp_path / "copy")
     name = mark(shared)
     check_mark(shared, name)
-    with pytest.raises(RunFolderError, match="state is another folder on .* let --out lie on a file system that all"):  # noqa: RUF043
+    with pytest.raises(RunFolderError, match=r"state is another folder on .* let --out lie on a file system that all"):
         check_mark(shared, older)
     with pytest.raises(RunFolderError, match="copy is another folder on"):
         check_mark(tmp_path / "copy", name)

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     ),
     "a value for a section and for what is in it": (lambda p: p.run("--data", "5", "--data.split", "x"), "data"),
     "a value that is no YAML": (lambda p: p.run("--seed", "[a"), "--seed: cannot read '[a'"),
-    "a word that is not UTF-8": (lambda p: p.run("--name", "caf\udce9"), "'caf\\udce9' on the command line is not UTF-8"),  # noqa: E501
+    "a word that is not UTF-8": (lambda p: p.run("--name", "caf\udce9"), "'caf\\udce9' on the command line is not"),
     # the config
     "unknown key in the file": (lambda p: p.config("algorithm: {rul: medoid}"), "unknown setting 'algorithm.rul'"),
     "unknown key on the command line": (lambda p: p.run("--data.sourc", "x"), "unknown setting 'data.sourc'"),
@@ -190,7 +190,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "copy: the run is finished and num_rounds was changed from 1 to 3 since it began",
     ),
     "resume with other numbers of things": (
-        lambda p: ["resume", str(p.copy(without="state/round_001.msgpack", change=("num_clients: 2", "num_clients: 3")))],  # noqa: E501
+        lambda p: ["resume", str(p.copy(without="state/round_001.msgpack", change=("clients: 2", "clients: 3")))],
         "copy: clients.num_clients was changed from 2 to 3 since it began",
     ),
     "resume with another model": (

@@ -67,7 +67,7 @@ def test_a_worker_that_starts_again_where_the_folder_is_not_shared_does_not_begi
             seen.unlink()
             kill_actor("ray::WorkerActor")
 
-    with pytest.raises(RunFolderError, match=r"run/state is another folder on .* let --out lie on a file system that all"):  # noqa: E501
+    with pytest.raises(RunFolderError, match=r"run/state is another folder on .* let --out lie on a file system"):
         run_experiment(tiny_config(resources=RAY), tmp_path / "run", Silent(lose_sight))
     resume_experiment(tmp_path / "run", Silent())
     assert_same_run(undisturbed, tmp_path / "run")

@@ -39,10 +39,13 @@ def test_a_new_folder_goes_on_with_what_it_began_with(folder: RunFolder) -> None
         ({"clients": {"num_clients": 4}}, "clients.num_clients was changed from 3 to 4"),
         ({"clients": {"mix": {"org/a": 1}}}, r"clients.mix was changed from {} to {'org/a': 1.0}"),
         ({"model": {"name": "org/b"}}, "model.name was changed from 'packaged:smollm2-135m-instruct' to 'org/b'"),
-        ({"training": {"learning_rate": 0.1, "batch_size": 2}}, "learning_rate was changed from 0.0005 to 0.1, training.batch_size was"),  # noqa: E501
+        (
+            {"training": {"learning_rate": 0.1, "batch_size": 2}},
+            "training.learning_rate was changed from 0.0005 to 0.1, training.batch_size was changed from 4 to 2",
+        ),
         ({"evaluation": {"every": 2}}, "evaluation.every was changed from 1 to 2"),
     ],
-)  # fmt: skip
+)
 def test_a_change_that_decides_numbers_is_refused(folder: RunFolder, sections: dict[str, Any], says: str) -> None:
     (folder.path / "config.yaml").write_text(dump_config(changed(**sections)), encoding="utf-8")
     with pytest.raises(RunFolderError, match=says):
@@ -61,19 +64,19 @@ def test_dtype_auto_stands_for_what_it_came_to(folder: RunFolder) -> None:
     resolved = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": "float32"})})
     folder.write_config(resolved)
     assert folder.settings_to_resume(CONFIG) == resolved
-    with pytest.raises(RunFolderError, match="model.dtype was changed from 'float32' to 'float16'"):  # noqa: RUF043
+    with pytest.raises(RunFolderError, match=r"model.dtype was changed from 'float32' to 'float16'"):
         folder.settings_to_resume(changed(model={"dtype": "float16"}))
 
 
 def test_a_config_that_no_run_began_with_is_none_to_resume_or_to_refuse_as_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
-    with pytest.raises(RunFolderError, match="has no state/config.yaml, so no run has begun there"):  # noqa: RUF043
+    with pytest.raises(RunFolderError, match=r"has no state/config.yaml, so no run has begun there"):
         RunFolder(tmp_path).settings_to_resume(CONFIG)
     with pytest.raises(RunFolderError, match="is not empty; choose another --out"):
         RunFolder.create(tmp_path, CONFIG)
 
 
-@pytest.mark.parametrize("name", ["a b", "it's \"q\"", "50%25", "two\nlines", "[/x]", "日本語", "x" * 250])
+@pytest.mark.parametrize("name", ["a b", "it's \"q\"", "50%25", "two\nlines", "[x]", "日本語", "x" * 250])
 def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     RunFolder.create(tmp_path / name, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -104,5 +107,5 @@ def test_a_file_system_without_locks_is_not_taken_for_one_in_use(
     ):
         pass
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(RunFolderError, match="cannot lock .*: No locks available"), held(tmp_path / "lock", tmp_path):  # noqa: RUF043
+    with pytest.raises(RunFolderError, match=r"cannot lock .*: No locks available"), held(tmp_path / "lock", tmp_path):
         pass
