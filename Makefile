@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
 ENGINE_TESTS = vllm or deepspeed or bitsandbytes
 
-.PHONY: run test test-engines test-install check setup architectures vllm deepspeed bitsandbytes clean
+.PHONY: run test test-engines test-mutation test-install check setup architectures vllm deepspeed bitsandbytes clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -24,6 +24,16 @@ test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engi
 test-engines: ## Set up a second environment with vLLM, DeepSpeed and bitsandbytes, and run the tests that need them
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes
 	$(VENV)-engines/bin/python -m pytest -m "$(ENGINE_TESTS)" -p tests.no_skips
+
+test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
+	$(VENV)-mutation/bin/python tests/mutation/run.py $(ARGS)
+
+$(VENV)-mutation/.ready: $(VENV)/.ready-dev
+	$(PYTHON) -m venv $(VENV)-mutation
+	$(VENV)-mutation/bin/python -m pip --disable-pip-version-check --quiet install mutmut==3.8.1
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)-mutation/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	touch $@
 
 test-install: ## Set up and run on each of PYTHONS as on a user's machine; by hand, as it downloads 4 GB a Python
 	failed=0; for python in $(PYTHONS); do .ci/install "$$python" || failed=1; done; exit $$failed
@@ -61,4 +71,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
 	touch $@
 
 clean: ## Remove the environments
-	rm -rf $(VENV) $(VENV)-engines
+	rm -rf $(VENV) $(VENV)-engines $(VENV)-mutation mutants

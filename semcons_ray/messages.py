@@ -42,7 +42,6 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         max_bytes: Longest MessagePack map that is encoded or decoded.
     """
 
-    _decoders: ClassVar[dict[type, msgspec.msgpack.Decoder[Message]]] = {}
     max_bytes: ClassVar[int] = MAX_TEXT_BYTES
 
     def encode(self, compression: str = "none") -> bytes:
@@ -77,15 +76,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             elif data[:1] != PLAIN:
                 raise MessageError(f"{cls.__name__}: unknown framing byte {data[:1]!r}")
             cls._check_size(len(body), limit)
-            decoder = cls._decoders.get(cls)
-            if decoder is None:
-                decoder = cls._decoders[cls] = msgspec.msgpack.Decoder(cls)
-            message = decoder.decode(body)
+            message = msgspec.msgpack.decode(body, type=cls)
         except (msgspec.MsgspecError, zstandard.ZstdError, UnicodeDecodeError) as error:
             raise MessageError(f"{cls.__name__}: {error}") from error
         if msgspec.msgpack.encode(message) != body:
             raise MessageError(f"{cls.__name__}: a field twice, out of order, without its type or longer than need be")
-        return message  # type: ignore[return-value]
+        return message
 
     @classmethod
     def _check_size(cls, size: int, limit: int) -> None:

@@ -87,6 +87,15 @@ def test_a_message_comes_back_as_it_was(message, compression):
     assert message.encode(compression) == data  # the same bytes each time
 
 
+def test_the_framing_is_what_the_page_says():
+    message = PublicPrompts(prompts=tuple(f"What is {one} times {one**3 % 97}?" for one in range(300)))
+    assert message.encode("zstd") == ZSTD + zstandard.ZstdCompressor(level=3).compress(message.encode()[1:])
+    with pytest.raises(MessageError, match=re.escape(r"Answers: unknown framing byte b'\x02'") + "$"):
+        Answers.decode(b"\x02" + EXAMPLE.encode()[1:])
+    with pytest.raises(MessageError, match=r"^Answers: .*truncated"):
+        Answers.decode(PLAIN)
+
+
 @given(any_message)
 def test_both_framings_hold_the_same_body(message):
     frame = message.encode("zstd")[1:]
@@ -235,10 +244,10 @@ def test_text_that_is_not_utf8_is_refused():
 @pytest.mark.parametrize(
     ("ids", "responses", "says"),
     [
-        ((0, 1), ["a"], "one prompt id for each"),
-        ((), ["a"], "one prompt id for each"),
+        ((0, 1), ["a"], "^PseudoLabels: needs one prompt id for each response$"),
+        ((), ["a"], "^PseudoLabels: needs one prompt id for each response$"),
         ((-1,), ["a"], "prompt_ids"),
-        ((1, 1), ["a", "b"], "do not ascend"),
+        ((1, 1), ["a", "b"], "^PseudoLabels: prompt ids do not ascend$"),
         ((2, 1), ["a", "b"], "do not ascend"),
     ],
 )
@@ -249,7 +258,7 @@ def test_labels_need_an_id_each_and_in_order(ids, responses, says):
 
 
 def test_a_label_of_no_public_prompt_is_refused():
-    labels = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("a", "b"))
+    labels = PseudoLabels(round_number=1, prompt_ids=(0, 1, 2), responses=("a", "b", "c"))
     labels.check_prompts(3)
     NO_LABELS.check_prompts(0)
     with pytest.raises(MessageError, match="a label of prompt 2, and there are 2"):
@@ -322,6 +331,8 @@ def test_what_would_be_too_long_is_neither_sent_nor_unpacked(compression, monkey
     with pytest.raises(MessageError, match="not 0 to 900"):
         PublicPrompts.decode(fits.encode(compression), max_bytes=900)
     assert PublicPrompts.decode(fits.encode(compression), max_bytes=1 << 40) == fits
+    monkeypatch.setattr(PublicPrompts, "max_bytes", 1033)  # to the byte
+    assert PublicPrompts.decode(too_long.encode(compression)) == too_long
 
 
 def test_texts_and_tensors_have_limits_of_their_own():

@@ -7,13 +7,14 @@ import json
 import random
 import struct
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 import zstandard
+from msgspec import structs
 
 from semcons_ray.consensus import Election
 from semcons_ray.errors import MessageError
@@ -48,7 +49,7 @@ EXAMPLES: dict[type[Message], Message] = {
     PublicPrompts: PublicPrompts(prompts=TEXTS),
     Answers: Answers(round_number=3, client_id=1, num_examples=200, answers=TEXTS),
     PseudoLabels: PseudoLabels(round_number=2, prompt_ids=(0, 2, 3), responses=TEXTS[:3]),
-    AdapterUpdate: AdapterUpdate(round_number=3, client_id=1, num_examples=200, tensors=TENSORS),
+    AdapterUpdate: AdapterUpdate(round_number=3, client_id=0, num_examples=200, tensors=TENSORS),
     GlobalAdapter: GlobalAdapter(round_number=2, tensors=TENSORS),
 }
 
@@ -256,46 +257,61 @@ def reply(uplink: bytes) -> Reply:
     )  # fmt: skip
 
 
-def from_client_1(collect: Callable[[bytes], object], rng: random.Random, make: Callable[[], bytes]) -> None:
-    """Send mutants until each has been refused by name or taken."""
-    refused = 0
-    for _ in range(NUM_MUTANTS // 2):
-        try:
-            collect(make())
-        except MessageError as error:
-            assert str(error).startswith("client 1, round 3: ")
-            refused += 1
-    assert refused > NUM_MUTANTS / 4
-
-
 def test_no_answers_of_one_client_hurt_the_others() -> None:
     rng = random.Random("server")
-    for _ in range(3):
+    refused = 0
+    for _ in range(NUM_MUTANTS // 4):
         judge = Server(OneVector(), num_prompts=5, election=Election("medoid"), seed=0, ledger=Ledger("server", "n"))
         judge.begin(3, [0, 1, 2])
-        judge.collect(0, msgspec.structs.replace(EXAMPLES[Answers], client_id=0).encode())
-        from_client_1(lambda data, judge=judge: judge.collect(1, data), rng, lambda: mutant(rng, EXAMPLES[Answers]))
-        judge.collect(2, msgspec.structs.replace(EXAMPLES[Answers], client_id=2).encode())
+        for client_id in rng.sample(range(3), 3):
+            sent = structs.replace(EXAMPLES[Answers], client_id=client_id)
+            judge.collect(client_id, mutant(rng, sent) if client_id == 1 else sent.encode())
         verdict = judge.conclude()
         assert verdict.answers[0] == verdict.answers[2] == TEXTS
         assert len(verdict.labels.prompt_ids) >= 4
+        if verdict.refused:
+            assert list(verdict.refused) == [1]
+            assert verdict.refused[1].startswith("client 1, round 3: ")
+            assert verdict.answers[1] == ("",) * 5
+            refused += 1
+    assert refused > NUM_MUTANTS / 8
+
+
+class Postman:
+    """A fleet whose client 0 sends what it should, and client 1 what it is told to."""
+
+    adapter_shapes = shapes_of(ADAPTER)
+
+    def __init__(self, uplink: bytes) -> None:
+        self.uplink = uplink
+        self.lost: Mapping[int, str] = {}
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        yield structs.replace(reply(EXAMPLES[AdapterUpdate].encode()), client_id=0)
+        yield reply(self.uplink)
+
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        self.lost = reasons
 
 
 def test_no_update_of_one_client_gets_to_the_average_but_one_that_fits() -> None:
     rng = random.Random("average")
     algorithm = FedAvgLora(Cohort(num_clients=2, participation=1.0, seed=0), (2, 2))
-
-    def receive(data: bytes) -> None:
-        update = algorithm.received(reply(data), shapes_of(ADAPTER))
-        mean = unpack(algorithm.aggregate(3, b"", [EXAMPLES[AdapterUpdate], update]))  # type: ignore[list-item]
-        assert shapes_of(mean) == shapes_of(ADAPTER)
-
-    def make() -> bytes:
+    own = structs.replace(EXAMPLES[AdapterUpdate], client_id=1)
+    refused = 0
+    for _ in range(NUM_MUTANTS // 2):
         if rng.random() < 0.5:
-            return mutant(rng, EXAMPLES[AdapterUpdate])
-        return msgspec.structs.replace(EXAMPLES[AdapterUpdate], tensors=mutated_tensors(rng)).encode("zstd")
-
-    from_client_1(receive, rng, make)
+            fleet = Postman(mutant(rng, own))
+        else:
+            fleet = Postman(structs.replace(own, tensors=mutated_tensors(rng)).encode("zstd"))
+        mean = unpack(algorithm.run_round(3, b"", fleet, None, evaluate=False).next_state)  # type: ignore[arg-type]
+        assert shapes_of(mean) == shapes_of(ADAPTER)
+        if fleet.lost:
+            assert list(fleet.lost) == [1]
+            assert fleet.lost[1].startswith("client 1, round 3: ")
+            assert all(torch.equal(mean[key], value) for key, value in unpack(TENSORS).items())
+            refused += 1
+    assert refused > NUM_MUTANTS / 4
 
 
 def test_nothing_large_is_made_of_little() -> None:

@@ -129,6 +129,7 @@ class RayFleet:
         self._room_timeout_seconds = room_timeout_seconds
         self._metering: dict[str, _Worker] = {}
         self.lost: Mapping[int, str] = {}
+        self._num_asked = 0
         for worker in self._workers.values():
             self._await_room(worker, room_timeout_seconds)
             self.adapter_shapes = self._get(worker.load_ref, f"{worker.plan.name} while it was loading")
@@ -156,7 +157,7 @@ class RayFleet:
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
-        self.lost = lost
+        self.lost, self._num_asked = lost, len(downlinks)
 
         def send(worker: _Worker, clients: Sequence[int]) -> None:
             worker.clients = deque(clients)
@@ -221,7 +222,12 @@ class RayFleet:
                         replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
                     else:
                         leave_out(worker)
-        check_quorum(round, len(downlinks), lost, self._quorum)
+        check_quorum(round, self._num_asked, lost, self._quorum)
+
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        """See `Visitor.leave_out`."""
+        self.lost = {**self.lost, **reasons}
+        check_quorum(round, self._num_asked, self.lost, self._quorum)
 
     def laps(self) -> list[EnergyWindow]:
         """See `Fleet.laps`. A node whose meter was lost with its worker is metered again from here on."""

@@ -126,6 +126,14 @@ class Visitor(Protocol):
         """
         ...
 
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        """Count clients as lost whose replies to the visit of a round turned out to be of no use.
+
+        Raises:
+            QuorumError: Without them fewer clients have answered than the quorum asks for.
+        """
+        ...
+
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
         """Evaluate the model that each client named makes of a message; nothing is trained, sent or kept.
 
@@ -228,6 +236,7 @@ class LocalFleet:
         self._quorum = quorum
         self._meter = meter
         self.lost: Mapping[int, str] = {}
+        self._num_asked = 0
         self.workers: Mapping[str, Place] = dict.fromkeys(hosts, place)
         self.meters: Mapping[str, str] = {place.node: meter.name if meter else ""}
 
@@ -252,7 +261,7 @@ class LocalFleet:
         self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Host, int, bytes], Reply]
     ) -> Iterator[Reply]:
         lost: dict[int, str] = {}
-        self.lost = lost
+        self.lost, self._num_asked = lost, len(downlinks)
         for client_id, downlink in downlinks.items():
             try:
                 reply = call(self._host_of[client_id], client_id, downlink)
@@ -262,7 +271,12 @@ class LocalFleet:
                 lost[client_id] = str(error)
             else:
                 yield reply
-        check_quorum(round, len(downlinks), lost, self._quorum)
+        check_quorum(round, self._num_asked, lost, self._quorum)
+
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        """See `Visitor.leave_out`."""
+        self.lost = {**self.lost, **reasons}
+        check_quorum(round, self._num_asked, self.lost, self._quorum)
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """See `Fleet.export_adapters`."""

@@ -5,7 +5,7 @@ Legend: C clients whose answers were awaited, P public prompts, D embedding dime
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.randomness import priorities
-from semcons_ray.messages import Answers, PseudoLabels, decode_uplink
+from semcons_ray.messages import Answers, PseudoLabels, decode_uplink, naming
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow
 
@@ -35,6 +35,7 @@ class Verdict:
         abstained: Prompts that gave no pseudo-label, (P,).
         labels: The downlink message.
         rows: The server's work.
+        refused: Clients whose message was none, so that they have no vote, and why.
     """
 
     client_ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class Verdict:
     abstained: npt.NDArray[np.bool_]
     labels: PseudoLabels
     rows: tuple[LedgerRow, ...]
+    refused: Mapping[int, str]
 
 
 class ServerProtocol(Protocol):
@@ -55,11 +57,7 @@ class ServerProtocol(Protocol):
         ...
 
     def collect(self, client_id: int, uplink: bytes) -> None:
-        """Take the encoded `Answers` of a client.
-
-        Raises:
-            MessageError: They are not that, here or in `conclude`; names the client, which then has no vote.
-        """
+        """Take the encoded `Answers` of a client; if they are not that, the client has no vote."""
         ...
 
     def conclude(self) -> Verdict:
@@ -134,20 +132,18 @@ class Server:
         self._column = {client_ids[place]: column for column, place in enumerate(order)}
         self._priority = torch.from_numpy(draws[:, order])
         self._answers: dict[int, Answers] = {}
+        self._refused: dict[int, str] = {}
         self._embeddings: Tensor | None = None
 
     def collect(self, client_id: int, uplink: bytes) -> None:
         """See `ServerProtocol.collect`. A message that comes twice, after a restart, counts once."""
         with self._ledger.stage("embed", round=self._round) as work:
-            if client_id not in self._column:
-                raise MessageError(f"round {self._round} does not await an answer of client {client_id}")
-            message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
-            given = len(message.answers)
-            if given != self._num_prompts:
-                raise MessageError(
-                    f"client {client_id}, round {self._round}: {given} answers to {self._num_prompts} prompts"
-                )
             if client_id in self._answers:
+                return
+            try:
+                message = self._decoded(client_id, uplink)
+            except MessageError as error:
+                self._refused[client_id] = str(error)
                 return
             vectors = self._embedder.embed(self._embedded(message.answers))
             if self._embeddings is None:
@@ -155,7 +151,17 @@ class Server:
                 self._embeddings = vectors.new_zeros(shape)
             self._embeddings[:, self._column[client_id]] = vectors
             self._answers[client_id] = message
+            self._refused.pop(client_id, None)
             work.tokens = sum(len(answer.split()) for answer in message.answers)
+
+    def _decoded(self, client_id: int, uplink: bytes) -> Answers:
+        message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
+        with naming(client_id, self._round):
+            if client_id not in self._column:
+                raise MessageError("Answers: of a client that was not asked")
+            if len(message.answers) != self._num_prompts:
+                raise MessageError(f"Answers: {len(message.answers)} to {self._num_prompts} prompts")
+        return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
         if not self._prompts:
@@ -203,6 +209,7 @@ class Server:
             abstained=abstained,
             labels=labels,
             rows=tuple(self._ledger.take()),
+            refused=self._refused,
         )
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:

@@ -316,6 +316,10 @@ class _Watched:
             yield reply
         self.lost = dict(self._fleet.lost)
 
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        self._fleet.leave_out(round, reasons)
+        self.lost = dict(self._fleet.lost)
+
 
 def _export(exported: RunMetrics, commit: Commit, loss: Loss) -> None:
     rows = commit.metrics

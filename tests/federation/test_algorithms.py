@@ -31,8 +31,9 @@ COHORT = Cohort(num_clients=3, participation=1.0, seed=0)
 
 
 class Notes:
-    def __init__(self) -> None:
+    def __init__(self, refused: Mapping[int, str] | None = None) -> None:
         self.taken: list[Any] = []
+        self.refused = refused or {}
 
     # as a client
     def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
@@ -51,7 +52,7 @@ class Notes:
 
     def conclude(self) -> Any:
         self.taken.append("conclude")
-        return type("Verdict", (), {"labels": LABELS})()
+        return type("Verdict", (), {"labels": LABELS, "refused": self.refused})()
 
 
 def reply(client_id: int, round: int = 1) -> Reply:
@@ -73,6 +74,9 @@ class Backwards:
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         self.asked = (round, dict(downlinks), evaluate)
         yield from (reply(client, round) for client in reversed(list(downlinks)))
+
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        self.left_out = (round, reasons)
 
 
 def test_a_client_trains_on_the_labels_it_is_sent_and_then_answers() -> None:
@@ -99,6 +103,14 @@ def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
     ]
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
     assert PseudoLabels.decode(outcome.next_state) == LABELS
+
+
+def test_who_sends_no_answers_is_left_out_of_the_round() -> None:
+    fleet, server = Backwards(), Notes(refused={1: "no message"})
+    outcome = SemanticConsensus(COHORT).run_round(1, b"labels", fleet, server, evaluate=True)  # type: ignore[arg-type]
+    assert fleet.left_out == (1, {1: "no message"})
+    assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]  # its work was done all the same
+    assert sorted(outcome.evaluations) == [0, 2]
 
 
 def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -> None:
@@ -233,6 +245,17 @@ def test_without_its_quorum_a_round_does_not_count() -> None:
     failing = {1: ClientError("ill"), 2: ClientError("asleep")}
     with pytest.raises(QuorumError, match=r"2 of 4 clients answered.*client 1: ill; client 2: asleep"):
         visited(local_fleet(failing, quorum=0.75))
+
+
+def test_a_client_that_is_left_out_later_counts_for_the_quorum_as_well() -> None:
+    fleet = local_fleet({2: ClientError("ill")}, quorum=0.5)
+    assert visited(fleet) == [0, 1, 3]
+    fleet.leave_out(1, {3: "no message"})
+    assert fleet.lost == {2: "ill", 3: "no message"}
+    with pytest.raises(
+        QuorumError, match=r"1 of 4 clients answered.*client 0: no message; client 2: ill; client 3: no"
+    ):
+        fleet.leave_out(1, {0: "no message"})
 
 
 def test_nobody_is_no_quorum_even_if_none_is_asked_for() -> None:

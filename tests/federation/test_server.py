@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,7 +7,6 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election
-from semcons_ray.errors import MessageError
 from semcons_ray.federation.server import Server
 from semcons_ray.messages import Answers
 from semcons_ray.metering.ledger import Ledger
@@ -140,7 +140,7 @@ def test_a_new_round_forgets_the_old_one() -> None:
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        (uplink(0, "left"), "^client 0, round 1: 1 answers to 2 prompts"),
+        (uplink(0, "left"), "^client 0, round 1: Answers: 1 to 2 prompts$"),
         (uplink(1, "left", "left"), "^client 0, round 1: Answers: says that it is client 1's"),
         (uplink(0, "left", "left", round_number=3), "^client 0, round 1: Answers: says .* round 3"),
         (b"\x00nonsense", "^client 0, round 1: Answers"),
@@ -149,17 +149,32 @@ def test_a_new_round_forgets_the_old_one() -> None:
 def test_messages_that_do_not_belong_are_refused_and_leave_no_trace(message: bytes, says: str) -> None:
     judge = server()
     judge.begin(1, [0, 1])
-    with pytest.raises(MessageError, match=says):
-        judge.collect(0, message)
+    judge.collect(0, message)
     judge.collect(1, uplink(1, "right", "right"))
-    assert judge.conclude().answers == (("", ""), ("right", "right"))
+    verdict = judge.conclude()
+    assert verdict.answers == (("", ""), ("right", "right"))
+    assert verdict.labels.responses == ()  # of two clients one is left, which agrees with nobody
+    assert list(verdict.refused) == [0]
+    assert re.search(says, verdict.refused[0])
+    judge.begin(2, [0])
+    assert not judge.conclude().refused
+
+
+def test_what_was_refused_once_may_come_again_and_what_was_taken_stays() -> None:
+    judge = server()
+    judge.begin(1, [0, 1])
+    for message in (b"nonsense", uplink(0, "left", "left"), uplink(0, "right", "right"), b"nonsense"):
+        judge.collect(0, message)
+    verdict = judge.conclude()
+    assert verdict.answers == (("left", "left"), ("", ""))
+    assert verdict.refused == {}
 
 
 def test_nobody_answers_who_was_not_asked() -> None:
     judge = server()
     judge.begin(1, [0])
-    with pytest.raises(MessageError, match="round 1 does not await an answer of client 7"):
-        judge.collect(7, uplink(7, "left", "left"))
+    judge.collect(7, uplink(7, "left", "left"))
+    assert judge.conclude().refused == {7: "client 7, round 1: Answers: of a client that was not asked"}
 
 
 def test_similarity_of_predictions_to_references() -> None:

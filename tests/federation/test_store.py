@@ -55,13 +55,19 @@ def test_a_repeated_visit_starts_from_the_state_before_it(tmp_path: Path) -> Non
 
 
 def test_old_visits_are_dropped(tmp_path: Path) -> None:
-    store = ClientStore(tmp_path)
-    for round in range(1, 6):
-        store.save({"x": torch.zeros(1)}, reply(round))
-    assert sorted(path.name for path in (tmp_path / "client_000").iterdir()) == [
-        "round_004.safetensors",
-        "round_005.safetensors",
+    store = ClientStore(tmp_path / "not" / "there" / "yet")
+    for round in range(95, 102):
+        store.save({"x": torch.tensor(float(round))}, reply(round))
+    assert sorted(path.name for path in (store.folder / "client_000").iterdir()) == [
+        "round_100.safetensors",
+        "round_101.safetensors",
     ]
+    assert float(store.load(0, before=101)["x"]) == 100.0
+
+
+def test_of_several_processes_that_are_one_client_one_writes(tmp_path: Path) -> None:
+    ClientStore(tmp_path, writes=False).save({"x": torch.zeros(1)}, reply(1))
+    assert not any(tmp_path.iterdir())
 
 
 def test_clients_are_kept_apart(tmp_path: Path) -> None:

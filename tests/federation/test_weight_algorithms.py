@@ -565,6 +565,25 @@ def test_floras_stacks_have_any_rank_and_follow_on_what_the_client_has() -> None
         adopt(FakeClient(), {"0": right}, round=2)
 
 
+def test_who_sends_no_update_is_left_out_of_the_average() -> None:
+    class Garbled(FakeFleet):
+        def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+            for reply in super().visit(round, downlinks, evaluate=evaluate):
+                yield structs.replace(reply, uplink=b"nonsense") if reply.client_id == 1 else reply
+
+        def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+            self.left_out = (round, dict(reasons))
+
+    for kind in (FedAvgLora, FlexLora, HetLora, Scaffold):
+        algorithm = kind(TWO, EQUAL, "float32")
+        fleet = Garbled(algorithm, [FakeClient(ONE) if kind is not Scaffold else Quadratic(1.0, 1.0) for _ in range(2)])
+        outcome = algorithm.run_round(1, b"", fleet, None, evaluate=False)  # type: ignore[arg-type]
+        assert fleet.left_out == (1, {1: "client 1, round 1: AdapterUpdate: unknown framing byte b'n'"})
+        assert [reply.client_id for reply in outcome.replies] == [0, 1]
+        if kind is FedAvgLora:
+            torch.testing.assert_close(unpack(outcome.next_state), ONE)
+
+
 def test_one_shot_trains_apart_and_averages_once() -> None:
     clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
     algorithm = OneShotFedAvgLora(TWO, EQUAL, "float32", num_rounds=2)

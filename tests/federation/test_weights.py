@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from semcons_ray.errors import MessageError
+from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.weights import (
     Adapter,
     check_shapes,
+    non_finite,
     pack,
     packed_bytes,
     rank_of,
@@ -109,6 +110,29 @@ def test_what_is_packed_is_not_longer_than_expected(rank: int, modules: int, see
     assert packed <= packed_bytes(shapes_of(tensors)) < packed + 1024 * (len(tensors) + 1)
 
 
+def test_values_take_four_bytes_at_most() -> None:
+    one, other = ({"lora_A": (rank, 1000), "lora_B": (1000, rank)} for rank in (10, 20))
+    assert packed_bytes(other) - packed_bytes(one) == 4 * 20_000
+
+
+def test_what_is_not_finite_is_not_packed_and_the_likely_setting_is_named() -> None:
+    assert non_finite({}) == non_finite({"a": torch.ones(2)}) == ""
+    with pytest.raises(NotFiniteError, match=r"^b is not finite; training\.learning_rate is probably too high$"):
+        pack({"a": torch.ones(2), "b": torch.tensor([math.nan])}, "float32")
+    with pytest.raises(
+        NotFiniteError, match=r"^b is .* too large for float16: set algorithm\.weight_dtype to bfloat16 or"
+    ):
+        pack({"a": torch.ones(2), "b": torch.tensor([7e4])}, "float16")
+
+
+def test_every_adapter_has_a_weight() -> None:
+    some = [adapter(2, seed=0)] * 2
+    for combine in (weighted_mean, stacked):
+        for weights in ([1.0], [1.0] * 3):
+            with pytest.raises(ValueError, match="zip"):
+                combine(some, weights)
+
+
 def test_the_rank_is_that_of_the_first_a() -> None:
     assert rank_of(adapter(3, seed=0)) == 3
     assert rank_of({}) == rank_of({"lora_B": torch.ones(2, 2)}) == rank_of({"lora_A": torch.ones(2)}) == 0
@@ -156,3 +180,6 @@ def test_the_norm_is_that_of_the_products_of_all_modules() -> None:
     some = adapter(3, seed=2)
     dense = math.hypot(float(product(some, "q").norm()), float(product(some, "v").norm()))
     assert update_norm(some) == pytest.approx(dense, rel=1e-5)
+    small = {key: value / 100 for key, value in some.items()}
+    assert update_norm(small) == pytest.approx(dense / 1e4, rel=1e-4)
+    assert update_norm({key: torch.zeros_like(value) for key, value in some.items()}) == 0.0

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from semcons_ray.errors import ConfigError, NotFiniteError
+from semcons_ray.errors import ConfigError, MessageError, NotFiniteError
 from semcons_ray.federation.algorithms.local_only import own_labels
 from semcons_ray.federation.fleet import Evaluation, Reply, RoundOutcome, Visitor
 from semcons_ray.federation.randomness import Cohort
@@ -99,7 +99,7 @@ class FedAvgLora:
         replies = tuple(sorted(visits, key=lambda reply: reply.client_id))
         ledger = Ledger("driver", socket.gethostname())
         with ledger.stage("aggregate", round=round):
-            updates = [self.received(reply, fleet.adapter_shapes) for reply in replies]
+            updates = self.usable(round, replies, fleet)
             # In the order of their contents: sums round as their order is, and who is called what changes no result.
             updates.sort(key=lambda update: (update.tensors, update.num_examples))
             state = self.aggregate(round, state, updates)
@@ -112,6 +112,22 @@ class FedAvgLora:
                 evaluations |= dict.fromkeys(same, reply.evaluation)
                 rows += reply.rows
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations, rows=tuple(rows))
+
+    def usable(self, round: int, replies: Sequence[Reply], fleet: Visitor) -> list[AdapterUpdate]:
+        """The updates that are what they must be; clients that sent others are left out of the round.
+
+        Raises:
+            QuorumError: Too few are left.
+        """
+        updates, refused = [], {}
+        for reply in replies:
+            try:
+                updates.append(self.received(reply, fleet.adapter_shapes))
+            except MessageError as error:
+                refused[reply.client_id] = str(error)
+        if refused:
+            fleet.leave_out(round, refused)
+        return updates
 
     def received(self, reply: Reply, shapes: Shapes) -> AdapterUpdate:
         """What a client has sent.

@@ -99,10 +99,12 @@ class SemanticConsensus:
             server.collect(reply.client_id, reply.uplink)
             replies.append(reply)
         verdict = server.conclude()
+        if verdict.refused:
+            fleet.leave_out(round, verdict.refused)
         return RoundOutcome(
             replies=tuple(sorted(replies, key=lambda reply: reply.client_id)),
             next_state=verdict.labels.encode(self.compression),
-            evaluations=own_evaluations(replies),
+            evaluations=own_evaluations([reply for reply in replies if reply.client_id not in verdict.refused]),
             verdict=verdict,
         )
 
