@@ -148,7 +148,7 @@ def placement(device: str, small: bool, model_name: str = MODEL, fleet: str = "r
         "clients": {"num_clients": clients},
         "data": {"examples_per_client": 4, "num_test": 4, "partition": "iid"},
         "prompts": {"budget": 4, "selection": "random"},
-        "model": {"name": model_name},
+        "model": {"name": model_name, "max_length": 256},
         "generation": {"max_new_tokens": 6},
         "evaluation": {"num_answers": 2},
         "resources": {"fleet": fleet, "device": device, "gpus_per_worker": 0.25},

@@ -93,6 +93,6 @@ def test_a_server_that_finds_no_room_on_a_gpu_says_so(node: Node, tmp_path) -> N
 
 def test_a_worker_says_where_it_computes(node: Node) -> None:
     options = cluster.actor_options(node_id=node.node_id, threads=1, num_cpus=0, num_gpus=0.5)
-    worker = WorkerActor.options(**options).remote()  # type: ignore[attr-defined]
+    worker = WorkerActor.options(**options).remote({})  # type: ignore[attr-defined]
     assert ray.get(worker.place.remote(False)).node == node.name
     ray.kill(worker)

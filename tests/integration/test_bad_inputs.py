@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     # models
     "unknown packaged model": (lambda p: p.run("--model.name", "packaged:gpt-17"), "unknown model 'packaged:gpt-17'"),
     "missing model folder": (lambda p: p.run("--model.name", "/no/such"), "model /no/such"),
-    "model without weights": (lambda p: broken_model(p, without="model.safetensors"), "no .safetensors"),
+    "model without weights": (lambda p: broken_model(p, without="model.safetensors"), "no model.safetensors file"),
     "model with half its weights": (lambda p: broken_model(p, damage="model.safetensors"), "is damaged"),
     "model without a tokenizer": (lambda p: broken_model(p, without="tokenizer.json"), "cannot load model"),
     "adapter for modules that are not there": (

@@ -135,7 +135,7 @@ def test_the_footprint_of_quantised_weights_by_hand(tmp_path: Path) -> None:
         {key: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for key, shape in shapes.items()}
     )
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     batches = {"max_length": 8, "batch_size": 1, "generation_batch_size": 1, "max_new_tokens": 1}
     kept, working = 2 * (2 * 100 * 32 + 32), 2 * 64 * 32
     for bits, matrix in (("8bit", 64 * 32), ("4bit", 64 * 32 // 2 + 64 * 32 // 64 * 4)):
