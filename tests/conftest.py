@@ -1,14 +1,27 @@
 """Shared fixtures: one tiny model of each architecture a session, and a config that uses them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes share two cores; more threads than cores are several times slower. torch reads it when imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from tests.tiny import write_data, write_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes one has all tests that start a Ray cluster, so that there is one cluster at a time."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

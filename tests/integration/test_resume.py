@@ -143,26 +143,26 @@ def assert_terminated(process: "subprocess.Popen[str]", goes_on: str) -> None:
     assert not re.search("Traceback|SIGTERM|stack trace|Exception ignored", errors)
 
 
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the process", "its group"])
 @pytest.mark.parametrize(
-    ("command", "fleet", "at"),
+    ("command", "fleet", "at", "kill"),
     [
-        ("run", "local", "state/round_002.msgpack"),
-        ("run", "local", "data.parquet"),
-        pytest.param("run", "ray", "state/round_002.msgpack", marks=pytest.mark.ray),
-        pytest.param("run", "ray", "data.parquet", marks=pytest.mark.ray),
-        pytest.param("run", "ray", "state/.mark-*", marks=pytest.mark.ray),
-        ("compare", "local", "runs/*/*/state/round_001.msgpack"),
-        pytest.param("compare", "ray", "runs/*/*/state/round_001.msgpack", marks=pytest.mark.ray),
-        pytest.param("sweep", "local", "trials/*/state/round_001.msgpack", marks=pytest.mark.ray),
+        ("run", "local", "state/round_002.msgpack", os.kill),
+        ("run", "local", "data.parquet", os.killpg),
+        pytest.param("run", "ray", "state/round_002.msgpack", os.killpg, marks=pytest.mark.ray),
+        pytest.param("run", "ray", "data.parquet", os.kill, marks=pytest.mark.ray),
+        pytest.param("run", "ray", "state/.mark-*", os.kill, marks=pytest.mark.ray),
+        ("compare", "local", "runs/*/*/state/round_001.msgpack", os.kill),
+        ("compare", "local", "runs/*/*/state/round_001.msgpack", os.killpg),
+        pytest.param("compare", "ray", "runs/*/*/state/round_001.msgpack", os.killpg, marks=pytest.mark.ray),
+        pytest.param("sweep", "local", "trials/*/state/round_001.msgpack", os.kill, marks=pytest.mark.ray),
     ],
 )
-def test_sigterm_is_one_line_and_143(
-    command: str, fleet: str, at: str, whole_group: bool, start: Start, tmp_path: Path
+def test_sigterm_to_the_process_or_its_group_is_one_line_and_143(
+    command: str, fleet: str, at: str, kill: Callable[[int, int], None], start: Start, tmp_path: Path
 ) -> None:
     process = start(command, fleet)
     wait_for(at, tmp_path / "out", process)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    kill(process.pid, signal.SIGTERM)
     assert_terminated(process, "semcons resume" if command == "run" else "the same command")
 
 
