@@ -74,20 +74,28 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
-    """NLL of the last adapters of one run, whose clients have one model and rank: their mean, mixed and averaged."""
+    """NLL of the last adapters of one run, whose clients have one model and rank: their mean, mixed and averaged.
+
+    `models` keeps what was loaded, by its settings.
+    """
     config = RunFolder(run).read_config()
     name, *others = sorted(set(config.client_models()))
     if others or len(set(config.client_ranks())) > 1:
         raise SystemExit(f"{run}: clients have several models or ranks, and neither tokens nor adapters of these mix")
-    if name not in models:
-        models[name] = LanguageModel(
+    settings = config.model.model_copy(update={"name": name})
+    if (key := settings.model_dump_json()) not in models:
+        models[key] = LanguageModel(
             resolve_model(name),
-            lora=config.model.lora,
-            dtype=config.model.dtype,
+            lora=settings.lora,
+            dtype=settings.dtype,
             device="cpu",
-            max_length=config.model.max_length,
+            max_length=settings.max_length,
+            quantization=settings.quantization,
+            system_prompt=settings.system_prompt,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            template_date=settings.template_date,
         )
-    model = models[name]
+    model = models[key]
     pairs = [Pair(example.prompt, example.response) for example in read_split(run / "data.parquet").test]
     adapters = [read_adapter(folder) for folder in sorted((run / "adapters").glob("client_*"))]
     both = np.array([[model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs] for adapter in adapters])
