@@ -268,7 +268,7 @@ class AlgorithmConfig(Settings):
     num_byzantine: int = Field(1, ge=0, description="Bad clients that multi_krum tolerates.")
     pseudo_label_weight: float = Field(1.0, ge=0, description="Loss weight of a pseudo-label beside a private example.")
     first_exchange: int = Field(
-        1,
+        2,
         ge=1,
         description="Round from which on clients answer the public prompts, at the latest the last but one; until then "
         "they train alone.",
@@ -342,7 +342,7 @@ class ServerConfig(Settings):
 class EvaluationConfig(Settings):
     """What is measured on the common test set each round."""
 
-    every: int = Field(1, ge=1, description="Evaluate each this many rounds, and after the last.")
+    every: int = Field(2, ge=1, description="Evaluate each this many rounds, and after the last.")
     num_answers: int = Field(24, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
 
 

@@ -61,7 +61,7 @@ def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentCo
             "model": {"name": str(tiny_llama), "dtype": "float32", "max_length": 64},
             "training": {"learning_rate": 5e-3, "batch_size": 4},
             "generation": {"max_new_tokens": 8},
-            "evaluation": {"num_answers": 3},
+            "evaluation": {"num_answers": 3, "every": 1},
             "resources": {"fleet": "local", "device": "cpu"},
         }
         for name, section in sections.items():

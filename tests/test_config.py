@@ -130,7 +130,7 @@ def test_what_was_probably_meant(key, meant):
         ({"algorithm": {"name": "scaffold", "ema_decay": 0.5}}, ("algorithm.ema_decay 0.5", "algorithm.name")),
         ({"algorithm": {"proximal_mu": 0.5}}, ("algorithm.proximal_mu 0.5", "algorithm.name fedprox")),
         ({"algorithm": {"weight_dtype": "float32"}}, ("algorithm.weight_dtype float32", "algorithm.name")),
-        ({"algorithm": {"name": "fedavg_lora", "first_exchange": 2}}, ("first_exchange 2", "algorithm.self_labels")),
+        ({"algorithm": {"name": "fedavg_lora", "first_exchange": 3}}, ("first_exchange 3", "algorithm.self_labels")),
         ({"algorithm": {"name": "centralized"}, "clients": {"participation": 0.5}}, ("participation", "centralized")),
         ({"algorithm": {"name": "flora"}, "generation": {"temperature": 0.5}}, ("generation.temperature", "algorithm")),
         ({"data": {"partition": "iid", "dirichlet_alpha": 0.1}}, ("data.dirichlet_alpha 0.1", "data.partition")),

@@ -69,8 +69,8 @@ def plain_nll(config: ExperimentConfig, out: Path) -> float:
 def test_before_the_first_exchange_it_is_local_training_and_then_labels_are_learnt(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
-    run_experiment(tiny_config(num_rounds=3, algorithm={"first_exchange": 2}), tmp_path / "late", Silent())
-    final = {"first_exchange": 2, "answer_last_round": True}
+    run_experiment(tiny_config(num_rounds=3), tmp_path / "late", Silent())
+    final = {"answer_last_round": True}
     run_experiment(tiny_config(num_rounds=3, algorithm=final), tmp_path / "final", Silent())
     run_experiment(tiny_config(num_rounds=3, algorithm={"name": "local_only"}), tmp_path / "alone", Silent())
     late, alone = (

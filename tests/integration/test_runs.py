@@ -29,7 +29,7 @@ def run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
         num_rounds=3,
         data={"partition": "category"},
         prompts={"selection": "k_center"},
-        algorithm={"agreement_threshold": 0.5, "rule": "plurality"},
+        algorithm={"agreement_threshold": 0.5, "rule": "plurality", "first_exchange": 1},
         evaluation={"every": 2},
     )
     run_experiment(config, out, Silent())

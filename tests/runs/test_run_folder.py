@@ -43,7 +43,7 @@ def test_a_new_folder_goes_on_with_what_it_began_with(folder: RunFolder) -> None
             {"training": {"learning_rate": 0.1, "batch_size": 2}},
             "training.learning_rate was changed from 0.0005 to 0.1, training.batch_size was changed from 4 to 2",
         ),
-        ({"evaluation": {"every": 2}}, "evaluation.every was changed from 1 to 2"),
+        ({"evaluation": {"every": 3}}, "evaluation.every was changed from 2 to 3"),
     ],
 )
 def test_a_change_that_decides_numbers_is_refused(folder: RunFolder, sections: dict[str, Any], says: str) -> None:
