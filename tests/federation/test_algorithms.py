@@ -201,7 +201,7 @@ def test_algorithms_are_built_by_name() -> None:
         "hetlora": HetLora(*averaging),
     }
     own_answers = build_algorithm(AlgorithmConfig(rule="own_answer"), COHORT, ranks, 3)
-    assert own_answers == SemanticConsensus(COHORT, 1.0, "zstd", range(1, 3), 0.5, self_training=True)
+    assert own_answers == SemanticConsensus(COHORT, 1.0, "zstd", range(2, 3), 0.5, self_training=True)
 
 
 @pytest.mark.parametrize("name", get_args(AlgorithmName))

@@ -40,7 +40,9 @@ def write_run(
             "num_rounds": num_rounds,
             "clients": {"num_clients": num_clients},
             "prompts": {"budget": num_prompts},
-            "algorithm": {"name": "local_only"} if local_only else {"answer_last_round": answer_last_round},
+            "algorithm": {"name": "local_only"}
+            if local_only
+            else {"first_exchange": 1, "answer_last_round": answer_last_round},
             **(settings or {}),
         },
         where="test",

@@ -154,7 +154,7 @@ def test_the_setting_in_a_sentence():
     usual = describe(
         seed=7,
         num_rounds=3,
-        algorithm={"rule": "medoid"},
+        algorithm={"rule": "medoid", "first_exchange": 1},
         clients={"num_clients": 4},
         data={"source": "a.csv", "examples_per_client": 64, "partition": "dirichlet", "dirichlet_alpha": 0.5},
         model={"name": "org/tiny", "lora": {"rank": 8}},
