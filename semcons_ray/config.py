@@ -448,7 +448,7 @@ class ResourcesConfig(Settings):
     )
     engine_gpus: GpuShare = Field(0.3, gt=0, description="Share of a GPU that a vllm engine gets, on GPUs.")
     engine_cache_gib: float = Field(
-        0.5, gt=0, description="Size in GiB of a vllm engine's key-value cache; a larger one holds more prompts at once."
+        0.5, gt=0, description="Size in GiB of a vllm engine's key-value cache; a larger one batches more prompts."
     )
     memory_limit_gib: float | None = Field(
         None, gt=0, description="Host memory in GiB that placement may plan with on each node. null: what is free."

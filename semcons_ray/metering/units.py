@@ -1,4 +1,4 @@
-"""Bytes, joules and seconds with an SI prefix (kB = 1000 B)."""
+"""Formats bytes, joules and seconds with an SI prefix (kB = 1000 B)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def scale(largest: float, unit: str) -> tuple[float, str]:
-    """What to divide by, and the unit with its prefix, for numbers that go up to `largest`."""
+    """The divisor, and the unit with its SI prefix, that suit numbers up to `largest`."""
     power = min(max(int(math.log10(largest)) // 3, 0), 4) if largest > 0 else 0
     return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit
 
