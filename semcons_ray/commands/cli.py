@@ -60,7 +60,7 @@ SWEEP says what is tried:
 
   name: prompt budget                # title of the table and the report
   experiment:                        # settings of all trials, as for semcons run
-    resources: {fleet: local}        # a trial is one process on one core; ray: a core for each client, up to max_workers
+    resources: {fleet: local}        # a trial is a process on one core; ray: a core for each client, up to max_workers
   space:                             # any settings, by dotted key, each with one of these:
     prompts.budget: {grid: [12, 48]}                 # all of these values, crossed with the other keys
     algorithm.rule: {choice: [medoid, plurality]}    # one of these values is drawn
