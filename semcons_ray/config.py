@@ -65,6 +65,8 @@ AlgorithmName = Literal[
 """The algorithms. Those after centralized average adapter weights."""
 
 Quantization = Literal["none", "8bit", "4bit"]
+Partition = Literal["iid", "dirichlet", "category", "quantity"]
+Selection = Literal["random", "stratified", "k_center"]
 
 MOVING_AVERAGE = 0.5
 """Default weight of the old adapter in a client's moving average, for the algorithms that have one."""
@@ -151,7 +153,7 @@ class DataConfig(Settings):
     max_response_chars: int = Field(
         400, ge=1, description="Examples whose response has more characters are left out, and counted in the report."
     )
-    partition: Literal["iid", "dirichlet", "category", "quantity"] = Field(
+    partition: Partition = Field(
         "dirichlet",
         description="How private data differs between clients. iid: not at all; dirichlet: each client draws its own "
         "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples.",
@@ -170,7 +172,7 @@ class PromptsConfig(Settings):
     budget: int = Field(
         48, ge=1, description="Number of public prompts. Traffic and generation time grow in proportion to it."
     )
-    selection: Literal["random", "stratified", "k_center"] = Field(
+    selection: Selection = Field(
         "stratified",
         description="How they are chosen: at random, evenly over categories, or spread out in embedding space "
         "(k-center).",
@@ -531,7 +533,7 @@ class ExperimentConfig(Settings):
         shared = (info.context or {}).get("shared", {})
         for key, needs in without_effect(self):
             if not _has(shared, key):
-                raise ValueError(f"{key} {_setting(self, key)} has no effect: it needs {needs}")
+                raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
         # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
         if self.algorithm.elects and self.algorithm.min_votes > max(per_round, _DEFAULT_MIN_VOTES):
@@ -670,17 +672,19 @@ def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Keys of settings that were changed from their defaults and have no effect, each with what it would need."""
     for keys, matters, needs in _EFFECTS:
         for key in keys:
-            if not matters(config) and _setting(config, key) != _setting(_DEFAULTS, key):
+            if not matters(config) and setting_value(config, key) != setting_value(_DEFAULTS, key):
                 yield key, needs
 
 
 _DEFAULTS = ExperimentConfig.model_construct()
 
 
-def _setting(config: Any, key: str) -> Any:
+def setting_value(config: ExperimentConfig, key: str) -> Any:
+    """The value of a setting, by its dotted key."""
+    value: Any = config
     for part in key.split("."):
-        config = getattr(config, part)
-    return config
+        value = getattr(value, part)
+    return value
 
 
 def _has(values: Any, key: str) -> bool:
@@ -820,9 +824,7 @@ def typed(key: str, value: Any) -> Any:
         return value
 
 
-def validate_config(
-    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
-) -> ExperimentConfig:
+def validate_config(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
     """Check nested settings and fill in the defaults.
 
     Args:
@@ -837,14 +839,12 @@ def validate_config(
     config = validate_shared(values, where=where, shared=shared)
     for key, _ in without_effect(config):
         section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: _setting(_DEFAULTS, key)})
+        changed = getattr(config, section).model_copy(update={name: setting_value(_DEFAULTS, key)})
         config = config.model_copy(update={section: changed})
     return config
 
 
-def validate_shared(
-    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
-) -> ExperimentConfig:
+def validate_shared(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
     """The same as `validate_config`, but shared settings without effect keep their values."""
     try:
         return ExperimentConfig.model_validate(values, context={"shared": shared or {}})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from semcons_ray.config import Partition
 from semcons_ray.errors import DataError
 
-Partition = Literal["iid", "dirichlet", "category", "quantity"]
 Indices = NDArray[np.int64]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Selection = Literal["random", "stratified", "k_center"]
+from semcons_ray.config import Selection
+
 Indices = NDArray[np.int64]
 
 MAX_K_CENTER_CANDIDATES = 10_000  # embedding all of a large data set would take longer than the run

@@ -11,6 +11,12 @@ def scale(largest: float, unit: str) -> tuple[float, str]:
     return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit
 
 
+def format_mark(value: float, unit: str) -> str:
+    """A round number, such as one at an axis's tick, without needless decimals; positive."""
+    divisor, prefixed = scale(value, unit)
+    return f"{value / divisor:g} {prefixed}"
+
+
 def format_quantity(value: float, unit: str) -> str:
     """A quantity to three digits; a dash for NaN."""
     if math.isnan(value):

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from semcons_ray.errors import ConfigError
-from semcons_ray.metering.units import scale
+from semcons_ray.metering.units import format_mark
 
 CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A2A", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -179,8 +179,7 @@ def log_axis(axes: Axes, name: Literal["x", "y"], unit: str = "") -> None:
     """Make an axis logarithmic, with a tick at each power of ten; a unit gets SI prefixes."""
 
     def label(value: float, _: float) -> str:
-        divisor, prefixed = scale(value, unit) if unit else (1.0, "")
-        return f"{value / divisor:g} {prefixed}".rstrip()
+        return format_mark(value, unit) if unit else f"{value:g}"
 
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis

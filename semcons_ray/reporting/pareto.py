@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from semcons_ray.metering.units import format_quantity, scale
+from semcons_ray.metering.units import format_mark, format_quantity, scale
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save
 from semcons_ray.reporting.summary import compared_by
 from semcons_ray.runs.run_folder import LOSS_NAMES
@@ -178,7 +178,7 @@ def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
     steps = (1, 2, 5) if span < 1.5 else (1,)
     marks = [step * 10**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
     marks = [mark for mark in marks if low - 0.06 * span <= math.log10(mark) <= high + 0.06 * span]
-    ticks = {float(mark): _short_bytes(mark) for mark in marks[:: math.ceil(len(marks) / 5) or 1]}
+    ticks = {float(mark): format_mark(mark, "B") for mark in marks[:: math.ceil(len(marks) / 5) or 1]}
     if len(ticks) < 2:
         ticks = {10**power: format_quantity(10**power, "B") for power in (low, high)}
     if len(sent) < len(values):
@@ -189,8 +189,3 @@ def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(ticks), list(ticks.values()))
     return values.where(values > 0, nothing)
-
-
-def _short_bytes(value: float) -> str:
-    divisor, unit = scale(value, "B")
-    return f"{value / divisor:g} {unit}"

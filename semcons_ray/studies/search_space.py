@@ -22,6 +22,7 @@ from semcons_ray.config import (
     find_setting,
     merge_settings,
     read_yaml,
+    setting_value,
     typed,
     validate_config,
     validate_shared,
@@ -201,7 +202,7 @@ class SweepConfig(Settings):
         """The point to which settings belong; None if it is not in the space."""
         point: Point = {}
         for key, axis in self.space.items():
-            value = typed(key, _descend(config, key))
+            value = typed(key, setting_value(config, key))
             if not (axis.bounds[0] <= value <= axis.bounds[1] if axis.bounds else value in axis.values):
                 return None
             point[key] = value
@@ -334,9 +335,3 @@ def _check_key(key: str) -> None:
         raise ValueError(f"space.{key}: there is no such setting")
     if key == "name" or isinstance(field.default, Settings):
         raise ValueError(f"space.{key}: a single setting can be swept, such as prompts.budget")
-
-
-def _descend(values: Settings | Any, key: str) -> Any:
-    for part in key.split("."):
-        values = getattr(values, part)
-    return values
