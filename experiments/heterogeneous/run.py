@@ -17,10 +17,9 @@ SCORES = ("nll", "bits_per_byte", "rouge_l")
 
 
 def twins(comparison: Path) -> pd.DataFrame:
-    """A row for each seed and client: scores of the base model, and after the last round alone and in the consensus;
-    wins.
+    """A row for each seed and client: scores of the base model, and after the last round alone and in the consensus.
 
-    Votes won are the share of prompts in the last round in which clients answered. NLL is in nats a token of the
+    votes_won is the share of prompts that the client won in the last round with answers. NLL is in nats a token of the
     client's own tokenizer, and compares a client with its twin; bits per byte also compare clients with each other.
     """
     rows = []
