@@ -128,7 +128,7 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
             MessageError: One is not.
         """
         if self.prompt_ids and self.prompt_ids[-1] >= num_prompts:
-            raise MessageError(f"PseudoLabels: a label of prompt {self.prompt_ids[-1]}, and there are {num_prompts}")
+            raise MessageError(f"PseudoLabels: a label for prompt {self.prompt_ids[-1]}, but there are {num_prompts}")
 
 
 class AdapterUpdate(Message, frozen=True, kw_only=True, tag="adapter_update"):

@@ -160,9 +160,9 @@ class Server:
         message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
         with naming(client_id, self._round):
             if client_id not in self._column:
-                raise MessageError("Answers: of a client that was not asked")
+                raise MessageError("Answers: from a client that was not asked")
             if len(message.answers) != self._num_prompts:
-                raise MessageError(f"Answers: {len(message.answers)} to {self._num_prompts} prompts")
+                raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:

@@ -57,10 +57,12 @@ def check_mark(folder: Path, name: str) -> None:
         RunFolderError: It sees no folder there, another folder, or an older copy.
     """
     if not (folder / name).is_file():
-        found = "is another folder" if folder.is_dir() else "is not there"
+        host = socket.gethostname()
+        found = f"is another folder on {host} than where the run was started"
+        if not folder.is_dir():
+            found = f"is not there on {host}, where a worker needs it"
         raise RunFolderError(
-            f"{folder} {found} on {socket.gethostname()} than where the run was started; let --out lie on a file "
-            f"system that all machines share under the same path"
+            f"{folder} {found}; let --out lie on a file system that all machines share under the same path"
         )
 
 

@@ -80,7 +80,7 @@ class Flora(FedAvgLora):
         stacks = self._sent_stacks(client, round, downlink)
         held = int(client.memory.get("stacks", torch.zeros(1)))
         if min(stacks, default=held) > held:
-            raise MessageError(f"tensors: stacks from {min(stacks)} on, and the client has {held}")
+            raise MessageError(f"tensors: stacks from number {min(stacks)} on, but the client has only {held}")
         # One whose answer was lost on the way has more than the server knows of.
         new = [stacks[number] for number in sorted(stacks) if number >= held]
         if new:
@@ -96,7 +96,7 @@ class Flora(FedAvgLora):
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
             if not re.fullmatch("[0-9]{1,9}", number):
-                raise MessageError(f"tensors: {name:.200} is of no stack")
+                raise MessageError(f"tensors: {name:.200} has no number of a stack")
             stacks.setdefault(int(number), {})[key] = tensor
         if sorted(stacks) != [*range(min(stacks, default=0), min(stacks, default=0) + len(stacks))]:
             raise MessageError(f"tensors: stacks {sorted(stacks)} do not follow each other")
