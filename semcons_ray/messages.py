@@ -1,11 +1,11 @@
-"""What crosses the wire between clients and the server: five messages, each with its encoding and byte count.
+"""The five messages between clients and the server: their fields, encoding and validation.
 
 Schema (docs/wire.md has the same in prose). A message is one byte of framing, then a MessagePack map; the
 framing byte is 0 for plain and 1 for zstd. The map has the key `type` (below) and the fields of the class, in
 order. Nothing is pickled. A figure of "bytes" anywhere in this package is the length of what `encode` returns.
 
-What is decoded is checked first: types, ranges, sizes, and that there is no other way to write it, so nothing can hide
-between the fields. What only a receiver knows is checked where it is known: how many prompts there are in
+Decoding checks types, ranges and sizes, and that the bytes are exactly those that `encode` gives for the message, so
+nothing can hide between the fields. Checks that need a receiver's knowledge are made there: the number of prompts in
 federation/client.py and server.py, an adapter's shapes in federation/weights.py.
 
 Legend: P public prompts. Semantic consensus uses the first three: everything that leaves a client is an `Answers`. The
@@ -26,9 +26,9 @@ from semcons_ray.errors import MessageError
 
 PLAIN, ZSTD = b"\x00", b"\x01"
 MAX_TEXT_BYTES = 1 << 26
-"""Of a message of texts, decompressed: 160,000 answers of 400 bytes."""
+"""Longest message of texts, decompressed: room for 160,000 answers of 400 bytes."""
 MAX_TENSOR_BYTES = 1 << 30
-"""Of a message of tensors, decompressed."""
+"""Longest message of tensors, decompressed."""
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
@@ -36,19 +36,19 @@ Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages: how one becomes bytes and comes back.
+    """Base class of all messages: encoding and decoding.
 
     Attributes:
-        max_bytes: Longest MessagePack map that is encoded or decoded.
+        max_bytes: Length of the longest MessagePack map that is encoded or decoded.
     """
 
     max_bytes: ClassVar[int] = MAX_TEXT_BYTES
 
     def encode(self, compression: str = "none") -> bytes:
-        """Bytes of this message; `compression` is "none" or "zstd".
+        """The message as bytes; `compression` is "none" or "zstd".
 
         Raises:
-            MessageError: It is too long for any receiver to take, or holds half a surrogate pair.
+            MessageError: The message is longer than receivers accept, or a text holds half a surrogate pair.
         """
         try:
             body = msgspec.msgpack.encode(self)
@@ -62,10 +62,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """The message in `data`.
 
         Args:
-            max_bytes: Longest map that the receiver can have been sent, where it knows; none: the class's.
+            data: Bytes that `encode` returned.
+            max_bytes: Length of the longest map that the receiver expects; None: the class's `max_bytes`.
 
         Raises:
-            MessageError: The bytes are not a message of this class, or not the ones that it is encoded to.
+            MessageError: The bytes are not a message of this class, or not exactly those that `encode` gives for it.
         """
         body, limit = data[1:], cls.max_bytes if max_bytes is None else min(max_bytes, cls.max_bytes)
         try:
@@ -90,15 +91,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class PublicPrompts(Message, frozen=True, kw_only=True, tag="public_prompts"):
-    """Server to client, once: the prompts every client answers. Prompt i has id i."""
+    """Server to client, once: the P prompts that every client answers. The prompt at position i has the id i."""
 
     prompts: tuple[Text, ...]
 
 
 class Answers(Message, frozen=True, kw_only=True, tag="answers"):
-    """Client to server, once a round: one answer a public prompt; an empty one is a missing one.
+    """Client to server, once a round: P answers, one for each public prompt; an empty text is a missing answer.
 
-    `num_examples`, the number of private examples, is what weighted rules weigh by, as in FedAvg.
+    `num_examples` is the client's number of private examples, by which weighted rules weigh clients, as FedAvg does.
     """
 
     round_number: Natural
@@ -108,7 +109,7 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
 
 
 class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
-    """Server to client: the consensus answer of each prompt that did not abstain."""
+    """Server to client: the elected answer to each prompt that gave a pseudo-label; prompt ids ascend."""
 
     round_number: Natural
     prompt_ids: tuple[Natural, ...]
@@ -121,17 +122,17 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
             raise MessageError("PseudoLabels: prompt ids do not ascend")
 
     def check_prompts(self, num_prompts: int) -> None:
-        """Make sure that every label is of one of P prompts.
+        """Check that every label is for one of P prompts.
 
         Raises:
             MessageError: One is not.
         """
         if self.prompt_ids and self.prompt_ids[-1] >= num_prompts:
-            raise MessageError(f"PseudoLabels: a label of prompt {self.prompt_ids[-1]}, and there are {num_prompts}")
+            raise MessageError(f"PseudoLabels: a label for prompt {self.prompt_ids[-1]}, but there are {num_prompts}")
 
 
 class AdapterUpdate(Message, frozen=True, kw_only=True, tag="adapter_update"):
-    """Client to server, by weight-averaging baselines: what the client has trained, as safetensors."""
+    """Client to server, in weight-averaging baselines: the tensors that the client has trained, as safetensors."""
 
     max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
 
@@ -142,7 +143,7 @@ class AdapterUpdate(Message, frozen=True, kw_only=True, tag="adapter_update"):
 
 
 class GlobalAdapter(Message, frozen=True, kw_only=True, tag="global_adapter"):
-    """Server to client, by weight-averaging baselines: what was made of all updates, as safetensors."""
+    """Server to client, in weight-averaging baselines: the aggregated tensors, as safetensors."""
 
     max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
 
@@ -151,7 +152,7 @@ class GlobalAdapter(Message, frozen=True, kw_only=True, tag="global_adapter"):
 
 
 NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
-"""What there is before the first exchange."""
+"""The pseudo-labels before the first exchange."""
 
 
 Uplink = TypeVar("Uplink", Answers, AdapterUpdate)
@@ -161,10 +162,17 @@ Downlink = TypeVar("Downlink", PseudoLabels, GlobalAdapter)
 def decode_uplink(
     kind: type[Uplink], data: bytes, *, client_id: int, round: int, max_bytes: int | None = None
 ) -> Uplink:
-    """What a client sent in a round; `client_id` is known from the transport, and not from what the message says.
+    """Decode what a client sent in a round.
+
+    Args:
+        kind: Class of the expected message.
+        data: The encoded message.
+        client_id: The client that sent it, as the transport knows it.
+        round: The round in which it was sent.
+        max_bytes: See `Message.decode`.
 
     Raises:
-        MessageError: It is no such message, or says that it is another client's or another round's; names the client.
+        MessageError: It is not such a message, or claims to be of another client or round; the error names the client.
     """
     with naming(client_id, round):
         message = kind.decode(data, max_bytes=max_bytes)
@@ -175,10 +183,10 @@ def decode_uplink(
 
 
 def decode_downlink(kind: type[Downlink], data: bytes, *, round: int) -> Downlink:
-    """What the server sent a client at the start of a round.
+    """Decode what the server sent a client at the start of a round.
 
     Raises:
-        MessageError: It is no such message, or not of an earlier round.
+        MessageError: It is not a message of class `kind`, or not of an earlier round.
     """
     message = kind.decode(data)
     if message.round_number >= round:
@@ -188,7 +196,7 @@ def decode_downlink(kind: type[Downlink], data: bytes, *, round: int) -> Downlin
 
 @contextlib.contextmanager
 def naming(client_id: int, round: int) -> Iterator[None]:
-    """Have a `MessageError` say whose message it is about."""
+    """Add the client and the round to a `MessageError` raised in the block."""
     try:
         yield
     except MessageError as error:

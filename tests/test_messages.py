@@ -261,7 +261,7 @@ def test_a_label_of_no_public_prompt_is_refused():
     labels = PseudoLabels(round_number=1, prompt_ids=(0, 1, 2), responses=("a", "b", "c"))
     labels.check_prompts(3)
     NO_LABELS.check_prompts(0)
-    with pytest.raises(MessageError, match="a label of prompt 2, and there are 2"):
+    with pytest.raises(MessageError, match="a label for prompt 2, but there are 2"):
         labels.check_prompts(2)
 
 

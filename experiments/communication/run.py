@@ -1,8 +1,8 @@
-"""Bytes of LoRA weights and of text: calculated over model size, and measured in a comparison's runs.
+"""Bytes of LoRA weights and of text: calculated by model size, and measured in a comparison's runs.
 
     python experiments/communication/run.py [COMPARISON] [--out DIR]
 
-Writes models.csv, settings.csv and models.svg; of a folder that `semcons compare` wrote, also measured.csv and
+Writes models.csv, settings.csv and models.svg; and, from a folder that `semcons compare` wrote, measured.csv and
 measured.svg.
 """
 
@@ -43,7 +43,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 
 
 def calculate(model: str, targets: str, setting: dict[str, Any]) -> dict[str, Any]:
-    """A row: bytes one way a round, and ratios of a round and of all rounds with the prompts sent once."""
+    """A row: bytes of a round in one direction, and the ratios for a round and for all rounds with the prompts sent
+    once."""
     cost = estimate(read_linear_maps(model), targets=split_targets(targets), **setting)
     return {
         "lora_parameters": cost.parameters,
@@ -55,7 +56,7 @@ def calculate(model: str, targets: str, setting: dict[str, Any]) -> dict[str, An
 
 
 def measure(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Bytes of a run by arm, from rows with bytes since the run's beginning: means over seeds, and their range."""
+    """Bytes of a run by arm, from rows with the bytes since the run began: means over seeds, and their range."""
     runs = rounds.sort_values("round").groupby(["arm", "seed"]).last().reset_index()
     runs["total_bytes"] = runs["uplink_bytes"] + runs["downlink_bytes"]
     table = runs.groupby("arm").agg(
@@ -71,7 +72,7 @@ def measure(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_measured(table: pd.DataFrame, path: Path) -> None:
-    """A bar an arm, with the range over seeds; the axis is logarithmic, so it begins at no particular place."""
+    """A bar for each arm, with the range over seeds; the axis is logarithmic, so where it begins has no meaning."""
     sent = table.loc[table["total_bytes"] > 0, "total_bytes"]
     begin = 10 ** (math.floor(math.log10(sent.min())) - 0.5)
 

@@ -21,7 +21,7 @@ LEFT_OUT = ("idle", "evaluate")
 
 
 def draw(canvas: Canvas, table: pd.DataFrame, source: str) -> None:
-    """Bars of arms, one above the other, the dearest on top; seconds and joules side by side."""
+    """A bar for each arm, the most expensive on top; seconds and joules side by side."""
     order = table["seconds"].unstack("stage").fillna(0.0).sum(axis=1).sort_values().index
     panels = canvas.subplots(1, 2, sharey=True)
     for axes, (column, label) in zip(
@@ -39,7 +39,7 @@ def draw(canvas: Canvas, table: pd.DataFrame, source: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, help="folder of semcons compare")
+    parser.add_argument("comparison", type=Path, help="folder that semcons compare wrote")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     table = pd.read_csv(args.comparison / "stages.csv")

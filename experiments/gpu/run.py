@@ -1,11 +1,12 @@
-"""What a GPU changes: similarity against memory bandwidth, packed clients, fractional placement, joules.
+"""What a GPU changes: the speed of a consensus, of clients that share a process, of workers that share a GPU, and
+joules.
 
     python experiments/gpu/run.py [--device auto|cpu|cuda] [--small] [--parts similarity tokens placement]
 
-similarity  form_consensus (medoid) on the device, in turn with reading the same memory twice.
-tokens      tokens/s of 1 and of 8 clients of SmolLM2 packed in one process, training and generating; on a GPU also the
-            joules of its NVML counter beside the estimate (busy seconds times the power limit).
-placement   a run of 4 clients over Ray with `resources.gpus_per_worker: 0.25`; on a CPU with a core a worker.
+similarity  form_consensus (medoid) on the device, in turns with reading the same memory twice.
+tokens      tokens/s of 1 and of 8 clients of SmolLM2 in one process, training and generating; on a GPU also the joules
+            of its NVML counter beside the estimate (busy seconds times the power limit).
+placement   a run of 4 clients over Ray with `resources.gpus_per_worker: 0.25`; on a CPU with a core for each worker.
 
 --small takes sizes that a CPU finishes in a minute or two. Writes results.json into --out.
 """
@@ -44,7 +45,7 @@ CLIENTS = (1, 8)
 
 
 def seconds(device: str, work: Callable[[], object]) -> float:
-    """Until the device is done, not only until it was told."""
+    """Seconds until the device is done, and not only until the work is queued."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -97,7 +98,7 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
 
 
 def tokens(device: str, small: bool, model_name: str = MODEL) -> dict[str, Any]:
-    """Each client has an adapter of its own in one base model, and trains and answers in turn."""
+    """Clients share one base model, each with an adapter of its own, and train and answer one after another."""
     gpus = visible_gpus()
     bf16 = gpus[0].bf16 if device == "cuda" else cpu_model()[1]
     model = LanguageModel(

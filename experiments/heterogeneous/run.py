@@ -1,4 +1,5 @@
-"""Each client beside its twin that trained alone: the table and figure of README.md, from a comparison's folder."""
+"""Each client of a consensus beside its twin that trained alone: the table and figure of README.md, from a
+comparison."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ SCORES = ("nll", "bits_per_byte", "rouge_l")
 
 
 def twins(comparison: Path) -> pd.DataFrame:
-    """A row a seed and client: scores of the base model, alone and in the consensus, after the last round; votes won.
+    """A row for each seed and client: scores of the base model, and after the last round alone and in the consensus.
 
-    Votes are those of the last round in which clients answered. NLL is in nats a token of the client's own tokenizer,
-    and compares a client with its twin; bits per byte also compare clients with each other.
+    votes_won is the share of prompts that the client won in the last round with answers. NLL is in nats a token of the
+    client's own tokenizer, and compares a client with its twin; bits per byte also compare clients with each other.
     """
     rows = []
     for folder in sorted((comparison / "runs" / "semantic-consensus").glob("seed_*")):
@@ -39,7 +40,7 @@ def twins(comparison: Path) -> pd.DataFrame:
 
 
 def after_last_round(run: Run) -> pd.DataFrame:
-    """See `tables.quality`; all clients must have been measured in the last round, or this ends."""
+    """See `tables.quality`. If a client was not measured in the last round, the script ends with an error."""
     table = quality(run.metrics)
     missing = set(range(run.config["clients"]["num_clients"])) - set(table.index[table["last_round"] == run.num_rounds])
     if missing:
@@ -48,7 +49,7 @@ def after_last_round(run: Run) -> pd.DataFrame:
 
 
 def draw(canvas: Canvas, means: pd.DataFrame) -> None:
-    """A line a client from its twin's bits per byte to its own."""
+    """A line for each client, from its twin's bits per byte to its own."""
     axes = canvas.subplots()
     places = range(len(means), 0, -1)
     alone, together = means["local_bits_per_byte"], means["consensus_bits_per_byte"]
@@ -62,7 +63,7 @@ def draw(canvas: Canvas, means: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("comparison", type=Path, help="folder of semcons compare")
+    parser.add_argument("comparison", type=Path, help="folder that semcons compare wrote")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Why semantic consensus is where it is: its labels, and what the clients know together.
+"""Explains the quality that semantic consensus reaches, by its labels and by what the clients know together.
 
     python experiments/quality/diagnose.py COMPARISON [--out DIR]
 
-From the runs of a comparison, writes labels.csv (a row an arm, seed and round that formed a consensus: ROUGE-L of the
-labels and of all answers against the data's own, how winners are spread, how answers differ, churn) and mixtures.csv
-(a row an arm and seed: mean test NLL of the clients' last adapters; of their mixture, p(y|x) = mean_k p_k(y|x), the
-distribution that answers of all clients are draws from; and of the mean of their adapters, which no client may know).
+From the runs of a comparison it writes two tables. labels.csv has a row for each arm, seed and round that formed a
+consensus: ROUGE-L of the labels and of all answers against the data's own, how wins are spread over clients, how
+answers differ, and churn. mixtures.csv has a row for each arm and seed: test NLL of the clients' last adapters (mean);
+of their mixture, p(y|x) = mean_k p_k(y|x), from which the answers of all clients are drawn; and of the mean of their
+adapters, which no client may know.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HERE = Path(__file__).parent
 
 
 def labels(run: Path) -> pd.DataFrame:
-    """A row a round: what the answers and the labels of one run were worth."""
+    """A row for each round of one run: the quality of answers and labels."""
     references = [example.response for example in read_split(run / "data.parquet").public]
     rounds = pd.read_parquet(run / "rounds.parquet").set_index("round")
     rows = []
@@ -57,26 +58,27 @@ def labels(run: Path) -> pd.DataFrame:
 
 
 def mixture(nll: np.ndarray, num_tokens: np.ndarray) -> tuple[float, float]:
-    """NLL a token of clients on average, and of their mixture.
+    """NLL (nats a token) of clients on average, and of their mixture.
 
     Args:
-        nll: Of each client for each response, (C, N), summed over its tokens.
-        num_tokens: Of each response, (N,).
+        nll: NLL (nats) of each response by each client, (C, N), summed over the response's tokens.
+        num_tokens: Tokens of each response, (N,).
     """
     mixed = -(np.logaddexp.reduce(-nll, axis=0) - math.log(len(nll)))
     return float(nll.sum(axis=1).mean() / num_tokens.sum()), float(mixed.sum() / num_tokens.sum())
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """What `LanguageModel.export_adapter` wrote, under the names that it has in the model."""
+    """Read what `LanguageModel.export_adapter` wrote, under the names of the model's parameters."""
     tensors = load_file(folder / "adapter_model.safetensors")
     return {key.replace(".weight", ".default.weight"): value.float() for key, value in tensors.items()}
 
 
 def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
-    """NLL of the last adapters of one run, whose clients have one model and rank: their mean, mixed and averaged.
+    """NLL of the last adapters of one run, whose clients have one model and rank: the mean, of the mixture and of the
+    average.
 
-    `models` keeps what was loaded, by its settings.
+    `models` keeps loaded models, by their settings.
     """
     config = RunFolder(run).read_config()
     name, *others = sorted(set(config.client_models()))
@@ -106,7 +108,7 @@ def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("comparison", type=Path, help="folder of semcons compare")
+    parser.add_argument("comparison", type=Path, help="folder that semcons compare wrote")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--mixtures", nargs="*", default=["local-only", "local-only-averaged", "semantic-consensus"])
     args = parser.parse_args()

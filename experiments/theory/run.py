@@ -2,9 +2,9 @@
 
     python experiments/theory/run.py [FOLDER ...] [--out DIR]
 
-Writes bounds.csv: from which round on the bound would say anything. Each folder is a run, or holds runs somewhere in
-it, as a comparison's does; those of semantic consensus are read, which may differ in the seed and in where they ran.
-Of them, also writes rounds.csv, bound.json and churn.svg.
+Writes bounds.csv: the round from which on the bound would say anything. Each FOLDER is a run, or contains runs, as a
+comparison's folder does. The runs of semantic consensus among them are read, and may differ only in their seed and in
+where they ran; from these it also writes rounds.csv, bound.json and churn.svg.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ FAR = 10**15
 def bound(t0: float, *, prompts: int, clients: int, c: float) -> float:
     """Bound on the probability that a consensus label still changes after round `t0`.
 
-    FedCT (arXiv:2310.05696), proposition: with private data and prompts i.i.d. and training accuracy a_t >= 1 - c / t
-    on whatever labels, delta <= |U| (4 c)^(m/2) zeta(m/2, t0 + 1), with Hurwitz's zeta. For a prompt's label to change
+    FedCT (arXiv:2310.05696), proposition: with i.i.d. private data and prompts, and training accuracy a_t >= 1 - c / t
+    on any labels, delta <= |U| (4 c)^(m/2) zeta(m/2, t0 + 1), with Hurwitz's zeta. For a prompt's label to change
     in round t, half of the m clients must miss it: at most 2^m sets of them, each with probability (c / t)^(m/2).
 
     Args:
-        t0: A round; from 1 on for `c` of 1 and more.
-        prompts: |U|.
-        clients: m; for fewer than 3 the sum over rounds diverges, and the bound is infinite.
-        c: How far from perfect clients reproduce their labels.
+        t0: A round, from 0; from 1 if `c` is 1 or more.
+        prompts: Number |U| of public prompts.
+        clients: Number m of clients; for fewer than 3 the sum over rounds diverges, and the bound is infinite.
+        c: How far clients are from reproducing their labels perfectly, see above.
     """
     if clients < 3:
         return math.inf
@@ -65,14 +65,14 @@ def first_telling_round(**setting: Any) -> int | None:
 
 
 def reproduced(consensus: pd.DataFrame) -> pd.DataFrame:
-    """How much of what it was taught a client says: training accuracy on the pseudo-labels.
+    """How much of what they were taught clients reproduce: training accuracy on the pseudo-labels.
 
     Args:
-        consensus: Columns round, prompt_id, client_id, answer, chosen; a row an answer.
+        consensus: A row for each answer; columns round, prompt_id, client_id, answer, chosen.
 
     Returns:
-        Index round from 2 on, columns client_id: the share of the round before's pseudo-labels that the client's
-        answers equal to the letter.
+        Index round, from 2, columns client_id: the share of the pseudo-labels of the round before that are equal,
+        letter by letter, to the client's answers.
     """
     labels = consensus.loc[consensus["chosen"], ["round", "prompt_id", "answer"]]
     taught = labels.assign(round=labels["round"] + 1).rename(columns={"answer": "label"})
@@ -82,11 +82,12 @@ def reproduced(consensus: pd.DataFrame) -> pd.DataFrame:
 
 
 def semantic_churn(consensus: pd.DataFrame, embed: Callable[[Sequence[str]], Tensor]) -> pd.Series[float]:
-    """Share of prompts, of those with a label in a round and the one before, whose label says something else by round.
+    """By round, the share of prompts whose label has another meaning than in the round before; prompts without both are
+    left out.
 
     Args:
         consensus: As for `reproduced`.
-        embed: Texts to unit vectors.
+        embed: Turns texts into unit vectors.
     """
     labels = consensus.loc[consensus["chosen"], ["round", "prompt_id", "answer"]]
     before = labels.assign(round=labels["round"] + 1)
@@ -96,8 +97,8 @@ def semantic_churn(consensus: pd.DataFrame, embed: Callable[[Sequence[str]], Ten
 
 
 def by_round(run: Run, embed: Callable[[Sequence[str]], Tensor]) -> pd.DataFrame:
-    """One run by round that formed a consensus: columns seed, round, agreement, exact_churn, semantic_churn,
-    reproduced, c and train_loss (nats a token; NaN where models differ)."""
+    """A row for each round of one run that formed a consensus: columns seed, round, agreement, exact_churn,
+    semantic_churn, reproduced, c and train_loss (nats a token; NaN where models differ)."""
     table = run.rounds[run.rounds["round"].isin(run.consensus["round"])].set_index("round")
     table = table[["mean_agreement", "label_churn"]]
     table = table.rename(columns={"mean_agreement": "agreement", "label_churn": "exact_churn"})
@@ -110,7 +111,7 @@ def by_round(run: Run, embed: Callable[[Sequence[str]], Tensor]) -> pd.DataFrame
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs that elect answers in these folders, alike but for their seeds."""
+    """The runs in these folders whose algorithm elects answers; they must be alike but for their seeds."""
     paths = {path.parent for folder in folders for path in folder.glob("**/rounds.parquet")}
     runs: list[Run] = []
     settings: dict[str, Path] = {}
@@ -129,7 +130,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def judge(table: pd.DataFrame, *, prompts: int, clients: int) -> dict[str, Any]:
-    """What the bound comes to: c is the least that the proposition could hold with in every round that was seen.
+    """The bound with the measured c: the least c with which the proposition's condition holds in every round of the
+    runs.
 
     Args:
         table: Rows of `by_round`, so the last round is the last that formed a consensus.

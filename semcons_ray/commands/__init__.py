@@ -1,1 +1,1 @@
-"""The `semcons` command: its words, what each does, and what people see while it works."""
+"""The `semcons` command: its subcommands, and its output in the terminal."""

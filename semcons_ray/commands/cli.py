@@ -1,7 +1,7 @@
 """The `semcons` command. Results go to stdout, progress and logs to stderr.
 
-Exit codes: 0 done; 1 the run failed (resume goes on with it); 2 something the user can mend, said in one line;
-130 interrupted (SIGINT), 143 terminated (SIGTERM): resume goes on after both.
+Exit codes: 0 done; 1 the run failed, and resume continues it; 2 a mistake that the user can mend, told in one line;
+130 interrupted (SIGINT) and 143 terminated (SIGTERM), after both of which resume continues.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ examples:
   semcons init experiment                              write experiment/config.yaml, every setting, with comments
   semcons run experiment/config.yaml --out runs/first  run it
   semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
-  semcons resume runs/first                            go on after a crash
+  semcons resume runs/first                            continue after a crash
   semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
-  semcons sweep sweep.yaml --out runs/sweep            many settings, their Pareto fronts and effects
+  semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
 """
 COMPARE = """\
-CONFIG says what is compared; all of it can be left out:
+CONFIG says what is compared; every part of it may be left out:
 
   name: quality-dirichlet            # title of the table and the figure
-  seeds: [0, 1, 2]                   # every arm is run with each
-  reference: FedAvg-LoRA             # the arm that "gap closed" is measured to,
-  baseline: local only               # and the one it is measured from
+  seeds: [0, 1, 2]                   # every arm is run with each of these
+  reference: FedAvg-LoRA             # the arm at which "gap closed" is 100%
+  baseline: local only               # the arm at which it is 0%
   experiment:                        # settings of all arms, as for semcons run
     num_rounds: 5
-    resources: {fleet: local}        # runs are processes, one a core; ray: one after another, on all the cluster
-  arms:                              # by label, what each changes; the first is what others are held against
+    resources: {fleet: local}        # runs in parallel, a process for each core; ray: one run at a time, on the cluster
+  arms:                              # by label, the settings that differ; the others are compared with the first arm
     semantic consensus: {}
     local only: {algorithm: {name: local_only}}
 
-A config of semcons run is taken for the experiment. --any.setting goes into the experiment, too. The same command
-again goes on with what is not finished; arms and seeds can be added. Each run is a folder of its own below DIR/runs.
+A CONFIG of semcons run is taken as the experiment, and --any.setting changes the experiment. The same command again
+continues with what is not finished; arms and seeds may be added. Each run has a folder below DIR/runs.
 
 example:
   semcons compare quality.yaml --num_rounds 2 --resources.fleet local --out runs/quality
@@ -60,23 +60,23 @@ SWEEP says what is tried:
 
   name: prompt budget                # title of the table and the report
   experiment:                        # settings of all trials, as for semcons run
-    resources: {fleet: local}        # a trial is one process with one core; ray: with a core a client, or max_workers
-  space:                             # any settings, by dotted key; of each one of:
-    prompts.budget: {grid: [12, 48]}                 # each of these, crossed with the other keys
-    algorithm.rule: {choice: [medoid, plurality]}    # one of these, drawn
-    training.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}   # or uniform; randint: [first, end]
+    resources: {fleet: local}        # a trial is a process on one core; ray: a core for each client, up to max_workers
+  space:                             # any settings, by dotted key, each with one of these:
+    prompts.budget: {grid: [12, 48]}                 # all of these values, crossed with the other keys
+    algorithm.rule: {choice: [medoid, plurality]}    # one of these values is drawn
+    training.learning_rate: {loguniform: [1.0e-4, 1.0e-3]}   # or uniform: [low, high]; randint: [first, end]
     clients.mix: {grid: [{}, {org/a: 1, org/b: 1}]}
-  search: grid                       # random: num_samples draws; optuna: as many, each chosen by those before
+  search: grid                       # random: num_samples draws; optuna: num_samples, each chosen by earlier results
   num_samples: 10
-  seed: 0                            # of the search
-  metric: bits_per_byte              # or worst_bits_per_byte, rouge_l, similarity; of one model, mean_nll, worst_nll
-  scheduler: none                    # asha stops trials that fall behind,
-  asha: {grace_rounds: 1, reduction_factor: 2}    # at first after this many rounds, all but the best half
-  max_concurrent_trials: 2           # left out: as many as the cluster has cores, or GPUs, for
+  seed: 0                            # of the search, not of the trials
+  metric: bits_per_byte              # or worst_bits_per_byte, rouge_l, similarity; with one model mean_nll, worst_nll
+  scheduler: none                    # asha stops trials that fall behind:
+  asha: {grace_rounds: 1, reduction_factor: 2}    # from this round on, all but the best half
+  max_concurrent_trials: 2           # left out: as many as the cluster has room for
   loggers: []                        # mlflow, wandb; CSV, JSON and TensorBoard are always written
 
-Only space must be given. --any.setting goes into the experiment. The same command again goes on with what is not
-finished; values and samples can be added. Each trial is a run folder of its own below DIR/trials.
+Only space is required. --any.setting changes the experiment. The same command again continues with what is not
+finished; values and samples may be added. Each trial has a run folder below DIR/trials.
 
 example:
   semcons sweep sweep.yaml --num_rounds 2 --out runs/sweep
@@ -112,7 +112,7 @@ def _check_text(words: Sequence[str]) -> None:
     for word in words:
         try:
             word.encode()
-        except UnicodeEncodeError as error:  # bytes of another encoding, which no file of ours could hold
+        except UnicodeEncodeError as error:  # bytes of another encoding, which no file of a run could hold
             raise ConfigError(f"{word!a} on the command line is not UTF-8; write it, or rename it, in UTF-8") from error
 
 
@@ -124,9 +124,10 @@ def _goes_on(command: str) -> str:
 
 @contextlib.contextmanager
 def _terminable(came: list[int]) -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, once: what it ends is then closed in peace.
+    """Let SIGTERM end the work as Ctrl-C does. Further ones are ignored, so that everything is closed in order.
 
-    It is added to `came`, since Ray puts a KeyboardInterrupt of its own in the place of any kind of it.
+    The signal is noted in `came`: an exception class of its own would not do, since Ray replaces any KeyboardInterrupt
+    by one of its own.
     """
 
     def terminate(number: int, _: object) -> NoReturn:
@@ -134,7 +135,7 @@ def _terminable(came: list[int]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # none other may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)
@@ -146,7 +147,7 @@ def _terminable(came: list[int]) -> Iterator[None]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
+        """Report a mistake in one line, as all other errors are."""
         self.exit(2, f"semcons: {message}; see {self.prog} --help\n")
 
 
@@ -175,22 +176,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("init", _init, "Write DIR/config.yaml: every setting with its default and a comment.")
+    sub = command("init", _init, "Write DIR/config.yaml, with every setting, its default and a comment.")
     sub.add_argument("folder", type=_local, metavar="DIR")
 
-    command("doctor", _doctor, "Say what this machine has, what works on it, and what to do about the rest.")
+    command("doctor", _doctor, "Check what this machine has, what works on it, and what to do about the rest.")
 
     sub = command(
         "run",
         _run,
-        "Run an experiment into a new folder.",
+        "Run an experiment; everything that it writes goes to a new folder.",
         usage="semcons run [CONFIG] [--any.setting value ...] --out DIR",
         epilog=f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}",
     )
     sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
-    sub.add_argument("--out", required=True, metavar="DIR", help="new folder for all that the run writes, or a URL")
+    sub.add_argument("--out", required=True, metavar="DIR", help="new folder for the run's files, or a URL")
 
-    sub = command("resume", _resume, "Go on with a run that was killed or failed; its numbers stay the same.")
+    sub = command("resume", _resume, "Continue a run that was stopped or failed; its numbers stay the same.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
     sub = command(
@@ -215,10 +216,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="SWEEP", help="YAML file")
     sub.add_argument("--out", type=_local, required=True, metavar="DIR", help="folder for all trials and the report")
 
-    sub = command("report", _report, "Print a run's result table and write its report.html anew.")
+    sub = command("report", _report, "Print a run's result table, and write its report.html again.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
-    sub = command("cost", cost.run, "Calculate what a round costs on the wire: answers against LoRA weights.")
+    sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
 
@@ -305,7 +306,7 @@ def _local(place: str) -> Path:
 
 @contextlib.contextmanager
 def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, Callable[[Observer], Observer]]]:
-    """A run's folder, and how to observe the run in it: where `place` is a URL, so that it is copied there."""
+    """A run's local folder, and a function that wraps an observer so that, for a URL, each round is copied there."""
     if "://" not in place:
         yield Path(place), lambda observer: observer
         return
@@ -329,9 +330,9 @@ def _finish(folder: Path) -> int:
 
 
 def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Part `--a.b value` and `--a.b=value` from the other words, as nested settings.
+    """Separate `--a.b value` and `--a.b=value` from the other words; returns those, and the nested settings.
 
-    Before argparse, which would take the value of an option that it does not know for an argument.
+    argparse cannot do it: it would take the value of an option that it does not know for an argument.
     """
     others: list[str] = []
     nested: dict[str, Any] = {}
@@ -358,7 +359,7 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _quiet() -> None:
-    """Our own progress says what users need; libraries' bars and notices would bury it."""
+    """Turn off libraries' progress bars and notices, among which this command's own lines would be lost."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what the terminal's encoding may lack
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

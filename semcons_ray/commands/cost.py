@@ -1,9 +1,9 @@
-"""`semcons cost`: what a round sends if clients exchange LoRA weights, and what it sends if they exchange text.
+"""`semcons cost`: the bytes that a round sends if clients exchange LoRA weights, and if they exchange text.
 
-Analytic: every size follows from the settings, and nothing is run. Sizes are bytes, with kB = 1000 B.
+Every size is computed from the arguments; nothing is run. Sizes are bytes, with kB = 1000 B.
 
 LoRA on a linear map from d_in to d_out adds rank * (d_in + d_out) parameters (Hu et al., arXiv:2106.09685, section
-4.1), so all that counts of a model is the sum of d_in + d_out over its layers, by the name of the linear map: its LoRA
+4.1). So all that matters of a model is the sum of d_in + d_out over its layers, by the name of the linear map: its LoRA
 parameters per unit of rank. Text does not depend on the model (Abourayya et al., arXiv:2605.11857).
 """
 
@@ -31,18 +31,23 @@ if TYPE_CHECKING:  # the rest of the command line starts without matplotlib and 
 
 ALL_LINEAR = "all-linear"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-# Bytes a token. Text: as SmolLM2's tokenizer cuts the packaged data, 4.2 for answers and 4.0 for questions; zstd makes
-# that 1.7 in a message of 500 questions, 2.5 in one of 500 (very short) answers. Ids: no vocabulary here needs 4 bytes.
+# Bytes a token. With SmolLM2's tokenizer, the packaged data has 4.2 for answers and 4.0 for questions; zstd makes that
+# 1.7 in a message of 500 questions, 2.5 in one of 500 (very short) answers. Ids: 3 bytes are enough for every
+# vocabulary.
 ENCODING_BYTES = {"utf-8": 4.0, "utf-8+zstd": 1.7, "int32-ids": 4.0, "int24-ids": 3.0}
 FIGURE_TARGETS = ("q,v", "q,k,v,o", ALL_LINEAR)
 
 
 class Shape(NamedTuple):
-    """What a published config.json says of a model with gated feed-forward layers.
+    """The shape of a model with gated feed-forward layers, from its published config.json.
 
     Attributes:
+        layers: Number of layers.
+        hidden: Width of a hidden vector.
         queries: Width of the queries: heads times head size, which is not always `hidden`.
         keys: Width of the keys, and of the values.
+        feed_forward: Inner width of a feed-forward layer.
+        vocabulary: Number of tokens.
         embeddings: 1 if input and output embedding are the same matrix, else 2.
     """
 
@@ -56,13 +61,13 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of matrices; norms and biases, less than 0.1%, are left out."""
+        """Number of parameters in matrices; norms and biases, less than 0.1%, are left out."""
         attention = 2 * (self.queries + self.keys)
         return self.hidden * (self.layers * (attention + 3 * self.feed_forward) + self.embeddings * self.vocabulary)
 
     @property
     def linear_maps(self) -> dict[str, int]:
-        """Sum of d_in + d_out over the layers, by name."""
+        """Sum of d_in + d_out over the layers, by name of the linear map."""
         widths = {"q": self.queries, "k": self.keys, "v": self.keys, "o": self.queries}
         widths |= dict.fromkeys(("gate", "up", "down"), self.feed_forward)
         return {f"{name}_proj": self.layers * (self.hidden + width) for name, width in widths.items()}
@@ -104,7 +109,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes between one client and the server: each round up and down, and down once before the first."""
+    """Bytes between one client and the server: uplink and downlink of each round, and downlink once before round 1."""
 
     uplink_bytes: int
     downlink_bytes: int
@@ -118,7 +123,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Cost:
-    """Weights against text; `parameters` is the size of an adapter."""
+    """The traffic of weights against that of text.
+
+    Attributes:
+        parameters: Number of parameters of an adapter.
+        weights: Traffic of a client that exchanges adapters.
+        text: Traffic of a client that exchanges answers and pseudo-labels.
+        clients: Number of clients.
+        rounds: Number of rounds.
+    """
 
     parameters: int
     weights: Traffic
@@ -128,12 +141,12 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """Bytes of weights for a byte of text in a round."""
+        """Bytes of weights for each byte of text, in a round."""
         return self.weights.round_bytes / self.text.round_bytes
 
     @property
     def total_ratio(self) -> float:
-        """Bytes of weights for a byte of text over the whole run, what is sent once included."""
+        """Bytes of weights for each byte of text, over the whole run, including what is sent once."""
         return self.total_bytes(self.weights) / self.total_bytes(self.text)
 
     def total_bytes(self, traffic: Traffic) -> int:
@@ -153,19 +166,19 @@ def estimate(
     clients: int = 1,
     rounds: int = 1,
 ) -> Cost:
-    """Bytes of federated averaging of LoRA adapters, and of semantic consensus, with every client in every round.
+    """Bytes of federated averaging of LoRA adapters, and of semantic consensus, if every client is in every round.
 
-    Weights: an adapter goes up and the averaged one comes down. Text: an answer a prompt goes up, and a pseudo-label a
-    prompt comes down; the public prompts, taken to be as long as the answers, come down once.
+    Weights: an adapter goes up, and the average comes down. Text: for each prompt an answer goes up and a pseudo-label
+    comes down; the public prompts, assumed to be as long as the answers, come down once.
 
     Args:
         linear_maps: LoRA parameters per unit of rank by name of the linear map, see `read_linear_maps`.
         targets: Names of the maps that get an adapter ("q" is short for "q_proj"), or "all-linear".
         rank: LoRA rank.
-        dtype: What a parameter is sent as, a key of `DTYPE_BYTES`.
-        prompts: Public prompts.
+        dtype: Type in which a parameter is sent, a key of `DTYPE_BYTES`.
+        prompts: Number of public prompts.
         tokens: Tokens of an answer.
-        bytes_per_token: Bytes that a token's text comes to.
+        bytes_per_token: Bytes of a token when it is sent.
         clients: Number of clients.
         rounds: Number of rounds.
 
@@ -194,10 +207,10 @@ def read_linear_maps(model: str) -> dict[str, int]:
     """LoRA parameters per unit of rank, by name of the linear map, summed over the layers.
 
     Args:
-        model: A key of `SHAPES`, a config.json or a folder with one, `packaged:NAME`, or a hub id. For all but the
-            first the model is built without memory for its weights, and its linear maps are those that PEFT would
-            adapt: of the text part, without the output embedding. In a mixture of experts, each expert's weight is
-            a linear map with an adapter of its own, as with PEFT's `target_parameters`.
+        model: A key of `SHAPES`, a config.json or a folder with one, `packaged:NAME`, or a hub id. All but the first
+            are built without memory for weights, and their linear maps are those that PEFT would adapt: of the text
+            part, without the output embedding. In a mixture of experts, each expert's weight is a linear map with an
+            adapter of its own, as with PEFT's `target_parameters`.
 
     Raises:
         ModelError: The name is unknown, or the config cannot be read or is not of a causal language model.
@@ -208,7 +221,7 @@ def read_linear_maps(model: str) -> dict[str, int]:
 
 
 def count_parameters(model: str) -> int:
-    """Parameters of a model, named as for `read_linear_maps`; of a built-in one, to 0.1%.
+    """Number of parameters of a model, see `read_linear_maps` for its name; for a built-in one to 0.1%.
 
     Raises:
         ModelError: See `read_linear_maps`.
@@ -219,12 +232,12 @@ def count_parameters(model: str) -> int:
 
 
 def split_targets(targets: str) -> list[str] | str:
-    """Targets of the command line, with commas between, as `estimate` takes them."""
+    """Targets as on the command line, separated by commas, in the form that `estimate` takes."""
     return ALL_LINEAR if targets == ALL_LINEAR else targets.split(",")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `semcons cost`; the defaults are the worked example of the method's page."""
+    """Add the arguments of `semcons cost` to its parser."""
     defaults = load_config(None)
     parser.formatter_class = argparse.HelpFormatter  # wraps
     parser.description = (
@@ -242,51 +255,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         default="q,v",
         metavar="LIST",
-        help="Linear maps that get an adapter, with commas between: of q, k, v, o, gate, up, down, or by their names "
-        "in the model; all-linear takes all. Default: %(default)s.",
+        help="Linear maps that get an adapter, separated by commas: q, k, v, o, gate, up, down, or their names in the "
+        "model; all-linear takes all. Default: %(default)s.",
     )
     parser.add_argument("--rank", type=int, default=16, metavar="R", help="LoRA rank. Default: %(default)s.")
     parser.add_argument(
-        "--dtype", choices=DTYPE_BYTES, default="float16", help="What a weight is sent as. Default: %(default)s."
+        "--dtype", choices=DTYPE_BYTES, default="float16", help="Type in which weights are sent. Default: %(default)s."
     )
-    parser.add_argument("--prompts", type=int, default=500, metavar="P", help="Public prompts. Default: %(default)s.")
+    parser.add_argument(
+        "--prompts", type=int, default=500, metavar="P", help="Number of public prompts. Default: %(default)s."
+    )
     parser.add_argument(
         "--tokens",
         type=int,
         default=100,
         metavar="T",
-        help="Tokens of an answer; a public prompt is taken to be as long. Default: %(default)s.",
+        help="Tokens of an answer; public prompts are assumed to be as long. Default: %(default)s.",
     )
     parser.add_argument(
         "--encoding",
         choices=ENCODING_BYTES,
         default="utf-8",
-        help="What a token is sent as: "
-        + ", ".join(f"{name} ({size:g} bytes)" for name, size in ENCODING_BYTES.items())
-        + "; of text, that is typical of English. Default: %(default)s.",
+        help="How tokens are sent: "
+        + ", ".join(f"{name} ({size:g} bytes a token)" for name, size in ENCODING_BYTES.items())
+        + "; for text these are typical of English. Default: %(default)s.",
     )
     parser.add_argument(
-        "--bytes-per-token", type=float, metavar="B", help="Bytes a token, instead of those of --encoding."
+        "--bytes-per-token", type=float, metavar="B", help="Bytes a token, if they are not those of --encoding."
     )
     parser.add_argument(
         "--clients",
         type=int,
         default=defaults.clients.num_clients,
         metavar="C",
-        help="Clients, all of them in every round; for the total. Default: %(default)s.",
+        help="Number of clients, for the total; all take part in every round. Default: %(default)s.",
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=defaults.num_rounds,
         metavar="N",
-        help="Rounds; for the total. Default: %(default)s.",
+        help="Number of rounds, for the total. Default: %(default)s.",
     )
     parser.add_argument(
         "--figure",
         type=Path,
         metavar="FILE",
-        help="Draw the total over model size, of the built-in models, into this .svg or .png file.",
+        help="A .svg or .png file into which to draw the total over model size, for the built-in models.",
     )
 
 
@@ -322,16 +337,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw_figure(path: Path, model: str, targets: str, **settings: Any) -> None:
-    """Draw what a client sends and gets over a run, by model size: LoRA weights of the built-in models, and text.
+    """Draw the bytes that a client sends and gets in a run over model size: LoRA weights of built-in models, and text.
 
     Args:
-        path: A file to write, .svg or .png.
-        model: The model at which the ratio is stated.
+        path: File to write, .svg or .png.
+        model: The model for which the ratio is shown.
         targets: Its targets, as on the command line.
-        settings: Those of `estimate`.
+        settings: The other arguments of `estimate`.
 
     Raises:
-        ConfigError: The file's ending is another one.
+        ConfigError: The file has another ending.
         ModelError: See `read_linear_maps`.
     """
     from semcons_ray.reporting.drawing import BLUE, CLIENT_COLOURS, INK, MARKERS, log_axis, place_legend, save
@@ -428,7 +443,7 @@ def _build(model: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source)
         text = config.get_text_config(decoder=True)
-        # Of some models that see, transformers knows the text part only without its output embedding.
+        # Of some models with vision, transformers has the text part only without its output embedding.
         bare = type(text) is not type(config) and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
         with torch.device("meta"):
             built: PreTrainedModel = (AutoModel if bare else AutoModelForCausalLM).from_config(text)

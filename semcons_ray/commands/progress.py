@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal, on stderr: a bar a round, and a line for each that is done."""
+"""Shows the progress of a run in the terminal, on stderr: a bar for the round, and a line for each that is done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, RoundRow, compar
 
 
 class Progress:
-    """An `experiment.Observer` for people."""
+    """An `experiment.Observer` that shows progress in the terminal."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False)  # names may hold brackets
@@ -32,22 +32,22 @@ class Progress:
         self._bars.stop()
 
     def stage(self, text: str) -> None:
-        """Say what takes a while."""
+        """Print what begins."""
         self._clear()
         self._console.print(f"{text} ...", style="dim")
 
     def planned(self, text: str) -> None:
-        """Print it, as it is: a file's name may look like markup."""
+        """Print the text unchanged: a file's name may look like markup."""
         self._console.print(text, soft_wrap=True, markup=False)
 
     def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
-        """Start a bar."""
+        """Start the round's bar."""
         self._clear()
         title = f"round {round}/{num_rounds}" if round else "base model"
         self._task = self._bars.add_task(title, total=num_participants)
 
     def client_done(self, reply: Reply) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self._task is not None:
             self._bars.advance(self._task)
 
@@ -62,7 +62,7 @@ class Progress:
         labels = f"{summary.num_labels} pseudo-labels"
         if not math.isnan(summary.mean_agreement):
             parts.append(f"agreement {summary.mean_agreement:.2f}, {labels}")
-        elif summary.num_labels:  # of answers that stand alone
+        elif summary.num_labels:  # all of single answers, whose agreement is undefined
             parts.append(labels)
         if summary.lost:
             parts.append(f"left out: {summary.failures}")

@@ -1,7 +1,7 @@
 """Semantic consensus: which client's answer to a public prompt becomes its pseudo-label.
 
-An averaged embedding cannot be decoded into text, so every rule elects one of the answers that are there. Pure batched
-tensor math, on any device.
+An averaged embedding cannot be decoded into text, so every rule elects one of the clients' answers. All of it is
+batched tensor math, on any device.
 """
 
 from semcons_ray.consensus.form import Consensus, Election, form_consensus

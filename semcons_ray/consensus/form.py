@@ -1,4 +1,4 @@
-"""A consensus for every prompt: chunks of prompts go through a rule together.
+"""Forms the consensus: elects an answer to each prompt by a rule, many prompts at a time.
 
 Legend: C clients, P prompts, D embedding dimension.
 """
@@ -15,20 +15,20 @@ from semcons_ray.consensus import rules
 from semcons_ray.errors import ConfigError
 
 NORM_TOLERANCE = 1e-2
-"""What rounding to half precision may do to the length of a unit vector."""
+"""How far rounding to half precision may move the length of a unit vector from 1."""
 
 
 @dataclass(frozen=True)
 class Election:
-    """How a winner is found, and when there is none.
+    """How an answer is elected, and when a prompt gives no pseudo-label.
 
     Attributes:
         rule: A name of `config.RuleName`; `consensus.rules` says what each does.
-        threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: any will do.
+        threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: no threshold.
         min_votes: Least number of answers for a prompt to give a pseudo-label.
-        plurality_similarity: Cosine, in [-1, 1], at which two answers are one opinion, for plurality.
-        trim: Share of answers dropped, in [0, 0.5), for trimmed.
-        num_byzantine: Bad clients expected, for multi_krum.
+        plurality_similarity: For plurality: cosine, in [-1, 1], from which on two answers are the same opinion.
+        trim: For trimmed: share of answers dropped, in [0, 0.5).
+        num_byzantine: For multi_krum: number of faulty clients to tolerate.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -55,7 +55,7 @@ class Election:
         self.scores(1)
 
     def scores(self, block_bytes: int) -> rules.Rule:
-        """The rule with its settings; those that compare all pairs do it in blocks of so many bytes."""
+        """The rule with its settings. Rules that compare all pairs do so in blocks of `block_bytes`."""
         known: dict[str, rules.Rule] = {
             "medoid": rules.medoid,
             "plurality": partial(rules.plurality, min_cosine=self.plurality_similarity, block_bytes=block_bytes),
@@ -80,10 +80,10 @@ class Consensus:
         winner: Client whose answer was elected, (P,) int64; -1 where nobody answered.
         agreement: Similarity of the winner's answer, whatever the rule, (P,) float32; NaN where fewer than two
             answered.
-        similarity: Mean cosine of an answer to the others that are there, (P, C) float32; NaN where it is missing, and
-            where it is alone: there is nobody to agree with.
-        abstained: Prompts that give no pseudo-label, (P,) bool: too few answered, or agreement is under the threshold,
-            or undefined where there is one.
+        similarity: Mean cosine of an answer to the other answers to its prompt, (P, C) float32; NaN where it is missing
+            or the only one.
+        abstained: Whether a prompt gives no pseudo-label, (P,) bool: too few clients answered it, or there is a
+            threshold and its agreement is below that or undefined.
     """
 
     winner: Tensor
@@ -103,29 +103,30 @@ def form_consensus(
     lengths: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> Consensus:
-    """Elect one answer a prompt.
+    """Elect one answer for each prompt.
 
-    Scores within 1e-6 are a tie, so that neither the order of arrival nor the rounding of a device decides between
-    equal answers; the highest `priority` does. The threshold has the same tolerance.
+    Scores within 1e-6 of each other are a tie, so that neither the order of arrival nor a device's rounding decides
+    between equal answers; the one of highest `priority` wins. The threshold has the same tolerance.
 
-    The embeddings are only read, once, or twice by rules that compare with a centre or in pairs; they may be larger
-    than memory if they are memory-mapped. Working memory is a few times the size of `similarity`, and a few times
-    `chunk_bytes` or what one prompt takes, if that is more: C D float32 values. Winners do not depend on `chunk_bytes`.
+    The embeddings are read once, or twice by rules that compare with a centre or in pairs, and never changed, so they
+    may be memory-mapped and larger than memory. Working memory is a few times the size of `similarity`, plus a few
+    times `chunk_bytes` or the C D float32 values of one prompt, whichever is more. Winners do not depend on
+    `chunk_bytes`.
 
     Args:
-        embeddings: Unit vectors of the answers, (P, C, D), floating point; computed with in float32. Rows of missing
-            answers are not looked at.
+        embeddings: Unit vectors of the answers, (P, C, D), floating point; computation is in float32. Rows of missing
+            answers are ignored.
         mask: Which answers are there, (P, C) bool.
         election: The rule and its settings.
-        priority: Who goes before whom among equals, (P, C), all different: drawn at random, so that no client is
-            favoured. It is all that decides for the rule random_client.
-        weights: Of the clients, (C,), not negative, for weighted_medoid.
-        lengths: Characters of each answer, (P, C), for longest and shortest.
-        chunk_bytes: Memory that a chunk of prompts may take; None: on a CPU what stays in its cache, 2 MiB a thread
-            (so that a chunk is read from memory once, however often a rule goes over it), and 256 MiB on a GPU.
+        priority: Decides ties, (P, C), all different; the highest wins. It is to be drawn at random, so that no client
+            is favoured, and is all that decides for the rule random_client.
+        weights: For weighted_medoid: weight of each client, (C,), not negative.
+        lengths: For longest and shortest: characters of each answer, (P, C).
+        chunk_bytes: Memory that a chunk of prompts may take. None: 256 MiB on a GPU; on a CPU 2 MiB for each thread,
+            which stays in the cache, so that a chunk is read from memory once, however often a rule goes over it.
 
     Raises:
-        ValueError: A tensor is missing, has the wrong shape or type, or is not of unit rows.
+        ValueError: A tensor is missing, has the wrong shape or type, or an embedding is not a unit vector.
     """
     chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**28)
     score = election.scores(chunk_bytes)
@@ -164,7 +165,7 @@ def form_consensus(
         elected = rules.elect(score(ballots).where(mask[here], -torch.inf), priority[here])
         winner[here] = elected.where(mask[here].any(dim=1), -1)
 
-    # With nobody beside it an answer agrees with none; while rules score, it agrees with itself.
+    # The agreement of a single answer is undefined; it was 1 so far because rules need a score for it.
     similarity = similarity.where(num_others > 0, torch.nan)
     agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1)
     abstained = mask.sum(dim=1) < election.min_votes
@@ -174,7 +175,7 @@ def form_consensus(
 
 
 def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
-    """Float32, zero where missing, whatever stands there; no copy if there is nothing to change."""
+    """The embeddings in float32 with zeros for missing answers; not copied if there is nothing to change."""
     vectors = embeddings.to(torch.float32)
     return vectors if bool(present.all()) else vectors.where(present[:, :, None], 0.0)
 

@@ -1,12 +1,12 @@
-"""The consensus rules: each gives the answers to a prompt scores, and the highest is elected.
+"""The consensus rules: each scores the answers to a prompt, and the answer with the highest score is elected.
 
 Legend: p prompts at once; C clients, of which n answered a prompt; D embedding dimension; e_i the unit vector of
 answer i, zero where it is missing.
 
 For unit vectors the answer nearest to a point z is the one with the greatest e_i . z. So the medoid and its relatives
 differ only in their centre z, cost O(C D) a prompt, and need no C x C matrix. Plurality and multi-Krum do compare all
-pairs, O(C^2 D), a block of rows at a time; in float64, so that whether two answers are one opinion does not hang on the
-rounding of the block they fell in.
+pairs, O(C^2 D), a block of rows at a time. They do it in float64, so that whether two answers are the same opinion does
+not depend on rounding, which differs from block to block.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Scores and cosines closer than this are equal. Float32 noise is a tenth of it; answers that differ, differ by more.
+# Scores and cosines closer than this are equal. Float32 noise is a tenth of it; different answers differ by more.
 TOLERANCE = 1e-6
 
 WEISZFELD_STEPS = 32
 WEISZFELD_SMOOTHING = 1e-3
 
-# Rules that look at similarity, lengths or chance only.
+# Rules that need no vectors: they go by similarity, lengths or chance.
 WITHOUT_VECTORS = frozenset({"medoid", "random_client", "longest", "shortest"})
 
 
@@ -32,13 +32,13 @@ class Ballots:
     """The answers to p prompts.
 
     Attributes:
-        vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. Rules `WITHOUT_VECTORS` have none.
-        present: Which answers are there, (p, C).
-        similarity: Mean cosine of an answer to the others that are there, (p, C); 1 where it is alone, NaN where it is
-            missing.
-        weights: Of the clients, (C,), not negative; for `weighted_medoid`.
-        lengths: Of the answers in characters, (p, C); for `longest` and `shortest`.
-        priority: Who goes before whom among equals, (p, C); all different.
+        vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. Rules in `WITHOUT_VECTORS` get none.
+        present: Which answers are there, (p, C) bool.
+        similarity: Mean cosine of an answer to the other answers to its prompt, (p, C); 1 where it is the only one, NaN
+            where it is missing.
+        weights: Weight of each client, (C,), not negative; for `weighted_medoid`.
+        lengths: Length of each answer in characters, (p, C); for `longest` and `shortest`.
+        priority: Decides ties, (p, C), all different; the highest wins.
     """
 
     vectors: Tensor
@@ -49,22 +49,22 @@ class Ballots:
     priority: Tensor
 
     def nearness(self, shares: Tensor) -> Tensor:
-        """Scores e_i . z for the centre z that `shares` (p, C) of the answers add up to."""
+        """Scores e_i . z, (p, C), for the centre z = sum of shares_j e_j, where `shares` is (p, C)."""
         return products(torch.bmm(shares[:, None, :], self.vectors), self.vectors)
 
 
 Rule = Callable[[Ballots], Tensor]
-"""Scores (p, C), -inf where an answer cannot be elected; those of missing answers don't matter."""
+"""A rule gives scores, (p, C), -inf where an answer cannot be elected; scores of missing answers are ignored."""
 
 
 def products(points: Tensor, vectors: Tensor) -> Tensor:
-    """Of one point (p, 1, D) with each of its prompt's vectors (p, C, D), (p, C)."""
+    """Inner products, (p, C), of one point for each prompt, (p, 1, D), with that prompt's vectors, (p, C, D)."""
     # A row times the transposed matrix: on a CPU a batch of that takes a tenth of the time of matrix times column.
     return torch.bmm(points, vectors.transpose(1, 2)).squeeze(1)
 
 
 def elect(scores: Tensor, priority: Tensor) -> Tensor:
-    """Index of the highest of `scores` (p, C), (p,); of those within `TOLERANCE` of it, the one of highest priority."""
+    """Index of the highest score, (p,), for `scores` (p, C); of all within `TOLERANCE`, the one of highest priority."""
     equal = scores >= scores.amax(dim=1, keepdim=True) - TOLERANCE
     return _only(equal, priority).argmax(dim=1)
 
@@ -75,9 +75,9 @@ def medoid(ballots: Ballots) -> Tensor:
 
 
 def weighted_medoid(ballots: Ballots) -> Tensor:
-    """The medoid if answer j were there w_j times: greatest sum_j w_j e_i . e_j, its own weight included.
+    """The medoid if answer j were there w_j times: the greatest sum_j w_j e_i . e_j, its own weight included.
 
-    An answer of weight 0 has no vote and is not elected, unless there are no others; then all count the same.
+    An answer of weight 0 has no vote and is not elected, unless all have weight 0; then all count the same.
     """
     if ballots.weights is None:
         raise ValueError("rule weighted_medoid needs the weights of the clients")
@@ -88,9 +88,9 @@ def weighted_medoid(ballots: Ballots) -> Tensor:
 
 
 def geometric_median(ballots: Ballots) -> Tensor:
-    """The answer nearest to the geometric median of all: half of the answers must be bad to carry it away.
+    """The answer nearest to the geometric median of all answers, which less than half of them cannot move arbitrarily.
 
-    Weiszfeld's iteration from the mean, a fixed number of steps, distances no smaller than a smoothing constant
+    Weiszfeld's iteration from the mean, with a fixed number of steps and distances no smaller than a smoothing constant
     (K. Pillutla, S. Kakade, Z. Harchaoui, "Robust Aggregation for Federated Learning", arXiv:1912.13445, algorithm 2).
     """
     vectors, present = ballots.vectors, ballots.present
@@ -104,10 +104,10 @@ def geometric_median(ballots: Ballots) -> Tensor:
 
 
 def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
-    """The medoid of what is left when the `trim` share of answers least similar to the others is dropped.
+    """The medoid of the answers that are left when the share `trim`, those least similar to the others, is dropped.
 
-    The number dropped is rounded down, so a few answers may lose none. Among equals, those of lowest priority are
-    dropped.
+    The number to drop is rounded down, so of few answers none may be dropped. Among equals, those of lowest priority
+    are dropped.
     """
     counts = ballots.present.sum(dim=1, keepdim=True)
     num_kept = (counts - (trim * counts + 1e-9).long()).clamp(min=1)
@@ -122,13 +122,13 @@ def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
 
 
 def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tensor:
-    """The medoid of the most common opinion: the analogue of a majority vote for free text.
+    """The medoid of the most common opinion: a plurality vote for free text.
 
-    The opinion around an answer is all answers at a cosine of `min_cosine` or more to it. The most common one is the
-    largest; of equally large ones, that around the answer most similar to all others, then of highest priority. This
-    is the first cluster of the greedy scheme of X. Daura et al., "Peptide Folding: When Simulation Meets Experiment",
-    Angew. Chem. Int. Ed. 38 (1999), which needs no seeds and no number of clusters; the further ones cannot win. When
-    no two answers agree, it elects the medoid.
+    An answer's opinion is the set of answers whose cosine to it is `min_cosine` or more. The largest such set wins; of
+    equally large ones, that of the answer most similar to all others, then that of highest priority. This is the first
+    cluster of the greedy scheme of X. Daura et al., "Peptide Folding: When Simulation Meets Experiment", Angew. Chem.
+    Int. Ed. 38 (1999), which needs no seeds and no number of clusters; its further clusters cannot win. When no two
+    answers agree, the medoid is elected.
     """
     least = min_cosine - TOLERANCE
     sizes = torch.cat(
@@ -147,10 +147,10 @@ def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tenso
 def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Tensor:
     """The answer with the lowest Krum score: the sum of squared distances to its n - f - 2 nearest.
 
-    P. Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, with f
-    `num_byzantine`. For unit vectors that is the greatest mean cosine to them, which is the score here. Multi-Krum
-    averages the best few; as texts have no average, the first of them is taken. The guarantee needs n >= 2 f + 3; with
-    fewer answers the rule still elects, by n - f - 2 nearest or at least one.
+    P. Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, with
+    f = `num_byzantine`. For unit vectors the lowest sum is the greatest mean cosine to those neighbours, which is the
+    score here. Multi-Krum averages the best few; texts have no average, so the best one is taken. The guarantee needs
+    n >= 2 f + 3. With fewer answers the rule still elects one, by its n - f - 2 nearest, at least one.
     """
     num_others = ballots.present.sum(dim=1, keepdim=True) - 1
     num_farthest = (num_others - 1).clamp(min=0, max=num_byzantine + 1)
@@ -169,17 +169,17 @@ def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Ten
 
 
 def random_client(ballots: Ballots) -> Tensor:
-    """A control: any of the answers, all equally likely. All score alike, so priority decides, which is drawn."""
+    """A control: any of the answers, all equally likely. All scores are equal, so the random priority decides."""
     return torch.zeros_like(ballots.similarity)
 
 
 def longest(ballots: Ballots) -> Tensor:
-    """A control: the answer of most characters."""
+    """A control: the answer with the most characters."""
     return _lengths(ballots)
 
 
 def shortest(ballots: Ballots) -> Tensor:
-    """A control: the answer of fewest characters."""
+    """A control: the answer with the fewest characters."""
     return -_lengths(ballots)
 
 
@@ -194,7 +194,7 @@ def _only(eligible: Tensor, scores: Tensor) -> Tensor:
 
 
 def _cosines(ballots: Ballots, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of the matrices of cosines: row indices (b,) and rows (p, b, C) float64."""
+    """Cosines between answers, a block of rows at a time: row indices (b,) and rows (p, b, C) float64."""
     vectors = ballots.vectors.double()
     num_prompts, num_clients, _ = vectors.shape
     num_rows = max(1, block_bytes // (vectors.element_size() * num_prompts * num_clients))

@@ -1,4 +1,4 @@
-"""One question with its answer, and many of them."""
+"""The types of examples (a question with its answer) and of data sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSet:
-    """The examples of a data set that can be used, with distinct prompts, and a count of its other rows."""
+    """The usable examples of a data set, whose prompts are all different, and a count of the rows left out."""
 
     examples: Sequence[Example]
     tally: Tally

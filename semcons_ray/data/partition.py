@@ -1,16 +1,16 @@
-"""Private shares: which client holds which examples."""
+"""Partitions of the private data: which client holds which examples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
+from semcons_ray.config import Partition
 from semcons_ray.errors import DataError
 
-Partition = Literal["iid", "dirichlet", "category", "quantity"]
 Indices = NDArray[np.int64]
 
 
@@ -25,31 +25,32 @@ def private_shares(
     dirichlet_alpha: float,
     random: np.random.SeedSequence,
 ) -> list[Indices]:
-    """Indices of each client's examples, in the order given; no two shares overlap.
+    """Indices of each client's examples, C arrays, each in the order of `order`; no two of them overlap.
 
     - `iid`: each client gets the next `examples_per_client`.
     - `dirichlet`: each client draws a category mix q ~ Dir(alpha K p) for K categories with shares p, then
-      `examples_per_client` categories from q, each filled with that category's next example. A category that has run
-      out is left out and q renormalised; when all of q has, what is left is drawn from. This is Hsu et al.
-      (arXiv:1909.06335), whose concentration is our alpha times K: for equally frequent categories ours is the usual
-      Dir(alpha, ..., alpha).
+      `examples_per_client` categories from q, and gets that category's next example for each. A category that has run
+      out is dropped and q renormalised; when all categories of q have run out, the client draws from what is left. This
+      is Hsu et al. (arXiv:1909.06335), whose concentration is alpha K here: for equally frequent categories it is the
+      usual Dir(alpha, ..., alpha).
     - `category`: each client gets categories of its own, and equally many examples of each while they last. Categories
-      are dealt out in turn, the largest first. More clients than categories share categories, but no example.
-    - `quantity`: as `iid`, but of sizes with shares from Dir(alpha, ..., alpha); each client has at least one example,
-      and the mean is `examples_per_client`.
+      are dealt out in turn, the largest first. If there are more clients than categories, clients share categories, but
+      no examples.
+    - `quantity`: as `iid`, but clients' numbers of examples are in proportion to a draw from Dir(alpha, ..., alpha).
+      Each client has at least one example, and the mean is `examples_per_client`.
 
     Args:
         order: Shuffled indices to take from; at least `num_clients * examples_per_client`.
-        category: Category of every index, as a position in `names`.
+        category: Category of every example, as a position in `names`.
         names: Names of the categories, for messages.
         num_clients: Number of clients C.
         examples_per_client: Examples of each client.
         partition: One of the above.
-        dirichlet_alpha: Concentration; small is skewed.
-        random: Seeds of the draws.
+        dirichlet_alpha: Concentration; the smaller, the more clients differ.
+        random: Seed of the draws.
 
     Raises:
-        DataError: The partition goes by category and there is only one, or a client's categories are too small.
+        DataError: The partition goes by category but there is only one, or a client's categories hold too few examples.
     """
     total = num_clients * examples_per_client
     if partition == "iid":
@@ -90,7 +91,7 @@ def _dirichlet_counts(
         mix = generator.dirichlet(concentration)
         counts = np.zeros_like(left)
         while (missing := size - counts.sum()) > 0:
-            # Draws beyond a category's end are drawn again from the others: the same as leaving it out in time.
+            # Draws beyond a category's end are drawn again from the others, which is the same as dropping it in time.
             weights = np.where(counts < left, mix, 0.0)
             if not weights.sum() > 0:
                 weights = (left - counts).astype(np.float64)
@@ -123,7 +124,7 @@ def _category_counts(left: Indices, num_clients: int, size: int, names: Sequence
 
 
 def _largest_remainder(exact: NDArray[np.float64]) -> Indices:
-    """Integers next to `exact` with the same sum, which is a whole number."""
+    """`exact`, whose sum is a whole number, rounded to integers with the same sum."""
     floor = np.floor(exact).astype(np.int64)
     missing = round(exact.sum()) - floor.sum()
     floor[np.argsort(floor - exact, kind="stable")[:missing]] += 1

@@ -1,15 +1,16 @@
-"""Public prompts: which of the candidates, and in which order."""
+"""Selection of the public prompts among candidates, and their order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Selection = Literal["random", "stratified", "k_center"]
+from semcons_ray.config import Selection
+
 Indices = NDArray[np.int64]
 
 MAX_K_CENTER_CANDIDATES = 10_000  # embedding all of a large data set would take longer than the run
@@ -25,18 +26,19 @@ def order_prompts(
 ) -> Indices:
     """The first `budget` of `candidates`, shape (P,).
 
-    - `random`: as they come; they are shuffled.
-    - `stratified`: one of each category in turn, so evenly over categories, however large, while they last.
+    - `random`: in the order given, which is shuffled.
+    - `stratified`: one of each category in turn while it lasts, so that categories of any size have equally many.
     - `k_center`: farthest first. The first is the nearest to the mean embedding, each further one the farthest from all
       before it (Gonzalez 1985, a 2-approximation of the smallest covering radius; used for selecting training data by
-      Sener & Savarese, arXiv:1708.00489). It goes over `MAX_K_CENTER_CANDIDATES` candidates, or twice the budget.
+      Sener & Savarese, arXiv:1708.00489). It considers `MAX_K_CENTER_CANDIDATES` candidates, or twice the budget if
+      that is more.
 
     Args:
-        candidates: Shuffled indices, at least `budget`.
-        category: Category of every index.
+        candidates: Shuffled indices of examples, at least `budget`.
+        category: Category of every example, as an integer.
         budget: Number of prompts P.
         selection: One of the above.
-        embed: Vectors (N, D) of the prompts of N indices.
+        embed: Gives embeddings (N, D) of the prompts of N indices; called for `k_center` only.
     """
     if selection == "random":
         return candidates[:budget]
@@ -51,7 +53,7 @@ def order_prompts(
 
 
 def proportional(order: Indices, category: Indices) -> Indices:
-    """`order` rearranged so that any first n have the category mix of all, as nearly as whole numbers allow."""
+    """`order` rearranged so that its first n, for any n, have the category mix of all, up to rounding."""
     keys = category[order]
     place = (_turn(keys) + 0.5) / np.bincount(keys)[keys]
     rearranged: Indices = order[np.lexsort((keys, place))]
@@ -59,7 +61,7 @@ def proportional(order: Indices, category: Indices) -> Indices:
 
 
 def _turn(keys: Indices) -> Indices:
-    """How many equal keys stand before each, shape (N,)."""
+    """For each key, how many equal keys stand before it, (N,)."""
     together = np.argsort(keys, kind="stable")
     size = np.bincount(keys)
     turn = np.empty(len(keys), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where examples come from: the packaged data set, a file of the user's, or the Hugging Face hub.
+"""Reads examples: from the packaged data set, a user's file or folder, or the Hugging Face hub.
 
 A cell has the same text in every kind of file. A number or truth value is written as in a CSV file (3, 3.0, True);
 a null or NaN is empty. No type is guessed, which would turn 007 into 7, NA into nothing, and 3 beside a null into 3.0.
@@ -39,20 +39,19 @@ Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells
 def load_examples(source: str, *, split: str = "train", max_response_chars: int = 400) -> DataSet:
     """Examples of a data set in its own order, with distinct prompts, and a count of the rows that are left out.
 
-    Texts are stripped at both ends. Rows with an empty prompt or response, or a response over `max_response_chars`,
-    are left out; of rows whose prompts differ only in case or white space the first is kept, so that no prompt can be
-    public and private, or private and in the test set, at once.
+    White space at both ends of texts is removed. Rows with an empty prompt or response, or a response over
+    `max_response_chars`, are left out. Of rows whose prompts differ only in case or white space the first is kept, so
+    that no prompt can be both public and private, or both private and in the test set.
 
     Args:
         source: `packaged:NAME`; or a .jsonl, .csv or .parquet file, UTF-8, with columns prompt, response and
-            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder with those columns, for the
-            library `datasets`.
-        split: Split to read, for a hub data set.
-        max_response_chars: Longest response kept.
+            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder, with the same columns.
+        split: Split to read of a hub data set or a folder.
+        max_response_chars: Longest response kept, in characters.
 
     Raises:
-        DataError: Nothing is there, it cannot be read, a column is missing or there twice, a row has more or fewer
-            fields than the header, or a value has no text.
+        DataError: There is no such source, it cannot be read, a column is missing or occurs twice, a row has more or
+            fewer fields than the header, or a value is not text or a number.
     """
     if source.startswith(PREFIX):
         examples, left_out = _packaged(source)(max_response_chars)
@@ -82,10 +81,10 @@ def load_examples(source: str, *, split: str = "train", max_response_chars: int 
 
 
 def pin_data(source: str) -> str:
-    """A hub id with the commit that it stands for now, `org/name@commit`; any other source as it is.
+    """A hub id with the commit that it stands for now, `org/name@commit`; any other source unchanged.
 
-    One whose commit cannot be learnt, as where the hub cannot be reached, stays as it is too, with a warning: what was
-    read of it may still be at hand.
+    If the commit cannot be found out, as when the hub cannot be reached, the source is returned unchanged, with a
+    warning: it may have been downloaded before.
     """
     if source.startswith((PREFIX, *LOCAL_PATH)) or Path(source).suffix.lower() in _READERS or Path(source).is_dir():
         return source
@@ -215,7 +214,8 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _hub_rows(source: str, split: str) -> Iterable[Row]:
-    """Rows that `datasets` finds; files of a kind that is read here are read here, since it guesses types."""
+    """Rows of a hub data set or a folder. `datasets` guesses types, so files that this module can read are read
+    here."""
     folder = str(Path(source).expanduser()) if source.startswith("~") else source
     if source.startswith(LOCAL_PATH) and not Path(folder).is_dir():
         raise DataError(f"data.source {source} is neither a folder nor a {', '.join(_READERS)} file")
@@ -242,7 +242,7 @@ def _hub_rows(source: str, split: str) -> Iterable[Row]:
 
 
 def _rows_of_files(files: dict[str, list[str]], split: str, base_path: str | None) -> list[Row]:
-    """Rows of a split, which may be part of one or several together (`train[:100]+test`), of files by split."""
+    """Rows of a split, which may be a slice or several added up (`train[:100]+test`), from the files of each split."""
     from datasets import DownloadManager, ReadInstruction
 
     local = DownloadManager(base_path=base_path).download(files)

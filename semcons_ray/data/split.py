@@ -1,12 +1,12 @@
-"""Division of examples into a test set, clients' private shares, and public prompts, none of which overlap.
+"""Divides examples into a test set, clients' private shares and public prompts, which do not overlap.
 
-All come from one shuffle, in this order, so that settings can be varied one at a time:
+All are taken from one shuffle, in this order, so that settings can be varied one at a time:
 
-- The test set has the data's own category mix. It depends on the data, `num_test` and the seed, on nothing else.
-- Private shares are taken from the front of what is left. They do not depend on the public prompts; and but for the
-  partitions `category` and `quantity`, a client's share stays as it is when clients are added.
-- Public prompts are taken from the back of what is then left, ordered by the selection. A budget's prompts are the
-  first of any larger budget's.
+- The test set has the data's own category mix. It depends on the data, `num_test` and the seed only.
+- Private shares are taken from the front of what is left. They do not depend on the public prompts. With partitions
+  `iid` and `dirichlet`, a client's share stays the same when clients are added.
+- Public prompts are taken from the back of what is then left, ordered by the selection. The prompts of a budget are
+  the first of any larger budget's.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class DataSplit:
 
     Attributes:
         private: Examples of each client, by client id.
-        public: Public prompts, by prompt id; their responses are references that no client sees.
-        test: The common test set.
+        public: Public prompts, by prompt id. No client sees their responses, but for the control rule `reference`.
+        test: The held-out test set, the same for all clients.
     """
 
     private: tuple[tuple[Example, ...], ...]
@@ -56,7 +56,7 @@ class DataSplit:
     test: tuple[Example, ...]
 
     def examples(self) -> list[Example]:
-        """Everybody's."""
+        """All examples: private, public and test."""
         return [*(example for share in self.private for example in share), *self.public, *self.test]
 
 
@@ -73,11 +73,11 @@ def divide(
 
     Args:
         source: What `load_examples` returned.
-        data: Size of the test set and of private shares, and how these differ, see `partition.private_shares`.
-        prompts: How many public prompts, and how they are chosen, see `selection.order_prompts`.
+        data: Sizes of the test set and of private shares, and the partition; see `partition.private_shares`.
+        prompts: The number of public prompts and their selection; see `selection.order_prompts`.
         num_clients: Number of clients C.
         seed: Seed of every draw.
-        embed: Vectors (N, D) of N texts; called for selection `k_center` only.
+        embed: Gives embeddings (N, D) of N texts; called for selection `k_center` only.
 
     Raises:
         DataError: There are too few examples, or too few categories for the partition.
@@ -123,15 +123,16 @@ def divide(
 
 
 def pooled(split: DataSplit) -> DataSplit:
-    """All private examples at client 0, and none at the others; in an order that does not depend on who held them."""
+    """All private examples at client 0 and none at the others, in an order that does not depend on who held them."""
     everything = tuple(sorted((example for share in split.private for example in share), key=astuple))
     return replace(split, private=(everything, *((),) * (len(split.private) - 1)))
 
 
 def write_split(split: DataSplit, path: Path) -> None:
-    """Write data.parquet: columns role, client_id (-1 unless private), prompt, response, category.
+    """Write data.parquet: columns role (private, public or test), client_id (-1 unless private), prompt, response,
+    category.
 
-    The file is written beside and renamed, so it is either whole or not there.
+    It is written under another name and renamed, so the file is either whole or not there.
 
     Raises:
         RunFolderError: It cannot be written.
@@ -164,7 +165,7 @@ def read_split(path: Path) -> DataSplit:
     """Read what `write_split` wrote.
 
     Raises:
-        RunFolderError: The file is missing, cannot be read, or is not a whole split.
+        RunFolderError: The file is missing, cannot be read, or is not a complete split.
     """
     try:
         table = pq.read_table(path)
@@ -183,5 +184,5 @@ def read_split(path: Path) -> DataSplit:
 
 
 def _without(order: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`order` less the indices in `taken`."""
+    """`order` without the indices in `taken`."""
     return order[~np.isin(order, taken)]

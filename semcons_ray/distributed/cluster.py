@@ -1,4 +1,4 @@
-"""A Ray cluster: start one on this machine or join a running one, and read what is free on its nodes."""
+"""Starts a Ray cluster on this machine or joins a running one, and lists what is free on its nodes."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from semcons_ray.metering.gpus import IN_NVMLS_ORDER, Gpu, cuda_fault, list_gpus
 CONNECT_SECONDS = 10.0
 
 OBJECT_STORE_BYTES = 256 << 20
-"""Shared memory of a cluster started here: messages are small, and Ray's default takes a third of the machine."""
+"""Size of the object store of a cluster started here: messages are small, and Ray's default is a third of the
+memory."""
 
 FLAT_MEMORY = {
-    # Compiled kernels that oneDNN keeps, one a shape, 1,024 by default: batches of ever new lengths fill that.
-    # Enough for a training step; far fewer would be compiled anew in every layer.
+    # oneDNN keeps a compiled kernel for each shape, 1,024 by default: batches of ever new lengths fill that.
+    # This is enough for a training step; with far fewer, each layer would compile its kernels again.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    # Set at all, it also stops the C library from raising the size from which blocks are given back when freed.
+    # Setting it also stops the C library from raising the size from which freed blocks are given back.
     "MALLOC_TRIM_THRESHOLD_": str(128 << 10),
 }
-"""Variables that keep an actor's memory from growing with what it has done."""
+"""Environment variables that keep an actor's memory from growing with the work that it has done."""
 
 
 PASSED_ON = (
@@ -46,12 +47,13 @@ PASSED_ON = (
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_"),
     *("WANDB_", "MLFLOW_"),
 )
-"""How the names of variables begin that say, in either case, where models, data and trackers are and how to get in."""
+"""Beginnings of the names, in either case, of environment variables that workers need: where models, data and trackers
+are, and the credentials for them."""
 
 
 @contextlib.contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Join the cluster at `address`, or start one on this machine, and leave it at the end.
+    """Join the cluster at `address`, or start one on this machine if it is None, and leave it at the end of the block.
 
     A process that is part of a cluster already, as a trial of a sweep is, stays in that one.
 
@@ -79,7 +81,7 @@ def _start() -> None:
     try:
         wants_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
         if wants_token and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-            # Ray would write one to HOME, which may not be writable, or be that of another run which does the same.
+            # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         ray.init(
             address="local",
@@ -113,7 +115,7 @@ def _join(address: str) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    # Ray itself tries for minutes before it says that nobody is there, and does not say that a token was refused.
+    # Ray itself tries for minutes before it says that nobody answers, and does not say that a token was refused.
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
@@ -128,14 +130,14 @@ def _first_sentence(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _callers_sigterm() -> Iterator[None]:
-    """Keep the caller's handler of SIGTERM where Ray puts its own, which ends the process without a word."""
+    """Keep the caller's handler of SIGTERM: Ray installs its own, which ends the process without a message."""
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # Ray leaves other threads alone, and is better than no handler at all
+        yield  # Ray sets no handler from other threads; and where there is none, Ray's is better than none
         return
     try:
         yield
-    except SystemExit:  # what Ray's handler raises, where a signal has come meanwhile
+    except SystemExit:  # raised by Ray's handler, if a signal came meanwhile
         signal.signal(signal.SIGTERM, handler)
         signal.raise_signal(signal.SIGTERM)
         raise
@@ -144,9 +146,10 @@ def _callers_sigterm() -> Iterator[None]:
 
 
 def list_nodes() -> tuple[Node, ...]:
-    """Nodes of the cluster joined, the driver's own first, with what is free on each.
+    """Nodes of the joined cluster with what is free on each; the driver's own node comes first.
 
-    In a placement group, as of a trial that shares the cluster with others, its bundles take the place of nodes.
+    In a placement group, such as that of a trial which shares the cluster with others, its bundles take the place of
+    nodes.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -169,7 +172,7 @@ def list_nodes() -> tuple[Node, ...]:
 
 
 def _list_bundles(group: PlacementGroup, nodes: Mapping[str, Node]) -> tuple[Node, ...]:
-    """A node's memory is booked with its GPUs or cores: who has half of those plans with half of the memory."""
+    """Bundles as nodes. A bundle with half of a node's GPUs, or of its cores, may plan with half of its memory."""
     node_of = placement_group_table(group)["bundles_to_node_id"]
     bundles = []
     for index, bundle in enumerate(group.bundle_specs):
@@ -183,13 +186,13 @@ def _list_bundles(group: PlacementGroup, nodes: Mapping[str, Node]) -> tuple[Nod
 
 
 def _shares(gpus: float) -> tuple[float, ...]:
-    """GPUs as Ray counts them, one by one; the last may be a part of one."""
+    """A number of GPUs as Ray counts them, as a list of shares; the last may be a fraction."""
     rest = round(gpus % 1, 4)
     return (1.0,) * int(gpus) + ((rest,) if rest else ())
 
 
 def this_node() -> Node:
-    """This machine, as `list_nodes` describes one, with the GPUs that this process sees."""
+    """This machine as a node, with the GPUs that this process sees."""
     return _describe(visible_gpus())
 
 
@@ -219,9 +222,15 @@ def _probe(node_id: str) -> ray.ObjectRef[Node]:
 
 
 def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    """Ray's options for an actor: on this node while it is there, or in this bundle, with this many threads.
+    """Ray's options for an actor.
 
-    Threads beyond its share of the cores made runs 3 to 10 times slower.
+    Threads beyond an actor's share of the cores made runs 3 to 10 times slower, so their number is set.
+
+    Args:
+        node_id: Node on which it runs while that node is alive; in a placement group, index of its bundle.
+        threads: CPU threads of its process.
+        num_cpus: Cores to book.
+        num_gpus: Share of a GPU to book.
     """
     variables = {
         "OMP_NUM_THREADS": str(threads),
@@ -241,15 +250,16 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         "num_gpus": num_gpus,
         "scheduling_strategy": strategy,
         "runtime_env": {"env_vars": variables},
-        # Ray's head keeps a record of each of the last 100,000 calls, for a dashboard: memory that grows with visits.
+        # Ray's head keeps records of the last 100,000 calls for a dashboard: memory that would grow with visits.
         "enable_task_events": False,
     }
 
 
 def see_booked_gpus() -> None:
-    """Let an actor's process see the GPUs that the actor has booked and no others, for whoever starts to use one.
+    """In an actor's process, hide all GPUs but those that the actor has booked; call it before a GPU is used.
 
-    Ray does so itself, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES forbids it; all would then use the first.
+    Ray does so itself, unless RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES forbids it; then all actors would use the
+    first GPU.
     """
     booked = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
     if booked:
@@ -257,8 +267,8 @@ def see_booked_gpus() -> None:
 
 
 def passed_on() -> dict[str, str]:
-    """Variables of this process that others of the cluster are to have, too; see `PASSED_ON`.
+    """Environment variables of this process that workers need as well; see `PASSED_ON`.
 
-    Actors take them as an argument: Ray writes a runtime environment to its logs, and among these are secrets.
+    Actors get them as an argument, since Ray writes runtime environments to its logs, and some of these are secrets.
     """
     return {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}

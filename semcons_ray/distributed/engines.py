@@ -1,6 +1,7 @@
-"""Generation engines as Ray actors: where each goes, and how workers reach it.
+"""Generation engines as Ray actors: their placement, and how workers call them.
 
-One actor a base model. Calls of several workers run in it at once, so that their prompts mix in one batch.
+There is one actor for each base model. Calls of several workers run in it at once, so that their prompts are batched
+together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,19 @@ from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """One engine: `cpus` and `gpus` are set aside for it. Without cores of its own it works on those of workers that
-    wait for it."""
+    """The placement of one engine.
+
+    Attributes:
+        name: Its name, as in the ledger.
+        node_id: Id of its node.
+        node: Host name of its node.
+        model: Name of its base model.
+        threads: CPU threads.
+        cpus: Cores booked for it; with 0 it works on the cores of workers that wait for it.
+        gpus: Share of a GPU booked for it; 0 on the CPU.
+        memory_bytes: Host memory.
+        device_bytes: GPU memory.
+    """
 
     name: str
     node_id: str
@@ -41,19 +53,20 @@ class EnginePlan:
 def plan_engines(
     demands: Sequence[Demand], nodes: Sequence[Node], *, threads: int, cpus: int, gpus: float, kept_bytes: int
 ) -> tuple[tuple[EnginePlan, ...], tuple[Node, ...]]:
-    """An engine for each demand, and what it leaves of the nodes for workers.
+    """Place an engine for each demand; returns the plans, and the nodes with what is left for workers.
 
-    It goes to the node with the most memory left; on GPUs, first of all to where it leaves most GPUs whole.
+    An engine goes to the node with the most memory left; on GPUs, to a node where it leaves the most GPUs whole.
 
     Args:
         demands: What each engine needs; the largest is placed first.
-        threads: Of an engine on the CPU.
-        cpus: Cores set aside for it, at most `threads`.
-        gpus: Its share of a GPU; 0 on the CPU.
+        nodes: What is free on each node.
+        threads: CPU threads of each engine.
+        cpus: Cores booked for each engine, at most `threads`.
+        gpus: Each engine's share of a GPU; 0 on the CPU.
         kept_bytes: Memory of the first node that is kept for the server.
 
     Raises:
-        PlacementError: An engine does not fit; names the setting to change.
+        PlacementError: An engine does not fit; the message names the setting to change.
     """
     left = list(nodes)
     plans: list[EnginePlan] = []
@@ -84,7 +97,8 @@ def plan_engines(
 
 
 def _taken(node: Node, demand: Demand, free: int, cpus: int, shares: Sequence[float]) -> Node | None:
-    """What an engine leaves of a node with so much free memory; None where it does not fit."""
+    """The node with what an engine would leave of it, where `free` is the memory it may take; None if it does not
+    fit."""
     gpus = packed(node.gpus, shares)
     held = all(node.gpu_holds(demand.device_bytes, share) for share in shares)
     if gpus is None or not held or free < demand.host_bytes or node.cpus < cpus:
@@ -104,7 +118,7 @@ def _explain(demand: Demand, most: int, cpus: int, gpus: float) -> str:
 
 
 def describe_engines(engines: Sequence[EnginePlan]) -> str:
-    """The plan as one line an engine, each after a line break."""
+    """The plan with one line for each engine, each after a line break."""
     lines = []
     for engine in engines:
         share = describe_share(engine.gpus, engine.threads)
@@ -119,7 +133,7 @@ def describe_engines(engines: Sequence[EnginePlan]) -> str:
 
 @ray.remote
 class EngineActor:
-    """A process that holds an engine. Ray starts another where it dies, and asks that one what was left unanswered."""
+    """A process that holds an engine. If it dies, Ray starts another and repeats the calls that were not answered."""
 
     def __init__(self, spec: EngineSpec, variables: Mapping[str, str]) -> None:
         os.environ.update(variables)
@@ -130,7 +144,7 @@ class EngineActor:
         self._loading = threading.Lock()
 
     def load(self) -> None:
-        """Load the model; not the constructor, which could not say what is wrong."""
+        """Load the model. The constructor does not, since its errors do not reach the caller."""
         self._loaded()
 
     def generate(self, request: EngineRequest) -> EngineReply:
@@ -162,20 +176,20 @@ class EngineActor:
 
 @dataclass(frozen=True)
 class RayEngine:
-    """An engine in an actor; a copy of this, in any process, reaches the same actor."""
+    """An engine in an actor. Copies of this object, in any process, use the same actor."""
 
     name: str
     actor: Any
 
     @classmethod
     def start(cls, spec: EngineSpec, plan: EnginePlan, *, callers: int, max_restarts: int) -> RayEngine:
-        """Make the actor and let it load.
+        """Start the actor and have it load; see `wait`.
 
         Args:
             spec: What the engine is built from.
             plan: Where it goes.
             callers: Most calls at a time.
-            max_restarts: How often a request is repeated whose engine died at it.
+            max_restarts: How often a request is repeated if the engine dies while answering it.
         """
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.cpus, num_gpus=plan.gpus)
         actor = EngineActor.options(  # type: ignore[attr-defined]
@@ -185,10 +199,10 @@ class RayEngine:
         return cls(spec.name, actor)
 
     def wait(self) -> None:
-        """Until it is loaded.
+        """Wait until it is loaded.
 
         Raises:
-            UserError: It cannot load; what to change is in the message.
+            UserError: It cannot load; the message says what to change.
             EngineError: It died while it was loading.
         """
         self._get(self.actor.load.remote())

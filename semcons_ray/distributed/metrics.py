@@ -1,7 +1,7 @@
-"""A run's numbers for Prometheus, by Ray's exporter on the driver's node (`METRICS` is what there is).
+"""A run's metrics for Prometheus, listed in `METRICS`, by Ray's exporter on the driver's node.
 
-They say what the ledger says, and when: progress as clients answer, the rest as each round is committed. Without a
-cluster they go nowhere.
+They have the same numbers as the ledger. Progress is exported as clients answer, everything else as each round is
+committed. Without a Ray cluster nothing is exported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ray.util.metrics import Counter, Gauge
 from semcons_ray.metering.ledger import LedgerRow
 
 METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
-    "semcons_num_rounds": (Gauge, "Rounds that the run is to have", ()),
+    "semcons_num_rounds": (Gauge, "Rounds of the run", ()),
     "semcons_round": (Gauge, "Round in progress; 0 measures the base model", ()),
     "semcons_round_clients_asked": (Gauge, "Clients to visit in the round in progress", ()),
     "semcons_round_clients_answered": (Gauge, "Clients that have answered in the round in progress", ()),
@@ -33,18 +33,19 @@ METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "semcons_test_nll": (Gauge, "The same in nats a token, of runs whose clients all have one model", ()),
     "semcons_agreement": (Gauge, "Mean agreement over public prompts in the last round", ()),
 }
-"""Kind, meaning and labels beside `run`, by name. Prometheus sees them as ray_NAME, counters as ray_NAME_total."""
+"""By name: kind, meaning, and labels besides `run`. Prometheus sees ray_NAME, and counters as ray_NAME_total."""
 
 
 REPEAT_SECONDS = 1.0
 
 
 class RunMetrics:
-    """What a run tells Prometheus; a context, in which a thread repeats the gauges, as Ray forgets one that is not set.
+    """Exports a run's metrics. Use it as a context: a thread sets the gauges again and again, since Ray drops stale
+    ones.
 
     Args:
-        run: The label that tells runs apart. Ray takes ASCII only, so another name is percent-encoded, as in a URL.
-        num_rounds: Rounds that it is to have.
+        run: The label that tells runs apart. Ray accepts ASCII only, so any other name is percent-encoded, as in a URL.
+        num_rounds: Rounds of the run.
     """
 
     def __init__(self, run: str, num_rounds: int) -> None:
@@ -80,7 +81,15 @@ class RunMetrics:
     def round_committed(
         self, rows: Iterable[LedgerRow], *, num_lost: int, bits_per_byte: float, nll: float, agreement: float
     ) -> None:
-        """A round is over; NaN where something was not measured in it."""
+        """A round was committed.
+
+        Args:
+            rows: Its ledger rows.
+            num_lost: Number of clients left out of it.
+            bits_per_byte: Mean over clients; NaN if it was not measured in this round.
+            nll: Mean over clients, nats a token; NaN if it was not measured, or clients have several models.
+            agreement: Mean over prompts; NaN if no consensus was formed.
+        """
         sums: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         for row in rows:
             stage = ("stage", row.stage)

@@ -1,11 +1,11 @@
-"""Where clients run: a plan made from measured model sizes and the cluster's resources, before anything is loaded.
+"""Placement: plans where clients run, from model sizes and the cluster's resources, before anything is loaded.
 
 Every client gets an actor of its own where cores (or GPUs) and memory allow. Where they do not, an actor hosts several
 clients of one architecture, which take turns in one base model. Every architecture needs an actor; where there are more
-of them than cores, actors share cores. Nothing here calls Ray: a plan is a pure function of its arguments.
+architectures than cores, actors share cores. Nothing here calls Ray: a plan is a pure function of its arguments.
 
-Shares of GPUs are put on one GPU after another as Ray puts them (`packed`): 0.6 of a GPU fits twice on two GPUs, and
-not three times. Ray does so in the order in which actors are started, which is that of planning: engines, the server,
+Shares of GPUs are assigned to single GPUs as Ray does it (`packed`): 0.6 of a GPU fits twice on two GPUs, and not three
+times. Ray assigns them in the order in which actors start, which is the order of planning: engines, the server,
 workers.
 """
 
@@ -24,19 +24,19 @@ STEPS = 10_000
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of the cluster: what is free on it.
+    """What is free on one machine of the cluster.
 
     Attributes:
-        node_id: The cluster's own id for it; of a bundle of a placement group, its index.
+        node_id: The cluster's id of the node; for a bundle of a placement group, its index.
         name: Its host name.
-        cpus: CPU cores.
+        cpus: Free CPU cores.
         gpus: Free share of each of its GPUs.
-        memory_bytes: Host memory.
-        gpu_memory_bytes: Memory of its smallest GPU, the whole of it; None where it cannot be read.
-        gpu_watts: Power limit of a GPU; 0 where it cannot be read.
-        cpu_bfloat16: Its CPU computes in bfloat16 natively.
-        gpu_bfloat16: So do its GPUs.
-        cuda_fault: Why its torch cannot compute on GPUs, for people; empty: it can.
+        memory_bytes: Free host memory.
+        gpu_memory_bytes: Total memory of its smallest GPU; None if it cannot be read.
+        gpu_watts: Power limit of a GPU; 0 if it cannot be read.
+        cpu_bfloat16: Whether its CPU computes in bfloat16 natively.
+        gpu_bfloat16: Whether its GPUs do.
+        cuda_fault: Why its torch cannot compute on GPUs, in words for a message; empty if it can.
     """
 
     node_id: str
@@ -51,18 +51,18 @@ class Node:
     cuda_fault: str = ""
 
     def gpu_holds(self, device_bytes: int, share: float) -> bool:
-        """Whether this much fits into such a share of one of its GPUs, as far as their memory is known."""
+        """Whether `device_bytes` fit into a share of one of its GPUs; True if their memory is not known."""
         return self.gpu_memory_bytes is None or device_bytes <= self.gpu_memory_bytes * share
 
     def limited(self, memory_bytes: int) -> Node:
-        """The same with no more memory than this."""
+        """The same node with at most this much memory."""
         return replace(self, memory_bytes=min(self.memory_bytes, memory_bytes))
 
 
 def packed(gpus: Sequence[float], shares: Iterable[float]) -> tuple[float, ...] | None:
-    """What is left of GPUs when these shares were put on them, one after the other; None if one finds no room.
+    """Assign shares to GPUs one after the other; returns what is left of each GPU, or None if a share does not fit.
 
-    A share goes to the GPU that has the least left of those that hold it. Each is at most 1.
+    A share, at most 1, goes to the GPU with the least left among those with enough.
     """
     left = list(gpus)
     for share in shares:
@@ -75,15 +75,19 @@ def packed(gpus: Sequence[float], shares: Iterable[float]) -> tuple[float, ...] 
 
 
 def in_steps(share: float) -> float:
-    """A share as it can be booked, rounded down: rounded up, six sixths would not fit on one GPU."""
+    """A share rounded down to a step that can be booked; rounded up, six sixths would not fit on one GPU."""
     return int(share * STEPS + 1e-6) / STEPS
 
 
 def choose_device(wanted: str, nodes: Sequence[Node]) -> str:
-    """What clients compute on, "cpu" or "cuda", where `wanted` may be "auto", too: GPUs where torch can use some.
+    """The device on which clients compute, "cpu" or "cuda".
+
+    Args:
+        wanted: "cpu", "cuda", or "auto": "cuda" if torch can use GPUs of some node, else "cpu".
+        nodes: The nodes.
 
     Raises:
-        PlacementError: GPUs are wanted, and there is none, or torch can use none.
+        PlacementError: "cuda" is wanted, but there is no GPU, or none that torch can use.
     """
     with_gpus = [node for node in nodes if node.gpus]
     usable = [node for node in with_gpus if not node.cuda_fault]
@@ -102,7 +106,7 @@ def choose_device(wanted: str, nodes: Sequence[Node]) -> str:
 
 
 def unused_gpus(wanted: str, nodes: Sequence[Node]) -> list[str]:
-    """A line for each node whose GPUs torch cannot use, unless nobody wants them."""
+    """A line for each node whose GPUs torch cannot use; none if `wanted`, see `choose_device`, is "cpu"."""
     faulty = [node for node in nodes if node.gpus and node.cuda_fault and wanted != "cpu"]
     return [f"  GPUs of {node.name} are not used: {node.cuda_fault}" for node in faulty]
 
@@ -111,7 +115,12 @@ def unused_gpus(wanted: str, nodes: Sequence[Node]) -> list[str]:
 class Demand:
     """The clients of one model, and what a worker that hosts any of them needs.
 
-    `host_bytes` are of all ranks together, `device_bytes` of the GPU of each.
+    Attributes:
+        model: Name of the model.
+        clients: Ids of its clients.
+        host_bytes: Host memory of a worker, all its ranks together.
+        device_bytes: GPU memory of each rank.
+        ranks: Processes among which the model is divided; 1: it is not.
     """
 
     model: str
@@ -121,15 +130,25 @@ class Demand:
     ranks: int = 1
 
     def shares(self, limits: Limits) -> list[float]:
-        """Of GPUs, one a rank: several ranks have a whole one each, as no two can be on one."""
+        """The share of a GPU that each rank takes. Several ranks take a whole GPU each, as no two can share one."""
         return [limits.gpus_per_worker] if self.ranks == 1 else [1.0] * self.ranks
 
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """One actor, or `ranks` of them on one node: threads, GPUs and cores are of each, memory is of all.
+    """The placement of one worker: an actor, or `ranks` actors on one node.
 
-    `shared_cpus` is its share of its node's cores, if it shares them with other actors; else None.
+    Attributes:
+        name: Its name, as in the ledger.
+        node_id: Id of its node.
+        node: Host name of its node.
+        model: Name of its model.
+        clients: Ids of the clients that it hosts.
+        threads: CPU threads of each rank.
+        gpus: Share of a GPU of each rank; 0 on the CPU.
+        memory_bytes: Host memory of all ranks together.
+        shared_cpus: Its share of the node's cores, in cores, if workers are more than cores; else None.
+        ranks: Processes among which the model is divided; 1: it is not.
     """
 
     name: str
@@ -145,7 +164,7 @@ class WorkerPlan:
 
     @property
     def num_cpus(self) -> float:
-        """Cores to book for each rank: one a thread, a share of them, or none beside a GPU."""
+        """Cores to book for each rank: one for each thread, `shared_cpus`, or none beside a GPU."""
         if self.gpus:
             return 0
         return self.threads if self.shared_cpus is None else self.shared_cpus
@@ -153,7 +172,7 @@ class WorkerPlan:
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """The server: it books no core, since it works seldom and shortly, while clients generate."""
+    """The placement of the server. It books no core, since it works seldom and briefly, while clients generate."""
 
     node_id: str
     node: str
@@ -163,9 +182,14 @@ class ServerPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a worker takes, from `resources` in the config.
+    """What workers may take, from `resources` in the settings.
 
-    Where workers work `one_by_one`, in one process, each has all cores to itself, and all have one share of one GPU.
+    Attributes:
+        threads_per_worker: CPU threads of each worker or rank.
+        gpus_per_worker: Share of a GPU of each worker.
+        max_workers: Most workers; None: no limit.
+        one_by_one: Whether all workers are in one process and take turns (fleet local): then each has all cores, and
+            all together have one share of one GPU.
     """
 
     threads_per_worker: int
@@ -176,7 +200,7 @@ class Limits:
 
 @dataclass
 class _Room:
-    """What is left of a node; `gpu_bytes` were taken by workers that share one share of a GPU."""
+    """What is left of a node while workers are placed; `gpu_bytes` is GPU memory taken by workers that take turns."""
 
     node: Node
     cpus: float
@@ -209,7 +233,7 @@ class _Room:
         self.workers += demand.ranks
 
     def shared_cpus(self, limits: Limits, device: str) -> float | None:
-        """A worker's share of the cores, if there are too few for all workers here."""
+        """A worker's share of the node's cores, if it has too few for all its workers; else None."""
         if device != "cpu" or limits.one_by_one or self.cpus >= 0:
             return None
         return in_steps(self.node.cpus / self.workers)
@@ -226,15 +250,15 @@ class _Group:
 
 
 def plan_server(nodes: Sequence[Node], *, memory_bytes: int, gpus: float) -> tuple[ServerPlan, tuple[Node, ...]]:
-    """The server on the first node that has room, and what it leaves of the nodes.
+    """Place the server on the first node that has room; returns the plan, and the nodes with what is left.
 
     Args:
-        nodes: What is free, the driver's own first.
+        nodes: What is free on each node, the driver's own node first.
         memory_bytes: Host memory that it takes.
         gpus: Its share of a GPU; 0 on the CPU.
 
     Raises:
-        PlacementError: It does not fit; names the setting to change.
+        PlacementError: It does not fit; the message names the setting to change.
     """
     shares = [in_steps(gpus)] if gpus else []
     for index, node in enumerate(nodes):
@@ -257,20 +281,21 @@ def plan_server(nodes: Sequence[Node], *, memory_bytes: int, gpus: float) -> tup
 def plan_workers(
     demands: Sequence[Demand], nodes: Sequence[Node], limits: Limits, *, device: str
 ) -> tuple[WorkerPlan, ...]:
-    """Workers for all clients: one a model first, then one more where the clients per worker are most, while it fits.
+    """Place workers for all clients: one for each model, and then more for the model with the most clients per worker.
 
-    Workers go to the node with the fewest of them, so that clients spread over the cluster; clients are dealt out to
-    the workers of their model in turn. Where cores are too few for one worker a model, those that are left over go
-    where workers a core are fewest, and all on such a node have equal shares of its cores.
+    Workers are added while they fit. Each goes to the node with the fewest workers, so that clients spread over the
+    cluster; clients are assigned to the workers of their model in turn. If there are fewer cores than models, further
+    workers go where there are the fewest workers per core, and all workers on such a node have equal shares of its
+    cores.
 
     Args:
-        demands: One a model.
-        nodes: What engines and the server leave of them.
-        limits: See there.
+        demands: One for each model.
+        nodes: What engines and the server have left of each node.
+        limits: What workers may take.
         device: "cpu" or "cuda".
 
     Raises:
-        PlacementError: Not even one worker for each model fits; names the setting to change.
+        PlacementError: Not even one worker for each model fits; the message names the setting to change.
     """
     rooms = [_Room(node, node.cpus, node.gpus, node.memory_bytes) for node in nodes]
     limits = replace(limits, gpus_per_worker=in_steps(limits.gpus_per_worker))
@@ -323,7 +348,7 @@ def plan_workers(
 
 
 def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str, Demand]) -> str:
-    """The plan as one line a worker, for people."""
+    """The plan as text, with one line for each worker; `sizes` are the demands by model."""
     clients = sum(len(worker.clients) for worker in workers)
     nodes = len({worker.node_id for worker in workers})
     lines = [f"{clients} clients on {len(workers)} workers, {nodes} node{'s' if nodes > 1 else ''}, device {device}"]
@@ -347,7 +372,7 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
 
 
 def describe_share(gpus: float, threads: int) -> str:
-    """What a process computes on, for people."""
+    """A process's GPU share or number of threads, as text."""
     return f"{gpus:g} GPU" if gpus else f"{threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -357,7 +382,7 @@ def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -
 
 
 def _least_crowded(rooms: Sequence[_Room], demand: Demand, limits: Limits) -> _Room | None:
-    """Where one more worker shares the cores: threads beyond a node's cores help nobody, so it must have enough."""
+    """The node with the fewest workers per core. It must have at least as many cores as a worker has threads."""
     fitting = [
         room for room in rooms if room.memory >= demand.host_bytes and room.node.cpus >= limits.threads_per_worker
     ]

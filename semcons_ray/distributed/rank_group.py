@@ -1,4 +1,4 @@
-"""A worker of several ranks, for a model too large for one device; to a fleet it is an actor like any other."""
+"""A worker of several ranks, for a model too large for one device; a fleet uses it like any other worker actor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from semcons_ray.metering.ledger import Place
 
 
 def make_room(plan: WorkerPlan) -> PlacementGroup:
-    """Cores or GPUs for all ranks, on the node planned, or together on another if that one is gone.
+    """Book cores or GPUs for all ranks, on the planned node, or together on another node if that one is gone.
 
-    Ray keeps them booked until `remove_placement_group`, also when all actors in them are dead.
+    Ray keeps them booked until `remove_placement_group` is called, even when all actors in them are dead.
     """
     bundle = {"GPU": plan.gpus} if plan.gpus else {"CPU": plan.num_cpus}
     bundles = [bundle] * plan.ranks
@@ -33,15 +33,15 @@ def make_room(plan: WorkerPlan) -> PlacementGroup:
 
 @ray.remote
 class RankGroup:
-    """Lets all ranks do the same, and answers with the first one's reply.
+    """Has all ranks do the same calls, and returns the first rank's reply.
 
-    It does no work of its own but to watch: a rank that dies fails the call at once, where the others would wait for it
-    in a collective. Ranks end with their owner, this actor, and with their placement group, `room`.
+    It only watches: if a rank dies, the call fails at once, while the other ranks would wait for it in a collective.
+    Ranks end with this actor, which owns them, and with their placement group, `room`.
     """
 
     def __init__(self, plan: WorkerPlan, room: PlacementGroup, variables: Mapping[str, str]) -> None:
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
-        # Without it, DeepSpeed takes a GPU where there is one, also to work on the CPU.
+        # Without it, DeepSpeed takes a GPU where there is one, even for ranks on the CPU.
         options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"
         self._ranks = []
         for rank in range(plan.ranks):
@@ -49,11 +49,11 @@ class RankGroup:
             self._ranks.append(WorkerActor.options(**options).remote(variables))  # type: ignore[attr-defined]
 
     def place(self, uses_gpu: bool) -> Place:
-        """See `WorkerActor.place`: all ranks have room then."""
+        """See `WorkerActor.place`; once it returns, all ranks are running."""
         return Place.of_all(self._wait([actor.place.remote(uses_gpu) for actor in self._ranks]))
 
     def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
-        """Bring the ranks together, and load the model; see `WorkerActor.load`."""
+        """Join the ranks in a process group, and load the model; see `WorkerActor.load`."""
         count = len(self._ranks)
         (address,) = self._wait([self._ranks[0].open_rendezvous.remote(count)])
         self._wait([actor.join.remote(rank, count, address) for rank, actor in enumerate(self._ranks)])
@@ -88,7 +88,7 @@ class RankGroup:
         return self._wait([getattr(actor, method).remote(*arguments) for actor in self._ranks])[0]
 
     def _wait(self, refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-        """What all return, or the first error of any."""
+        """The results of all calls; if one fails, its error is raised at once."""
         waiting = refs
         while waiting:
             ready, waiting = ray.wait(waiting)

@@ -1,12 +1,12 @@
-"""`RayFleet`: clients visited as Ray actors, all workers at once, each with its clients in turn.
+"""`RayFleet`: visits clients in Ray actors. All workers work at the same time, each on its clients one by one.
 
-A worker that dies, or whose visit takes too long, is replaced; the visit it was at is tried again up to a limit, and
-then its client is left out of the round. Visits are exactly once (see federation/store.py), so a repeated one costs
-time and changes nothing.
+A worker that dies, or whose visit takes too long, is replaced. The visit that it was at is tried again up to a limit,
+and then its client is left out of the round. The work of a visit counts exactly once (see federation/store.py), so
+repeating a visit costs time and changes nothing.
 
-A worker whose node is lost is replaced on another one. Where none has room, it waits: for the rest of the round and at
-least `room_timeout_seconds`, and then its clients are left out. It goes on waiting in the rounds that follow, at no
-cost to them, until a node joins.
+A worker whose node is lost is replaced on another node. If none has room, it waits for the rest of the round and at
+least `room_timeout_seconds`; then its clients are left out. It keeps waiting in the following rounds, without delaying
+them, until a node joins.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _REPLY = msgspec.msgpack.Decoder(Reply)
 
 
 class _Worker:
-    """One actor and what made it.
+    """One actor, and what it is made from.
 
     Attributes:
-        clients: Those that it has yet to visit, the one that it is at first.
-        refs: Their replies to be, once it has room.
+        clients: Clients that it has yet to visit; the first is the one at which it works.
+        refs: References to their replies, in the same order, once it has room.
         place: Where it was last seen.
-        has_room: Whether its process is there; if not, the cluster may have no room for it.
-        room: What its ranks have booked, if it has several.
-        since: Since when it is at its first visit, or waits for room.
+        has_room: Whether its process is running; if not, the cluster may have no room for it.
+        room: The placement group of its ranks, if it has several.
+        since: When it began its current visit, or to wait for room, by the monotonic clock.
     """
 
     def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol) -> None:
@@ -60,33 +60,33 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        """Make the actor and let it load."""
+        """Start the actor and have it load."""
         plan = self.plan
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
             self.actor = WorkerActor.options(**options).remote(passed_on())  # type: ignore[attr-defined]
-        else:  # it watches; its ranks take the cores and GPUs
+        else:  # the group only watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
             options |= {"num_cpus": 0, "num_gpus": 0}
             self.actor = RankGroup.options(**options).remote(plan, self.room, passed_on())  # type: ignore[attr-defined]
         self.place_ref = self.actor.place.remote(plan.gpus > 0)
         self.load_ref = self.actor.load.remote(self.spec)
-        if self.has_room:  # one that waits already is not given its time again
+        if self.has_room:  # the waiting time of a worker that waits for room already goes on
             self.since = time.monotonic()
         self.has_room = False
 
     @property
     def awaited_ref(self) -> ray.ObjectRef[Any]:
-        """What it will answer next."""
+        """Reference to what it will return next."""
         return self.refs[0] if self.has_room else self.place_ref
 
     def replace(self) -> None:
-        """Kill the actor, if it lives, and start another."""
+        """Kill the actor if it is alive, and start another."""
         self.stop()
         self.start()
 
     def stop(self) -> None:
-        """Kill the actor, with its ranks if it has any."""
+        """Kill the actor, and its ranks if it has several."""
         ray.kill(self.actor, no_restart=True)
         if self.room is not None:
             remove_placement_group(self.room)
@@ -96,16 +96,16 @@ class RayFleet:
     """Clients on Ray actors; see `Fleet` for its methods.
 
     Args:
-        plans: Workers, as placed.
-        specs: How each worker builds its host, in the same order.
-        timeout_seconds: A visit that takes longer is given up.
-        max_restarts: How often a visit is tried again.
-        quorum: Share of the clients visited that must answer.
+        plans: Placement of each worker.
+        specs: What each worker builds its host from, in the same order.
+        timeout_seconds: A visit that takes longer is given up, and tried again by a new worker.
+        max_restarts: How often a visit is tried again in a round.
+        quorum: Share of the clients visited that must answer, 0 to 1.
         uses_gpu: Whether GPUs are metered.
-        room_timeout_seconds: How long a round waits for a worker that the cluster has no room for.
+        room_timeout_seconds: How long a round waits for a worker for which the cluster has no room.
 
     Raises:
-        UserError: A worker found no room or could not load its model; what to change is in the message.
+        UserError: There was no room for a worker, or it could not load its model; the message says what to change.
         ClientError: A worker died while it was loading.
     """
 
@@ -153,7 +153,7 @@ class RayFleet:
         )
 
     def _ask(self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]) -> Iterator[Reply]:
-        """Replies to `call`. An actor works its calls off in order, so only the first of each needs to be watched."""
+        """Replies of clients to `call`. An actor runs its calls in order, so only the first of each is watched."""
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
@@ -161,13 +161,14 @@ class RayFleet:
 
         def send(worker: _Worker, clients: Sequence[int]) -> None:
             worker.clients = deque(clients)
-            if worker.has_room:  # else it is sent them when it has, so none is at work on a visit that nobody waits for
+            if worker.has_room:  # else it is sent them later, so that no worker does a visit that nobody waits for
                 worker.since = time.monotonic()
                 worker.refs = deque(call(worker.actor, client, shared[downlinks[client]]) for client in clients)
 
         def replace(worker: _Worker, reason: str) -> None:
             first, *others = worker.clients
-            attempts[first] += worker.has_room  # nobody's fault: Ray may start it on the node that is just being lost
+            # A worker that died before it had room is no failed attempt: Ray may start one on a node just being lost.
+            attempts[first] += worker.has_room
             logger.warning("round %d, client %d, attempt %d: %s", round, first, attempts[first], reason)
             if attempts[first] > self._max_restarts:
                 lost[first] = reason
@@ -183,7 +184,7 @@ class RayFleet:
         for worker in self._workers.values():
             send(worker, [client for client in worker.plan.clients if client in downlinks])
         while busy := [worker for worker in self._workers.values() if worker.clients]:
-            # Who waits for room may do so for as long as others are at work.
+            # Workers may wait for room for as long as others are at work.
             hurried = [worker for worker in busy if worker.has_room] or busy
             deadline = min(map(self._deadline, hurried))
             awaited = {worker.awaited_ref: worker for worker in busy}
@@ -195,7 +196,7 @@ class RayFleet:
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
-                    if isinstance(error.cause, NotFiniteError):  # it would be no other the next time
+                    if isinstance(error.cause, NotFiniteError):  # another attempt would give the same numbers
                         lost[worker.clients.popleft()] = str(error.cause)
                         worker.refs.popleft()
                         worker.since = time.monotonic()
@@ -203,7 +204,7 @@ class RayFleet:
                         replace(worker, str(error.cause))
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
-                    if worker.clients and time.monotonic() >= self._deadline(worker):  # it dies whenever it starts
+                    if worker.clients and time.monotonic() >= self._deadline(worker):  # it keeps dying as it starts
                         leave_out(worker)
                 else:
                     if worker.has_room:
@@ -230,7 +231,7 @@ class RayFleet:
         check_quorum(round, self._num_asked, self.lost, self._quorum)
 
     def laps(self) -> list[EnergyWindow]:
-        """See `Fleet.laps`. A node whose meter was lost with its worker is metered again from here on."""
+        """See `Fleet.laps`. If a node's meter was lost with its worker, another worker meters it from now on."""
         windows: list[EnergyWindow] = []
         for node, worker in list(self._metering.items()):
             try:
@@ -241,7 +242,7 @@ class RayFleet:
         return windows
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
-        """See `Fleet.export_adapters`. A worker that is done makes room for one that waits for it."""
+        """See `Fleet.export_adapters`. A worker that is done is stopped, which makes room for one that waits."""
         waiting = deque(sorted(self._workers.values(), key=lambda worker: not worker.has_room))
         failed: set[_Worker] = set()
         while waiting:
@@ -278,7 +279,7 @@ class RayFleet:
         return worker.since + (self._timeout_seconds if worker.has_room else self._room_timeout_seconds)
 
     def _start_meters(self) -> dict[str, ray.ObjectRef[str]]:
-        """Have one worker of each node that is not metered start its meters; their names, by node."""
+        """On each node that is not metered, have a worker start meters; returns references to their names, by node."""
         started = {}
         for worker in self._workers.values():
             node = worker.place.node
@@ -288,7 +289,7 @@ class RayFleet:
         return started
 
     def _await_room(self, worker: _Worker, timeout_seconds: float) -> None:
-        """Wait until a worker has its process.
+        """Wait until a worker's process is running.
 
         Raises:
             PlacementError: The cluster has no room for it.

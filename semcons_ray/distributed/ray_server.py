@@ -1,4 +1,4 @@
-"""`RayServer`: the server as a Ray actor, which is replaced when it dies and is told again what it had heard."""
+"""`RayServer`: the server in a Ray actor. If it dies, a new one gets the round's messages again."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ logger = logging.getLogger(__name__)
 
 
 class RayServer:
-    """See `ServerProtocol` for its methods.
+    """The server in an actor; see `ServerProtocol` for its methods.
 
-    Answers are sent on as they come, so that they are embedded while clients are at work; the driver keeps the round's
-    messages until the verdict is in, so a server that dies loses nothing.
+    Answers are passed on as they come, so that they are embedded while clients are at work. The driver keeps the
+    round's messages until it has the verdict, so nothing is lost if the server dies.
 
     Args:
-        spec: How the actor builds its server.
-        node_id: Node it runs on.
-        gpus: GPU share.
-        timeout_seconds: A call that takes longer counts as a death.
-        max_restarts: How often it is replaced in a call before that is an error.
+        spec: What the actor builds its server from.
+        node_id: Node on which it runs.
+        gpus: Its share of a GPU; 0 on the CPU.
+        timeout_seconds: If a call takes longer, the server is taken for dead.
+        max_restarts: How often it is replaced during a call before the run fails.
         room_timeout_seconds: How long to wait for its share of a GPU, if it has one.
 
     Raises:
-        PlacementError: No GPU had as much free in that time.
+        PlacementError: No GPU had that share free in that time.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class RayServer:
         room_timeout_seconds: float = 300.0,
     ) -> None:
         self._spec = spec
-        # No core of its own, which would lie idle: it works while clients generate, seldom and shortly.
+        # It books no core, which would be idle: it works seldom and briefly, while clients generate.
         self._options = actor_options(node_id=node_id, threads=spec.threads, num_cpus=0, num_gpus=gpus)
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._heard: list[tuple[str, tuple[Any, ...]]] = []
         self._pending: list[ray.ObjectRef[Any]] = []
         self._start()
-        if gpus:  # has its share before workers ask for theirs: GPUs were packed in this order
+        if gpus:  # it must have its share before workers ask for theirs: placement assigned GPUs in this order
             try:
                 ray.get(self._actor.place.remote(True), timeout=room_timeout_seconds)
             except GetTimeoutError:

@@ -1,4 +1,4 @@
-"""Actors: a worker that hosts clients, and the server. The plain classes inside know nothing of Ray."""
+"""The Ray actors: a worker that hosts clients, and the server. The plain classes inside them do not use Ray."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from semcons_ray.metering.ledger import LedgerRow, Place
 class WorkerActor:
     """A process that hosts clients of one model, with `variables` of the driver's environment.
 
-    Loading is a method and not the constructor: an error in a constructor reaches the driver as a dead actor, without
-    the message that says what to change.
+    Loading is not done in the constructor: an error there reaches the driver as a dead actor, without the message that
+    says what to change.
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
@@ -36,7 +36,7 @@ class WorkerActor:
         self._rendezvous: Any = None
 
     def open_rendezvous(self, num_ranks: int) -> str:
-        """Address at which this rank, the first, and all others of its group are to `join`."""
+        """On the first rank of a group: open the address at which all its ranks are to `join`."""
         from semcons_ray.modeling.sharded import open_rendezvous
 
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -44,17 +44,17 @@ class WorkerActor:
         return address
 
     def join(self, rank: int, num_ranks: int, address: str) -> None:
-        """Join a group of ranks, as one of which it then loads a model."""
+        """Join a group of ranks, which then load a model together."""
         from semcons_ray.modeling.sharded import join_ranks
 
         join_ranks(rank, num_ranks, address, self._rendezvous)
 
     def place(self, uses_gpu: bool) -> Place:
-        """Where it computes: the first thing asked of it, since the answer says that it has room."""
+        """Where it computes. It is asked first, since an answer means that the cluster had room for it."""
         return this_place(uses_gpu=uses_gpu)
 
     def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
-        """Load the model and make the clients; see `Host.adapter_shapes` for what comes back."""
+        """Load the model and make the clients; returns `Host.adapter_shapes`."""
         try:
             self._host = spec.build()
             return dict(self._host.adapter_shapes)
@@ -66,11 +66,11 @@ class WorkerActor:
             raise self._failure from error
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
-        """See `Host.visit`; the `Reply` as MessagePack, which is quicker to make and read than a pickle."""
+        """See `Host.visit`; the `Reply` is returned as MessagePack, which is faster than pickling."""
         return msgspec.msgpack.encode(self._loaded().visit(client_id, round, downlink, evaluate))
 
     def measure(self, client_id: int, round: int, downlink: bytes) -> bytes:
-        """See `Host.measure`; encoded as by `visit`."""
+        """See `Host.measure`; the `Reply` is encoded as in `visit`."""
         return msgspec.msgpack.encode(self._loaded().measure(client_id, round, downlink))
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
@@ -78,12 +78,12 @@ class WorkerActor:
         self._loaded().export_adapter(client_id, round, downlink, folder)
 
     def start_meter(self, node: str, uses_gpu: bool) -> str:
-        """Meter this node's energy from now on; the meters' names, empty where the node has none."""
+        """Meter this node's energy from now on; returns the meters' names, empty if the node has none."""
         self._meter = NodeMeter(node, open_meters(uses_gpu=uses_gpu))
         return self._meter.name
 
     def lap(self) -> list[EnergyWindow]:
-        """What each counter of the node went up by since the last lap."""
+        """How much each energy counter of the node went up since the last lap."""
         return self._meter.lap() if self._meter is not None else []
 
     def _loaded(self) -> Host:

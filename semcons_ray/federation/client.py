@@ -1,4 +1,7 @@
-"""A client: private data, its own adapter, and three things it can do. It does not know where it runs."""
+"""A client: its private data and adapter, and what it does in a round: fine-tune, answer, evaluate.
+
+It does not know in which process or on which machine it runs.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,12 @@ class Duties:
     """What all clients of a run have in common.
 
     Attributes:
-        prompts: Public prompts, P of them; empty where the algorithm uses none.
-        test: The common test set.
+        prompts: Public prompts, (P,); empty where the algorithm uses none.
+        test: The held-out test set.
         num_answers: How many test prompts are answered at an evaluation.
-        seed: The experiment's.
+        training: Settings of the local update.
+        generation: Settings of answers.
+        seed: The experiment's seed.
     """
 
     prompts: tuple[str, ...]
@@ -49,12 +54,12 @@ class Client:
 
     Args:
         client_id: Its index, 0 to C-1.
-        private: Its private examples; they leave this object only as what the model learnt from them.
-        rank: LoRA rank of its adapter, at most the model's; the components beyond it stay zero.
-        duties: What it has in common with the others.
-        model: Base model with a place for an adapter; shared between the clients of a worker.
-        ledger: Where its work is written down.
-        engine: Who writes its answers; None: its own model.
+        private: Its private examples. They never leave this object; only what the model learnt from them does.
+        rank: LoRA rank of its adapter, at most the model's.
+        duties: What it has in common with the other clients.
+        model: Base model with a place for an adapter, shared by the clients of a worker.
+        ledger: Where its work is recorded.
+        engine: The engine that generates its answers; None: its own model does.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class Client:
         self.restore({})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Become what `state` returned earlier; an empty dict is a client that has not begun."""
+        """Take on the state that `state` returned earlier; an empty dict makes a client that has not trained yet."""
         self.adapter, self.optimizer, self.frozen, self.memory = (
             {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
             for part in (_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY)
@@ -96,16 +101,18 @@ class Client:
         self.num_pseudo_labels = 0
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next visit needs; random streams need none.
+        """Everything that the next visit needs: adapter, optimizer state, frozen adapter, and the algorithm's memory.
 
-        The adapter, the optimizer's state, a frozen adapter that stands beside the base model, and what else an
-        algorithm remembers.
+        Random streams need no state; see `randomness`.
         """
         parts = {_ADAPTER: self.adapter, _OPTIMIZER: self.optimizer, _FROZEN: self.frozen, _MEMORY: self.memory}
         return {part + key: value for part, tensors in parts.items() for key, value in tensors.items()}
 
     def fresh_adapter(self, round: int | None = None) -> Adapter:
-        """An adapter of this client's rank whose update is zero: the common one, or one drawn for a round."""
+        """An adapter of this client's rank whose update B A is zero.
+
+        Without a round, A is the one from which all clients start; with a round, it is drawn for this client and round.
+        """
         drawn = None if round is None else stream(self.seed, round, self.client_id, "adapter")
         return with_rank(self.model.fresh_adapter(drawn), self.rank)
 
@@ -119,15 +126,19 @@ class Client:
         downlink_bytes: int = 0,
         adjust: Adjust | None = None,
     ) -> None:
-        """Train the adapter on private examples joined with pseudo-labels, each of `weight` in the loss.
+        """The local update: train the adapter on the private examples together with pseudo-labels.
 
         Args:
-            ema_decay: What the adapter of before keeps in the average of the two that the client goes on with; a client
-                that has not trained yet has nothing to keep.
+            round: The round, from 1.
+            labels: Pseudo-labels of public prompts.
+            weight: Weight of a pseudo-label in the loss, where a private example has 1; 0 leaves them out.
+            ema_decay: Weight of the adapter from before this call when it is averaged with the trained one. It is not
+                used in the client's first update, which has no earlier adapter to keep.
+            downlink_bytes: Length of the message that brought the labels or weights, for the ledger.
             adjust: What an algorithm does to gradients before each step.
 
         Raises:
-            MessageError: A label is of no public prompt.
+            MessageError: A label's prompt id is not that of a public prompt.
         """
         labels.check_prompts(len(self.prompts))
         pairs = list(self.private)
@@ -157,7 +168,7 @@ class Client:
         self.num_pseudo_labels = len(pairs) - len(self.private)
 
     def answer(self, round: int, compression: str = "none") -> bytes:
-        """Answer every public prompt; returns the encoded `Answers`."""
+        """Answer every public prompt, and return the encoded `Answers` message."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
             answers = self._answers(self.prompts, round, "generate", self.generation, work)
             uplink = Answers(
@@ -167,7 +178,7 @@ class Client:
         return uplink
 
     def evaluate(self, round: int) -> Evaluation:
-        """Score the reference answers of the test set, and answer some of its prompts."""
+        """Score the reference answers of the test set, and answer its first `num_answers` prompts greedily."""
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
             score = self.model.negative_log_likelihood(
                 self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
@@ -184,10 +195,10 @@ class Client:
         )
 
     def check_finite(self, evaluation: Evaluation | None) -> None:
-        """Make sure that what was learnt and measured are numbers.
+        """Check that training loss, adapter and test score are finite.
 
         Raises:
-            NotFiniteError: One is infinite or NaN; names it, and the likely cause.
+            NotFiniteError: One is infinite or NaN; the message names it and the likely cause.
         """
         diverged = "training.learning_rate is probably too high"
         if self.num_learnt and not math.isfinite(self.train_loss):
@@ -198,7 +209,7 @@ class Client:
             raise NotFiniteError(f"its test NLL is {evaluation.nll_sum}; {diverged}, or model.dtype too narrow")
 
     def label_prompts(self, round: int) -> PseudoLabels:
-        """The client's own answers to the public prompts, as labels to train on; nothing is sent."""
+        """The client's own answers to the public prompts, as pseudo-labels for itself; nothing is sent."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
             answers = self._answers(self.prompts, round, "generate", self.generation, work)
         given = [prompt for prompt, answer in enumerate(answers) if answer]
@@ -207,7 +218,11 @@ class Client:
         )
 
     def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
-        """The encoded `AdapterUpdate` of these tensors."""
+        """Encode tensors as an `AdapterUpdate`; see `weights.pack` for `dtype`.
+
+        Raises:
+            NotFiniteError: A value is not finite, or too large for `dtype`.
+        """
         with self.ledger.stage("encode", round=round, client_id=self.client_id) as work:
             uplink = AdapterUpdate(
                 round_number=round,
@@ -219,7 +234,7 @@ class Client:
         return uplink
 
     def export(self, folder: Path) -> None:
-        """Write the adapter to an existing folder, with the frozen one if there is one, in PEFT's format."""
+        """Write the adapter, joined with the frozen one if there is one, to an existing folder in PEFT's format."""
         both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
         self.model.export_adapter(both, folder)
 

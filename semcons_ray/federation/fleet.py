@@ -1,8 +1,8 @@
-"""What an algorithm sees of the world: clients it can visit, a fleet that visits many, and what comes back.
+"""The interfaces between algorithms and where clients run: `Algorithm`, `Fleet`, `Host`, and `Reply`, a visit's result.
 
-`LocalFleet` visits clients one by one in this process; `distributed.RayFleet` visits them as Ray actors. Both give
-the same replies for the same seed, since a visit is a pure function of the client's last state, the round and the
-downlink message.
+A visit is a client's part of a round, from its last state to its reply. `LocalFleet` visits clients one by one in this
+process; `distributed.RayFleet` visits them in Ray actors. Both give the same replies for the same seed, since a visit
+is a pure function of the client's last state, the round and the downlink message.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """A client's model on the common test set: a measurement of the simulator, no message of the protocol.
+    """How a client's model does on the test set: a measurement by the simulator, not a message of the protocol.
 
     Attributes:
-        nll_sum: Negative log-likelihood (nats), summed over response tokens of the reference answers.
-        num_tokens: How many response tokens those are.
-        num_bytes: Bytes, as UTF-8, of the text of the responses: what crosses tokenizers.
+        nll_sum: Negative log-likelihood (nats), summed over the tokens of the reference answers.
+        num_tokens: How many tokens those are.
+        num_bytes: Length of the reference answers as UTF-8, which does not depend on the tokenizer.
         answers: Generated answers to the first `evaluation.num_answers` test prompts.
     """
 
@@ -40,7 +40,18 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What comes back from a visit; only `uplink` is the protocol's, the rest is measurement."""
+    """What comes back from a visit. Only `uplink` belongs to the protocol; the rest is measurement.
+
+    Attributes:
+        client_id: The client.
+        round: The round.
+        uplink: The encoded message to the server; empty if the client sends none.
+        train_loss: Mean training loss (nats a token) of the round; NaN if nothing was trained.
+        num_private: Private examples of the client.
+        num_pseudo_labels: Pseudo-labels that it trained on.
+        evaluation: Its model's evaluation, if one was asked for.
+        rows: The ledger's rows of this visit.
+    """
 
     client_id: int
     round: int
@@ -53,7 +64,8 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Algorithm(Protocol):
-    """What `runs.experiment` runs round by round; see semantic_consensus.py for the one to read first."""
+    """A federated algorithm, which `runs.experiment` runs round by round. The first to read is
+    semantic_consensus.py."""
 
     @property
     def uses_public_prompts(self) -> bool:
@@ -61,7 +73,7 @@ class Algorithm(Protocol):
         ...
 
     def first_state(self) -> bytes:
-        """What the server takes into round 1."""
+        """The server's state before round 1. An algorithm encodes it as it likes; nothing else reads it."""
         ...
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
@@ -71,7 +83,18 @@ class Algorithm(Protocol):
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
-        """The server's part of a round: visits participants, and says what the server takes into the next."""
+        """The server's part of a round: have participants visited, and make the state for the next round.
+
+        Args:
+            round: The round, from 1.
+            state: The server's state after the round before.
+            fleet: Visits clients.
+            server: Forms the consensus, where the algorithm uses one.
+            evaluate: Whether models are measured on the test set.
+
+        Raises:
+            QuorumError: Too few clients answered.
+        """
         ...
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
@@ -79,20 +102,20 @@ class Algorithm(Protocol):
         ...
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """Make the client's model the one that it starts the round with."""
+        """Give the client the model with which it starts the round, without training it."""
         ...
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round came to.
+    """The outcome of a round.
 
     Attributes:
-        replies: Of the participants, by client id.
-        next_state: What the server takes into the next round.
-        evaluations: Of the model that each client has after the round, where it was measured.
+        replies: Replies of the participants, in the order of client ids.
+        next_state: The server's state for the next round.
+        evaluations: By client id, the evaluation of the client's model after the round, where it was measured.
         verdict: The consensus; None where an algorithm forms none.
-        rows: Work that is in no reply and no verdict.
+        rows: Ledger rows of work that is in no reply and no verdict.
     """
 
     replies: tuple[Reply, ...]
@@ -103,23 +126,23 @@ class RoundOutcome:
 
 
 def own_evaluations(replies: Sequence[Reply]) -> dict[int, Evaluation | None]:
-    """For algorithms that leave each client a model of its own: what each visit measured."""
+    """The evaluations made in the visits: those of algorithms in which each client keeps a model of its own."""
     return {reply.client_id: reply.evaluation for reply in replies}
 
 
 class Visitor(Protocol):
-    """All that an algorithm may ask of a fleet."""
+    """What an algorithm may ask of a fleet."""
 
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See `Host.adapter_shapes`; of any worker, since who exchanges adapters has one architecture."""
+        """See `Host.adapter_shapes`. It is that of any worker: clients that exchange adapters have one architecture."""
         ...
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        """Visit the clients named, with a downlink message each; replies come as they are ready.
+        """Visit the clients in `downlinks`, each with its message, and yield replies in the order in which they come.
 
-        A client that dies or is too slow is tried again from its last state, up to a limit, then left out; one whose
-        numbers are no longer finite is left out at once. `Fleet.lost` has them.
+        A client that dies or is too slow is tried again from its last state, up to a limit, and then left out; one
+        whose numbers are no longer finite is left out at once. `Fleet.lost` lists those that were left out.
 
         Raises:
             QuorumError: Fewer clients answered than the quorum asks for.
@@ -127,15 +150,17 @@ class Visitor(Protocol):
         ...
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
-        """Count clients as lost whose replies to the visit of a round turned out to be of no use.
+        """Count clients as lost whose replies in a round turned out to be unusable, with a reason for each.
 
         Raises:
-            QuorumError: Without them fewer clients have answered than the quorum asks for.
+            QuorumError: Without them, fewer clients have answered than the quorum asks for.
         """
         ...
 
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        """Evaluate the model that each client named makes of a message; nothing is trained, sent or kept.
+        """Evaluate, for each client in `downlinks`, the model that it has once it gets its message after `round`.
+
+        Nothing is trained, sent or kept.
 
         Raises:
             QuorumError: Fewer clients answered than the quorum asks for.
@@ -158,17 +183,17 @@ class Fleet(Visitor, Protocol):
 
     @property
     def meters(self) -> Mapping[str, str]:
-        """Names of the energy meters by node; empty where a node has none."""
+        """Names of the energy meters by node; an empty name where a node has none."""
         ...
 
     def laps(self) -> list[EnergyWindow]:
-        """What each counter of each metered node went up by since the last call."""
+        """How much each energy counter of each metered node went up since the last call."""
         ...
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
-        """Write the adapter that each client named would start `round` with to `folder`/client_NNN, for PEFT.
+        """Write, for PEFT, the adapter with which each client in `downlinks` would start `round` to folder/client_NNN.
 
-        The last thing that may be asked of a fleet.
+        Nothing may be asked of the fleet afterwards but `close`.
         """
         ...
 
@@ -178,7 +203,7 @@ class Fleet(Visitor, Protocol):
 
 
 class HostSpecProtocol(Protocol):
-    """How a worker makes its host; crosses to the worker once."""
+    """What a worker builds its host from; it is sent to the worker once."""
 
     @property
     def worker(self) -> str:
@@ -191,7 +216,7 @@ class HostSpecProtocol(Protocol):
 
 
 class Host(Protocol):
-    """One process's worth of clients."""
+    """The clients that one process hosts, which share a base model."""
 
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -203,11 +228,11 @@ class Host(Protocol):
         ...
 
     def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
-        """Evaluate the model that a client makes of a message after a round."""
+        """Evaluate the model that a client has once it gets `downlink` after a round; see `ClientHost.measure`."""
         ...
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
-        """Write the adapter that a client would start `round` with to `folder`."""
+        """Write the adapter with which a client would start `round` to `folder`, in PEFT's format."""
         ...
 
 
@@ -215,11 +240,11 @@ class LocalFleet:
     """Visits clients one by one, in order, in this process.
 
     Args:
-        hosts: One a base model, by worker name.
-        clients: Ids of the clients of each host.
+        hosts: Hosts by worker name, one for each base model.
+        clients: Ids of the clients of each host, by worker name.
         place: Where this process computes.
-        quorum: Share of the clients visited that must answer.
-        meter: Of this machine, if its energy is metered.
+        quorum: Share of the clients visited that must answer, 0 to 1.
+        meter: Energy meter of this machine; None: its energy is estimated.
     """
 
     def __init__(
@@ -290,7 +315,17 @@ class LocalFleet:
 
 
 def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: float) -> None:
-    """Raises QuorumError, with the reasons, where fewer than `quorum` of the clients asked have answered."""
+    """Check that enough clients of a round answered.
+
+    Args:
+        round: The round, for the message.
+        num_asked: How many clients were asked.
+        lost: Those that did not answer, and why.
+        quorum: Share of the clients asked that must answer, 0 to 1; one must in any case.
+
+    Raises:
+        QuorumError: Fewer answered; the message gives the reasons.
+    """
     answered = num_asked - len(lost)
     if lost and (answered < quorum * num_asked or answered == 0):
         reasons = "; ".join(f"client {client}: {reason}" for client, reason in sorted(lost.items()))
@@ -300,5 +335,5 @@ def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: fl
 
 
 def client_folder(client_id: int) -> str:
-    """Name of a client's folder, client_NNN."""
+    """Name of a client's folder: client_NNN."""
     return f"client_{client_id:03d}"

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HostSpec:
-    """Everything a worker needs to build its host; crosses to the worker once.
+    """Everything a worker needs to build its host; it is sent to the worker once.
 
     Attributes:
         worker: Name of the worker, as in the ledger.
@@ -42,16 +42,18 @@ class HostSpec:
         device: "cpu" or "cuda".
         threads: CPU threads.
         algorithm: What the clients do on a visit.
-        private: Private examples by client.
-        ranks: LoRA rank by client.
+        private: Private examples by client id.
+        ranks: LoRA rank by client id.
         public_prompts: The encoded `PublicPrompts` message; empty where the algorithm uses none.
-        test: The common test set.
-        num_answers: Test prompts answered at an evaluation.
-        seed: The experiment's.
+        test: The held-out test set.
+        num_answers: Number of test prompts answered at an evaluation.
+        training: Settings of local updates.
+        generation: Settings of answers.
+        seed: The experiment's seed.
         state: Folder of the client stores.
-        mark: Name of the mark that the driver put there; see `store.mark`.
-        sharding: How the model is divided among ranks, of which this process is one; None: it is whole here.
-        engine: Who writes the clients' answers; None: the worker's own model.
+        mark: Name of the file by which the driver marked that folder; see `store.mark`.
+        sharding: How the model is divided among ranks, of which this process is one; None: the model is whole here.
+        engine: The engine that generates the clients' answers; None: the worker's own model does.
     """
 
     worker: str
@@ -76,7 +78,7 @@ class HostSpec:
         """Load the model and make the clients.
 
         Raises:
-            RunFolderError: This process does not see the driver's folder.
+            RunFolderError: This process does not see the folder that the driver marked.
             ModelError: The model cannot be found or loaded.
         """
         check_mark(self.state, self.mark)
@@ -132,10 +134,10 @@ class ClientHost:
     """Clients that share a base model; visits are exactly once, whatever crashes between them.
 
     Args:
-        clients: By id.
+        clients: The clients by id.
         algorithm: What they do on a visit.
-        store: Where their states and replies are.
-        ledger: Of this worker.
+        store: Where their states and replies are kept.
+        ledger: This worker's ledger.
         prompt_bytes: Length of the `PublicPrompts` message, which a client gets once, at its first visit.
     """
 
@@ -160,10 +162,10 @@ class ClientHost:
         return shapes_of(next(iter(self.clients.values())).model.fresh_adapter())
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
-        """Do the client's part of a round, or return the reply of a visit already done.
+        """Do the client's part of a round, or return the stored reply if the visit was done already.
 
         Raises:
-            ClientError: The client failed; says which, when, and why.
+            ClientError: The client failed; the message says which, in which round, and why.
         """
         done = self.store.reply(client_id, round)
         if done is not None:
@@ -183,12 +185,13 @@ class ClientHost:
         return reply
 
     def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
-        """Evaluate the model that the client would start the next round with; its stored state stays as it is.
+        """Evaluate the model with which the client would start the round after `round`; its stored state is not
+        changed.
 
-        Before round 1 that is the base model.
+        For round 0 that is the base model.
 
         Raises:
-            ClientError: The client failed; says which, when, and why.
+            ClientError: The client failed; the message says which, in which round, and why.
         """
         with self._failures(client_id, round):
             client = self._before(client_id, round + 1, downlink)
@@ -198,7 +201,11 @@ class ClientHost:
         return self._reply(client, round, b"", evaluation)
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
-        """Write the adapter that the client would start `round` with, in PEFT's format."""
+        """Write the adapter with which the client would start `round` to `folder`, in PEFT's format.
+
+        Raises:
+            StorageError: The disk is full, or cannot be written to.
+        """
         client = self._before(client_id, round, downlink)
         with writing(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +231,7 @@ class ClientHost:
 
     @contextmanager
     def _failures(self, client_id: int, round: int) -> Iterator[None]:
-        """Whatever goes wrong in the block is the client's failure, but for what the user must mend."""
+        """Turn whatever goes wrong in the block into a `ClientError`, except errors that the user must mend."""
         try:
             yield
         except NotFiniteError as error:

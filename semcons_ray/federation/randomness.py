@@ -27,13 +27,13 @@ SERVER = -1
 
 
 def stream(seed: int, round: int, client_id: int, stage: Stage) -> np.random.Generator:
-    """The generator of one stage; `client_id` is SERVER for the server's own."""
+    """The random generator of one stage of a client's round; `client_id` is `SERVER` for the server's own draws."""
     return np.random.default_rng(np.random.SeedSequence([seed, round, client_id + 1, _STAGES[stage]]))
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who takes part in a round: `participation` of all clients, at least one, drawn without replacement."""
+    """Who takes part in a round: a share `participation` of all clients, at least one, drawn without replacement."""
 
     num_clients: int
     participation: float
@@ -47,9 +47,11 @@ class Cohort:
 
 
 def priorities(seed: int, round: int, client_ids: Sequence[int], num_prompts: int) -> NDArray[np.float64]:
-    """Who goes before whom where answers are equally good, (P, C) in [0, 1): a permutation of its own for each prompt.
+    """Random numbers that decide ties between answers, (P, C) in [0, 1): for each prompt, the client with the highest
+    wins.
 
-    Each client's numbers are of its own stream, so they depend neither on who else takes part nor on who comes first.
+    Each client's numbers are from its own stream, so they depend neither on who else takes part nor on who answers
+    first.
     """
     drawn = [stream(seed, round, client_id, "consensus").random(num_prompts) for client_id in client_ids]
     return np.stack(drawn, axis=1) if drawn else np.empty((num_prompts, 0))

@@ -24,18 +24,18 @@ from semcons_ray.metering.ledger import Ledger, LedgerRow
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the server made of a round.
+    """The consensus of a round, with all that led to it.
 
     Attributes:
         client_ids: Clients whose answers were awaited, ascending, shape (C,).
-        answers: Their answers, C by P; empty text where one is missing.
+        answers: Their answers, shape (C, P); an empty text where one is missing.
         similarity: Mean cosine of an answer to the others of its prompt, (P, C); NaN where it is missing or alone.
-        winner: Client whose answer was chosen, (P,); -1 where there was none.
-        agreement: How far the chosen answer agrees with the others, (P,); NaN where there were none.
-        abstained: Prompts that gave no pseudo-label, (P,).
-        labels: The downlink message.
-        rows: The server's work.
-        refused: Clients whose message was none, so that they have no vote, and why.
+        winner: Id of the client whose answer was elected, (P,); -1 where none was.
+        agreement: Similarity of the elected answer, (P,); NaN where fewer than two clients answered.
+        abstained: Whether a prompt gave no pseudo-label, (P,).
+        labels: The pseudo-labels, as they are sent to clients.
+        rows: Ledger rows of the server's work.
+        refused: Clients whose message was invalid and so has no vote, each with the reason.
     """
 
     client_ids: tuple[int, ...]
@@ -50,26 +50,27 @@ class Verdict:
 
 
 class ServerProtocol(Protocol):
-    """What an algorithm and an experiment ask of a server, wherever it runs."""
+    """The server as algorithms and experiments see it, wherever it runs."""
 
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
-        """Await the answers of these clients."""
+        """Begin a round in which the answers of these clients are awaited."""
         ...
 
     def collect(self, client_id: int, uplink: bytes) -> None:
-        """Take the encoded `Answers` of a client; if they are not that, the client has no vote."""
+        """Take the encoded `Answers` of a client. If the message is invalid, the client has no vote
+        (`Verdict.refused`)."""
         ...
 
     def conclude(self) -> Verdict:
-        """Form the consensus from what was collected."""
+        """Form the consensus of the answers collected since `begin`."""
         ...
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-        """Cosine of each prediction to its reference, for evaluation."""
+        """Cosine of each prediction to its reference, in [-1, 1], for evaluation; 0 for an empty prediction."""
         ...
 
     def take_rows(self) -> list[LedgerRow]:
-        """Work done outside of rounds: loading and evaluation."""
+        """Ledger rows of work since the last call that is in no verdict: loading and evaluation."""
         ...
 
     def close(self) -> None:
@@ -78,15 +79,15 @@ class ServerProtocol(Protocol):
 
 
 class TextEmbedder(Protocol):
-    """Texts to unit vectors; equal texts give equal rows."""
+    """Turns texts into unit vectors; equal texts give equal vectors."""
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """Length D of a vector."""
         ...
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32."""
+        """Unit vectors of N texts, (N, D) float32."""
         ...
 
 
@@ -94,13 +95,14 @@ class Server:
     """The server's part of the protocol, in this process.
 
     Args:
-        embedder: Texts to unit vectors.
-        num_prompts: P.
+        embedder: Turns texts into unit vectors.
+        num_prompts: Number P of public prompts.
         election: Consensus rule and its settings.
-        prompts: Embedded together with their answers, (P,); empty: answers are embedded alone.
-        references: Handed out instead of what was elected, (P,): an upper bound. Empty in all that is no such control.
-        seed: The experiment's.
-        ledger: Where its work is written down.
+        prompts: Public prompts to embed together with their answers, (P,); empty: answers are embedded alone.
+        references: For rule `reference`, the data's own answers, (P,), which become the pseudo-labels instead of
+            elected ones: an upper bound. Empty for every other rule.
+        seed: The experiment's seed.
+        ledger: Where its work is recorded.
     """
 
     def __init__(
@@ -125,8 +127,8 @@ class Server:
     def begin(self, round: int, client_ids: Sequence[int]) -> None:
         """See `ServerProtocol.begin`."""
         self._round = round
-        # In an order drawn for the round, and not by client id: sums over clients round as their order is, and who is
-        # called what must change no result.
+        # Columns are in an order drawn for the round, not in that of client ids: the rounding of sums over clients
+        # depends on their order, and a client's id must change no result.
         draws = priorities(self._seed, round, client_ids, self._num_prompts)
         order = np.lexsort((client_ids, draws[0])).tolist()
         self._column = {client_ids[place]: column for column, place in enumerate(order)}
@@ -158,9 +160,9 @@ class Server:
         message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
         with naming(client_id, self._round):
             if client_id not in self._column:
-                raise MessageError("Answers: of a client that was not asked")
+                raise MessageError("Answers: from a client that was not asked")
             if len(message.answers) != self._num_prompts:
-                raise MessageError(f"Answers: {len(message.answers)} to {self._num_prompts} prompts")
+                raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
@@ -213,7 +215,7 @@ class Server:
         )
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-        """See `ServerProtocol.similarity`. An empty prediction is like nothing: 0."""
+        """See `ServerProtocol.similarity`."""
         with self._ledger.stage("evaluate", round=round):
             cosines = (self._embedder.embed(predictions) * self._embedder.embed(references)).sum(dim=1).tolist()
         return [cosine if text else 0.0 for cosine, text in zip(cosines, predictions, strict=True)]
@@ -228,7 +230,12 @@ class Server:
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """Everything a process needs to build its server."""
+    """Everything a process needs to build its server; see `Server` and `Embedder` for what the fields are.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+    """
 
     embedding_model: str
     embedding_batch_size: int

@@ -1,11 +1,13 @@
-"""A client's state on disk: one file a visit, written beside and renamed, so a visit either happened or did not.
+"""Clients' states on disk: one file for each visit, written under another name and then renamed, so it is whole or
+absent.
 
 The file holds the client's tensors after the visit and the reply that it gave. So a visit can be asked for again
 after any crash: if its file is there, the stored reply comes back and no work is repeated; if it is not, the visit
-starts from the file before it. Two files a client are kept, since a round in progress may still be repeated.
+starts from the file before it. Two files are kept for each client, since the round in progress may still be repeated.
 
-A process that saw another folder than the driver's would find no state there, and begin again from the base model. So
-the driver marks the folder anew each time that it begins (`mark`), and each process looks for that mark (`check_mark`).
+A process that sees another folder than the driver does would find no state there, and silently begin again from the
+base model. So the driver puts a new mark into the folder at each start (`mark`), and each process looks for it
+(`check_mark`).
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ _REPLY = "reply"
 
 
 def mark(folder: Path) -> str:
-    """Put a new mark into a folder that other processes are to share, in place of older ones; the mark's name.
+    """Mark a folder that other processes are to share, by an empty file that replaces older marks; returns its name.
 
-    A file of a new name, and no new content of an old one, which a network file system might have kept a copy of.
+    The name is new each time: a network file system may serve an old copy of a file whose content has changed.
+
+    Raises:
+        StorageError: The disk is full, or cannot be written to.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,23 +51,27 @@ def mark(folder: Path) -> str:
 
 
 def check_mark(folder: Path, name: str) -> None:
-    """Make sure that this process sees the folder that the driver marked.
+    """Check that this process sees the folder that the driver marked.
 
     Raises:
-        RunFolderError: It sees none there, another one, or an older copy.
+        RunFolderError: It sees no folder there, another folder, or an older copy.
     """
     if not (folder / name).is_file():
-        found = "is another folder" if folder.is_dir() else "is not there"
+        host = socket.gethostname()
+        found = f"is another folder on {host} than where the run was started"
+        if not folder.is_dir():
+            found = f"is not there on {host}, where a worker needs it"
         raise RunFolderError(
-            f"{folder} {found} on {socket.gethostname()} than where the run was started; let --out lie on a file "
-            f"system that all machines share under the same path"
+            f"{folder} {found}; let --out lie on a file system that all machines share under the same path"
         )
 
 
 class ClientStore:
-    """Files state/client_NNN/round_RRR.safetensors under `folder`.
+    """Reads and writes the files client_NNN/round_RRR.safetensors in a folder.
 
-    Where several processes are one client, only one of them `writes`.
+    Args:
+        folder: The folder of all clients' states.
+        writes: Whether `save` writes. Of the processes that hold one divided model, only the first does.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
@@ -70,10 +79,10 @@ class ClientStore:
         self.writes = writes
 
     def reply(self, client_id: int, round: int) -> Reply | None:
-        """The reply of a visit that happened, or None.
+        """The stored reply of a visit; None if the visit did not happen or did not finish.
 
         Raises:
-            RunFolderError: Its file is damaged.
+            RunFolderError: The file is damaged.
         """
         path = self._path(client_id, round)
         if not path.is_file():
@@ -94,7 +103,7 @@ class ClientStore:
         return {}
 
     def save(self, tensors: dict[str, Tensor], reply: Reply) -> None:
-        """Commit a visit.
+        """Write a visit's tensors and reply, and remove files that are no longer needed.
 
         Raises:
             StorageError: The disk is full, or cannot be written to.

@@ -1,10 +1,10 @@
-"""Adapters as matrices: how the weight baselines pack, average, stack and cut them.
+"""Adapters as matrices: how the weight-averaging baselines pack, average, stack and truncate them.
 
-The update of a module is `scaling` times B A (see `modeling.adapter`). All adapters here share one scaling, also where
-ranks differ, so that sums of products mean what they say.
+The update of a module is `scaling` times B A (see `modeling.adapter`). All adapters of a run share one scaling, also
+where ranks differ, so products B A of different clients can be added up.
 
-Adapters that come in messages are checked twice: `unpack` refuses what is no finite tensor of a type that `pack` takes,
-and `check_shapes` what is not the tensors that the receiver expects.
+Adapters that come in messages are checked twice: `unpack` refuses tensors that are not finite or not of a type that
+`pack` writes, and `check_shapes` refuses any other set of tensors than the receiver expects.
 
 Legend: r rank, R sum of ranks.
 """
@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 WIRE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADER_BYTES = 1024
-"""What a tensor takes at most in a packed adapter beside its values: its key, type, shape and place."""
+"""Most bytes that a tensor takes in a packed adapter besides its values: for its key, type, shape and offsets."""
 
 
 def pack(tensors: Adapter, dtype: str) -> bytes:
@@ -50,7 +50,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def unpack(data: bytes) -> Adapter:
-    """What `pack` packed, as float32; nothing for no bytes.
+    """The tensors that `pack` packed, as float32; an empty dict for empty bytes.
 
     Raises:
         MessageError: The bytes are not safetensors of such tensors, or a value is not finite.
@@ -73,15 +73,15 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 
 def shapes_at(shapes: Shapes, rank: int) -> Shapes:
-    """Those of the same modules' A (r, in) and B (out, r) at another rank."""
+    """Shapes of the same modules' A (r, in) and B (out, r) at another rank."""
     return {key: (rank, shape[1]) if "lora_A" in key else (shape[0], rank) for key, shape in shapes.items()}
 
 
 def check_shapes(adapter: Adapter, expected: Shapes) -> None:
-    """Make sure that an adapter holds the tensors expected, and no others.
+    """Check that an adapter holds the expected tensors and no others.
 
     Raises:
-        MessageError: It does not; names the first that differs.
+        MessageError: It does not; the message names the first that differs.
     """
     found = shapes_of(adapter)
     for key in sorted({*found, *expected}):
@@ -96,7 +96,7 @@ def packed_bytes(shapes: Shapes) -> int:
 
 
 def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Sum of w_k / sum(w) times each tensor; accumulated in float64, in the order given."""
+    """The mean of each tensor over adapters, weighted by w_k / sum(w); accumulated in float64, in the order given."""
     total = math.fsum(weights)
     return {
         key: torch.stack([adapter[key].double() * (w / total) for adapter, w in zip(adapters, weights, strict=True)])
@@ -112,12 +112,12 @@ def factors(adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 
 def rank_of(adapter: Adapter) -> int:
-    """r, taken from the first A; 0 where there is no such matrix."""
+    """Rank r of an adapter, taken from its first A; 0 where it has none."""
     return next((value.shape[0] for key, value in adapter.items() if "lora_A" in key and value.dim() == 2), 0)
 
 
 def with_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The adapter with its first `rank` components: cut, or padded with zeros, which leave B A as it is."""
+    """The adapter at another rank: truncated to its first `rank` components, or padded with zeros, which keeps B A."""
     result = {}
     for a, b in factors(adapter):
         kept = min(rank, adapter[a].shape[0])
@@ -129,8 +129,8 @@ def with_rank(adapter: Adapter, rank: int) -> Adapter:
 
 
 def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """One adapter of rank R whose product is the weighted sum of products, exactly: [w_k A_k] below each other, [B_k]
-    side by side."""
+    """One adapter of rank R whose product B A is exactly the sum of w_k B_k A_k: w_k A_k stacked by rows, B_k by
+    columns."""
     result = {}
     for a, b in factors(adapters[0]):
         result[a] = torch.cat([w * adapter[a] for adapter, w in zip(adapters, weights, strict=True)])
@@ -139,16 +139,16 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def mean_product(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The stack whose product is the mean of products, weighted by w_k / sum(w)."""
+    """The stack whose product B A is the mean of the products B_k A_k, weighted by w_k / sum(w)."""
     total = math.fsum(weights)
     return stacked(adapters, [w / total for w in weights])
 
 
 def truncated_svd(adapter: Adapter, rank: int) -> Adapter:
-    """The best adapter of `rank` for the same product, in Frobenius norm: B = U S and A = V^T of the SVD.
+    """The adapter of `rank` whose product is nearest to B A in Frobenius norm: B = U S and A = V^T of its SVD.
 
-    The SVD is that of an (R, R) core between QR factors, so no (out, in) matrix is made. Components come in descending
-    order of their singular values: the first r' of them are the best of rank r'.
+    Only the (R, R) core between QR factors is decomposed, so no (out, in) matrix is made. Components are in descending
+    order of their singular values, so the first r' of them are the best adapter of rank r'.
     """
     result = {}
     for a, b in factors(adapter):
@@ -161,7 +161,7 @@ def truncated_svd(adapter: Adapter, rank: int) -> Adapter:
 
 
 def update_norm(adapter: Adapter) -> float:
-    """Frobenius norm of all the products B A together, from r by r matrices: |B A|^2 = <B^T B, A A^T>."""
+    """Frobenius norm of the products B A of all modules together, by |B A|^2 = <B^T B, A A^T>, from (r, r) matrices."""
     squared = 0.0
     for a, b in factors(adapter):
         squared += float(((adapter[b].T @ adapter[b]).double() * (adapter[a] @ adapter[a].T).double()).sum())

@@ -1,1 +1,1 @@
-"""What work costs: time, bytes and tokens in a ledger, energy from the node's own counters, and the machine itself."""
+"""What work costs (time, bytes and tokens in a ledger, energy from a node's counters), and what machine it ran on."""

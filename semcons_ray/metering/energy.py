@@ -1,8 +1,8 @@
-"""Energy: read the counters that a node has, and share their joules out among the rows of its ledger.
+"""Energy: reads the counters of a node, and apportions their joules to the rows of the ledger.
 
-Processes that share a device cannot be metered one by one (mlco2/codecarbon#936), so a counter is read once, by whoever
-runs first on its node, and the joules between two readings are apportioned to the work done between them: a GPU's to
-those who had that GPU, by busy time where they were several; the CPUs' to all on the node.
+Processes that share a device cannot be metered one by one (mlco2/codecarbon#936). So a counter is read by one process
+of its node, and the joules between two readings are apportioned to the work done between them: a GPU's to the work done
+on that GPU, by busy time if there was more than one piece; the CPUs' to all work on the node.
 
 Counters:
   - NVML: total energy of each GPU in millijoules since the driver was loaded (Volta and later). Slices of a GPU (MIG)
@@ -11,12 +11,13 @@ Counters:
   - RAPL: energy of each CPU package and its DRAM in microjoules, which wraps at max_energy_range_uj.
     https://docs.kernel.org/power/powercap/powercap.html
 
-All count whatever happens on the device, including its idle draw and other people's jobs.
+Counters include everything that happens on the device: its idle draw, and other people's jobs.
 
-The estimate, where there is no counter: `CPU_THREAD_WATTS` a busy CPU thread, and a GPU at its power limit. It is what
-codecarbon falls back to for a CPU it does not know (codecarbon 3.3.2, core/cpu.py, DEFAULT_POWER_PER_CORE). codecarbon
-itself is no dependency of ours. Its table of thermal design powers names a whole package, so a machine that sees a
-slice of one, as every virtual machine does, would be charged for all of it: 350 W for two threads of a Xeon 8480+.
+Where there is no counter, energy is estimated: `CPU_THREAD_WATTS` for a busy CPU thread, and the power limit for a busy
+GPU. The former is what codecarbon assumes for a CPU that it does not know (codecarbon 3.3.2, core/cpu.py,
+DEFAULT_POWER_PER_CORE). codecarbon itself is not used: its table of thermal design powers is for whole packages, so a
+machine that has a part of one, as virtual machines do, would be charged for all of it: 350 W for two threads of a Xeon
+8480+.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ RAPL_ROOT = Path("/sys/class/powercap")
 # The smallest wrap seen is 65.5 kJ: at one reading a minute it would take over 1 kW in one domain to miss a wrap.
 RAPL_SAMPLE_SECONDS = 60.0
 CPU = ""
-"""Name of a node's counter of CPUs; those of GPUs have the GPUs' UUIDs."""
+"""Name of the counter of a node's CPUs; counters of GPUs are named by the GPUs' UUIDs."""
 
 
 class EnergyMeter(Protocol):
-    """A counter of energy."""
+    """An energy counter."""
 
     name: str
 
@@ -57,10 +58,10 @@ class EnergyMeter(Protocol):
 
 
 class GpuMeter:
-    """One GPU, whatever CUDA_VISIBLE_DEVICES says.
+    """The energy counter of one GPU, whatever CUDA_VISIBLE_DEVICES says.
 
     Args:
-        uuid: Which: a whole one, and no slice.
+        uuid: The GPU's UUID: of a whole GPU, not of a slice.
         nvml: The pynvml module.
 
     Raises:
@@ -76,7 +77,7 @@ class GpuMeter:
         self._first = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def read_joules(self) -> float:
-        """Joules of the GPU since the meter was made; NaN if it was lost."""
+        """Joules of the GPU since the meter was made; NaN if the GPU can no longer be read."""
         try:
             now = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except self._nvml.NVMLError:
@@ -85,7 +86,7 @@ class GpuMeter:
 
 
 class _RaplDomain:
-    """One counter: its microjoules since it was opened, wraps added back."""
+    """One RAPL counter: microjoules since it was opened, corrected for wraps."""
 
     def __init__(self, folder: Path) -> None:
         self._counter = folder / "energy_uj"
@@ -101,13 +102,13 @@ class _RaplDomain:
 
 
 class RaplMeter:
-    """All CPU packages and their DRAM.
+    """The energy counters of all CPU packages and their DRAM.
 
-    A daemon thread reads the counters once in a while, because more than one wrap between two readings is invisible.
+    A daemon thread reads them regularly, because more than one wrap between two readings cannot be noticed.
 
     Args:
         root: The powercap folder.
-        sample_seconds: Time between two readings of the thread.
+        sample_seconds: Seconds between two readings of the thread.
 
     Raises:
         FileNotFoundError: The machine shows no RAPL package (virtual machines mostly don't).
@@ -131,7 +132,8 @@ class RaplMeter:
 
 
 def _open_domains(root: Path) -> list[_RaplDomain]:
-    """Packages and DRAM: "core" and "uncore" lie within a package, "psys" holds it, and "intel-rapl-mmio" repeats it.
+    """Counters of packages and DRAM. Others would count twice: "core" and "uncore" are parts of a package, "psys" holds
+    it, and "intel-rapl-mmio" repeats it.
 
     Some CPUs of several dies show their one counter as "package-0-die-0", "package-0-die-1" and so on
     (mlco2/codecarbon#1274): dies that read alike to within a joule are counted once.
@@ -168,10 +170,10 @@ def _keep_reading(domains: list[_RaplDomain], lock: threading.Lock, stop: thread
 
 
 def open_meters(*, uses_gpu: bool, rapl_root: Path = RAPL_ROOT, nvml: Any = pynvml) -> dict[str, EnergyMeter]:
-    """The counters of this node by name, `CPU` or a GPU's UUID; those that cannot be read are left out.
+    """The counters of this node by name, which is `CPU` or a GPU's UUID; those that cannot be read are left out.
 
     Args:
-        uses_gpu: Whether GPUs are wanted, too: those that idle beside a run on the CPU are not its doing.
+        uses_gpu: Whether GPUs are included; GPUs that idle beside a run on the CPU are not.
         rapl_root: The powercap folder.
         nvml: The pynvml module.
     """
@@ -186,9 +188,14 @@ def open_meters(*, uses_gpu: bool, rapl_root: Path = RAPL_ROOT, nvml: Any = pynv
 
 @dataclass(frozen=True)
 class EnergyWindow:
-    """Joules that a counter of a node went up by, from `window_start` to `window_end` (unix seconds, the node's clock).
+    """How much a counter of a node went up in a stretch of time.
 
-    `counter` is `CPU` or a GPU's UUID.
+    Attributes:
+        node: Host name of the node.
+        joules: Energy in that time.
+        window_start: Start by the node's clock, unix seconds.
+        window_end: End by the node's clock, unix seconds.
+        counter: `CPU`, or a GPU's UUID.
     """
 
     node: str
@@ -199,7 +206,12 @@ class EnergyWindow:
 
 
 class NodeMeter:
-    """A node's counters read lap by lap, on the node and by the clock that the node's rows are stamped with."""
+    """Reads a node's counters lap by lap, on the node itself, whose clock also stamps the ledger rows of its work.
+
+    Args:
+        node: Host name of the node.
+        meters: Its counters by name; see `open_meters`.
+    """
 
     def __init__(self, node: str, meters: Mapping[str, EnergyMeter]) -> None:
         self.node = node
@@ -208,7 +220,8 @@ class NodeMeter:
         self._last = {counter: (time.time(), meter.read_joules()) for counter, meter in self._meters.items()}
 
     def lap(self) -> list[EnergyWindow]:
-        """Energy of each counter since the last lap, or since this object was made; of those that were not reset."""
+        """Energy by each counter since the last lap, or since this object was made; a counter that was reset is left
+        out."""
         windows = []
         for counter, meter in self._meters.items():
             started_at, before = self._last[counter]
@@ -219,11 +232,12 @@ class NodeMeter:
 
 
 def own_windows(windows: Iterable[EnergyWindow], places: Iterable[Place]) -> list[EnergyWindow]:
-    """Of a run beside others, the windows whose joules are its own.
+    """The windows whose joules belong to one run alone, where other runs go on beside it.
 
     Args:
-        windows: What counters went up by.
-        places: Of workers that share their GPUs with no other process. A slice of a GPU shares the GPU's counter.
+        windows: Windows of all counters.
+        places: Places of the run's workers that share their GPUs with no other process. Slices of a GPU are left out,
+            since they share its counter.
     """
     own = {gpu for place in places if not place.sliced for gpu in split_gpus(place.gpus)}
     return [window for window in windows if window.counter in own]
@@ -231,37 +245,39 @@ def own_windows(windows: Iterable[EnergyWindow], places: Iterable[Place]) -> lis
 
 @dataclass(frozen=True)
 class Draw:
-    """Watts of a busy worker, on the CPU and of its GPUs."""
+    """Watts that a busy worker is taken to draw, on CPUs and on GPUs."""
 
     cpu_watts: float
     gpu_watts: float = 0.0
 
 
 def estimate_draw(num_threads: float, num_gpus: float = 0.0, gpu_watts: float = 0.0) -> Draw:
-    """Of a busy worker: `CPU_THREAD_WATTS` a CPU thread, and its share of GPUs at `gpu_watts`, their limit."""
+    """The draw of a busy worker: `CPU_THREAD_WATTS` for each CPU thread, and `gpu_watts`, the power limit, for each
+    GPU."""
     return Draw(num_threads * CPU_THREAD_WATTS, num_gpus * gpu_watts)
 
 
 def apportion(
     rows: Iterable[LedgerRow], measured: Iterable[EnergyWindow], draws: Mapping[str, Draw]
 ) -> list[LedgerRow]:
-    """The rows with their energy filled in.
+    """Fill in the energy of ledger rows.
 
-    A row draws from the counters of its GPUs, and from the CPUs' of its node. It belongs to a window of such a counter
-    if its middle lies in it (so that a clock's jitter cannot cut it in two). The joules of a window are shared among
-    its busy rows: a GPU's by busy seconds; the CPUs' by busy seconds times the watts of the workers' threads. The draw
-    of an idle machine is part of what the work cost, so idle rows get 0 J and the busy ones bear it, except where a
-    window has only idle rows: they share it by duration. So the shares of a window sum to its joules, whenever it has a
-    row of more than zero length.
+    A row's energy comes from the counters of its GPUs, and from the CPU counter of its node. The row belongs to that
+    window of a counter in which its middle lies, so that a clock's jitter cannot cut it in two. The joules of a window
+    are shared among its busy rows: a GPU's by busy seconds, the CPUs' by busy seconds times the watts of the workers'
+    threads. The draw of an idle machine is part of what the work costs, so idle rows get 0 J and busy rows bear it. If
+    a window has only idle rows, they share it by duration. So the shares of a window sum to its joules, unless all its
+    rows have zero length.
 
-    What no window covers (a counter that is not there, or a round from before a resume) is estimated: duration times
-    watts; 0 J for an idle row. A row is "measured" if nothing of it is estimated, but for this: where GPUs are metered
-    and CPUs are not, the CPUs' part of the work on GPUs is left out.
+    What no window covers (there is no counter, or the row is from before a resume) is estimated as duration times
+    watts, and 0 J for an idle row. A row is "measured" if nothing of it is estimated. There is one exception: where
+    GPUs are metered and CPUs are not, the CPUs' part of work on GPUs is left out and not estimated.
 
     Args:
         rows: Rows of any nodes and rounds.
-        measured: What counters went up by. Windows of one should not overlap: the first that holds a row takes it.
-        draws: Watts of each worker when busy, see `estimate_draw`; a worker not named is taken for one CPU thread.
+        measured: Windows of the counters. Those of one counter should not overlap: the first that holds a row takes it.
+        draws: Watts of each worker when busy, see `estimate_draw`; a worker without an entry is taken for one CPU
+            thread.
 
     Returns:
         New rows in the order of `rows`, each "measured" or "estimated".

@@ -1,4 +1,4 @@
-"""What a run ran on: package versions, CPU, memory and GPUs, for environment.json and for `semcons doctor`.
+"""The machine that a run uses: package versions, CPU, memory and GPUs, for environment.json and `semcons doctor`.
 
 Imports neither torch nor ray, so it is cheap and never starts a CUDA context.
 """
@@ -73,7 +73,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def package_versions(names: tuple[str, ...] = MAIN_PACKAGES + OPTIONAL_PACKAGES) -> dict[str, str]:
-    """Version by distribution name, of those that are installed."""
+    """Versions by distribution name; those that are not installed are left out."""
     versions = {}
     for name in names:
         try:
@@ -114,7 +114,7 @@ def usable_cpus(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = P
 
 
 def memory_limit_bytes(cgroup_root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """Memory this process may use: the smaller of the machine's and its cgroup's limit."""
+    """Bytes of memory this process may use: the smaller of the machine's and its cgroup's limit."""
     total = psutil.virtual_memory().total
     for folder in _cgroup_folders(cgroup_root, membership, "memory"):
         # Version 2 says "max" for no limit, version 1 a number beyond any machine's memory.

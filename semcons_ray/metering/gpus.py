@@ -1,10 +1,10 @@
-"""NVIDIA GPUs: which this machine has, which of them this process sees, and whether its torch can compute on them.
+"""NVIDIA GPUs: which this machine has, which of them this process sees, and whether the installed torch can use them.
 
-All is asked of NVML and read from files. torch is not imported, which takes seconds, and no CUDA context is made, which
-takes memory of the GPU.
+All of it comes from NVML and from files. torch is not imported, which would take seconds, and no CUDA context is made,
+which would take GPU memory.
 
-A GPU that is cut into slices (MIG) computes only through them, so its slices are listed in its place. Slices have
-memory of their own; the energy counter and the power limit are the card's.
+A GPU that is divided into slices (MIG) computes only through them, so its slices are listed in its place. Slices have
+memory of their own; the energy counter and the power limit are those of the whole GPU, here called the card.
 https://docs.nvidia.com/datacenter/tesla/mig-user-guide/
 """
 
@@ -33,13 +33,13 @@ class Gpu:
     """A GPU, or a slice of one.
 
     Attributes:
-        uuid: Its own, "GPU-..." or "MIG-...".
-        card: The whole GPU's; of one that is not cut into slices, the same.
-        name: What NVML calls it.
+        uuid: Its own UUID, "GPU-..." or "MIG-...".
+        card: UUID of the whole GPU; the same as `uuid` unless this is a slice.
+        name: Its name in NVML.
         memory_gib: Its memory.
-        compute_capability: Version of its instructions, such as "9.0".
-        bf16: It computes in bfloat16 natively (compute capability 8.0 on).
-        power_limit_watts: The card's; None where it cannot be read.
+        compute_capability: Its CUDA compute capability, such as "9.0".
+        bf16: Whether it computes in bfloat16 natively (from compute capability 8.0 on).
+        power_limit_watts: Power limit of the whole GPU; None if it cannot be read.
     """
 
     uuid: str
@@ -52,7 +52,7 @@ class Gpu:
 
 
 def list_gpus(nvml: Any = pynvml) -> list[Gpu]:
-    """All GPUs that the node shows, in NVML's order; empty without a driver.
+    """All GPUs of this machine, in NVML's order; empty without a driver.
 
     Args:
         nvml: The pynvml module.
@@ -63,12 +63,12 @@ def list_gpus(nvml: Any = pynvml) -> list[Gpu]:
 def visible_gpus(environ: Mapping[str, str] = os.environ, nvml: Any = pynvml) -> list[Gpu]:
     """The GPUs that a process with this environment sees, in the order in which CUDA numbers them.
 
-    CUDA_VISIBLE_DEVICES holds numbers, UUIDs or beginnings of them; what comes after a name that stands for no GPU, or
-    for several, is not seen. A number, or a whole GPU's UUID, stands for the first slice of a GPU that is cut.
+    CUDA_VISIBLE_DEVICES holds numbers, UUIDs or beginnings of UUIDs; entries after one that stands for no GPU, or for
+    several, are ignored. For a GPU that is divided, a number or the whole GPU's UUID stands for its first slice.
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-environment-variables
 
     Args:
-        environ: Variables of the process.
+        environ: Environment variables of the process.
         nvml: The pynvml module.
     """
     cards = _cards(nvml)
@@ -85,7 +85,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, nvml: Any = pynvml) ->
 
 
 def _named(name: str, cards: list[list[Gpu]]) -> list[Gpu]:
-    """What a name in CUDA_VISIBLE_DEVICES may stand for."""
+    """The GPUs that an entry of CUDA_VISIBLE_DEVICES may stand for."""
     if name.isdigit():
         return cards[int(name)][:1] if int(name) < len(cards) else []
     if name.startswith("GPU-"):
@@ -96,7 +96,7 @@ def _named(name: str, cards: list[list[Gpu]]) -> list[Gpu]:
 
 
 def this_place(*, uses_gpu: bool) -> Place:
-    """Where this process computes: a process that uses a GPU uses the first that it sees, and no other."""
+    """Where this process computes; a process that uses a GPU uses the first one that it sees, and no other."""
     used = visible_gpus()[:1] if uses_gpu else []
     return Place(
         node=socket.gethostname(),
@@ -106,14 +106,14 @@ def this_place(*, uses_gpu: bool) -> Place:
 
 
 def cuda_fault(nvml: Any = pynvml, torch: Path | None = None) -> str:
-    """Why the torch of this Python cannot compute on GPUs, for people; empty: it has what it needs.
+    """Why the installed torch cannot compute on GPUs, in words for a message; empty if it can.
 
-    A driver runs what was built for its own major version of CUDA, or for an earlier one:
+    A driver runs programs that were built for its own major version of CUDA, or for an earlier one:
     https://docs.nvidia.com/deploy/cuda-compatibility/
 
     Args:
         nvml: The pynvml module.
-        torch: Folder of the package; None: of the one that would be imported.
+        torch: Folder of the torch package; None: the one that would be imported.
     """
     if torch is None:
         spec = importlib.util.find_spec("torch")
@@ -137,7 +137,7 @@ def cuda_fault(nvml: Any = pynvml, torch: Path | None = None) -> str:
 
 @contextmanager
 def _opened(nvml: Any) -> Iterator[Any]:
-    """NVML while it is open; None without a driver."""
+    """NVML, opened while the block runs; None without a driver."""
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
@@ -150,7 +150,7 @@ def _opened(nvml: Any) -> Iterator[Any]:
 
 
 def _cards(nvml: Any) -> list[list[Gpu]]:
-    """Each card's slices, which may be none, or the card itself."""
+    """For each card, its slices if it is divided (there may be none yet), else the card itself."""
     with _opened(nvml) as driver:
         if driver is None:
             return []

@@ -1,7 +1,7 @@
-"""A ledger of work: who did what in which round, for how long, and how many bytes and tokens went through it.
+"""The ledger of work: which process did what in which round, how long it took, and how many tokens and bytes it was.
 
 A worker holds one `Ledger`, opens a stage around each piece of work, and hands its rows over after a visit. Energy is
-not known then: `energy.apportion` fills it in when the round is over.
+not known then; `energy.apportion` fills it in when the round is over.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Place(msgspec.Struct, frozen=True):
     """Where a process computes.
 
     Attributes:
-        node: Name of the machine.
-        gpus: UUIDs of its GPUs, with commas between; empty: it computes on the CPU. They are whole GPUs, as those have
-            the counters.
-        sliced: Whether it has but a slice of one of them (MIG).
+        node: Host name of the machine.
+        gpus: UUIDs of the process's GPUs, separated by commas; empty: it computes on the CPU. They are those of whole
+            GPUs, since only these have energy counters.
+        sliced: Whether it has only a slice of one of them (MIG).
     """
 
     node: str
@@ -34,13 +34,13 @@ class Place(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_all(cls, places: Sequence[Place]) -> Place:
-        """Where processes of one machine compute that work as one."""
+        """The common place of several processes of one machine that work as one, such as ranks."""
         gpus = [gpu for place in places for gpu in split_gpus(place.gpus)]
         return cls(places[0].node, ",".join(dict.fromkeys(gpus)), any(place.sliced for place in places))
 
 
 def split_gpus(gpus: str) -> list[str]:
-    """The UUIDs of a `gpus` column."""
+    """The UUIDs in a `gpus` value; see `Place`."""
     return gpus.split(",") if gpus else []
 
 
@@ -58,9 +58,9 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         tokens: Tokens trained on, generated or embedded.
         uplink_bytes: Encoded bytes from client to server (on generate rows, and on encode rows for weights).
         downlink_bytes: Encoded bytes from server to client (on fine_tune rows; public prompts on load rows).
-        energy_joules: Energy, NaN while unavailable.
+        energy_joules: Energy; NaN while unavailable.
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.
-        gpus: UUIDs of the GPUs that it was done on, see `Place`.
+        gpus: UUIDs of the GPUs on which it was done; see `Place`.
     """
 
     round: int
@@ -81,7 +81,8 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Work:
     """A stage in progress: add to its counts inside the `with` block; its row is written when the block ends.
 
-    `waited_seconds` is time in which another process did the work, and has a row for it; it is not counted here.
+    `waited_seconds` is time in which another process did the work. That process has a row of its own for it, so it is
+    subtracted here.
     """
 
     __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "downlink_bytes", "tokens",
@@ -125,7 +126,7 @@ class Work:
 
 
 class Ledger:
-    """The rows of one worker, kept until they are taken. For one thread; a worker's stages do not nest."""
+    """The rows of one worker, kept until they are taken. It is for use in one thread, and stages must not be nested."""
 
     def __init__(self, worker: str, node: str, gpus: str = "") -> None:
         self.worker = worker
@@ -154,17 +155,17 @@ def idle_rows(
     window_end: float,
     workers: Mapping[str, Place] | None = None,
 ) -> list[LedgerRow]:
-    """One idle row a worker: the window less the union of the times it was busy, whatever round they belong to.
+    """One idle row for each worker: the window less the union of the times when it was busy, in whatever round.
 
-    An idle row starts at `window_start` and its duration is a sum of gaps, not one stretch of time. The window is on
-    the caller's clock and `rows` are on their nodes': clocks that differ blur the answer by as much.
+    An idle row starts at `window_start`, and its duration is a sum of gaps, not one stretch of time. The window is by
+    the caller's clock and `rows` are by their nodes' clocks, so the result is off by as much as the clocks differ.
 
     Args:
         rows: Work of any workers; idle rows among it are ignored.
         round: Round written into the new rows.
         window_start: Start of the window, unix seconds.
         window_end: End of the window, unix seconds.
-        workers: Where each worker is, for workers that may have done nothing at all; `rows` adds those it names.
+        workers: Place of each worker by name, for workers that may have no rows; those in `rows` are added.
 
     Returns:
         Rows in order of worker name.

@@ -1,4 +1,4 @@
-"""Bytes, joules and seconds with an SI prefix (kB = 1000 B)."""
+"""Formats bytes, joules and seconds with an SI prefix (kB = 1000 B)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import math
 
 
 def scale(largest: float, unit: str) -> tuple[float, str]:
-    """What to divide by, and the unit with its prefix, for numbers that go up to `largest`."""
+    """The divisor, and the unit with its SI prefix, that suit numbers up to `largest`."""
     power = min(max(int(math.log10(largest)) // 3, 0), 4) if largest > 0 else 0
     return 1000.0**power, ("", "k", "M", "G", "T")[power] + unit
+
+
+def format_mark(value: float, unit: str) -> str:
+    """A round number, such as one at an axis's tick, without needless decimals; positive."""
+    divisor, prefixed = scale(value, unit)
+    return f"{value / divisor:g} {prefixed}"
 
 
 def format_quantity(value: float, unit: str) -> str:

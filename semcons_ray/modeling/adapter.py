@@ -1,6 +1,7 @@
-"""What an adapter is to all that pass one on: tensors by name, apart from any model."""
+"""The type of an adapter's tensors, for code that handles adapters apart from a model."""
 
 from torch import Tensor
 
 Adapter = dict[str, Tensor]
-"""Float32 tensors: for every adapted module a pair A (r, in) and B (out, r), named alike but for lora_A and lora_B."""
+"""Float32 tensors by name: for every adapted module A (r, in) and B (out, r), whose names differ in lora_A and lora_B
+only."""

@@ -1,11 +1,11 @@
-"""How a model family writes a question and its answer: from texts to token ids, and back.
+"""How questions and answers are written for a model family: from texts to token ids, and back.
 
-A family's tokenizer brings its own way: a chat template. A question is what `apply_chat_template` makes of it, with the
-prompt for an answer behind it; what is learnt and scored after it is the rest of the conversation as the template
-writes it, up to the token that ends the assistant's turn (<|eot_id|>, <end_of_turn>, </s> ...), which need not be the
-tokenizer's end of sequence. A base model, without a template, is asked "Question: ...\\nAnswer:".
+A chat model's tokenizer has a chat template. The prompt is what `apply_chat_template` makes of the question, with the
+generation prompt at its end. What is learnt and scored after it is the rest of the conversation as the template writes
+it, up to the token that ends the assistant's turn (<|eot_id|>, <end_of_turn>, </s> ...), which need not be the
+tokenizer's end of sequence. A base model, which has no template, is asked "Question: ...\\nAnswer:".
 
-Only the tokenizer is needed, so the same ids can be had without the weights.
+Only the tokenizer is needed, so a model's prompts can be checked without its weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from semcons_ray.config import TEMPLATE_DATE
 from semcons_ray.errors import ConfigError, ModelError, first_line
 
 QUESTION, ANSWER = "quaestio", "responsum"
-"""Words that no template holds, to see in a conversation of them where it puts what."""
+"""Words that occur in no template: where they appear in a rendered conversation shows where a template puts texts."""
 
 ANCHORS = ("a", ".", "\n")
 SET_HERE = ("messages", "add_generation_prompt", "strftime_now")
-"""Variables of a template that are not the user's to choose."""
+"""Variables of a template that users cannot set."""
 
 
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought)>\s*$")
@@ -34,11 +34,12 @@ _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought)>\s*$")
 
 @dataclass(frozen=True)
 class CutTexts:
-    """How many texts `max_length` cuts, none counted twice.
+    """How many texts are cut at `max_length`; none is counted twice.
 
     Attributes:
-        prompts: Those of which only the prompt loses tokens, at its beginning.
-        ends: Those whose response loses its end of turn, and perhaps some of what it says: it is not taught to end.
+        prompts: Texts of which only the prompt loses tokens, at its beginning.
+        ends: Texts whose response loses its end: the end of turn, and perhaps words. The model is not taught to end
+            there.
     """
 
     prompts: int
@@ -59,15 +60,15 @@ class Style(Protocol):
     end: int
 
     def prompt(self, question: str) -> str:
-        """A question, up to where the answer begins."""
+        """The text of a question, up to where the answer begins."""
         ...
 
     def rest(self, prompt: str, question: str, response: str) -> str:
-        """What follows `prompt`, that of the question, when the answer is `response`."""
+        """The text that follows `prompt`, the prompt of this question, if the answer is `response`."""
         ...
 
     def said(self, ids: Sequence[int]) -> str:
-        """The answer that was written in these ids, in so far as its end has been left out."""
+        """The text of an answer that a model has generated as these ids, without the token that ended it."""
         ...
 
 
@@ -76,10 +77,10 @@ class ChatFormat:
 
     Args:
         tokenizer: A tokenizer of transformers.
-        name: Of the model, for errors.
-        max_length: Tokens a prompt with its response is cut to; a response gets half of them at most.
-        system_prompt: Goes first; before the question, where a template takes no system turn. Empty leaves it out.
-        template_kwargs: Passed to the chat template.
+        name: Name of the model, for errors.
+        max_length: Most tokens of a prompt with its response; the response gets at most half of them.
+        system_prompt: Text of a system turn; where a template takes none, it goes before the question. Empty: none.
+        template_kwargs: Arguments for the chat template.
         template_date: The day that a chat template is told is today.
 
     Raises:
@@ -109,32 +110,37 @@ class ChatFormat:
             self._style = _TemplateStyle(tokenizer, name, system_prompt, kwargs)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """What the model is given to answer a question, cut to `max_length`."""
+        """Ids that the model is given to answer a question, cut to `max_length`."""
         return self._cut(self._ids(self._style.prompt(question)), self._max_length)
 
     def encode(self, question: str, response: str) -> tuple[list[int], int]:
         """Ids of a question and its answer, cut to `max_length`, and how many of them are the prompt's."""
         prompt, answer = self._whole(question, response)
-        answer = answer[: self._max_length // 2]  # cut, it isn't taught to end there
+        answer = answer[: self._max_length // 2]  # an answer that is cut loses its end: it isn't taught to end there
         prompt = self._cut(prompt, self._max_length - len(answer))
         return [*prompt, *answer], len(prompt)
 
     def ends(self, configured: int | Sequence[int] | None) -> list[int]:
-        """Ids that end an answer: what ends a turn, a sequence, and what a generation config names."""
+        """Ids that end an answer: the end of turn, the end of sequence, and those of the model's generation config.
+
+        Args:
+            configured: `eos_token_id` of the generation config.
+        """
         listed = configured if isinstance(configured, Sequence) else [configured]
         known = {self._style.end, self._tokenizer.eos_token_id, *listed}
         return sorted(known - {None})
 
     def ends_turn(self, ids: Sequence[int]) -> bool:
-        """Whether a response that `encode` gave has its end still."""
+        """Whether the ids of a response that `encode` gave still have their end."""
         return ids[-1] == self._style.end
 
     def answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer that a model has written, without its end and without what led it in."""
+        """The text of an answer that a model has generated, without its end and what the template puts before
+        answers."""
         return self._style.said(ids)
 
     def count_cut(self, examples: Iterable[tuple[str, str]]) -> CutTexts:
-        """How many of these questions and responses `encode` cuts."""
+        """How many of these (question, response) pairs `encode` cuts."""
         half = self._max_length // 2
         lengths = [(len(prompt), len(answer)) for prompt, answer in (self._whole(*example) for example in examples)]
         return CutTexts(
@@ -143,19 +149,19 @@ class ChatFormat:
         )
 
     def _whole(self, question: str, response: str) -> tuple[list[int], list[int]]:
-        """Ids of a prompt, and of what follows it with the end."""
+        """Ids of a prompt, and of the response with its end, before cutting."""
         text = self._style.prompt(question)
         prompt = self._ids(text)
         rest = self._style.rest(text, question, response)
         return prompt, [*self._following(text, prompt, rest), *self._style.closing]
 
     def _following(self, text: str, ids: list[int], rest: str) -> list[int]:
-        """Ids of `rest` behind `text`, which has `ids`: those of both together, from where `text` ends."""
+        """Ids of `rest` as they follow `ids`, those of `text`, when both texts are tokenized together."""
         together = self._ids(text + rest)
         if together[: len(ids)] == ids:
             return together[len(ids) :]
-        # A token reaches over the boundary, where a model that answers can't have one: so `rest` gets the ids that it
-        # has behind a character that it doesn't grow together with. By itself it could get a space before it.
+        # A token crosses the boundary, which cannot happen when a model generates. So `rest` gets the ids that it has
+        # behind a character with which it doesn't merge; tokenized alone, it could get a space before it.
         for anchor in ANCHORS:
             before, both = _plain_ids(self._tokenizer, anchor), _plain_ids(self._tokenizer, anchor + rest)
             if both[: len(before)] == before:
@@ -166,7 +172,7 @@ class ChatFormat:
         return [*self._style.opening, *_plain_ids(self._tokenizer, text)]
 
     def _cut(self, prompt: list[int], length: int) -> list[int]:
-        """The end of a prompt too long; a first token that marks the beginning of every text stays before it."""
+        """The last `length` ids of a prompt that is too long; a beginning-of-sequence token is kept."""
         if len(prompt) <= length:
             return prompt
         kept = 1 if prompt[0] == self._tokenizer.bos_token_id else 0
@@ -174,7 +180,7 @@ class ChatFormat:
 
 
 class _PlainStyle:
-    """That of a base model."""
+    """The style of a base model."""
 
     def __init__(self, tokenizer: Any, system_prompt: str) -> None:
         self._tokenizer = tokenizer
@@ -197,7 +203,7 @@ class _PlainStyle:
 
 
 class _TemplateStyle:
-    """That of a chat template."""
+    """The style of a model with a chat template."""
 
     def __init__(self, tokenizer: Any, name: str, system_prompt: str, kwargs: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
@@ -237,8 +243,8 @@ class _TemplateStyle:
         whole = self._conversation(question, response)
         if whole.startswith(prompt) and whole.endswith(self._after):
             return whole[len(prompt) : len(whole) - len(self._after)] + self._ending
-        # An answer given is written otherwise than one is asked for, say without the empty thought that stands in the
-        # prompt: it is learnt where it is asked for.
+        # The template writes an answer in a conversation otherwise than it asks for one, for example without the empty
+        # thought that its generation prompt has. The answer is learnt behind the prompt, where it will be asked for.
         shown = response if response + self._after in whole else response.strip()
         return self._lead + shown + self._ending
 
@@ -281,11 +287,11 @@ def read_formats(
     template_kwargs: Mapping[str, Any] | None = None,
     template_date: date = TEMPLATE_DATE,
 ) -> dict[str, ChatFormat]:
-    """The format of each model, by its name, from the tokenizer in its folder.
+    """The chat format of each model by name, from the tokenizer in the model's folder; see `ChatFormat` for the rest.
 
     Raises:
-        ConfigError: A name in `template_kwargs` is one that no model's chat template reads.
-        ModelError: A tokenizer cannot be loaded; and see `ChatFormat`.
+        ConfigError: No model's chat template reads one of `template_kwargs`, or it cannot be set.
+        ModelError: A tokenizer cannot be loaded, or does not do for a `ChatFormat`.
     """
     tokenizers = {name: load_tokenizer(name, folder) for name, folder in folders.items()}
     _check_kwargs(template_kwargs or {}, tokenizers)
@@ -303,7 +309,7 @@ def read_formats(
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
-    """The tokenizer of a model, by its folder.
+    """Load the tokenizer of the model `name` from its folder.
 
     Raises:
         ModelError: It cannot be loaded.
@@ -328,18 +334,18 @@ def _check_kwargs(kwargs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> N
 
 
 def _lead(prompt: str, beginning: str) -> str:
-    """What an answer begins with before it says anything, such as an empty thought or the name of a channel.
+    """What the template puts before the words of an answer, such as an empty thought or the name of a channel.
 
     Args:
-        prompt: A question as it is asked.
-        beginning: A conversation with the same question, up to what its answer says.
+        prompt: A question with the generation prompt.
+        beginning: A conversation with the same question, up to the words of its answer.
     """
     same = len(commonprefix([prompt, beginning]))  # noqa: RUF071 - of texts, letter by letter
     asked, given = prompt[same:], beginning[same:]
     if not asked.strip():
         return given
     thought = _OPEN_THOUGHT.search(asked)
-    # Families that leave thoughts out of answers given open one where they ask: it is to be closed before the answer.
+    # Some templates leave thoughts out of past answers but open one in the generation prompt: it must be closed first.
     return f"\n</{thought[1]}>\n\n" if thought else ""
 
 
@@ -348,7 +354,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _marks_in(text: str, tokenizer: Any) -> list[tuple[int, str]]:
-    """Tokens in a text that stand by themselves whatever is around them, but for the blanks that some families add."""
+    """Special and added tokens in a text, with their texts: those that are tokens whatever stands around them."""
     added = {token: str(entry.content) for token, entry in tokenizer.added_tokens_decoder.items()}
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     marks = added | special

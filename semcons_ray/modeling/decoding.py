@@ -1,9 +1,9 @@
-"""How a family of models takes a text that grows token by token: padded or not, and with which cache.
+"""How a model family generates token by token: whether batches may be padded, and with which cache.
 
-Attention leaves out what is masked, so texts of several lengths fill one batch, padded on the left. Recurrent layers
-(Mamba, gated delta nets, short convolutions) carry a state through all that they are shown, and families without
-`position_ids` count places themselves: their batches hold texts of one length, without padding or mask. A few families
-keep what they computed in forms of their own, or keep nothing; they read the whole text again for each token.
+Attention ignores what is masked, so texts of several lengths can be in one batch, padded on the left. Recurrent layers
+(Mamba, gated delta nets, short convolutions) carry a state through everything they read, padding included, and families
+without `position_ids` count positions themselves: their batches hold texts of one length, without padding or mask. A
+few families have a cache of a kind of their own, or none; they read the whole text again for each token.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 PADDED = {DynamicLayer, DynamicSlidingWindowLayer}
-"""Layers of a cache that a mask reaches."""
+"""Kinds of cache layers that respect a mask."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a family's `forward` can be given.
+    """How a family's `forward` is called.
 
     Attributes:
-        cache: Name of the argument that takes a `DynamicCache`; None: it takes none.
+        cache: Name of the argument for a `DynamicCache`; None: no cache is used.
         positions: Whether it takes `position_ids`.
-        pads: Whether a batch may hold texts of several lengths.
+        pads: Whether a batch may hold texts of several lengths, padded.
     """
 
     cache: str | None
@@ -40,7 +40,7 @@ class Decoding:
 
     @classmethod
     def of(cls, base: Any) -> Decoding:
-        """That of a model of transformers."""
+        """The way of a model of transformers."""
         taken = inspect.signature(type(base).forward).parameters
         positions = "position_ids" in taken
         cache = next((name for name in CACHE_ARGUMENTS if name in taken), None)
@@ -48,31 +48,38 @@ class Decoding:
             return cls(None, positions, pads=False)
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
         if (base._is_stateful and kinds <= PADDED) or any(kind.__module__ != DynamicLayer.__module__ for kind in kinds):
-            return cls(None, positions, pads=False)  # its state is in its modules, or in layers that keep rows apart
+            return cls(None, positions, pads=False)  # its state is kept in its modules, or in a cache of its own kind
         return cls(cache, positions, pads=kinds <= PADDED and positions)
 
     def batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-        """Texts in `order`, which sorts them by length, in batches of up to `size` that can be worked on together."""
+        """Batches of up to `size` texts that can be generated together, by index.
+
+        Args:
+            order: Indices of texts, sorted by length.
+            lengths: Length of each text, in tokens.
+            size: Most texts in a batch.
+        """
         together = [list(order)] if self.pads else [list(same) for _, same in groupby(order, lambda i: lengths[i])]
         for texts in together:
             for start in range(0, len(texts), size):
                 yield texts[start : start + size]
 
     def begin(self, config: Any, ids: Tensor, mask: Tensor) -> Growing:
-        """A batch of texts, (B, T), padded on the left where `mask` is 0."""
+        """Begin to generate after a batch of texts, ids (B, T), padded on the left where `mask` (B, T) is 0."""
         cache = DynamicCache(config=config) if self.cache else None
         return Growing(self, ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
 
 
 @dataclass
 class Growing:
-    """A batch of texts that grow.
+    """A batch of texts to which tokens are appended.
 
     Attributes:
-        ids: What the model has yet to read, (B, T); without a cache, all of the texts.
-        mask: 0 where padding is, (B, all tokens).
-        positions: Of `ids`, in their texts.
-        cache: What the model keeps of what it has read.
+        decoding: How the model is called.
+        ids: Tokens that the model has not read yet, (B, T); without a cache, all tokens of the texts.
+        mask: 0 for padding, else 1, (B, number of all tokens).
+        positions: Positions of `ids` in their texts, (B, T).
+        cache: The model's cache of what it has read, if it uses one.
     """
 
     decoding: Decoding
@@ -82,7 +89,7 @@ class Growing:
     cache: DynamicCache | None
 
     def inputs(self) -> dict[str, Any]:
-        """What `forward` is given."""
+        """The arguments of the next call of `forward`."""
         inputs: dict[str, Any] = {"input_ids": self.ids, "use_cache": self.cache is not None}
         if self.decoding.cache:
             inputs[self.decoding.cache] = self.cache
@@ -93,14 +100,14 @@ class Growing:
         return inputs
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows of the batch but these."""
         kept = torch.tensor(rows, device=self.ids.device)
         if self.cache is not None:
             self.cache.reorder_cache(kept)  # unlike batch_select_indices, all kinds of layers have it
         self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
 
     def append(self, tokens: Tensor) -> None:
-        """One more token a row, (B,)."""
+        """Append a token to each row; `tokens` is (B,)."""
         ids, positions = tokens[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
         if self.cache is None:

@@ -1,4 +1,4 @@
-"""How large the layers of a model are, by its configuration, whatever its family calls them."""
+"""Sizes of a model's layers, read from its configuration under whatever names its family uses."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 from semcons_ray.errors import ModelError
 
 DELTA_CHUNK = 64
-"""Tokens that a gated delta net works on together."""
+"""Number of tokens in a chunk of a gated delta net."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Of a model's layers; where they differ, of the largest.
+    """Sizes of a model's layers; where layers differ, of the largest.
 
     Attributes:
-        width: Of a hidden vector.
-        layers: How many there are.
-        heads: Of attention; 1 where there is none.
-        head_width: Of one.
-        key_values: Numbers that a layer's cache holds for a token.
-        feed_forward: Inner width, of all experts that a token passes through together.
-        experts: Experts that a token passes through; 0 where there are none.
+        width: Size of a hidden vector.
+        layers: Number of layers.
+        heads: Attention heads; 1 if there is no attention.
+        head_width: Size of a head.
+        key_values: Numbers that a layer's key-value cache holds for a token.
+        feed_forward: Inner width of the feed-forward layer; in a mixture, of all experts of a token together.
+        experts: Experts that a token passes through; 0 if there are none.
         vocabulary: Logits of a token.
-        drops_attention: Whether attention weights are dropped at random in training, which keeps them three times.
-        state: Numbers in float32 that a recurrent layer keeps for a token, as transformers computes it by itself.
-        working: Numbers in float32 that such a layer computes with for a token, and does not keep.
-        chunk: What a recurrent layer pads the number of tokens to a multiple of.
+        drops_attention: Whether training uses dropout on attention weights, which keeps them three times.
+        state: Float32 numbers that a recurrent layer keeps for a token for the backward pass, in transformers' own
+        code. working: Float32 numbers that such a layer needs for a token while it computes, and does not keep.
+        chunk: The number of tokens is padded to a multiple of this by recurrent layers.
     """
 
     width: int
@@ -47,7 +47,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Any) -> Dimensions:
-        """By a configuration of transformers.
+        """Read them from a configuration of transformers.
 
         Raises:
             ModelError: It does not say how wide the model is, or how many layers it has.
@@ -84,12 +84,13 @@ class Dimensions:
         )
 
     def padded(self, tokens: int) -> int:
-        """Tokens that a recurrent layer works on, for so many."""
+        """Number of tokens on which a recurrent layer computes, padding included, for a text of `tokens` tokens."""
         return ceil(tokens / self.chunk) * self.chunk
 
 
 def _recurrent(config: Any, width: int) -> tuple[int, int, int]:
-    """See `Dimensions`: state, working and chunk; measured of Mamba, Mamba 2, Falcon H1 and Qwen3.5, and rounded up."""
+    """`Dimensions.state`, `working` and `chunk`: measured with Mamba, Mamba 2, Falcon H1 and Qwen3.5, and rounded
+    up."""
     if delta_heads := _largest(config, "linear_num_value_heads", "linear_num_heads"):
         key, value = _largest(config, "linear_key_head_dim"), _largest(config, "linear_value_head_dim")
         return delta_heads * (7 * (key + value) + 6 * DELTA_CHUNK + 3 * key * value // DELTA_CHUNK), 0, DELTA_CHUNK
@@ -105,7 +106,7 @@ def _recurrent(config: Any, width: int) -> tuple[int, int, int]:
 
 
 def _largest(config: Any, *names: str) -> int:
-    """The largest number that a configuration has under these names, in any layer; 0 where it has none."""
+    """The largest number that a configuration has under any of these names, in any layer; 0 if there is none."""
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     values = [getattr(layer, name, None) for layer in layers for name in names]
     each = chain.from_iterable(value if isinstance(value, (list, tuple)) else [value] for value in values)

@@ -1,9 +1,9 @@
-"""Sentence embeddings: a unit vector a text, each a pure function of its text alone.
+"""Sentence embeddings: a unit vector for each text, which depends on that text alone.
 
 Answers arrive in any order and repeat between clients and rounds, and a run may resume with an empty cache. So a
 text's vector must not depend on what it was batched with: every batch has a fixed number of rows, and a padded
 length that depends on the text only. Then each row is computed by the same kernels in the same order, whatever
-the other rows hold. Models that take more than what a tokenizer of transformers makes of a text (static embeddings,
+the other rows hold. Models whose input is not just a text's ids from a tokenizer of transformers (static embeddings,
 bags of words, a prompt before each text ...) are given texts one at a time.
 """
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 SHORTEST_LENGTH = 16
 LONGEST_LENGTH = 512
-"""Tokens a text is cut to by a model that does not say how many it takes."""
+"""Tokens to which a text is cut for a model that does not say how many it takes."""
 
 SAMPLES = ("", " A sample, of 2 sentences.  The other. ")
-"""What a model is tried on before it is trusted."""
+"""Texts on which a model is tried when it is loaded."""
 
 MAX_CACHED = 20_000
-"""Texts whose vectors are kept, the last used ones: 40 MB of them at 384 dimensions."""
+"""Number of texts whose vectors are kept, those used last: 40 MB at 384 dimensions."""
 
 
 class Embedder:
@@ -40,11 +40,11 @@ class Embedder:
 
     Args:
         name: What `resolve_model` returned: a folder or a hub id.
-        batch_size: Rows of every batch; a part-filled one is padded.
+        batch_size: Rows of every batch; a batch with fewer texts is padded.
         device: A torch device.
 
     Raises:
-        ModelError: The model cannot be loaded, or its vectors are not numbers.
+        ModelError: The model cannot be loaded, or its vectors are not finite.
     """
 
     def __init__(self, name: str, *, batch_size: int = 16, device: str = "cpu") -> None:
@@ -96,7 +96,7 @@ class Embedder:
 
     @torch.no_grad()
     def _computed(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of any length, (N, D) float32."""
+        """Vectors of texts before they are normalised, (N, D) float32."""
         if self._tokenizer is None:
             return torch.cat([self._forward(self.model.preprocess([text], prompt=self._prompt)) for text in texts])
         lengths = [
@@ -123,7 +123,7 @@ class Embedder:
         return vectors.float()
 
     def _plain_tokenizer(self) -> Any:
-        """The model's tokenizer, where all that the model takes is a text's ids and their mask; else None."""
+        """The model's tokenizer, if the model's input is only what that makes of a text; else None."""
         tokenizer = getattr(self.model[0], "tokenizer", None)
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.pad_token_id is None:
             return None

@@ -1,8 +1,8 @@
-"""What a client sees of a generation engine: token ids and an adapter go in, token ids come out.
+"""The interface of generation engines: token ids and an adapter go in, token ids come out.
 
-An engine holds one base model and answers all its clients at once, each with the adapter that comes with the request;
-see vllm_engine.py. Tokenisation stays with the client's `LanguageModel`, so that both ways of generating see the same
-ids and end at the same tokens.
+An engine holds one base model and answers for all clients that have it at once, each with the adapter that comes with
+its request; see vllm_engine.py. Tokenisation stays with the client's `LanguageModel`, so that answers by an engine and
+by the model itself begin with the same ids and end at the same tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class EngineRequest:
     """Prompts of one client.
 
     Attributes:
-        prompts: Token ids of each.
-        adapter: Files of the adapter in PEFT's format, by name.
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy.
+        prompts: Token ids of each prompt.
+        adapter: Contents of the adapter's files in PEFT's format, by file name.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Sampling temperature; 0 is greedy.
         ends: Ids that end an answer.
-        seeds: Of each prompt's own random stream.
+        seeds: Seed of each prompt's own random stream.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -38,14 +38,14 @@ class EngineReply:
     """Answers, and what they cost.
 
     Attributes:
-        answers: Token ids of each answer, in the order of the prompts, without its end.
-        num_tokens: Tokens generated, ends counted.
+        answers: Token ids of each answer, in the order of the prompts, without the token that ended it.
+        num_tokens: Tokens generated, including those that ended answers.
         engine: Name of the engine, for the ledger.
-        node: Machine it runs on.
-        gpus: UUIDs of the GPUs that it computes on, with commas between; empty: it computes on the CPU.
+        node: Host name of the machine it runs on.
+        gpus: UUIDs of the GPUs on which it computes, separated by commas; empty: it computes on the CPU.
         started_at: Start of the request's part of the engine's busy time, unix seconds.
-        busy_seconds: Length of that part. Requests are worked on side by side; their parts follow each other, so that
-            all parts together are the time that the engine was busy.
+        busy_seconds: Length of that part. Requests are worked on at the same time, but each is given a stretch of its
+            own, so that all parts add up to the time that the engine was busy.
     """
 
     answers: list[list[int]]
@@ -58,7 +58,7 @@ class EngineReply:
 
 
 class Engine(Protocol):
-    """Answers requests of many clients; safe to call from several threads."""
+    """Answers requests of many clients. It may be called from several threads."""
 
     def generate(self, request: EngineRequest) -> EngineReply:
         """Answer all prompts of a request.

@@ -1,4 +1,4 @@
-"""Whether a model can do what a run asks of it, before anything is loaded: from its folder, without its weights."""
+"""Checks, from a model's folder and without loading its weights, that the model can do what a run asks of it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from semcons_ray.modeling.chat import load_tokenizer
 from semcons_ray.modeling.model_folder import read_config
 
 CAUSAL_WITHOUT_FLAG = {"gpt_neox", "gpt_neox_japanese"}
-"""Families whose `is_decoder` says no, though they read from left to right."""
+"""Families of causal models whose configuration has `is_decoder` false nevertheless."""
 
 
 def check_model(folder: Path, model: ModelConfig, generation: GenerationConfig, texts: Sequence[str]) -> None:
-    """Check the model `model.name`, which is in `folder`.
+    """Check the model `model.name`.
 
     Args:
-        texts: All that the model is going to read of the data.
+        folder: Folder with the model's files.
+        model: Settings of the model.
+        generation: Settings of answers.
+        texts: All texts of the data that the model is going to read.
 
     Raises:
-        ModelError: It is no causal language model of text alone, the folder holds an adapter, the adapter to be trained
-            does not fit it, its positions are too few, or its tokenizer is missing or does not fit it. One line, that
-            says what to change.
+        ModelError: It is not a causal language model of text alone, the folder holds an adapter, the adapter to be
+            trained does not fit it, it has too few positions, or its tokenizer is missing or does not fit it. The
+            message says what to change.
     """
     name = model.name
     _check_adapter(folder, name)
@@ -86,7 +89,7 @@ def _check_positions(config: Any, model: ModelConfig, generation: GenerationConf
 
 
 def _positions(config: Any) -> int | None:
-    """The longest text that a model can read; None: there is no such limit."""
+    """Most tokens that a model can read; None: there is no limit."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if limit is None or getattr(config, "alibi", False):
         return None
@@ -100,9 +103,10 @@ def _positions(config: Any) -> int | None:
 
 
 def _check_tokenizer(folder: Path, rows: int, name: str, texts: Sequence[str]) -> None:
-    """The tokens that texts can become must be in an embedding of so many rows; that of padding, which is masked, not.
+    """Check that an embedding of `rows` rows has every token that a text can contain.
 
-    Many models have tokens beyond theirs that only images or sounds become.
+    Tokens beyond the last row are allowed if no text contains them: padding, which is masked, and the added tokens that
+    many families have for images or sounds.
     """
     tokenizer = load_tokenizer(name, folder)
     vocabulary = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""How much memory a worker needs, read from a model's files before anything is loaded."""
+"""Estimates, from a model's files and before anything is loaded, how much memory a worker needs."""
 
 from __future__ import annotations
 
@@ -15,59 +15,62 @@ PROCESS_BYTES = 600 << 20
 """A process that has imported torch, transformers and PEFT, and the libraries' caches, measured on Linux."""
 
 TOKENIZER_GROWTH = 10
-"""A tokenizer's memory a byte of its file: 9.7 and 9.8 measured, by what Gemma 3's and Qwen2.5's add to SmolLM2's."""
+"""Bytes of memory of a tokenizer for each byte of its file: 9.7 and 9.8 measured, as the difference that Gemma 3's and
+Qwen2.5's make to SmolLM2's."""
 
 HEAP_GROWTH = 2
-"""A process's heap against what is alive in it at most. The C library gives memory back from the heap's end only, and
-a batch leaves holes: 1.6 to 2.0 measured with six layers of each of the three models and batches of one length.
-Batches of ever new lengths leave more."""
+"""Size of a process's heap relative to the most that was alive in it. The C library gives memory back from the heap's
+end only, and a batch leaves holes: 1.6 to 2.0 measured with six layers of each of the three models and batches of one
+length. Batches of ever new lengths leave more."""
 
 CUDA_HOST_BYTES = 1 << 30
-"""What CUDA's libraries add to a process in host memory. Not measured yet."""
+"""Host memory that CUDA's libraries add to a process. Assumed, not measured yet."""
 
 CUDA_DEVICE_BYTES = 512 << 20
-"""What a process takes of a GPU before anything is computed: its context and kernels. Not measured yet."""
+"""GPU memory that a process takes before it computes anything: its context and kernels. Assumed, not measured yet."""
 
 LOADING_MATRICES = 4
-"""Weights on their way to a GPU at a time: transformers loads with as many threads, one tensor each. The files behind
-them are mapped into memory, which the system takes back when it needs it."""
+"""Number of weights that are on their way to a GPU at the same time: transformers loads with as many threads, one
+tensor each. The files behind them are mapped into memory, which the system takes back when it needs it."""
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
-"""Models whose layers are built alike, and keep less for the backward pass than the bound for all others."""
+"""Families whose layers are built alike, and keep less for the backward pass than the bound for all others."""
 
 ENGINE_PROCESS_BYTES = 1500 << 20
-"""A process that has imported vLLM, with what it computes in on a CPU: 1350 MiB measured on Linux beside weights and
+"""A process that has imported vLLM, with its working memory on a CPU: 1350 MiB measured on Linux beside weights and
 cache, most of it copies of adapters for every token of a batch of prompts."""
 
 ENGINE_DEVICE_BYTES = 2 << 30
-"""What an engine on a GPU takes beside weights and cache: its context, graphs and activations. Not measured yet."""
+"""GPU memory that an engine takes beside weights and cache: its context, graphs and activations. Assumed, not measured
+yet."""
 
 EXPERTS = ".experts."
-"""In the names of weights of a mixture's experts."""
+"""Part of the names of the weights of a mixture's experts."""
 
 LOSS_ROWS = 64
-"""Rows of logits that are turned into losses at a time."""
+"""Number of rows of logits that are turned into losses at a time."""
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
-"""A weight's: 4 bit keeps a float32 scale for each 64. The scale for each row of 8 bit is too little to count."""
+"""Bytes of a weight. With 4 bits there is a float32 scale for each 64 weights; the scale for each row with 8 bits is
+too small to count."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a worker needs, and whether of host memory or of a GPU's.
+    """Bytes that a worker needs, of host memory and of a GPU's.
 
-    On the CPU all is in host memory. On a GPU the weights, what is computed and the adapter with its optimizer state
-    are there; the host has the process, the tokenizer and what is being loaded. Adapters are too small to count.
+    On the CPU everything is in host memory. With a GPU, weights, activations and the adapter with its optimizer state
+    are on the GPU; the host has the process, the tokenizer and what is being loaded. Adapters are too small to count.
 
     Attributes:
-        weights: The model's; of a quantised one with the largest matrix once more, as it is when it is computed with.
-        activations: Of a training batch, or the cache of keys and values of a batch of answers: the larger.
-        logits: Of a training or an evaluation batch, with what becomes of them.
+        weights: The model's weights; with quantisation, also the largest matrix as it is when computed with.
+        activations: Those of a training batch, or the key-value cache of a batch of answers, whichever is larger.
+        logits: Logits of a training or an evaluation batch, and what is computed from them.
         tokenizer: The tokenizer's tables.
         process: The process itself.
-        largest: The largest of the weights' matrices; in `weights` as well.
-        loading: Of the largest `LOADING_MATRICES` of them.
+        largest: The largest weight matrix, which is part of `weights` as well.
+        loading: The largest `LOADING_MATRICES` weight matrices.
         offloaded: Weights that a worker on a GPU keeps in host memory, and fetches while it computes with them.
         device: "cpu" or "cuda".
     """
@@ -83,9 +86,11 @@ class Footprint:
     device: str = "cpu"
 
     def divided(self, ranks: int, *, offloaded: bool = False) -> Footprint:
-        """Of one of the ranks that hold equal parts of the weights, and gather a matrix while they compute with it.
+        """The footprint of one of several ranks, which hold equal parts of the weights and gather each matrix for use.
 
-        `offloaded` says whether a rank on a GPU has its part in host memory.
+        Args:
+            ranks: Number of ranks.
+            offloaded: Whether a rank on a GPU keeps its part in host memory.
         """
         part = ceil(self.weights / ranks)
         if offloaded and self.device == "cuda":
@@ -94,10 +99,10 @@ class Footprint:
 
     @property
     def host_bytes(self) -> int:
-        """What the worker needs of the host's memory.
+        """Bytes of host memory that the worker needs.
 
-        On the CPU, logits are too large for the heap, and leave no holes. They come on top of the heap at its largest,
-        since it does not shrink when a batch is done.
+        On the CPU, logits are allocated outside the heap and leave no holes. They are added to the heap at its largest,
+        since it does not shrink after a batch.
         """
         if self.device == "cuda":
             return self.process + CUDA_HOST_BYTES + self.tokenizer + self.loading + self.offloaded
@@ -105,7 +110,7 @@ class Footprint:
 
     @property
     def device_bytes(self) -> int:
-        """What the worker needs of its GPU's memory."""
+        """Bytes of its GPU's memory that the worker needs; 0 on the CPU."""
         if self.device == "cuda":
             return self.weights + self.activations + self.logits + CUDA_DEVICE_BYTES
         return 0
@@ -122,22 +127,31 @@ def measure_footprint(
     quantization: Quantization = "none",
     device: str = "cpu",
 ) -> Footprint:
-    """Footprint of one worker on `device` that trains, evaluates and runs the model in `folder`.
+    """The footprint of a worker that trains, evaluates and answers with the model in `folder`.
 
-    Weights are counted from the headers of the safetensors files. A training batch of B sequences of T tokens keeps
-    for the backward pass, for each token and layer, at most 10 hidden vectors, 9 as wide as all attention heads, keys
-    and values, 4 of the feed-forward width, and T attention weights of each head in float32. That is what a layer of
-    Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. Each bound takes sequences as long as they may be.
-    Experts take a token's vector and give one back each, and their weights are kept once more; recurrent layers keep
-    and compute with what `Dimensions` says.
+    Weights are counted from the headers of the safetensors files. For the backward pass of a training batch, each token
+    keeps in each layer at most 10 hidden vectors, 9 vectors as wide as all attention heads, keys and values, 4 vectors
+    of the feed-forward width, and for each head T attention weights in float32, where T is `max_length`. That is what a
+    layer of Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. All sequences are taken to be T tokens long.
+    Each expert takes a vector of a token and gives one back, and experts' weights are kept once more. For recurrent
+    layers see `Dimensions`.
 
-    On GPUs attention is one kernel, which computes its weights anew in the backward pass. It keeps no more than the
-    mask, T numbers of the model's dtype, and the rest is 10, 6, keys and values, and 4; for models that are
-    `LLAMA_LIKE` 6, 4, none and 4.
+    On GPUs attention is one kernel, which computes its weights again in the backward pass. It keeps only the mask, T
+    numbers of the model's dtype. The rest is 10, 6, keys and values, and 4; for `LLAMA_LIKE` models 6, 4, none and 4.
 
-    Logits are of the responses, half of the tokens at most. In training each is there in the model's dtype and as a
-    float32 log-probability; in evaluation, whose batches are as large as those of answers, in the model's dtype. On top
-    come two float32 copies of `LOSS_ROWS` rows.
+    Logits are computed for responses only, at most half of the tokens. In training each is kept in the model's dtype
+    and as a float32 log-probability; in evaluation, whose batches are as large as those of answers, in the model's
+    dtype. Two float32 copies of `LOSS_ROWS` rows are added.
+
+    Args:
+        folder: Folder with the model's files.
+        dtype: Type of the weights: "bfloat16", "float16" or "float32".
+        max_length: Most tokens of a prompt with its response.
+        batch_size: Examples in a training batch.
+        generation_batch_size: Prompts in a batch of answers, and examples in a batch of evaluation.
+        max_new_tokens: Longest answer, in tokens.
+        quantization: Bits of the weights.
+        device: "cpu" or "cuda".
 
     Raises:
         ModelError: The folder holds no safetensors weights, or no config.json that says how large the model is.
@@ -172,7 +186,7 @@ def measure_footprint(
 
 
 def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -> tuple[int, int]:
-    """Bytes of host and of GPU memory that a vLLM engine of the model in `folder` needs.
+    """Bytes of host memory and of GPU memory that a vLLM engine of the model in `folder` needs.
 
     Raises:
         ModelError: The folder holds no safetensors weights.

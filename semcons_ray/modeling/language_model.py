@@ -1,9 +1,9 @@
-"""One base model with one low-rank adapter that clients take turns in: fine-tune, answer, score.
+"""A language model: one base model with a place for a low-rank adapter, for fine-tuning, answering and scoring.
 
-The base stays frozen and in the device's best dtype. An adapter outside the model is a dict of float32 tensors
-(the master weights that the optimizer steps); inside, it is cast to the compute dtype, so that no matrix product
-casts its input. Every method is a pure function of the adapter loaded, its arguments and its generator: the same
-calls give the same bits, whoever held the model before.
+Clients take turns in it, each with its own adapter. The base stays frozen, in the dtype of the settings. Outside the
+model, an adapter is a dict of float32 tensors (the master weights that the optimizer updates); inside, it is cast to
+the compute dtype, so that no matrix product has to cast its input. The results of every method depend only on its
+arguments: the same call gives the same bits, whichever client used the model before.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -44,14 +44,16 @@ from semcons_ray.modeling.quantization import keep_trainable, loading_options
 Value = TypeVar("Value")
 Parameters = Mapping[str, torch.nn.Parameter]
 Adjust = Callable[[Parameters], None]
-"""What an algorithm does to the gradients of float32 masters, before they are clipped and a step is taken."""
+"""What an algorithm does to the gradients of the float32 master weights, before they are clipped and a step is
+taken."""
 
 IGNORED = -100
 PADDING = 0
-"""Id of what fills up a batch. It is masked, so any serves that the embedding has; a tokenizer's own may not be."""
+"""Id with which batches are padded. It is masked, so any id in the embedding will do; a tokenizer's own padding token
+may not be in it."""
 
 LENGTH_WINDOW = 8
-"""Batches whose examples are sorted by length together: less padding, and batches still random."""
+"""Number of batches whose examples are sorted by length together: less padding, and batches are still random."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What a round of fine-tuning gives: mean loss per response token, tokens processed, optimizer state."""
+    """The result of a round of fine-tuning.
+
+    Attributes:
+        loss: Mean training loss of a batch, in nats a token, weighted by the batches' response tokens.
+        tokens: Tokens that went through the model, prompts included.
+        optimizer: State of the optimizer; empty unless it is kept.
+    """
 
     loss: float
     tokens: int
@@ -76,10 +84,10 @@ class Score(NamedTuple):
     """How likely responses are.
 
     Attributes:
-        nll_sum: Negative log-likelihood (nats), summed over response tokens, ends of answers among them.
-        num_tokens: How many those are.
-        num_bytes: Bytes, as UTF-8, of the text that they spell: what crosses tokenizers.
-        processed_tokens: Tokens that went through the model, prompts and all.
+        nll_sum: Negative log-likelihood (nats), summed over response tokens, including those that end answers.
+        num_tokens: How many tokens those are.
+        num_bytes: Length as UTF-8 of the text of these tokens, which does not depend on the tokenizer.
+        processed_tokens: Tokens that went through the model, prompts included.
     """
 
     nll_sum: float
@@ -92,20 +100,20 @@ class LanguageModel:
     """A causal language model with a LoRA adapter.
 
     Args:
-        name: What `resolve_model` returned: a folder or a hub id.
-        lora: Shape of the adapter.
-        dtype: "bfloat16", "float16" or "float32".
+        name: The folder that `resolve_model` returned, or a hub id.
+        lora: Rank, scaling, dropout and target modules of the adapter.
+        dtype: Type of the base weights: "bfloat16", "float16" or "float32".
         device: A torch device.
         quantization: Bits of the base weights.
-        max_length: Tokens a prompt with its response is cut to.
+        max_length: Most tokens of a prompt with its response; longer examples are cut.
         system_prompt: See `ChatFormat`.
-        chat_template_kwargs: Passed to the chat template.
+        chat_template_kwargs: Arguments for the chat template.
         template_date: See `ChatFormat`.
-        seed: Decides the first adapter, equal for every client of this architecture (as averaging needs).
+        seed: Seed of the initial adapter, which is the same for every client of this architecture (averaging needs it).
 
     Raises:
-        ModelError: The model cannot be loaded, has no module that `lora.target_modules` names, or cannot be quantised
-            here; or its tokenizer does not do, see `ChatFormat`.
+        ModelError: The model cannot be loaded, lacks a module that `lora.target_modules` names, cannot be quantised or
+            trained here, or its tokenizer does not do (see `ChatFormat`).
     """
 
     def __init__(
@@ -161,11 +169,11 @@ class LanguageModel:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes what a client leaves on disk."""
+        """Whether this process writes clients' files; of several ranks, only the first does."""
         return True
 
     def _rehearse(self) -> None:
-        """Train and answer once, so that what a family of models cannot do shows before any client works."""
+        """Train and answer once, so that a model that cannot is refused before any client works."""
         pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
         one_step, two_tokens = TrainingConfig(batch_size=2, local_steps=1), GenerationSettings(max_new_tokens=2)
         try:
@@ -180,9 +188,9 @@ class LanguageModel:
     # Adapters ---------------------------------------------------------------------------------------------------
 
     def fresh_adapter(self, generator: np.random.Generator | None = None) -> Adapter:
-        """An adapter whose update is zero: the one every client of this architecture starts from, or one drawn anew.
+        """An adapter whose update B A is zero: B is zero, and A is uniform in +-1/sqrt(inputs), as PEFT draws it.
 
-        B is zero, and A as PEFT draws it, uniform in +-1/sqrt(inputs).
+        Without a generator it is the adapter from which every client of this architecture starts; with one, A is drawn.
         """
         adapter = {key: value.clone() for key, value in self._fresh.items()}
         if generator is not None:
@@ -193,14 +201,14 @@ class LanguageModel:
 
     @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
-        """Put an adapter into the model, in place; one of a lower rank is padded with zeros."""
+        """Copy an adapter into the model; one of a lower rank is padded with zeros."""
         for key, parameter in self._parameters.items():
             if parameter.shape != adapter[key].shape:
                 parameter.zero_()
             _part(parameter, adapter[key]).copy_(adapter[key])
 
     def export_adapter(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter of any rank to an existing folder, in the format that plain PEFT loads."""
+        """Write an adapter of any rank to an existing folder, in PEFT's format."""
         rank = next(value.shape[0] for key, value in adapter.items() if "lora_A" in key)
         config = copy.copy(self._peft_config)
         config.r, config.lora_alpha = rank, self._scaling * rank
@@ -233,9 +241,13 @@ class LanguageModel:
         shuffled each epoch, then sorted by length within a window of batches.
 
         Args:
-            optimizer: State that an earlier call returned; None starts afresh.
-            frozen: An adapter of any rank that stands beside the base model and is not trained.
-            adjust: Called before each step.
+            adapter: The adapter to train; it holds the result afterwards.
+            pairs: Prompts and responses, with their weights in the loss.
+            training: Settings of the local update.
+            generator: Decides the order of examples, and dropout.
+            optimizer: Optimizer state that an earlier call returned; None or empty: a new optimizer.
+            frozen: An adapter of any rank that is added to the base model and not trained.
+            adjust: Called with the master weights before each step, to change their gradients.
         """
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
@@ -281,9 +293,10 @@ class LanguageModel:
         *,
         frozen: Adapter | None = None,
     ) -> tuple[list[str], int]:
-        """Answer `prompts`, sorted by length and batched; returns the answers in order, and tokens generated.
+        """Answer prompts in batches; returns the answers in the order of the prompts, and the number of tokens
+        generated.
 
-        Every prompt has random numbers of its own, so what it is batched with changes no draw.
+        Every prompt has random numbers of its own, so the batch it is in does not change what is drawn.
         """
         self.load_adapter(adapter)
         prompt_ids = [self.chat.prompt_ids(prompt) for prompt in prompts]
@@ -300,7 +313,8 @@ class LanguageModel:
     def engine_request(
         self, adapter: Adapter, prompts: Sequence[str], generation: GenerationSettings, generator: np.random.Generator
     ) -> EngineRequest:
-        """What an engine must be asked to answer `prompts` as `generate` does; `decode` reads its answers."""
+        """The request with which an engine answers `prompts` as `generate` would; `decode` turns its answers into
+        text."""
         with tempfile.TemporaryDirectory() as folder:
             self.export_adapter(adapter, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -314,13 +328,14 @@ class LanguageModel:
         )
 
     def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """Answers, without their ends, as texts."""
+        """Texts of answers; each is given as token ids without the one that ended it."""
         return [self.chat.answer(ids) for ids in answers]
 
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationSettings, draws: NDArray[np.float64]
     ) -> list[list[int]]:
-        """The tokens that follow each text, up to and with its end; `draws` (B, max_new_tokens) in [0, 1) decide them.
+        """Generate the tokens that follow each text, including the one that ends it; `draws` (B, max_new_tokens) is in
+        [0, 1) and decides what is sampled.
 
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
@@ -339,7 +354,7 @@ class LanguageModel:
             going = [going[place] for place in left]
             if not self._goes_on(bool(going)):
                 break
-            left = left or [0]  # a stand-in, for ranks that go on in step with others
+            left = left or [0]  # a stand-in: a rank that is done must go on in step with the others
             if len(left) < len(tokens):
                 growing.keep(left)
                 tokens, draws = tokens[left], draws[left]
@@ -350,7 +365,7 @@ class LanguageModel:
     def negative_log_likelihood(
         self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int, *, frozen: Adapter | None = None
     ) -> Score:
-        """Score the responses of `pairs`."""
+        """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
         self.load_adapter(adapter)
         examples = [self._encode(pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda i: (len(examples[i][0]), i))
@@ -370,13 +385,13 @@ class LanguageModel:
         )
 
     def _scored_bytes(self, response: str, ids: list[int]) -> int:
-        """Length of the response, as far as its ids go."""
+        """Length as UTF-8 of a response, or of as much of it as its ids cover if it was cut."""
         return len((response if self.chat.ends_turn(ids) else self.tokenizer.decode(ids)).encode())
 
-    # What ranks do together, where there are several: see sharded.py ------------------------------------------------
+    # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
 
     def of_all_ranks(self, value: Value) -> list[Value]:
-        """What each of them has."""
+        """The values that all ranks called this with, by rank."""
         return [value]
 
     def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
@@ -394,15 +409,15 @@ class LanguageModel:
         return AdamW(masters, training, state, num_steps)
 
     def _share(self, batch: list[int]) -> tuple[list[int], float]:
-        """This process's part of a batch, and whether it counts: 1, or 0 for a stand-in where there is no part."""
+        """This rank's part of a batch, and its weight: 1, or 0 if there is no part for it and it gets a stand-in."""
         return batch, 1.0
 
     def _reduced(self, total: Tensor, masters: Parameters) -> float:
-        """The sum of a total over all processes; gradients of `masters` are summed in place."""
+        """The sum of `total` over all ranks; gradients of `masters` are summed in place."""
         return total.item()
 
     def _goes_on(self, unfinished: bool) -> bool:
-        """Whether a batch of answers needs another token, here or elsewhere."""
+        """Whether any rank has unfinished answers in the batch, so that all must generate another token."""
         return unfinished
 
     # Tokens -----------------------------------------------------------------------------------------------------
@@ -427,7 +442,7 @@ class LanguageModel:
         return ids.to(self.device), mask.to(self.device), labels.to(self.device), rows.to(self.device)
 
     def _token_nll(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL of each label, (N,), and the row of the batch it belongs to, (N,)."""
+        """NLL (nats) of each label, (N,), and the row of the batch it belongs to, (N,)."""
         is_label = labels != IGNORED
         self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -437,13 +452,13 @@ class LanguageModel:
         return torch.cat(losses), is_label.nonzero()[:, 0]
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Hook before the output embedding: compute logits of the scored positions, (1, N, V), and no others."""
+        """Hook before the output embedding, so that only logits of the N scored positions are computed, (1, N, V)."""
         hidden, scored, self._scored = inputs[0], self._scored, None
         return (hidden if scored is None else hidden[scored][None],)
 
     @contextmanager
     def _beside(self, frozen: Adapter | None) -> Iterator[None]:
-        """A frozen adapter that adds to the outputs of its modules while this lasts."""
+        """While the block runs, a frozen adapter adds to the outputs of its modules."""
         handles = []
         frozen = frozen or {}
         for key in [key for key in frozen if "lora_A" in key]:
@@ -459,7 +474,7 @@ class LanguageModel:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Training mode while this lasts. However it ends, the model is left as it was found, for the next client."""
+        """Training mode while the block runs. However it ends, the model is left as it was, for the next client."""
         self.model.train()
         try:
             yield
@@ -473,7 +488,7 @@ class LanguageModel:
 
     @contextmanager
     def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
-        """Torch's global generator, which dropout draws from, seeded for this call and put back after."""
+        """While the block runs, torch's global generator, from which dropout draws, is seeded; then it is restored."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(generator.integers(2**62)))
             yield
@@ -484,9 +499,13 @@ class LanguageModel:
 
 
 class AdamW:
-    """AdamW with clipped gradients, from a state that it gave earlier on (empty: afresh).
+    """AdamW with clipped gradients.
 
-    The learning rate is constant or falls to zero over `num_steps`, all that one call of `fine_tune` takes.
+    Args:
+        masters: Float32 master weights to update.
+        training: Settings of the local update.
+        state: What `state` returned earlier; empty: a new optimizer.
+        num_steps: Number of steps of this call of `fine_tune`, over which a linear schedule falls to 0.
     """
 
     def __init__(
@@ -507,12 +526,12 @@ class AdamW:
         self._schedule.step()
 
     def state(self) -> dict[str, Tensor]:
-        """State by index of the master and name, on the CPU."""
+        """State on the CPU, by index of the master weight and name."""
         return _flatten(self._adamw.state_dict()["state"])
 
 
 def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int) -> LRScheduler:
-    """The learning rate of each step, as transformers has it under this name."""
+    """The learning-rate schedule that transformers has under the name `training.lr_scheduler_type`, without warm-up."""
     made: LRScheduler = get_scheduler(
         training.lr_scheduler_type, adamw, num_warmup_steps=0, num_training_steps=num_steps
     )
@@ -520,7 +539,7 @@ def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int)
 
 
 def _num_steps(num_examples: int, training: TrainingConfig) -> int:
-    """How many batches `_batches` gives."""
+    """The number of batches that `_batches` yields."""
     return training.local_steps or training.local_epochs * math.ceil(num_examples / training.batch_size)
 
 
@@ -542,17 +561,19 @@ def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.ran
 
 
 def _chosen(logits: Tensor, temperature: float, draws: NDArray[np.float64]) -> Tensor:
-    """A token a row of `logits` (B, V): the likeliest, or the one at the quantile that `draws` (B,) says."""
+    """A token for each row of `logits` (B, V): at temperature 0 the likeliest, else the one at the quantile `draws`
+    (B,)."""
     if temperature == 0:
         return logits.argmax(dim=1)
-    # One number a row: torch.multinomial draws one a token of the vocabulary, which takes longer than the softmax.
+    # torch.multinomial would draw a number for each token of the vocabulary, which takes longer than the softmax.
     quantiles = torch.softmax(logits / temperature, dim=1).cumsum(dim=1)
     wanted = torch.from_numpy(draws).to(quantiles)[:, None] * quantiles[:, -1:]
     return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 
 def _part(tensor: Tensor, like: Tensor) -> Tensor:
-    """The first rows and columns of `tensor`, as many as `like` has: where an adapter of a lower rank lies."""
+    """A view of the first rows and columns of `tensor`, as many as `like` has: the place of an adapter of lower
+    rank."""
     return tensor[tuple(slice(size) for size in like.shape)]
 
 

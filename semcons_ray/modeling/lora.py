@@ -1,4 +1,4 @@
-"""Low-rank adapters on a base model: which modules get one, checked name by name."""
+"""Puts a low-rank adapter on a base model, and checks which modules get one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ from semcons_ray.config import LoraConfig
 from semcons_ray.errors import ModelError, first_line
 
 MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
-"""Families whose kernels take the weights of `out_proj` past an adapter on it; PEFT refuses it there."""
+"""Families whose kernels read the weights of `out_proj` directly, past an adapter on it; PEFT refuses one there."""
 
 LINEAR = (torch.nn.Linear, Conv1D)
 
 OTHER_KINDS = ("Router", "GroupedLinear")
-"""Ends of the names of classes that derive from a linear layer and compute something else."""
+"""Endings of the names of classes that derive from a linear layer but compute something else."""
 
 
 def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
     """PEFT's model of `base` with one adapter, on the meta device if `base` is there.
 
+    Args:
+        base: A model of transformers.
+        lora: Rank, scaling, dropout and target modules of the adapter.
+        name: Name of the model, for errors.
+
     Raises:
-        ModelError: `lora.target_modules` names nothing in `base`, or what is not a matrix.
+        ModelError: A name in `lora.target_modules` is no module of `base`, or not a linear layer.
     """
     targets: str | list[str] = lora.target_modules if isinstance(lora.target_modules, str) else [*lora.target_modules]
     if not isinstance(targets, str):
@@ -45,8 +50,8 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
         base_model_name_or_path=name,
     )
     with warnings.catch_warnings():
-        # PEFT sees by itself which way round a layer's weights lie, and that an output embedding is tied: its adapter
-        # is on the output alone.
+        # PEFT finds out by itself whether a layer's weights are transposed, and that an output embedding is tied: its
+        # adapter is then on the output only.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")
         # A model of the hub has its files in a folder of another name.
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
@@ -60,7 +65,7 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
 
 
 def _check_targets(base: Any, targets: Sequence[str], name: str) -> None:
-    """Each name must be the end of a linear module's path, as PEFT matches them, and of no other module's."""
+    """Check that each name is the end of linear modules' paths, as PEFT matches them, and of no other modules'."""
     modules = dict(base.named_modules())
     linear = {path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module)}
     for target in targets:
@@ -81,8 +86,8 @@ def _check_targets(base: Any, targets: Sequence[str], name: str) -> None:
 def _leave_experts(base: Any, config: PeftLoraConfig, name: str) -> None:
     """Keep PEFT from putting adapters on a mixture's experts, which some families hold in tensors of three dimensions.
 
-    There it reads the names that the experts' modules had once, in `all-linear` as well, and makes adapters of other
-    ranks than the one asked for.
+    For those PEFT translates the names that the experts' modules once had, in `all-linear` as well, and makes adapters
+    of other ranks than the one asked for.
     """
     read = copy.deepcopy(config)
     convert_peft_config_for_transformers(read, base, None)
@@ -98,7 +103,7 @@ def _leave_experts(base: Any, config: PeftLoraConfig, name: str) -> None:
 
 
 def _unfit(base: Any) -> list[str] | None:
-    """Paths of modules that PEFT takes for linear ones, and that no adapter can be on."""
+    """Paths of modules that PEFT takes for linear layers but that cannot have an adapter."""
     in_mamba = base.config.model_type in MAMBA
     taken = [(path, module) for path, module in base.named_modules() if isinstance(module, LINEAR)]
     unfit = [path for path, module in taken if not _is_linear(module) or (in_mamba and _ends(path, "out_proj"))]

@@ -1,4 +1,4 @@
-"""What the folder of a language model says about it, read without its weights."""
+"""Reads the configuration and the shapes of weights from a language model's folder, without loading the weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 from semcons_ray.errors import ModelError, first_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""What transformers loads: the first that is there."""
+"""Files that transformers loads: the first that exists."""
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration, as transformers has it: its names for what families call otherwise (n_embd, d_model ...).
+    """The configuration by transformers, which has common names for what families name differently (n_embd, d_model
+    ...).
 
     Raises:
-        ModelError: There is none, or it is of a kind that this version of transformers does not know.
+        ModelError: There is no configuration, or this version of transformers does not know its kind.
     """
     from transformers import AutoConfig
 
@@ -28,7 +29,7 @@ def read_config(folder: Path) -> Any:
 
 
 def read_shapes(folder: Path, config: Any) -> dict[str, list[int]]:
-    """Shapes of the weights by name, from the headers of the files that transformers loads, and of no others.
+    """Shapes of the weights by name, from the headers of the files that transformers loads and of no other files.
 
     A folder may hold its weights twice: as its author's own files, or in other precisions.
 

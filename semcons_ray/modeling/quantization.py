@@ -1,4 +1,4 @@
-"""Base weights in 8 or 4 bits, by bitsandbytes; adapters stay as they are.
+"""Base weights in 8 or 4 bits, by bitsandbytes; adapters are not quantised.
 
 8 bit is LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), 4 bit is NF4 (QLoRA, Dettmers et al. 2023,
 arXiv:2305.14314) without its double quantisation, paged optimizer or float32 layer norms. Embeddings, norms and the
@@ -20,16 +20,20 @@ EXTRA = "pip install --no-deps 'bitsandbytes>=0.50'"
 
 
 def check_quantization(quantization: Quantization) -> None:
-    """Raises ModelError where the setting asks for a package that is not there."""
+    """Check that bitsandbytes is installed, if the setting needs it.
+
+    Raises:
+        ModelError: It is needed and not installed.
+    """
     if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"model.quantization {quantization} needs bitsandbytes ({EXTRA}), or set it to none")
 
 
 def loading_options(quantization: Quantization, *, dtype: str, device: str) -> dict[str, Any]:
-    """What `from_pretrained` is given besides the dtype.
+    """Arguments of `from_pretrained` besides the dtype.
 
     Raises:
-        ModelError: bitsandbytes is missing, or does not start on this platform or with this device.
+        ModelError: bitsandbytes is missing, or does not work on this platform or device.
     """
     # Tensor by tensor to the GPU, so that the host never holds the whole model.
     placed: dict[str, Any] = {"device_map": {"": device}} if torch.device(device).type == "cuda" else {}
@@ -60,8 +64,8 @@ def loading_options(quantization: Quantization, *, dtype: str, device: str) -> d
 def keep_trainable(model: torch.nn.Module) -> None:
     """Keep 4-bit layers in the one layout that gradients pass through.
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first inference, for a kernel without a backward,
-    and leaves it so: a client that answered before it trained would train its last adapters only.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first inference, for a kernel without a backward
+    pass, and leaves it so. A client that answered before it trained would then train only its last adapters.
     """
     layer: Any
     for layer in model.modules():

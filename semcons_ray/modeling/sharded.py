@@ -1,15 +1,15 @@
 """A language model whose memory is divided among the ranks of a process group, by DeepSpeed's ZeRO.
 
 Every rank runs the same calls in the same order, takes its part of each batch, and ends with the same adapter, loss and
-answers; together they are one `LanguageModel`.
+answers; together they act as one `LanguageModel`.
 
-With ZeRO-3 each rank holds 1/N of the base weights, and gathers a layer's while it is computed. The adapter is not
-DeepSpeed's there: it is laid over the divided base, whole on every rank, as a thousandth of the base is not worth
-dividing. Its gradients are summed over the ranks, and every rank takes the same step of the plain optimizer. So all
-that algorithms do to gradients, ranks and adapters beside the base works as it does without ranks.
+With ZeRO-3 each of N ranks holds 1/N of the base weights, and a layer's weights are gathered while it is computed. The
+adapter is not divided: it is whole on every rank, since it is a thousandth of the base. Its gradients are summed over
+the ranks, and every rank takes the same step of the plain optimizer. So whatever algorithms do to gradients, LoRA ranks
+and frozen adapters works as with an undivided model.
 
-With ZeRO-2 every rank holds the whole base; DeepSpeed divides what training adds to it, gradients and optimizer state
-of the adapter. That is little beside the base, so what it brings is the work in parallel.
+With ZeRO-2 every rank holds the whole base, and DeepSpeed divides only gradients and optimizer state of the adapter.
+These are small beside the base, so the gain is that the ranks work in parallel.
 
 Source: S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
 """
@@ -38,13 +38,20 @@ INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 
 
 def open_rendezvous(host: str, num_ranks: int) -> tuple[Store, str]:
-    """A store at a free port of this machine, where ranks find each other, and its address."""
+    """A store at a free port of this machine, through which ranks find each other, and its address."""
     store = TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False)
     return store, f"{host}:{store.port}"
 
 
 def join_ranks(rank: int, num_ranks: int, address: str, store: Store | None) -> None:
-    """Become one of `num_ranks` ranks; the first gives the store that it opened."""
+    """Join the process group as one of `num_ranks` ranks.
+
+    Args:
+        rank: This process's rank, from 0.
+        num_ranks: Number of ranks.
+        address: Address of the store; see `open_rendezvous`.
+        store: The store itself, on the rank that opened it; None on the others.
+    """
     host, _, port = address.rpartition(":")
     os.environ["LOCAL_RANK"] = "0"  # a rank sees no device but its own
     store = store or TCPStore(host, int(port), num_ranks, is_master=False)
@@ -53,7 +60,7 @@ def join_ranks(rank: int, num_ranks: int, address: str, store: Store | None) -> 
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed.
+    """Import DeepSpeed.
 
     Raises:
         ConfigError: It is not installed.
@@ -62,17 +69,19 @@ def import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigError(f"sharding.models needs DeepSpeed ({error}): {INSTALL}") from error
-    # Else it compiles, for minutes, C++ code for a collective of the CPU that is not used here.
+    # Else it compiles C++ code for minutes, for a CPU collective that is not used here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 class ShardedLanguageModel(LanguageModel):
-    """One rank's part of a `LanguageModel`; the process group must be there.
+    """One rank's part of a `LanguageModel`; the process group must have been joined.
 
     Args:
+        name: See `LanguageModel`.
         sharding: The ZeRO stage, and whether what it divides is kept in host memory.
-        settings: Those of `LanguageModel`.
+        device: See `LanguageModel`.
+        settings: The other arguments of `LanguageModel`.
 
     Raises:
         ConfigError: DeepSpeed is not installed.
@@ -87,16 +96,16 @@ class ShardedLanguageModel(LanguageModel):
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one of its ranks that writes files: the first."""
+        """Whether this rank writes clients' files: only the first does."""
         return self.rank == 0
 
     def held_parameters(self) -> int:
-        """Numbers of the base's parameters that this rank holds between calls."""
+        """How many of the base model's parameters this rank holds between calls."""
         parameters = [value for key, value in self.model.named_parameters() if key not in self._parameters]
         return sum(value.numel() + getattr(value, "ds_tensor", torch.empty(0)).numel() for value in parameters)
 
     def export_adapter(self, adapter: Adapter, folder: Path) -> None:
-        """See `LanguageModel.export_adapter`; the first rank writes."""
+        """See `LanguageModel.export_adapter`; only the first rank writes."""
         if self.writes:
             super().export_adapter(adapter, folder)
 
@@ -177,7 +186,8 @@ class ShardedLanguageModel(LanguageModel):
 
 
 class ZeroAdamW(AdamW):
-    """`AdamW` whose gradients and state DeepSpeed's ZeRO-2 divides among the ranks; it sums gradients as well."""
+    """`AdamW` whose gradients and state are divided among the ranks by DeepSpeed's ZeRO-2, which also sums
+    gradients."""
 
     def __init__(
         self,
@@ -205,8 +215,8 @@ class ZeroAdamW(AdamW):
     @torch.enable_grad()
     def step(self) -> None:
         """Sum the gradients over the ranks, clip them and take a step."""
-        # DeepSpeed hears of gradients by going backwards: through the sum of each with its gradient, times the ranks,
-        # as it takes the mean.
+        # DeepSpeed gets gradients only from a backward pass. So it goes through the sum of each master weight times its
+        # gradient, and times the number of ranks, since DeepSpeed takes the mean over ranks.
         grads = [master.grad for master in self._masters]
         pairs = [(master, grad) for master, grad in zip(self._masters, grads, strict=True) if grad is not None]
         products = [(master * grad).sum() for master, grad in pairs]
@@ -217,5 +227,5 @@ class ZeroAdamW(AdamW):
         self._schedule.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Not kept: the config refuses `training.keep_optimizer` with ZeRO-2."""
+        """Empty: the settings refuse `training.keep_optimizer` with ZeRO-2."""
         return {}

@@ -1,12 +1,12 @@
-"""vLLM as a generation engine: one base model, an adapter a request, all prompts of all clients in one batch.
+"""vLLM as a generation engine: one base model, an adapter for each request, and all clients' prompts in one batch.
 
-vLLM runs inside this process, and one thread does all that touches it: it takes requests in, steps the batch, hands
-answers out. So prompts of a client that comes later join the batch of those before it, a request costs no hop between
-processes, and whatever ends the process ends the engine with nothing left behind.
+vLLM runs inside this process, and only one thread uses it: the thread accepts requests, steps the batch, and hands
+answers out. So a client's prompts join the batch of those that came before, no request has to pass between processes,
+and when the process ends, nothing of the engine is left behind.
 
-What sampled answers depend on: each prompt has a random stream of its own, so who else is in the batch changes no draw.
-It may change the last bits of a logit, since matrix products of other shapes add up in another order; where that tips
-a draw, or a tie between two tokens, answers differ from run to run. With transformers they never do.
+Each prompt has a random stream of its own, so the rest of the batch does not change what is drawn. It may change the
+last bits of a logit, since matrix products of other shapes add up in another order. Where that tips a draw, or a tie
+between two tokens, answers differ from run to run. With transformers they never do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from semcons_ray.modeling.engine import EngineReply, EngineRequest
 logger = logging.getLogger(__name__)
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Adapter ranks that vLLM makes room for."""
+"""Maximum LoRA ranks with which vLLM can be started."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -48,7 +48,11 @@ _ENVIRONMENT = {
 
 
 def check_installed() -> None:
-    """Raises ConfigError, with what to do, where vLLM is not installed."""
+    """Check that vLLM is installed.
+
+    Raises:
+        ConfigError: It is not; the message says how to install it.
+    """
     if find_spec("vllm") is None:
         raise ConfigError(
             "generation.engine is vllm, but vLLM is not installed: `make vllm`, or pip install vllm==0.32.0 where "
@@ -57,10 +61,10 @@ def check_installed() -> None:
 
 
 def room_for_rank(rank: int) -> int:
-    """The least of `RANKS` that holds an adapter of this rank.
+    """The smallest of `RANKS` that is enough for an adapter of this rank.
 
     Raises:
-        ConfigError: None does.
+        ConfigError: None is.
     """
     if rank > RANKS[-1]:
         raise ConfigError(f"model.lora.rank is {rank}, and generation.engine vllm takes ranks up to {RANKS[-1]}")
@@ -69,18 +73,18 @@ def room_for_rank(rank: int) -> int:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Everything that an engine is built from; crosses to its process once.
+    """Everything that an engine is built from; it is sent to its process once.
 
     Attributes:
-        name: As in the ledger.
-        model: What `resolve_model` takes.
-        dtype: Of weights, adapters and the cache.
+        name: Its name in the ledger.
+        model: Name of the model, as for `resolve_model`.
+        dtype: Type of weights, adapters and the key-value cache.
         threads: CPU threads.
         gpus: Share of a GPU; 0 on a CPU.
-        max_length: Tokens of a prompt and its answer.
+        max_length: Most tokens of a prompt with its answer.
         max_rank: Highest rank of an adapter.
         max_adapters: Most adapters in the batch at a time.
-        cache_bytes: Memory for keys and values.
+        cache_bytes: Size of the key-value cache.
     """
 
     name: str
@@ -97,7 +101,7 @@ class EngineSpec:
         """Load the model.
 
         Args:
-            gpus: UUIDs of the GPUs that it will compute on, for the ledger.
+            gpus: UUIDs of the GPUs on which it will compute, separated by commas, for the ledger.
 
         Raises:
             ConfigError: vLLM is not installed here.
@@ -108,7 +112,7 @@ class EngineSpec:
 
 @dataclass
 class _Job:
-    """A request in work: the answers so far, prompts that have none yet by vLLM's id, and the time spent on it."""
+    """A request in work: its answers so far, the prompts without one yet by vLLM's id, and the time spent on it."""
 
     request: EngineRequest
     done: Future[EngineReply] = field(default_factory=Future)
@@ -119,7 +123,11 @@ class _Job:
 
 
 class VllmEngine:
-    """A vLLM engine in this process; see `Engine` for how it is asked.
+    """A vLLM engine in this process; see `Engine` for its use.
+
+    Args:
+        spec: What it is built from.
+        gpus: See `EngineSpec.build`.
 
     Raises:
         ConfigError: vLLM is not installed here.
@@ -148,15 +156,15 @@ class VllmEngine:
 
     @property
     def is_broken(self) -> bool:
-        """Whether it answers nothing any more."""
+        """Whether an error has made it unusable; it then answers no request."""
         return self._failure is not None
 
     def host_bytes(self) -> int:
-        """The most memory that this process has had, with whatever else runs in it."""
+        """Peak memory of this process in bytes, including whatever else runs in it."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def wait(self) -> None:
-        """It is loaded."""
+        """Wait until it is loaded, which it is already."""
 
     def close(self) -> None:
         """End the thread; requests in work are finished first."""
@@ -237,7 +245,7 @@ class VllmEngine:
                     self._finish(job)
 
     def _break(self, error: Exception) -> None:
-        """Fail what is in work and all that comes: after an error inside vLLM nothing about its batch is known."""
+        """Fail all requests, now and later: after an error inside vLLM the state of its batch is unknown."""
         logger.error("%s broke", self.spec.name, exc_info=error)
         self._failure = EngineError(f"{self.spec.name} broke: {type(error).__name__}: {first_line(error)}")
         for job in self._jobs:
@@ -272,7 +280,7 @@ def _load(spec: EngineSpec) -> Any:
 
     from semcons_ray.modeling.packaged import resolve_model
 
-    # What is left of an engine before takes vLLM's process groups down when it is collected: not while this one loads.
+    # Collecting what is left of an earlier engine destroys vLLM's process groups: do it now, not while this one loads.
     gc.collect()
     set_num_threads = torch.set_num_threads
     set_num_threads(spec.threads)

@@ -1,7 +1,7 @@
-"""What a run folder says: tables for the terminal, figures, and one self-contained HTML page.
+"""Reports of a run folder: tables for the terminal, figures, and a self-contained HTML page.
 
-Reads only what is written in the folder, so a run can be reported on another machine, and at any time while it is
-still going on. Imports neither torch nor ray.
+They are made from the folder's files only, so a run can be reported on another machine, and while it is still going on.
+Imports neither torch nor ray.
 """
 
 from semcons_ray.reporting.html import write_report

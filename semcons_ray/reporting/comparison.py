@@ -1,8 +1,9 @@
-"""Runs of several arms side by side: what each reached, and what it cost in bytes, seconds and joules.
+"""The results of a comparison: the quality that each arm reached, and its cost in bytes, seconds and joules.
 
-An arm is an algorithm with its settings; it is run once a seed, and arms of one seed share data and base models. So
-differences between arms are taken seed by seed. Costs leave out evaluation, which is the simulator's, and idling.
-Bytes are lengths of encoded messages and seconds are timed, both measured; joules carry their source.
+An arm is an algorithm with its settings. It is run once for each seed, and arms with one seed share data and base
+models, so differences between arms are taken seed by seed. Costs leave out evaluation, which is the simulator's, and
+idling. Bytes are lengths of encoded messages and seconds are timed, so both are measured; the source of joules is
+given.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ LOSS_COLUMNS: Mapping[Loss, tuple[str, str]] = {
     "nll": ("mean_nll", "worst_nll"),
     "bits_per_byte": ("bits_per_byte", "worst_bits_per_byte"),
 }
-"""Columns of `costs_by_round` with the mean and the maximum of a loss over clients."""
+"""By loss, the columns of `costs_by_round` with its mean and its maximum over clients."""
 KEYS = ["arm", "seed"]
 LABELS = ["arm", "algorithm", "seed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Finished runs, compared; the frames are those of the files that they are named after.
+    """Finished runs, compared; each frame is written to a CSV file of its name.
 
     Attributes:
-        rounds: A row an arm, seed and evaluated round, see `costs_by_round`; with columns arm, algorithm and seed.
-        summary: A row an arm, see `summarize`.
-        stages: Index arm and stage; columns seconds and joules (means over seeds; all stages).
+        rounds: A row for each arm, seed and evaluated round: columns arm, algorithm, seed and those of
+        `costs_by_round`. summary: A row for each arm, see `summarize`.
+        stages: Index arm and stage (all stages); columns seconds and joules, means over seeds.
     """
 
     rounds: pd.DataFrame
@@ -49,7 +50,7 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
     """Read and compare run folders, given by arm and seed; see `summarize` for the other arguments.
 
     Raises:
-        RunFolderError: A table is missing or damaged; one line that names the file.
+        RunFolderError: A table is missing or damaged; the message names the file.
     """
     rounds, stages, models = [], [], set()
     for (arm, seed), folder in runs.items():
@@ -70,17 +71,17 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
 
 
 def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
-    """One run by evaluated round.
+    """The quality and the cost so far of one run, by evaluated round.
 
-    A client that was not measured in a round counts with its last measurement. A loss that is no number, which is what
-    a model that diverged gives, or is not known yet counts as infinite.
+    A client that was not measured in a round counts with its last measurement. A loss that is NaN, as that of a model
+    that diverged, or is not known yet, counts as infinite.
 
     Returns:
         Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients; NaN where clients have
         several models), bits_per_byte and worst_bits_per_byte, rouge_l, similarity and train_loss (means over clients,
-        the last as mean_nll); and, from the run's beginning to the round's end, visits (of clients, asked for), failed
-        (of these), uplink_bytes, downlink_bytes, total_bytes, seconds (of work, summed over workers), joules and
-        energy_source.
+        train_loss in nats a token, NaN like mean_nll); and, summed from the run's beginning to the round's end, visits
+        (of clients, asked for), failed (visits that failed), uplink_bytes, downlink_bytes, total_bytes, seconds (of
+        work, over all workers), joules and energy_source.
     """
     table = pd.DataFrame(index=pd.Index(sorted(set(metrics["round"])), name="round"))
     for loss, (mean, worst) in LOSS_COLUMNS.items():
@@ -106,14 +107,15 @@ def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataF
 
 
 def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, baseline: str) -> pd.DataFrame:
-    """One row an arm, in the order of `rounds`; means are over seeds, half widths of 95% t-intervals over seeds.
+    """A row for each arm, in the order of `rounds`, with means over seeds and half widths of 95% t-intervals over
+    seeds.
 
     Args:
         rounds: As in `Comparison`.
-        loss: What arms are compared by, see `comparable_loss`.
-        first: The arm that others are held against.
-        reference: The arm that closes the gap: whole.
-        baseline: The arm that closes nothing of it.
+        loss: The loss by which arms are compared, see `comparable_loss`.
+        first: The arm with which others are compared.
+        reference: The arm at which gap_closed is 1.
+        baseline: The arm at which gap_closed is 0.
 
     Returns:
         Index arm; columns algorithm, seeds (how many), failed (visits, of all seeds), loss (its name), nll,
@@ -122,9 +124,9 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
         bytes_per_visit (of a client in a round), bytes_ratio (of the reference to the arm), seconds, joules,
         energy_source; and of the loss: gap_closed (share of the way from the baseline's to the reference's; NaN where
         the reference is no better), difference and difference_half_width (less that of `first`, by seeds that both
-        have), at_equal_bytes (at the last evaluated round by when the arm had sent no more than `first` in all; round 0
-        at the latest). NaN where an arm that is needed is not there, where a seed's value is NaN, and half widths for a
-        single seed.
+        have), at_equal_bytes (at the last evaluated round by which the arm had sent no more than `first` in the whole
+        run, or at round 0). NaN where an arm that is needed is missing or a seed's value is NaN; half widths are NaN
+        for a single seed.
     """
     mean_loss = LOSS_COLUMNS[loss][0]
     last = rounds.sort_values("round").groupby(KEYS, sort=False).tail(1).set_index(KEYS).sort_index()
@@ -187,7 +189,7 @@ def _work(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_work(work: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds of seconds and joules by arm and stage; a stage that a seed did not have counts as 0."""
+    """Means over seeds of seconds and joules, by arm and stage; a stage that a seed's run did not have counts as 0."""
     stages = [stage for stage in STAGES if stage in set(work["stage"])]
     order = pd.MultiIndex.from_product([dict.fromkeys(work["arm"]), stages], names=["arm", "stage"])
     table = work.set_index([*KEYS, "stage"]).unstack("stage", fill_value=0.0).groupby("arm").mean()

@@ -1,4 +1,4 @@
-"""How figures are drawn: style, colours, axes, and matplotlib's SVG made fit for a page.
+"""Drawing of figures: style, colours, axes, and SVG for a page.
 
 Drawn through matplotlib's figure objects, without pyplot and its global state. Colours are those of Okabe and Ito
 (https://jfly.uni-koeln.de/color/), which readers with any colour vision can tell apart; a client has the same colour
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from semcons_ray.errors import ConfigError
-from semcons_ray.metering.units import scale
+from semcons_ray.metering.units import format_mark
 
 CLIENT_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A2A", "#8C6BB1")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -79,14 +79,14 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page.
+    """A figure of an HTML page.
 
     Attributes:
-        name: Its element's id.
-        title: What it shows, as a finding.
+        name: Its name, which is part of its element's id.
+        title: Its finding in one sentence.
         caption: Quantity, unit and where the numbers come from.
         svg: An <svg> element.
-        wide: It takes the page's whole width.
+        wide: Whether it takes the page's whole width.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Figure:
 
 
 def render(name: str, title: str, draw: Callable[[Axes, Canvas], None], size: tuple[float, float] = (5.8, 3.4)) -> str:
-    """An <svg> element of `size` inches, drawn by `draw`; the same for the same numbers."""
+    """An <svg> element of `size` inches, drawn by `draw`; the same numbers give the same text."""
     stream = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # Matplotlib measures text in its own font; the page sets it in the reader's.
@@ -109,10 +109,10 @@ def render(name: str, title: str, draw: Callable[[Axes, Canvas], None], size: tu
 
 
 def save(path: Path, draw: Callable[[Canvas], None], size: tuple[float, float] = (7.2, 4.4)) -> None:
-    """Draw a file that stands by itself, on white: .svg, the same for the same numbers, or .png.
+    """Draw a figure of `size` inches on white to a .svg or .png file; the same numbers give the same file.
 
     Raises:
-        ConfigError: The file's ending is another one.
+        ConfigError: The file has another ending.
     """
     if path.suffix not in (".svg", ".png"):
         raise ConfigError(f"{path}: a figure's file must end in .svg or .png")
@@ -137,7 +137,7 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def client_colours(clients: Sequence[int]) -> dict[int, str]:
-    """A colour a client; beyond as many as can be told apart, shades in the order of the ids."""
+    """A colour for each client; for more clients than can be told apart, shades in the order of their ids."""
     if few(clients):
         return dict(zip(clients, CLIENT_COLOURS, strict=False))
     # The ends of the map would vanish on a dark or a light page.
@@ -151,12 +151,12 @@ def few(clients: Sequence[int]) -> bool:
 
 
 def stage_label(stage: str) -> str:
-    """A stage in a legend."""
+    """A stage's name in a legend."""
     return stage.replace("_", "-")
 
 
 def stacked_bars(axes: Axes, parts: Mapping[str, tuple[pd.Series[Any], str]]) -> None:
-    """Bars by round: heights and colour by label, from the bottom up."""
+    """Stacked bars by round; `parts` gives heights by round and a colour for each label, from the bottom up."""
     rounds = next(iter(parts.values()))[0].index
     bottom = pd.Series(0.0, index=rounds)
     for label, (heights, colour) in parts.items():
@@ -167,7 +167,7 @@ def stacked_bars(axes: Axes, parts: Mapping[str, tuple[pd.Series[Any], str]]) ->
 
 
 def round_axis(axes: Axes, rounds: Any, margin: float = 0.25) -> None:
-    """Rounds along the x-axis, and a few round numbers up the y-axis."""
+    """Label the x-axis with rounds, and the y-axis with a few round numbers."""
     axes.set_xlabel("round")
     axes.set_xlim(min(rounds) - margin, max(rounds) + margin)
     every = range(min(rounds), max(rounds) + 1)
@@ -176,11 +176,10 @@ def round_axis(axes: Axes, rounds: Any, margin: float = 0.25) -> None:
 
 
 def log_axis(axes: Axes, name: Literal["x", "y"], unit: str = "") -> None:
-    """Make an axis logarithmic, with a tick a power of ten; with a unit, in SI prefixes."""
+    """Make an axis logarithmic, with a tick at each power of ten; a unit gets SI prefixes."""
 
     def label(value: float, _: float) -> str:
-        divisor, prefixed = scale(value, unit) if unit else (1.0, "")
-        return f"{value / divisor:g} {prefixed}".rstrip()
+        return format_mark(value, unit) if unit else f"{value:g}"
 
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
@@ -190,7 +189,7 @@ def log_axis(axes: Axes, name: Literal["x", "y"], unit: str = "") -> None:
 
 
 def place_legend(canvas: Canvas, axes: Axes, columns: int) -> None:
-    """The axes' labels above the drawing, if there are any."""
+    """Put a legend above the axes, if anything has a label."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         canvas.legend(

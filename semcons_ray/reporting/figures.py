@@ -1,4 +1,4 @@
-"""Figures of a run as SVG, for the HTML page; each says its finding in its title."""
+"""Figures of a run as SVG, for the HTML page; the title of each states its finding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ QUALITY = {
 
 def draw_figures(run: Run) -> list[Figure]:
     """All figures that the run has numbers for, in the order to read them in."""
-    # Of one model, bits per byte have the same curves as its NLL.
+    # With one model, bits per byte would have the same curves as NLL.
     drawn = [quality_figure(run, metric) for metric in QUALITY if metric != "bits_per_byte" or metric == run.loss]
     if not run.consensus.empty:
         elected = run.config["algorithm"]["rule"] != "reference"
@@ -134,7 +134,7 @@ def _quality_title(mean: pd.Series[float], name: str, *, lower_is_better: bool) 
 
 
 def wins_figure(run: Run) -> Figure:
-    """Who won how many prompts, by round."""
+    """How many prompts each client won, by round."""
     table = wins(run.consensus)
     clients = sorted(set(run.metrics["client_id"]) | set(run.consensus["client_id"]))
     table = table.reindex(clients, fill_value=0)
@@ -181,7 +181,7 @@ def wins_figure(run: Run) -> Figure:
 
 
 def agreement_figure(run: Run) -> Figure | None:
-    """How agreement is distributed over prompts, by round; None if no prompt had two answers."""
+    """The distribution of agreement over prompts, by round; None if no prompt had two answers."""
     table = agreement(run.consensus).dropna(subset="mean")
     if table.empty:
         return None

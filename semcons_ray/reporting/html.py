@@ -1,7 +1,7 @@
-"""A run as one HTML page that needs nothing else: no network, no other file, no server.
+"""The report of a run: one HTML page that needs no network, no other file and no server.
 
-The page's content security policy forbids every request and every script but its own, so an answer that a model made
-up can neither load nor run anything, even if it slipped past the escaping.
+The page's content security policy forbids every request and every script but its own, so a model's answer can neither
+load nor run anything, even if it got past the escaping.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render_report(run: Run) -> str:
-    """The page's HTML."""
+    """The report's HTML."""
     templates = resources.files("semcons_ray.reporting") / "templates"
     script = (templates / "report.js").read_text(encoding="utf-8")
     environment = page_environment()
@@ -92,7 +92,7 @@ def render_report(run: Run) -> str:
 
 
 def page_environment() -> Environment:
-    """Templates of pages: everything is escaped, and a name that is not there is an error."""
+    """The environment of page templates: everything is escaped, and an undefined name is an error."""
     environment = Environment(
         loader=PackageLoader("semcons_ray.reporting"),
         autoescape=True,
@@ -108,7 +108,7 @@ def page_environment() -> Environment:
 
 
 def describe_setting(config: Mapping[str, Any]) -> str:
-    """The experiment in a sentence or two, from its config."""
+    """The experiment in a few sentences, from its settings."""
     data, training, model, algorithm = config["data"], config["training"], config["model"], config["algorithm"]
     count, mix, prompts = config["clients"]["num_clients"], config["clients"]["mix"], config["prompts"]
     names = " and ".join(short_model_name(name) for name in mix) if mix else short_model_name(model["name"])
@@ -148,7 +148,7 @@ def describe_setting(config: Mapping[str, Any]) -> str:
 
 
 def headlines(run: Run) -> list[dict[str, str]]:
-    """The numbers at the top of the page: label, value and a note each."""
+    """The numbers at the top of the page, each with label, value and note."""
     cost = totals(run)
     total = cost.uplink_bytes + cost.downlink_bytes
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
@@ -195,7 +195,7 @@ def _clients_headline(run: Run) -> tuple[str, str, str]:
 
 
 def energy_note(placement: Mapping[str, Any], ledger: pd.DataFrame) -> str:
-    """Which meters the run's machines had, and who shared them."""
+    """A sentence on the energy meters of the run's machines, and on who shared them."""
     meters: Mapping[str, str] = placement.get("energy_meters", {})
     named = sorted({name for name in meters.values() if name})
     without = sum(not name for name in meters.values())

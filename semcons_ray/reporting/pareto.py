@@ -1,4 +1,4 @@
-"""Quality against cost: a figure of a comparison's arms, over bytes, seconds and joules, with their Pareto fronts."""
+"""Quality against cost: a figure of a comparison's arms over bytes, seconds and joules, with Pareto fronts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from semcons_ray.metering.units import format_quantity, scale
+from semcons_ray.metering.units import format_mark, format_quantity, scale
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save
 from semcons_ray.reporting.summary import compared_by
 from semcons_ray.runs.run_folder import LOSS_NAMES
@@ -33,20 +33,21 @@ FAMILIES = {
     "flexlora": ORANGE,
     "hetlora": ORANGE,
 }
-"""Colours of algorithms that exchange answers, nothing, and weights; `OTHERS` is for the rest."""
+"""Colours of algorithms that exchange answers, nothing, or weights; others have the colour `OTHERS`."""
 OTHERS = "#CC79A7"
 NOT_FEDERATED = ("centralized",)
-"""Bounds that no federation can be expected to reach: drawn, and left out of the Pareto front."""
+"""Bounds that no federation can be expected to reach: they are drawn, but left out of Pareto fronts."""
 SIZE = 8.0
 
 Style = tuple[str, str, str]
-"""Colour, marker and the colour that it is filled with."""
+"""Colour, marker, and the colour with which the marker is filled."""
 
 
 def pareto_front(costs: pd.Series[float], losses: pd.Series[float]) -> list[str]:
-    """The arms that none beats: as cheap and as good, and better in one of them. From the cheapest to the best.
+    """The arms that no other arm beats, from the cheapest to the best.
 
-    Of arms that are equal in both, the first is kept. One whose cost or loss is not finite is left out.
+    An arm beats another if neither its cost nor its loss is higher, and one of them is lower. Of arms that are equal in
+    both, the first is kept. Arms whose cost or loss is not finite are left out.
     """
     finite = [str(arm) for arm in costs.index if math.isfinite(costs[arm]) and math.isfinite(losses[arm])]
     front: list[str] = []
@@ -57,7 +58,7 @@ def pareto_front(costs: pd.Series[float], losses: pd.Series[float]) -> list[str]
 
 
 def write_pareto(summary: pd.DataFrame, title: str, folder: Path) -> None:
-    """Draw pareto.svg and pareto.png in `folder`; the same for the same numbers.
+    """Draw pareto.svg and pareto.png in a folder; the same numbers give the same files.
 
     Args:
         summary: See `comparison.summarize`.
@@ -92,7 +93,7 @@ def _draw(canvas: Canvas, summary: pd.DataFrame, title: str) -> None:
     bars = "bars: 95% t-interval over seeds; " if summary["half_width"].notna().any() else ""
     heading = f"{title} ({bars}markers that would hide each other are set apart)"
     canvas.suptitle(heading, x=0.01, ha="left", fontsize=10, color=INK)
-    canvas.draw_without_rendering()  # places the axes, which says where markers would hide each other
+    canvas.draw_without_rendering()  # places the axes, so that positions of markers are known
     loss, half_width = shown["loss"].to_dict(), shown["half_width"].to_dict()
     federated = shown[~shown["algorithm"].isin(NOT_FEDERATED)].index
     for axes, place in zip(panels, places, strict=True):
@@ -128,7 +129,7 @@ def _loss_axis(axes: Axes, shown: pd.DataFrame, name: str) -> None:
 
 
 def _dodged(axes: Axes, x: pd.Series[float], y: pd.Series[float], first: Sequence[str]) -> dict[str, float]:
-    """Where to draw each arm: where it is, or a little aside where another would hide it. `first` are not moved."""
+    """The x-position at which to draw each arm: moved a little if another would hide it. `first` are not moved."""
     step = SIZE / 72 * axes.figure.dpi / 2
     placed: list[tuple[float, float]] = []
     drawn = {}
@@ -144,7 +145,7 @@ def _dodged(axes: Axes, x: pd.Series[float], y: pd.Series[float], first: Sequenc
 
 
 def arm_styles(algorithms: Sequence[str]) -> list[Style]:
-    """Colour, marker and its filling, of arms by their algorithms; no two alike among 24 of a colour."""
+    """A style for each arm, by its algorithm; up to 24 arms of one colour all look different."""
     seen: Counter[str] = Counter()
     styles: list[Style] = []
     for algorithm in algorithms:
@@ -168,7 +169,7 @@ def _axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Ser
 
 
 def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
-    """A logarithmic axis with a place of its own at the left for 0; returns where each arm is on it."""
+    """A logarithmic axis with a separate place for 0 at the left; returns where each arm is on it."""
     axes.set_xlabel("bytes on the wire")
     sent = values[values > 0]
     low, high = (math.log10(sent.min()), math.log10(sent.max())) if len(sent) else (0.0, 0.0)
@@ -177,7 +178,7 @@ def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
     steps = (1, 2, 5) if span < 1.5 else (1,)
     marks = [step * 10**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for step in steps]
     marks = [mark for mark in marks if low - 0.06 * span <= math.log10(mark) <= high + 0.06 * span]
-    ticks = {float(mark): _short_bytes(mark) for mark in marks[:: math.ceil(len(marks) / 5) or 1]}
+    ticks = {float(mark): format_mark(mark, "B") for mark in marks[:: math.ceil(len(marks) / 5) or 1]}
     if len(ticks) < 2:
         ticks = {10**power: format_quantity(10**power, "B") for power in (low, high)}
     if len(sent) < len(values):
@@ -188,8 +189,3 @@ def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(ticks), list(ticks.values()))
     return values.where(values > 0, nothing)
-
-
-def _short_bytes(value: float) -> str:
-    divisor, unit = scale(value, "B")
-    return f"{value / divisor:g} {unit}"

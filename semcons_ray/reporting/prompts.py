@@ -1,4 +1,4 @@
-"""The public prompts with all their answers, as compact JSON for the page's searchable table."""
+"""The public prompts with all answers to them, as compact JSON for the page's searchable table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ MAX_TEXT_CHARS = 800
 
 
 def prompt_table(run: Run, max_bytes: int = MAX_TABLE_BYTES) -> dict[str, Any]:
-    """Prompts, newest round first, up to about `max_bytes` of JSON.
+    """Prompts and answers, newest round first, up to about `max_bytes` of JSON.
 
-    Equal answers to a prompt are one entry with the clients that gave it, and a text is stored once.
+    Equal answers to a prompt are one entry with all clients that gave it, and each text is stored once.
 
     Returns:
-        texts: every text, cut to `MAX_TEXT_CHARS`.
-        prompts: [prompt, reference, category] by prompt id, texts by index.
+        texts: every text, cut to `MAX_TEXT_CHARS` characters.
+        prompts: by prompt id, [prompt, reference, category], each as an index into texts.
         rounds: newest first, each {round, rows}; a row is [prompt id, agreement, abstained, answers], and an answer is
-            [text index, similarity, chosen client or -1, clients]; the chosen one first, then by similarity.
-        shown, total: how many rows of all rounds are in it, and how many there are.
+            [index into texts, similarity, client if it was elected or -1, clients]; the elected answer comes first,
+            then the others by similarity.
+        shown, total: how many rows are in rounds, and how many the run has.
     """
     texts: dict[str, int] = {}
     size = 0

@@ -1,4 +1,4 @@
-"""A comparison's summary as text: a table for the terminal, and one in Markdown."""
+"""The summary of a comparison as text: a table for the terminal, and one in Markdown."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 WIDTH = 120
 LEFT_OUT = ("worst client", "similarity", "a client and round")
-"""Columns of `summary_cells` that do not fit on a terminal, beside the loss that arms are not compared by."""
+"""Columns of `summary_cells` left out on a terminal for want of room; so is the loss by which arms are not compared."""
 
 
 def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary as texts under short headings, a row an arm; first the loss that arms are compared by."""
+    """The summary as texts under short headings, a row for each arm; the loss by which arms are compared comes
+    first."""
     loss = compared_by(summary)
     other: Loss = "bits_per_byte" if loss == "nll" else "nll"
     most = summary["seeds"].max()
@@ -56,7 +57,7 @@ def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared_by(summary: pd.DataFrame) -> Loss:
-    """The loss that arms are compared by."""
+    """The loss by which the arms of a summary are compared."""
     loss: Loss = summary["loss"].iloc[0]
     return loss
 
@@ -79,7 +80,7 @@ def _ratio(value: float) -> str:
 
 
 def notes(summary: pd.DataFrame, *, reference: str, baseline: str) -> list[str]:
-    """What the columns mean, a line each."""
+    """Explanations of the columns, one line each."""
     first, most, loss = summary.index[0], summary["seeds"].max(), compared_by(summary)
     name = LOSS_NAMES[loss].removeprefix("test ")
     lines = [f"Means over {most} seeds, ± half of the 95% t-interval." if most > 1 else "One seed: no spread is known."]
@@ -107,7 +108,7 @@ def render_summary(
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
                   padding=(0, 1), collapse_padding=True)  # fmt: skip
     for name in cells:
-        # In two lines, else the heading and not the numbers would decide how wide the column is.
+        # In two lines, else the heading would make the column wider than its numbers need.
         heading = str(name).replace("at equal", "at\nequal").replace("gap closed", "gap\nclosed")
         table.add_column(heading, justify="left" if name == "arm" else "right", overflow="fold", vertical="bottom")
     for row in cells.to_numpy().tolist():

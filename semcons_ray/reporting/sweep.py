@@ -1,4 +1,5 @@
-"""A sweep's trials: Pareto fronts of quality against bytes, seconds and joules, and the effect of each swept key."""
+"""The report of a sweep: Pareto fronts of quality against bytes, seconds and joules, and the effect of each swept
+key."""
 
 from __future__ import annotations
 
@@ -38,23 +39,24 @@ METRICS = {
     "similarity": "mean similarity",
 }
 MANY = 8
-"""Where a key has more values than this, and they are numbers, they are put into quarters."""
+"""If a key has more numbers as values than this, they are grouped into quarters."""
 DECADE = 20.0
-"""A cost that differs by more than this factor is drawn on a logarithmic axis."""
+"""A cost that varies by more than this factor is drawn on a logarithmic axis."""
 
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """What a sweep came to.
+    """The results of a sweep.
 
     Attributes:
         name: Its title.
         keys: The keys that were swept.
-        metric: What is best.
-        higher_is_better: Whether that is the highest.
+        metric: The metric by which trials are ranked.
+        higher_is_better: Whether a higher value of the metric is better.
         loss: The loss that compares all trials, see `comparable_loss`.
-        trials: A row a trial, the best first: trial, a column a swept key, status (finished, stopped by the scheduler,
-            unfinished), rounds, and the columns of `comparison.costs_by_round` after the last of them.
+        trials: A row for each trial, the best first. Columns: trial, one for each swept key, status (finished, stopped
+            by the scheduler, unfinished), rounds, and those of `comparison.costs_by_round` after the last of these
+            rounds.
     """
 
     name: str
@@ -66,23 +68,23 @@ class SweepResult:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Scores for tables, column and name: the metric, the NLL where all trials have one model, ROUGE-L."""
+        """Names of the scores in tables by column: the metric, NLL if all trials have one model, and ROUGE-L."""
         columns = (self.metric, *(["mean_nll"] if self.loss == "nll" else []), "rouge_l")
         return {column: METRICS[column] for column in columns}
 
     @property
     def finished(self) -> pd.DataFrame:
-        """The trials that ran to their end: the others are neither on fronts nor in effects."""
+        """The trials that ran to their end; only these are in fronts and effects."""
         return self.trials[self.trials["status"] == "finished"].set_index("trial")
 
     def fronts(self) -> dict[str, list[str]]:
-        """By cost, the trials that no other beats, from the cheapest to the best."""
+        """By cost, the trials on its Pareto front, from the cheapest to the best."""
         finished = self.finished
         losses = -finished[self.metric] if self.higher_is_better else finished[self.metric]
         return {cost: pareto_front(finished[cost], losses) for cost in COSTS}
 
     def effects(self) -> pd.DataFrame:
-        """The metric at each value of each key, over all finished trials that have it, whatever their other keys.
+        """The metric at each value of each key, over all finished trials with that value, whatever their other keys.
 
         Returns:
             Columns key, value (as text), trials (how many), mean, std (NaN for one), lowest, highest.
@@ -96,13 +98,13 @@ class SweepResult:
         return pd.DataFrame(rows, columns=["key", "value", "trials", "mean", "std", "lowest", "highest"])
 
     def spans(self) -> dict[str, float]:
-        """By key, how far the mean at its best value is from that at its worst."""
+        """By key, the difference between the highest and the lowest mean of the metric at a value."""
         by_key = self.effects().groupby("key", sort=False)["mean"]
         return {str(key): float(span) for key, span in (by_key.max() - by_key.min()).items()}
 
 
 def _grouped(values: pd.Series[Any]) -> pd.Series[str]:
-    """Values as text in their order; many numbers as quarters."""
+    """Values as text, in ascending order; numbers that are more than `MANY` as quarters."""
     ordered = values.sort_values(kind="stable")
     if pd.api.types.is_numeric_dtype(ordered) and ordered.nunique() > MANY:
         bins = pd.qcut(ordered, 4, duplicates="drop")
@@ -111,7 +113,7 @@ def _grouped(values: pd.Series[Any]) -> pd.Series[str]:
 
 
 def _text(value: object) -> str:
-    """A value for people: a mix as models with their shares."""
+    """A value as readable text; a mix of models as shares and names."""
     if isinstance(value, str) and value.startswith("{"):
         shares = json.loads(value).items()
         return ", ".join(f"{share:g} {short_model_name(name)}" for name, share in shares) or "none"
@@ -119,7 +121,7 @@ def _text(value: object) -> str:
 
 
 def render_sweep(result: SweepResult, width: int | None = None) -> str:
-    """The trials and what stands on fronts, as plain text."""
+    """A table of the trials with the fronts they are on, and the effect of each key, as plain text."""
     fronts = result.fronts()
     table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in (*result.keys, *result.shown.values(), "bytes", "time", "energy", "on the front of"):
@@ -151,7 +153,13 @@ def _failed(visits: int) -> str:
 
 
 def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> None:
-    """Write one HTML page that needs nothing else: no network, no script, no other file."""
+    """Write the report: one HTML page that needs no network, no script and no other file.
+
+    Args:
+        result: The results of the sweep.
+        config_yaml: The sweep's settings, shown in the page.
+        path: File to write.
+    """
     templates = resources.files("semcons_ray.reporting") / "templates"
     fronts, finished = result.fronts(), result.finished
     figures = (
@@ -241,5 +249,5 @@ def _effect_figure(result: SweepResult, key: str, effects: pd.DataFrame) -> Figu
 
 
 def _wrapped(value: str) -> str:
-    """A long label in lines, broken after commas."""
+    """A long label, broken into lines after commas."""
     return value if len(value) < 18 else value.replace(", ", ",\n")

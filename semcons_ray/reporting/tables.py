@@ -1,7 +1,7 @@
-"""A run folder as frames, and the tables that the terminal and the HTML page show of them.
+"""Reads a run folder into frames, and makes the tables that the terminal and the HTML page show.
 
-Every function below `read_run` is pure. Legend: C clients, R rounds, P public prompts. A figure says where it comes
-from: bytes are lengths of encoded messages and seconds are timed, so both are measured; joules carry their source.
+Legend: C clients, R rounds, S stages. Every number has a source: bytes are lengths of encoded messages and seconds are
+timed, so both are measured; joules are marked as measured or estimated.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ _CONSENSUS = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds; the frames have the columns of the files they are named after.
+    """The contents of a run folder; each frame has the columns of the file of its name.
 
     Attributes:
-        folder: Where it was read.
-        metrics: Clients on the test set; round 0 is the base model.
-        rounds: One row a round that is done; round 0 is set-up.
-        ledger: Every piece of work.
-        consensus: Every answer to every public prompt with its `round`; no rows where an algorithm forms no consensus.
+        folder: The run folder.
+        metrics: Clients' models on the test set; round 0 is the base model.
+        rounds: A row for each round that is done; round 0 is set-up.
+        ledger: A row for each piece of work.
+        consensus: Every answer to every public prompt with its `round`; no rows if the algorithm forms no consensus.
         data: Who holds which example.
-        config: Every setting.
+        config: Every setting, nested.
         environment: Versions and machine.
         placement: Workers and energy meters.
-        tallies: What of the data is not used.
+        tallies: How much of the data is not used, and why.
     """
 
     folder: Path
@@ -75,18 +75,18 @@ class Run:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds that are done, set-up not counted."""
+        """Number of rounds that are done, without set-up."""
         return int((self.rounds["round"] > 0).sum())
 
     @property
     def loss(self) -> Loss:
-        """The loss that may be averaged over its clients."""
+        """The loss by which its clients may be averaged."""
         return comparable_loss(self.metrics["model"])
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Cost of a whole run. `energy_source` is described at `energy`."""
+    """The cost of a whole run; see `energy` for `energy_source`."""
 
     uplink_bytes: int
     downlink_bytes: int
@@ -97,10 +97,10 @@ class Totals:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder, of a finished run or of one that is still going on.
+    """Read the folder of a run, which may still be going on.
 
     Raises:
-        RunFolderError: Something is missing or damaged; one line that names the file.
+        RunFolderError: A file is missing or damaged; the message names it.
     """
     opened = RunFolder(folder)
     try:
@@ -109,7 +109,7 @@ def read_run(folder: Path) -> Run:
         raise RunFolderError(str(error)) from error
     rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
     files = {round: folder / f"consensus/round_{round:03d}.parquet" for round in rounds["round"]}
-    # Which rounds formed one is not to be read from the settings: a run that goes on has other last rounds.
+    # The settings do not tell which rounds formed a consensus: rounds that are done are not all rounds of the run.
     labelled = set(rounds.loc[(rounds["num_labels"] > 0) | rounds["mean_agreement"].notna(), "round"])
     answers = [
         read_table(path, _CONSENSUS).assign(round=round)
@@ -132,15 +132,15 @@ def read_run(folder: Path) -> Run:
 
 
 def columns_of(row: type[msgspec.Struct]) -> dict[str, str]:
-    """Column types of a table whose rows are this struct."""
+    """Types of the columns of a table whose rows are of this class, by name."""
     return {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
 
 
 def read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """These columns of a parquet file, of these types.
+    """Read columns of a parquet file and convert them to the given types.
 
     Raises:
-        RunFolderError: It is missing, damaged or lacks a column; one line that names the file.
+        RunFolderError: The file is missing, damaged or lacks a column; the message names it.
     """
     try:
         frame = pd.read_parquet(path)
@@ -176,10 +176,10 @@ def metric_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def held_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A metric of the model that each client has after a round, (R, C): as measured in it, else as last measured.
+    """A metric of each client's model after each round, (R, C): as measured in the round, else as last measured.
 
     A client that takes no part in a round, or fails, keeps its model, so its last measurement still holds; without it
-    a mean would move with who was sampled. NaN where it was not measured yet, or what was measured is no number.
+    a mean would change with who was sampled. NaN if the client was not measured yet, or its measurement is NaN.
     """
     rows = metrics.reset_index(drop=True).reset_index(names="row")
     last = rows.pivot_table(index="round", columns="client_id", values="row", aggfunc="last").sort_index().ffill()
@@ -187,9 +187,9 @@ def held_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
-    """Mean of `held_by_round` over clients, from the round on by which all are measured; NaN where one of them is NaN.
+    """Mean of `held_by_round` over clients, from the first round by which all were measured; NaN if a client's is NaN.
 
-    Nats a token of several models have no mean: empty.
+    Empty for NLL if clients have several models, since nats a token of several models have no mean.
     """
     if metric == "nll" and comparable_loss(metrics["model"]) != "nll":
         return pd.Series(dtype="float64")
@@ -198,14 +198,14 @@ def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
 
 
 def describe_measured(run: Run) -> str:
-    """How many clients were measured when some last were; empty if all were."""
+    """A note on how many clients were measured in the last evaluated round; empty if all were."""
     last = run.metrics.groupby("client_id")["round"].max()
     count, of = int((last == last.max()).sum()), run.config["clients"]["num_clients"]
     return f"{count} of {of} clients measured in round {last.max()}" if count < of else ""
 
 
 def describe_failures(rounds: pd.DataFrame) -> str:
-    """How many visits failed, and why those of the last round that had any; empty if none did."""
+    """How many visits failed, with the reasons for the last round with failures; empty if none failed."""
     failed = rounds[rounds["lost"] != ""]
     if failed.empty:
         return ""
@@ -234,21 +234,21 @@ def quality(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_of(last_round: int, num_rounds: int) -> str:
-    """Which round a last measurement is of, if it is not the last that is done."""
+    """The round of a last measurement as text; empty if that is the last round done."""
     if not last_round:
         return "base"
     return f"round {last_round}" if last_round < num_rounds else ""
 
 
 def bytes_by_round(ledger: pd.DataFrame) -> pd.DataFrame:
-    """Encoded bytes on the wire, measured. Index round; columns uplink_bytes, downlink_bytes, total_bytes."""
+    """Encoded bytes of messages, measured. Index round; columns uplink_bytes, downlink_bytes, total_bytes."""
     table = ledger.groupby("round")[["uplink_bytes", "downlink_bytes"]].sum()
     table = table[table.index > 0]
     return table.assign(total_bytes=table["uplink_bytes"] + table["downlink_bytes"])
 
 
 def energy(ledger: pd.DataFrame) -> tuple[float, str]:
-    """Joules of these rows, and how they are known.
+    """Joules of ledger rows, and their source.
 
     Returns:
         The sum over rows whose energy is known, NaN if there is none; and "measured", "estimated", "unavailable", or
@@ -257,7 +257,7 @@ def energy(ledger: pd.DataFrame) -> tuple[float, str]:
     known = ledger[ledger["energy_joules"].notna() & (ledger["energy_source"] != "unavailable")]
     if known.empty:
         return float("nan"), "unavailable"
-    # Idle rows carry 0 J; they would call a measured sum mixed.
+    # Idle rows have 0 J; their source would make a measured sum look mixed.
     telling = known[known["energy_joules"] > 0]
     sources = set((known if telling.empty else telling)["energy_source"])
     source = " and ".join(name for name in ("measured", "estimated") if name in sources)
@@ -284,13 +284,13 @@ def work_by_stage(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_round_and_stage(ledger: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Sum of a ledger column, rounds by the stages that occur, (R, S)."""
+    """Sum of a column of the ledger by round and stage, (R, S), for stages that occur."""
     table = ledger.pivot_table(index="round", columns="stage", values=value, aggfunc="sum", fill_value=0.0)
     return table[[stage for stage in STAGES if stage in table]]
 
 
 def busy_share(ledger: pd.DataFrame) -> pd.Series[float]:
-    """Share of its time in rounds that each worker was at work, by worker; NaN where no idle time was recorded."""
+    """Share of the rounds' time that each worker was at work, 0 to 1; NaN if no idle time was recorded."""
     rows = ledger[ledger["worker"].isin(ledger.loc[ledger["stage"] == "idle", "worker"])]
     seconds = rows.groupby("worker")["duration_seconds"].sum()
     idle = rows[rows["stage"] == "idle"].groupby("worker")["duration_seconds"].sum()
@@ -298,12 +298,12 @@ def busy_share(ledger: pd.DataFrame) -> pd.Series[float]:
 
 
 def wins(consensus: pd.DataFrame) -> pd.DataFrame:
-    """Prompts whose pseudo-label is a client's answer, clients by rounds, (C, R)."""
+    """Number of prompts whose pseudo-label is a client's answer, by client and round, (C, R)."""
     return consensus.pivot_table(index="client_id", columns="round", values="chosen", aggfunc="sum", fill_value=0)
 
 
 def agreement(consensus: pd.DataFrame) -> pd.DataFrame:
-    """Distribution over prompts. Index round; columns mean, abstained (a share) and percentiles q10 to q90.
+    """Distribution of agreement over prompts. Index round; columns mean, abstained (share of prompts), q10 to q90.
 
     Agreement is NaN where no prompt had two answers.
     """
@@ -315,7 +315,7 @@ def agreement(consensus: pd.DataFrame) -> pd.DataFrame:
 
 
 def totals(run: Run) -> Totals:
-    """What the run cost."""
+    """The cost of the whole run."""
     joules, source = energy(run.ledger)
     setup = run.rounds["round"] == 0
     return Totals(
@@ -329,7 +329,7 @@ def totals(run: Run) -> Totals:
 
 
 def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str:
-    """A number with so many decimals; a dash for NaN."""
+    """A number with `digits` decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
@@ -352,7 +352,7 @@ def short_model_name(name: str) -> str:
 
 
 def print_result(run: Run, console: Console | None = None) -> None:
-    """Print what a run came to; on stdout unless given another console."""
+    """Print a run's result table; on stdout unless given another console."""
     (console or Console()).print(_result(run))
 
 

@@ -1,4 +1,4 @@
-"""Where time went: every worker's work on one axis of time."""
+"""The timeline of a run: every worker's work on one time axis."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Span = tuple[float, float]
 
 
 def timeline_figure(run: Run) -> Figure | None:
-    """A bar a piece of work, a row a worker; None if there was no work."""
+    """A row for each worker, with a bar for each piece of work; None if there was no work."""
     work = run.ledger[(run.ledger["stage"] != "idle") & (run.ledger["duration_seconds"] > 0)]
     if work.empty:
         return None
@@ -100,9 +100,9 @@ def _title(ledger: pd.DataFrame) -> str:
 
 
 def without_pauses(spans: Sequence[Span]) -> tuple[Callable[[float], float], list[Span], float]:
-    """A time axis that leaves out when nobody worked for long: a run that was stopped and resumed later.
+    """A time axis without long pauses, in which a run was stopped until it was resumed.
 
-    A pause is longer than a minute and than all the time that somebody worked.
+    A pause is longer than a minute, and longer than all the time in which anybody worked.
 
     Returns:
         A map from seconds to seconds on the axis; the pauses, in seconds; and where the axis ends.

@@ -1,4 +1,4 @@
-"""From settings to parts: data, models, a cluster, a placement plan, a fleet and a server."""
+"""Makes the parts of a run from its settings: data, models, a cluster, a placement, engines, a fleet and a server."""
 
 from __future__ import annotations
 
@@ -55,9 +55,15 @@ NO_REVISIONS: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything goes, with `model.dtype` and `resources.device` of the config resolved.
+    """Where everything runs.
 
     Attributes:
+        config: The settings, with `auto` of `model.dtype` and `resources.device` resolved.
+        nodes: The nodes, before anything is placed.
+        server: Placement of the server.
+        workers: Placement of each worker.
+        demands: What a worker of each model needs, by model name.
+        engines: Placement of each generation engine; empty: clients' own models answer.
         warnings: Lines about GPUs that are there and not used.
         revisions: See `pin_revisions`.
     """
@@ -72,12 +78,12 @@ class Placement:
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def pinned(self, model: str) -> str:
-        """A model's name with its commit, if it is on the hub: what a worker is to load."""
+        """A model's name with its commit if it is on the hub, which is what a worker loads."""
         return self.revisions.get(model, model)
 
     @property
     def draws(self) -> dict[str, Draw]:
-        """Watts of each process when busy, for where energy must be estimated."""
+        """What each process draws when busy, by name, to estimate energy where it is not measured."""
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
         processes = [(worker, worker.ranks) for worker in self.workers] + [(engine, 1) for engine in self.engines]
@@ -88,12 +94,13 @@ class Placement:
 
 
 def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
-    """The commits that hub models and data stand for, `org/name@commit` by their names in the settings.
+    """The commits of hub models and data, as `org/name@commit` by their names in the settings.
 
-    Data is named `datasets/org/name`. What is not on the hub is left out.
+    The key of a data set is `datasets/org/name`. Models and data that are not on the hub are left out.
 
     Args:
-        known: What the run found when it began, which stays as it is.
+        config: The settings.
+        known: The commits with which the run began, if it did; they are kept.
 
     Raises:
         ModelError: A model cannot be found.
@@ -106,13 +113,16 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
 
 
 def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
-    """The division of data in a run's folder; made there first, with the count of what is left out, if it is missing.
+    """The data split in a run's folder. If there is none, data is read, divided and written, with counts of losses.
 
     Args:
+        config: The settings.
+        folder: The run's folder.
         revisions: See `pin_revisions`.
 
     Raises:
         DataError: The data is missing, malformed or too small, or over half of it is left out.
+        RunFolderError: The split cannot be read or written.
     """
     if folder.data.is_file():
         return read_split(folder.data)
@@ -136,13 +146,14 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
 
 
 def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> dict[str, Path]:
-    """Folder of each model, downloaded or converted if need be.
+    """Folder of each client model by name, downloaded or converted if need be; the server's model as well.
 
     Args:
+        config: The settings.
         revisions: See `pin_revisions`.
 
     Raises:
-        ModelError: A model cannot be found, or not be quantised for want of a package.
+        ModelError: A model cannot be found, or bitsandbytes is needed and not installed.
     """
     check_quantization(config.model.quantization)
     names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
@@ -151,11 +162,16 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
 
 
 def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> tuple[Tally, ...]:
-    """How many of the questions and answers each model sees cut, by its tokenizer alone.
+    """How many of the questions and answers are cut for each model, which only needs its tokenizer.
+
+    Args:
+        config: The settings.
+        folders: Folder of each model by name.
+        split: The texts.
 
     Raises:
-        ModelError: A tokenizer cannot be loaded, or it or its chat template does not do.
-        ConfigError: No chat template reads what `model.chat_template_kwargs` says.
+        ModelError: A tokenizer cannot be loaded, or its chat template cannot be used; see `ChatFormat`.
+        ConfigError: No chat template reads a key of `model.chat_template_kwargs`.
     """
     model = config.model
     formats = read_formats(
@@ -179,10 +195,10 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
 
 
 def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> None:
-    """See that the models can do what the run asks of them.
+    """Check that the models can do what the run asks of them; see `modeling.fit`.
 
     Raises:
-        ModelError: One can't; says what to change.
+        ModelError: One can't; the message says what to change.
     """
     texts = [text for example in split.examples() for text in (example.prompt, example.response)]
     for name, folder in folders.items():
@@ -191,7 +207,11 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
 
 @contextlib.contextmanager
 def cluster(config: ExperimentConfig) -> Iterator[tuple[Node, ...]]:
-    """The machines to place clients on: a Ray cluster's, or this one."""
+    """The nodes on which to place clients: those of a Ray cluster, to which the block is connected, or this machine.
+
+    Raises:
+        PlacementError: The cluster cannot be joined or started.
+    """
     if config.resources.fleet == "local":
         for name, value in IN_NVMLS_ORDER.items():
             os.environ.setdefault(name, value)  # before anything looks for a GPU
@@ -207,10 +227,17 @@ def place(
     folders: dict[str, Path],
     revisions: Mapping[str, str] = NO_REVISIONS,
 ) -> Placement:
-    """Resolve device and dtype, and plan the workers.
+    """Resolve device and dtype, and place engines, server and workers.
+
+    Args:
+        config: The settings.
+        nodes: What is free on each node, the driver's own first.
+        folders: Folder of each client model by name.
+        revisions: See `pin_revisions`.
 
     Raises:
-        PlacementError: The clients do not fit; names the setting to change.
+        PlacementError: Something does not fit; the message names the setting to change.
+        ModelError: A model's size cannot be read.
     """
     resources, training = config.resources, config.training
     device = choose_device(resources.device, nodes)
@@ -218,7 +245,8 @@ def place(
     nodes = tuple(replace(node, gpus=()) if node.cuda_fault else node for node in nodes)
     dtype = config.model.dtype
     if dtype == "auto":
-        # bfloat16 without hardware for it is slower than float32; one dtype everywhere keeps the numbers equal.
+        # bfloat16 without hardware for it is slower than float32. One dtype on all nodes keeps results independent of
+        # where clients run.
         usable = [node for node in nodes if node.gpus] if device == "cuda" else nodes
         native = all(node.gpu_bfloat16 if device == "cuda" else node.cpu_bfloat16 for node in usable)
         dtype = "bfloat16" if native else "float32"
@@ -301,7 +329,7 @@ def _place_engines(
 
 @contextlib.contextmanager
 def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]:
-    """Start the generation engines, by model name, and stop them at the end; none where clients generate themselves.
+    """The generation engines by model name, stopped at the end of the block; none if clients' own models answer.
 
     Raises:
         ModelError: An engine cannot load its model.
@@ -340,7 +368,19 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
 def parts(
     placement: Placement, split: DataSplit, algorithm: Algorithm, state: Path, serving: Mapping[str, Engine]
 ) -> Iterator[tuple[Fleet, ServerProtocol]]:
-    """Start the fleet and the server, and stop them at the end."""
+    """The fleet and the server, stopped at the end of the block.
+
+    Args:
+        placement: Where they run.
+        split: Who holds which examples.
+        algorithm: What clients and server do.
+        state: Folder of clients' states.
+        serving: Generation engines by model name.
+
+    Raises:
+        UserError: There is no room for a worker, or a model cannot be loaded; the message says what to change.
+        ClientError: A worker died while it was loading.
+    """
     config = placement.config
     resources, failures = config.resources, config.failures
     uses_gpu = resources.device == "cuda"
@@ -403,7 +443,7 @@ def parts(
 
 def _election(algorithm: AlgorithmConfig) -> Election:
     return Election(
-        # Where references are handed out, the medoid still says how far the clients agree.
+        # With rule `reference`, the medoid is still elected, to measure how far the clients agree.
         rule=algorithm.rule if algorithm.elects else "medoid",
         threshold=algorithm.agreement_threshold,
         min_votes=algorithm.min_votes,

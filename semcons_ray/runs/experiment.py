@@ -1,4 +1,4 @@
-"""Composition root: runs the rounds of an experiment, commits each, and picks a killed run up again."""
+"""Runs the rounds of an experiment, commits each, and resumes a run that was stopped or killed."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ from semcons_ray.runs.run_folder import Commit, Loss, MetricsRow, RoundRow, RunF
 
 
 class Observer(Protocol):
-    """Who is told how a run gets on."""
+    """Is told of the progress of a run."""
 
     def stage(self, text: str) -> None:
         """Something that takes a while begins."""
         ...
 
     def planned(self, text: str) -> None:
-        """What is known before the work begins: what of the data is not used, and the placement, a line a worker."""
+        """Text for the user before work begins: losses of data, and the placement with a line for each worker."""
         ...
 
     def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
-        """Clients are being visited; round 0 measures the base model."""
+        """Clients begin to be visited; round 0 measures the base model."""
         ...
 
     def client_done(self, reply: Reply) -> None:
@@ -75,10 +75,10 @@ def run_experiment(config: ExperimentConfig, out: Path, observer: Observer, *, a
 
     Args:
         config: What to run.
-        out: The folder.
-        observer: Told how it gets on.
-        alone: Whether no other run shares its machines. If others do, energy is measured of the GPUs that it has to
-            itself, and all other is estimated: a counter cannot tell runs apart.
+        out: The folder, which must not exist or be empty.
+        observer: Is told of the progress.
+        alone: Whether no other run shares its machines. If others do, energy is measured only for GPUs that it has to
+            itself, and estimated for the rest, since a counter cannot tell runs apart.
 
     Raises:
         UserError: Something in the config, the data, the models, the cluster or the folder must be changed.
@@ -91,13 +91,18 @@ def run_experiment(config: ExperimentConfig, out: Path, observer: Observer, *, a
 
 
 def resume_experiment(out: Path, observer: Observer, *, alone: bool = True) -> RunFolder:
-    """Go on with a run from its last committed round; nothing to do where it is finished.
+    """Continue a run from its last committed round; if it is finished, only its tables are written again.
 
-    The arguments are those of `run_experiment`.
+    Args:
+        out: The run's folder.
+        observer: See `run_experiment`.
+        alone: See `run_experiment`.
 
     Raises:
-        RunFolderError: `out` is no run folder, is damaged, or is in use; or its config.yaml was changed in what decides
-            numbers (see `DECIDE_NO_NUMBER`).
+        RunFolderError: `out` is no run folder, is damaged, or is in use; or settings in its config.yaml were changed
+            that decide the run's numbers (see `DECIDE_NO_NUMBER`).
+        UserError: See `run_experiment`.
+        QuorumError: See `run_experiment`.
     """
     folder = RunFolder(out)
     config = folder.settings_to_resume(folder.read_config())
@@ -164,7 +169,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
 
 
 def _tell_losses(tallies: Sequence[Tally], observer: Observer) -> None:
-    """Say what is not used of the data, and refuse to go on where it is most of it."""
+    """Report what part of the data is not used, and refuse to go on if it is over half."""
     for tally in tallies:
         observer.planned(f"warning: {tally}" if tally.is_warning else str(tally))
         tally.check()
@@ -172,7 +177,7 @@ def _tell_losses(tallies: Sequence[Tally], observer: Observer) -> None:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Runs one round after another, and turns each into what is committed."""
+    """Runs rounds, and turns the outcome of each into a commit."""
 
     folder: RunFolder
     placement: Placement
@@ -185,9 +190,9 @@ class Rounds:
     alone: bool
 
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
-        """One round, and what the server takes into the next.
+        """Run a round; returns its commit, and the server's state for the next round.
 
-        Round 0 measures the base models; it counts from `began`, when models began to load.
+        Round 0 measures the base models. Its duration counts from `began` (unix seconds), when models began to load.
         """
         config = self.placement.config
         started_at = time.time() if round else began
@@ -223,8 +228,8 @@ class Rounds:
         return commit, outcome.next_state
 
     def _measure_base(self, visitor: _Watched, state: bytes) -> RoundOutcome:
-        # Before training, all clients of one architecture are the same model: it is measured once, and nobody is
-        # visited, so that a client that was measured begins round 1 as the others do.
+        # Before training, all clients of one architecture have the same model, so it is measured once. No client is
+        # visited for it, so that the client that was measured begins round 1 as the others do.
         models = self.placement.config.client_models()
         first = {model: client for client, model in reversed([*enumerate(models)])}
         replies = tuple(visitor.measure(0, dict.fromkeys(sorted(first.values()), b"")))
@@ -275,7 +280,7 @@ class Rounds:
         return apportion(rows, self._windows(), self.placement.draws)
 
     def _windows(self) -> list[EnergyWindow]:
-        """What counters went up by, of those that no other run shares."""
+        """Windows of the energy counters that no other run shares."""
         windows = self.fleet.laps()
         if self.alone:
             return windows
@@ -284,7 +289,7 @@ class Rounds:
 
 
 class _Watched:
-    """A fleet that tells the observer and Prometheus of every reply, and remembers who was asked."""
+    """A fleet that reports every reply to the observer and to Prometheus, and remembers which clients were asked."""
 
     def __init__(self, fleet: Fleet, observer: Observer, exported: RunMetrics, num_rounds: int) -> None:
         self._fleet = fleet
@@ -303,7 +308,7 @@ class _Watched:
 
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
         replies = self._fleet.measure(round, downlinks)
-        # After a round it belongs to that round; round 0 is nothing else.
+        # A measurement after a round is part of that round, and not reported as one; round 0 is only a measurement.
         return replies if round else self._watch(round, downlinks, replies)
 
     def _watch(self, round: int, downlinks: Mapping[int, bytes], replies: Iterator[Reply]) -> Iterator[Reply]:
@@ -333,7 +338,10 @@ def _export(exported: RunMetrics, commit: Commit, loss: Loss) -> None:
 
 
 def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> float:
-    """Share of prompts whose pseudo-label is not what it was; NaN where there was none before."""
+    """Share of the public prompts whose pseudo-label changed, 0 to 1; NaN if there were no labels before.
+
+    A prompt that has a pseudo-label in only one of the two counts as changed.
+    """
     if before.round_number == 0:
         return math.nan
     old = dict(zip(before.prompt_ids, before.responses, strict=True))
@@ -342,7 +350,7 @@ def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> 
 
 
 def _mean(agreement: npt.NDArray[np.float32]) -> float:
-    """Over the prompts that two or more answered."""
+    """Mean over the prompts that two or more clients answered; NaN if there are none."""
     answered = agreement[~np.isnan(agreement)]
     return float(answered.mean()) if answered.size else math.nan
 

@@ -1,9 +1,9 @@
-"""A run folder at a URL (s3://, gs://, file://, whatever fsspec knows): a copy that follows the run, round by round.
+"""A run folder at a URL (s3://, gs://, file:// or any other that fsspec knows), updated after each round.
 
-Workers keep their clients' states in files that they rename, which an object store cannot do. So a run works in a
-folder, and what changed there is copied to the URL when a round is committed. The URL is the truth: resume and report
-begin with a fresh copy of it. Files are copied in an order that leaves a run to resume from wherever it stops: a
-round's commit after all that it stands for, and what is no longer needed goes last.
+Workers keep their clients' states in files that they rename, which an object store cannot do. So a run works in a local
+folder, and the files that changed are copied to the URL when a round is committed. The copy at the URL is
+authoritative: resume and report begin by fetching it. Files are copied in an order such that a run can be resumed from
+the URL wherever copying stops: a round's commit after all files that belong to it, and deletions last.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from semcons_ray.runs.experiment import Observer
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow
 
 _UNSAFE = re.compile(r"(^|/)(\.{0,2}(/|$)|[A-Za-z]:)|[\\\x00-\x1f\x7f]")
-"""In a key: an empty part, one that is . or .., a drive, a backslash, or a control character."""
+"""What a key may not have: an empty part, a part that is . or .., a drive, a backslash, or a control character."""
 
 
 class RemoteFolder:
-    """The run folder at `url`, and the folder that the run works in meanwhile.
+    """The run folder at a URL, and the local folder in which the run works.
 
     Args:
         url: A URL that fsspec can write to.
 
     Attributes:
-        folder: Below the cache; on a cluster, let SEMCONS_CACHE name a folder that all machines share.
+        folder: The local folder, below the cache. On a cluster, SEMCONS_CACHE must name a folder that all machines
+            share.
 
     Raises:
-        RunFolderError: Its protocol is unknown, lacks a package, or cannot be reached.
+        RunFolderError: The URL's protocol is unknown, needs a package that is not installed, or cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
@@ -50,10 +51,10 @@ class RemoteFolder:
         self._copied: dict[str, tuple[int, int]] = {}
 
     def check_free(self) -> None:
-        """Make ready for a new run.
+        """Prepare a new run: check that the URL is free, and empty the local folder.
 
         Raises:
-            RunFolderError: There is something at the URL already.
+            RunFolderError: There is something at the URL already, or it cannot be read.
         """
         try:
             taken = bool(self._fs.find(self._root))
@@ -64,10 +65,11 @@ class RemoteFolder:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch(self) -> None:
-        """Make the folder what the URL holds.
+        """Replace the local folder by a copy of what is at the URL.
 
         Raises:
-            RunFolderError: There is nothing, it cannot be read, or holds what would be written outside of the folder.
+            RunFolderError: There is nothing at the URL, it cannot be read, or it has a key that would lead out of the
+                folder.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
@@ -88,7 +90,7 @@ class RemoteFolder:
         self._copied = self._files()
 
     def copy(self) -> None:
-        """Bring the URL up to date with the folder.
+        """Copy to the URL what changed in the local folder, and delete there what is gone.
 
         Raises:
             RunFolderError: It cannot be written.
@@ -99,7 +101,7 @@ class RemoteFolder:
             for name in sorted(changed, key=lambda name: name.startswith("state/round_")):
                 path = f"{self._root}/{name}"
                 self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                # A transaction: where a store has any, a reader never sees half of a file.
+                # In a transaction, for stores that have them: a reader then never sees half of a file.
                 with self._fs.transaction, self._fs.open(path, "wb") as target, (self.folder / name).open("rb") as file:
                     shutil.copyfileobj(file, target)
             for name in self._copied.keys() - files.keys():
@@ -109,10 +111,10 @@ class RemoteFolder:
         self._copied = files
 
     def _name(self, path: str) -> str:
-        """Name in the folder of what is at the URL under `path`, a key that anybody may have chosen.
+        """The path within the folder of a key at the URL, which may have been chosen by anybody.
 
         Raises:
-            RunFolderError: It would lead out of the folder, here or on Windows, or out of the one at the URL.
+            RunFolderError: It would lead out of the local folder, on any system, or out of the folder at the URL.
         """
         root = self._root.rstrip("/") + "/"
         name = path.removeprefix(root)
@@ -124,7 +126,7 @@ class RemoteFolder:
         return name
 
     def _files(self) -> dict[str, tuple[int, int]]:
-        """Size and time of each file, without those that are being written, and the lock."""
+        """Size and modification time of each file, without files that are being written and the lock."""
         stats = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
         return {
             name: (stat.st_size, stat.st_mtime_ns)
@@ -138,7 +140,7 @@ class RemoteFolder:
 
 
 class Copying:
-    """An observer that has each committed round copied to the URL before another hears of it."""
+    """An observer that copies each committed round to the URL before it tells another observer."""
 
     def __init__(self, remote: RemoteFolder, observer: Observer) -> None:
         self._remote = remote

@@ -1,19 +1,20 @@
-"""A run's folder: what is written in it, when, and how a killed run finds its place again.
+"""A run's folder: its files, and how a run that was stopped or killed is continued from them.
 
     config.yaml             every setting, with `auto` resolved and paths absolute
     environment.json        versions, machine, commits of hub models and data
     placement.json          workers, nodes and energy meters
-    data.parquet            who holds which example; data_report.json: what of the data is not used, by reason
-    state/config.yaml       the settings that the run began with, whatever becomes of the others
-    state/round_NNN.msgpack the commit of a round: there, and the round is done; not there, and it is run (again)
-    state/server_NNN        what the server takes from a round into the next; of the last two rounds
+    data.parquet            who holds which example
+    data_report.json        how much of the data is not used, by reason
+    state/config.yaml       the settings with which the run began, even if config.yaml is edited
+    state/round_NNN.msgpack the commit of a round: if it is there, the round is done; if not, it is run (again)
+    state/server_NNN        the server's state after a round; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py)
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
-    consensus/round_NNN.parquet                       every answer to every prompt, and what was chosen
-    adapters/client_NNN/    in PEFT's format
-    report.html
+    consensus/round_NNN.parquet                       every answer to every prompt, and which was elected
+    adapters/client_NNN/    each client's last adapter, in PEFT's format
+    report.html             the report
 
-Every file is written beside and renamed, so a reader never sees half of one.
+Every file is written under another name and then renamed, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -36,31 +37,35 @@ from semcons_ray.errors import RunFolderError, writing
 from semcons_ray.metering.ledger import LedgerRow
 
 Loss = Literal["nll", "bits_per_byte"]
-"""Columns of `MetricsRow` that say how likely a model finds the reference answers; lower is better."""
+"""Columns of `MetricsRow` with a loss on the reference answers; lower is better."""
 
 LOSS_NAMES: Mapping[Loss, str] = {"nll": "test NLL", "bits_per_byte": "bits per byte"}
 
 
 def comparable_loss(models: Iterable[str]) -> Loss:
-    """The loss that may be averaged over clients of these models, and rank them.
+    """The loss by which clients of these models may be averaged and ranked.
 
-    Tokens are what a model's tokenizer makes of a text, so nats a token are a measure of one model alone; bits per byte
-    of the text compare any.
+    Tokenizers cut a text into different tokens, so nats a token only compare clients of one model. Bits per byte of the
+    text compare any models.
     """
     return "nll" if len(set(models)) <= 1 else "bits_per_byte"
 
 
 class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A client on the test set after a round; a row of metrics.parquet. Round 0 is the base model.
+    """A client's model on the test set after a round: a row of metrics.parquet. Round 0 is the base model.
 
     Attributes:
-        nll: Mean negative log-likelihood (nats) of a token of the reference answers.
-        perplexity: Its exponential.
-        bits_per_byte: The same likelihood in bits, over the bytes of the reference answers as UTF-8: unlike nats a
-            token, it compares models with different tokenizers.
-        rouge_l: Mean ROUGE-L F of the client's answers.
-        similarity: Mean cosine of the client's answers to the references, by the server's embedding model.
-        train_loss: Mean loss (nats a token) over the round's fine-tuning.
+        model: Name of the client's model.
+        nll: Mean negative log-likelihood (nats a token) of the reference answers.
+        perplexity: Exponential of `nll`.
+        bits_per_byte: Negative log-likelihood in bits, divided by the bytes of the reference answers as UTF-8. Unlike
+            nats a token, it compares models with different tokenizers.
+        rouge_l: Mean ROUGE-L F-measure of the client's answers, 0 to 1; NaN if none was answered.
+        similarity: Mean cosine of the client's answers to the references, by the server's embedding model; NaN if none
+            was answered.
+        train_loss: Mean loss (nats a token) over the round's fine-tuning; NaN if there was none.
+        num_private: Private examples of the client.
+        num_pseudo_labels: Pseudo-labels on which it trained in the round.
     """
 
     round: int
@@ -77,14 +82,19 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A round as a whole; a row of rounds.parquet.
+    """A round as a whole: a row of rounds.parquet.
 
     Attributes:
-        lost: Clients left out of the round; empty if none.
-        failures: Why.
+        round: The round; 0 is set-up and the evaluation of the base model.
+        started_at: Start by the driver's clock, unix seconds.
+        duration_seconds: Length of the round.
+        num_participants: Clients asked.
+        num_answered: Clients that answered.
+        lost: Ids of the clients left out of the round, separated by commas; empty if none.
+        failures: Reasons for which they were left out.
         num_labels: Prompts that gave a pseudo-label.
-        mean_agreement: Over prompts; NaN where no consensus was formed.
-        label_churn: Share of prompts whose pseudo-label changed since the round before; NaN where there was none.
+        mean_agreement: Mean over prompts; NaN if no consensus was formed.
+        label_churn: Share of prompts whose pseudo-label changed since the round before; NaN if there was none before.
     """
 
     round: int
@@ -108,14 +118,20 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 BEGUN = "state/config.yaml"
-"""Where a run's folder keeps the settings that it began with."""
+"""File in a run's folder with the settings with which the run began."""
 
 DECIDE_NO_NUMBER = ("name", "resources", "energy", "failures")
-"""Settings and sections that decide none of a run's numbers but seconds and joules: they may be changed on the way."""
+"""Settings and sections that decide none of a run's numbers but seconds and joules. They may be changed before a
+resume."""
 
 
 def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
-    """What was changed of the settings that decide a run's numbers, in words."""
+    """The settings that decide a run's numbers and were changed, in words, one text each.
+
+    Args:
+        begun: Settings with which the run began.
+        now: Settings as they are now.
+    """
 
     def compare(one: Mapping[str, Any], other: Mapping[str, Any], above: str) -> Iterator[str]:
         for key, value in other.items():
@@ -126,7 +142,7 @@ def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
 
     stored, wanted = (config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now))
     if now.model.dtype == "auto":
-        stored["model"]["dtype"] = "auto"  # a run that has begun holds what it came to
+        stored["model"]["dtype"] = "auto"  # a run that has begun stores the dtype to which auto was resolved
     return list(compare(stored, wanted, ""))
 
 
@@ -137,7 +153,7 @@ class RunFolder:
         path: An existing run folder.
 
     Raises:
-        RunFolderError: It is not one.
+        RunFolderError: `path` is not a run folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,10 +169,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: ExperimentConfig) -> RunFolder:
-        """Make a run folder that holds the config; `path` must be free or an empty folder.
+        """Make a run folder with the settings in it; `path` must not exist, or be an empty folder.
 
         Raises:
-            RunFolderError: It holds something already, or cannot be written.
+            RunFolderError: There is something at `path` already, or it cannot be written.
         """
         if (path / BEGUN).is_file():
             raise RunFolderError(f"{path} holds a run: go on with semcons resume {path}, or choose another --out")
@@ -176,21 +192,21 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; a killed process lets go of it.
+        """Lock the run for this process; the lock ends with the block, or with the process if it is killed.
 
         Raises:
-            RunFolderError: Another process is at it.
+            RunFolderError: Another process has locked it.
         """
         with held(self.state / "lock", self.path):
             yield
 
     def is_finished(self, num_rounds: int) -> bool:
-        """Whether nothing is left to do: adapters come last, and all at once."""
+        """Whether nothing is left to do. Adapters are written last, and appear all at once."""
         return (self.state / f"round_{num_rounds:03d}.msgpack").is_file() and self.adapters.is_dir()
 
     @contextlib.contextmanager
     def writing_adapters(self) -> Iterator[Path]:
-        """A folder that becomes `adapters` when all are written."""
+        """A folder for the adapters, which is renamed to `adapters` at the end of the block, when all are written."""
         beside = self.path.resolve() / ".adapters"
         shutil.rmtree(beside, ignore_errors=True)
         with writing(self.path):
@@ -199,15 +215,19 @@ class RunFolder:
             beside.rename(self.adapters)
 
     def drop_adapters(self) -> None:
-        """Remove adapters of rounds that are to be repeated."""
+        """Remove the adapters, if there are any, since rounds are going to be run after them."""
         shutil.rmtree(self.adapters, ignore_errors=True)
 
     def read_config(self) -> ExperimentConfig:
-        """The run's settings, as they stand in config.yaml."""
+        """The settings in config.yaml, which may have been edited.
+
+        Raises:
+            ConfigError: See `load_config`.
+        """
         return load_config(self.path / "config.yaml")
 
     def begun_with(self) -> ExperimentConfig:
-        """The settings that the run began with.
+        """The settings with which the run began.
 
         Raises:
             RunFolderError: No run has begun here.
@@ -220,10 +240,10 @@ class RunFolder:
         return load_config(self.path / BEGUN)
 
     def settings_to_resume(self, now: ExperimentConfig) -> ExperimentConfig:
-        """The settings that the run began with, but for those of `now` that decide no number.
+        """The settings with which the run began, and those of `now` for the parts named in `DECIDE_NO_NUMBER`.
 
         Raises:
-            RunFolderError: No run has begun here, or others were changed since; names them.
+            RunFolderError: No run has begun here, or other settings were changed since; the message names them.
         """
         begun = self.begun_with()
         if changed := differences(begun, now):
@@ -235,12 +255,13 @@ class RunFolder:
         return begun.model_copy(update={name: getattr(now, name) for name in DECIDE_NO_NUMBER})
 
     def write_config(self, config: ExperimentConfig) -> None:
-        """Replace the settings, also those that the run began with, by resolved ones."""
+        """Write settings to config.yaml, and as those with which the run began."""
         for name in (BEGUN, "config.yaml"):
             self._write(name, dump_config(config).encode())
 
     def revisions(self) -> dict[str, str]:
-        """Hub models and data, by their names in the settings, at the commits that the run began with.
+        """The commits of hub models and data with which the run began, see `assembly.pin_revisions`; empty if it has
+        not.
 
         Raises:
             RunFolderError: environment.json, which holds them, is damaged.
@@ -256,7 +277,7 @@ class RunFolder:
         self._write(name, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
     def tallies(self) -> tuple[Tally, ...]:
-        """What of the data is not used; nothing where a run began before it was counted.
+        """How much of the data is not used and why; empty if it was not counted yet.
 
         Raises:
             RunFolderError: The file is damaged.
@@ -269,7 +290,7 @@ class RunFolder:
             raise RunFolderError(f"{self.data_report} is damaged ({error}); start the run again") from error
 
     def write_tallies(self, tallies: Sequence[Tally]) -> None:
-        """Write what of the data is not used."""
+        """Write data_report.json: how much of the data is not used and why."""
         self._write(self.data_report.name, msgspec.json.format(msgspec.json.encode(tallies), indent=2) + b"\n")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
@@ -277,7 +298,15 @@ class RunFolder:
         self._write(name, frame.to_parquet(index=False))
 
     def commit(self, commits: Sequence[Commit], next_state: bytes) -> None:
-        """Make the last of `commits` done, with what the server takes on, and bring the tables up to date."""
+        """Commit a round and update the tables.
+
+        Args:
+            commits: The commits of all rounds done, from 0 on; the last one is new.
+            next_state: The server's state after that round.
+
+        Raises:
+            StorageError: The disk is full, or cannot be written to.
+        """
         round = len(commits) - 1
         self._write(f"state/server_{round:03d}", next_state)
         self._write(f"state/round_{round:03d}.msgpack", msgspec.msgpack.encode(commits[-1]))
@@ -285,7 +314,7 @@ class RunFolder:
         self.write_tables(commits)
 
     def server_state(self, round: int) -> bytes:
-        """What the server takes from a committed round into the next.
+        """The server's state after a committed round.
 
         Raises:
             RunFolderError: It is missing.
@@ -332,7 +361,7 @@ class RunFolder:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file beside, and rename it.
+    """Write a file under another name and rename it, so that a reader never sees half of it.
 
     Raises:
         StorageError: The disk is full, or cannot be written to.
@@ -348,10 +377,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def held(lock: Path, folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock, a file, on a folder; it ends with this process.
+    """Hold a lock while the block runs; it also ends with the process.
+
+    Args:
+        lock: File to lock; it is made if need be.
+        folder: The folder that the lock protects, for errors.
+        wait: Whether to wait until another process lets go of it.
 
     Raises:
-        RunFolderError: Another process holds it, and this one does not `wait`; or its file system knows no locks.
+        RunFolderError: Another process holds it and `wait` is not set, or the file system has no locks.
+        StorageError: The lock file cannot be made.
     """
     with writing(folder):
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Many runs held against each other: comparisons of algorithms, and sweeps over settings."""
+"""Studies of many runs: comparisons of algorithms, and sweeps over settings."""

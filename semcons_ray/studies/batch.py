@@ -1,4 +1,5 @@
-"""Many runs: one after another where each has a whole Ray cluster, else as many at once as cores or GPUs allow."""
+"""Runs many experiments: one after another if each uses the whole Ray cluster, else as many at once as there is room
+for."""
 
 from __future__ import annotations
 
@@ -35,35 +36,35 @@ from semcons_ray.runs.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is to be done, or has been: its settings and its folder."""
+    """A run to do, or one that was done."""
 
     config: ExperimentConfig
     folder: Path
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run is finished."""
         return (self.folder / "config.yaml").is_file() and RunFolder(self.folder).is_finished(self.config.num_rounds)
 
     def check_settings(self) -> None:
-        """Make sure that the folder, if it is there, is of a run with these settings; where it ran may differ.
+        """Check that the folder, if it exists, is of a run with these settings, but for those of where it ran.
 
         Raises:
-            RunFolderError: It is not; one line that names the setting.
+            RunFolderError: It is not; the message names the setting that differs.
         """
         if self.folder.exists():
             RunFolder(self.folder).settings_to_resume(self.config)
 
 
 def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, Any]]]) -> list[ExperimentConfig]:
-    """Settings of runs that have some in common.
+    """The settings of each of several runs that share some settings.
 
     Args:
         shared: Settings of all runs. One that has no effect in a run keeps its default there.
-        runs: For each run, where its own settings were given, for messages, and these, which are laid over `shared`.
+        runs: For each run, where its own settings come from, for messages, and those settings, which replace `shared`.
 
     Raises:
-        ConfigError: A setting is refused, or has no effect: a run's own in that run, a shared one in any.
+        ConfigError: A setting is refused; or one of a run's own has no effect in that run, or a shared one in no run.
     """
     validate_shared(shared, where="experiment", shared=shared)
     configs = []
@@ -82,15 +83,15 @@ SomeJob = TypeVar("SomeJob", bound=Job)
 
 
 def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], float]], None]) -> None:
-    """Run, or resume, each job.
+    """Run or resume each job.
 
-    With `resources.fleet` ray, or `energy.exclusive`, jobs follow one another. Else each is in a process of its own; a
-    process goes on to further jobs, so it imports torch once. On CPUs there are cores // `resources.threads_per_worker`
-    of them; on GPUs as many as the GPUs have room for, each with one GPU in sight.
+    With `resources.fleet` ray, or `energy.exclusive`, jobs run one after another. Else they run in several processes,
+    each of which does one job after another, so that it imports torch once. On CPUs the number of processes is cores //
+    `resources.threads_per_worker`; on GPUs it is as many as the GPUs have room for, and each process sees one GPU.
 
     Args:
-        jobs: With distinct folders.
-        report: Called with a job when it is done, and with what gives the seconds it took or raises its error.
+        jobs: The jobs; their folders must differ.
+        report: Called when a job is done, with the job and a function that returns its seconds or raises its error.
 
     Raises:
         SemconsError: A process died.
@@ -118,14 +119,14 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
 
 
 def plan_processes(configs: Sequence[ExperimentConfig], gpus: Sequence[str], cpus: int) -> list[str]:
-    """The GPU of each process that runs experiments one after another; empty where they are on the CPU.
+    """The GPU of each process that `run_jobs` starts; an empty text for a process on the CPU.
 
-    GPUs are dealt out in turn, so that processes share one only when there are more of them than GPUs.
+    GPUs are assigned in turn, so processes share one only if there are more processes than GPUs.
 
     Args:
-        configs: What is to be run, each in one process.
+        configs: The settings of each run.
         gpus: UUIDs of the GPUs that torch can use.
-        cpus: How many processes the cores are enough for.
+        cpus: Number of processes for which there are enough cores.
     """
     on_gpus = [config for config in configs if gpus and config.resources.device != "cpu"]
     count = 1 if any(config.energy.exclusive for config in configs) else len(configs)
@@ -136,14 +137,14 @@ def plan_processes(configs: Sequence[ExperimentConfig], gpus: Sequence[str], cpu
 
 
 def gpu_share(config: ExperimentConfig) -> float:
-    """What a process takes of a GPU that has all of an experiment in it: clients, server and engines."""
+    """Share of a GPU that a process takes which holds a whole experiment: clients, server and engines."""
     resources = config.resources
     engines = len(set(config.client_models())) if config.generation.engine == "vllm" else 0
     return in_steps(resources.gpus_per_worker + resources.server_gpus + engines * resources.engine_gpus)
 
 
 def start_processes(gpus: Sequence[str], threads: int) -> ProcessPoolExecutor:
-    """A process for each of `gpus`, which sees that GPU and no other, or whatever its parent does where it is empty."""
+    """A pool with a process for each of `gpus`, which sees only that GPU; where it is empty, what its parent sees."""
     context = multiprocessing.get_context("spawn")
     left = context.SimpleQueue()
     for gpu in gpus:
@@ -152,7 +153,7 @@ def start_processes(gpus: Sequence[str], threads: int) -> ProcessPoolExecutor:
 
 
 def _start_process(threads: int, gpus: SimpleQueue[str]) -> None:
-    """Set a process up before it imports torch: its threads, its GPU, and that it dies when its parent does."""
+    """Set up a process before it imports torch: its number of threads, its GPU, and that it ends with its parent."""
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     if gpu := gpus.get():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -168,7 +169,7 @@ def _follow_parent() -> None:
 
 
 class Silent:
-    """An `experiment.Observer` of one run among many."""
+    """An `experiment.Observer` that says nothing, for one run among many."""
 
     def stage(self, *_: Any, **__: Any) -> None:
         """Say nothing."""
@@ -177,7 +178,7 @@ class Silent:
 
 
 def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> float:
-    """Run or resume, see `run_experiment`; returns the seconds that it took."""
+    """Run or resume a job, see `run_experiment`; returns the seconds that it took."""
     from semcons_ray.runs.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
@@ -192,7 +193,13 @@ def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> 
 
 
 def warn_of_losses(folder: Path, said: set[str], say: Callable[[str], None]) -> None:
-    """Say what too much of a run's data is lost by, unless it has been said of another run."""
+    """Warn of losses of a run's data, unless the same was said of another run.
+
+    Args:
+        folder: The run's folder.
+        said: Warnings given so far; new ones are added.
+        say: Called with each warning.
+    """
     for text in [str(tally) for tally in RunFolder(folder).tallies() if tally.is_warning]:
         if text not in said:
             said.add(text)
@@ -200,5 +207,5 @@ def warn_of_losses(folder: Path, said: set[str], say: Callable[[str], None]) -> 
 
 
 def slug(label: str) -> str:
-    """A folder's name for a label."""
+    """A label as the name of a folder."""
     return re.sub(r"[^\w.]+", "-", label.casefold()).strip("-.")

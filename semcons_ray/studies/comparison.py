@@ -1,12 +1,14 @@
-"""A comparison: arms, which are algorithms with their settings, each run with the same seeds, data, models and budget.
+"""Comparisons: arms, which are algorithms with their settings, run with the same seeds, data, models and budget.
 
-    comparison.yaml         what is compared, resolved
-    runs/ARM/seed_N/        a run folder each; see runs/run_folder.py
+A comparison's folder:
+
+    comparison.yaml         what is compared, with every default written out
+    runs/ARM/seed_N/        a run folder for each arm and seed; see runs/run_folder.py
     rounds.csv, summary.csv, stages.csv    see reporting/comparison.py
-    table.md, pareto.svg, pareto.png       the summary, to read
-    environment.json        versions and machine, of the first run
+    table.md, pareto.svg, pareto.png       the summary as a table and a figure
+    environment.json        versions and machine of the first run
 
-The same command goes on with what is not finished; arms and seeds may be added to a folder, or taken out.
+The same command again continues with what is not finished; arms and seeds may be added or removed.
 """
 
 from __future__ import annotations
@@ -56,19 +58,20 @@ DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "shortest answer": {"algorithm": {"rule": "shortest"}},
     "reference answers": {"algorithm": {"rule": "reference"}},
 }
-"""Algorithms first, then controls: bounds, and other ways to label the public prompts."""
+"""The arms that are compared if none are given: algorithms first, then controls."""
 
 
 class ComparisonConfig(Settings):
-    """What is compared; only `arms` differ from each other.
+    """The settings of a comparison.
 
     Attributes:
         name: A title for the table and the figure.
-        seeds: Each arm is run with each of them.
-        reference: The arm that "gap closed" is measured to.
-        baseline: The arm that it is measured from.
+        seeds: Each arm is run with each of these seeds.
+        reference: The arm at which "gap closed" is 100%.
+        baseline: The arm at which "gap closed" is 0%.
         experiment: Settings of all runs; what is left out has its default.
-        arms: Settings laid over `experiment`, by label. The first arm is what the others are held against.
+        arms: By label, the settings in which each arm differs from `experiment`. Others are compared with the first
+            arm.
     """
 
     name: str = "comparison"
@@ -107,10 +110,14 @@ class ArmRun(Job):
 
 
 def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
-    """Read a comparison, or an experiment to compare the default arms on; `overrides` are laid over the experiment.
+    """Read a comparison, or the settings of an experiment, for which the default arms are then compared.
+
+    Args:
+        path: A YAML file; None: the default experiment and arms.
+        overrides: Settings that replace those of the experiment.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+        ConfigError: The file is missing or not YAML, or a key or value is refused; the message names the key.
     """
     values = read_yaml(path) if path else {}
     if not values.keys() & (ComparisonConfig.model_fields.keys() - {"name"}):
@@ -127,10 +134,10 @@ def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) 
 
 
 def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
-    """Every run, all arms of a seed before the next seed.
+    """All runs of a comparison in order: all arms with one seed before the next seed.
 
     Raises:
-        ConfigError: A setting is refused; one line that names the arm and the key.
+        ConfigError: A setting is refused; the message names the arm and the key.
     """
     arms = [
         (f"arm '{arm}'", merge_settings(settings, {"name": f"{arm}, seed {seed}", "seed": seed}), arm, seed)
@@ -147,18 +154,19 @@ def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
 def run_comparison(
     comparison: ComparisonConfig, out: Path, say: Callable[[str], None]
 ) -> tuple[Comparison | None, int]:
-    """Do the runs that are not finished, and write what all came to.
+    """Do the runs that are not finished, and write the results of all.
 
     Args:
         comparison: What to compare.
         out: A new folder, or that of a comparison with the same settings.
-        say: Told a line a run, and what failed.
+        say: Called with a line for each run, and with errors.
 
     Returns:
-        The comparison of the runs that are finished, None if there is none; and how many failed.
+        The comparison of the finished runs, None if there are none; and the number of runs that failed.
 
     Raises:
-        UserError: A setting is refused, or `out` holds something else. Nothing has been run then.
+        UserError: A setting is refused, or `out` holds something else; then nothing has been run.
+        StorageError: The disk is full, or cannot be written to.
     """
     runs = plan_runs(comparison, out)
     _check_folder(out, runs)
@@ -177,7 +185,7 @@ def run_comparison(
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
             outcome = f"{LOSS_NAMES[loss]} {mean_by_round(metrics, loss).iloc[-1]:.3f} {outcome}"
             warn_of_losses(run.folder, warned, say)
-        except StorageError:  # as other runs would have it
+        except StorageError:  # other runs would fail in the same way
             raise
         except SemconsError as error:
             failed += 1

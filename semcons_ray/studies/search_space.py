@@ -1,4 +1,4 @@
-"""What a sweep varies: settings by dotted key, the values that each may take, and the points that come of them."""
+"""The search space of a sweep: settings by dotted key, the values that each may take, and the points to try."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from semcons_ray.config import (
     find_setting,
     merge_settings,
     read_yaml,
+    setting_value,
     typed,
     validate_config,
     validate_shared,
@@ -35,21 +36,21 @@ from semcons_ray.studies.batch import slug
 Metric = Literal["bits_per_byte", "worst_bits_per_byte", "mean_nll", "worst_nll", "rouge_l", "similarity"]
 
 _OF_ANY_MODEL: dict[Metric, Metric] = {"mean_nll": "bits_per_byte", "worst_nll": "worst_bits_per_byte"}
-"""What ranks trials of several models, for a metric that only compares those of one; of one, they rank alike."""
+"""For metrics that only compare trials of one model: the metric that compares any. For one model they rank alike."""
 
 Point = dict[str, Any]
 """A value for each key that is swept."""
 
 
 class Axis(Settings):
-    """The values of one key: exactly one of these is given.
+    """The values of one swept key; exactly one attribute is given.
 
     Attributes:
-        grid: Each of these values, crossed with all other keys.
-        choice: One of these, drawn.
-        uniform: Between two numbers.
-        loguniform: The same, with the logarithm uniform.
-        randint: An integer from the first number up to, and without, the second.
+        grid: All of these values are tried, crossed with the other keys.
+        choice: One of these values is drawn.
+        uniform: A number between these two is drawn.
+        loguniform: The same, but its logarithm is uniform.
+        randint: An integer is drawn, from the first number up to, but without, the second.
     """
 
     grid: tuple[Any, ...] | None = Field(None, min_length=1)
@@ -74,16 +75,16 @@ class Axis(Settings):
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The values, where they can be counted up; else none."""
+        """The values of `grid` or `choice`; empty for a range."""
         return self.grid or self.choice or ()
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The lowest value and the end of the range, where it is one."""
+        """The two ends of a range; None for `grid` and `choice`."""
         return self.uniform or self.loguniform or self.randint
 
     def draw(self, random: np.random.Generator) -> Any:
-        """A value at random."""
+        """Draw a value; None for a grid."""
         if self.choice:
             return self.choice[int(random.integers(len(self.choice)))]
         if self.uniform:
@@ -99,30 +100,31 @@ class Axis(Settings):
 
 
 class AshaConfig(Settings):
-    """Successive halving: after `grace_rounds`, and then each time that rounds have grown by the factor, a trial is
-    stopped unless it is among the best 1/`reduction_factor` so far."""
+    """Asynchronous successive halving (L. Li et al., arXiv:1810.05934): after `grace_rounds` rounds, and whenever a
+    trial's rounds have multiplied by `reduction_factor`, it is stopped unless it is among the best 1/`reduction_factor`
+    so far."""
 
     grace_rounds: int = Field(1, ge=1)
     reduction_factor: float = Field(2.0, gt=1)
 
 
 class SweepConfig(Settings):
-    """What a sweep tries, and how.
+    """The settings of a sweep.
 
     Attributes:
         name: A title for the table and the report.
         experiment: Settings of all trials; what is left out has its default.
         space: By dotted key, the values to try.
-        search: grid: every combination; random: `num_samples` draws (each crossed with the axes that are a grid);
-            optuna: as many, each chosen by those before.
+        search: grid: every combination; random: `num_samples` draws, each crossed with the keys that have a grid;
+            optuna: `num_samples` points, each chosen by the results of those before.
         num_samples: See `search`.
-        seed: Of the search; the trials' own is `experiment.seed`, or swept.
-        metric: What is best: lowest bits per byte (mean over clients, or of the worst client), lowest NLL a token of
-            trials that all have one model, highest ROUGE-L or similarity.
-        scheduler: asha stops trials that fall behind.
-        asha: Its settings.
-        max_concurrent_trials: None: as many as the cluster has room for.
-        loggers: Beside CSV, JSON and TensorBoard, which are always written.
+        seed: Seed of the search; the trials' own seed is `experiment.seed`, unless that is swept.
+        metric: What ranks trials: bits per byte (mean over clients, or of the worst client), NLL in nats a token (only
+            if all trials have one model), ROUGE-L or similarity.
+        scheduler: asha stops trials that fall behind; none lets all finish.
+        asha: Settings of the scheduler asha.
+        max_concurrent_trials: Most trials at a time; None: as many as the cluster has room for.
+        loggers: Loggers besides CSV, JSON and TensorBoard, which are always written.
     """
 
     name: str = "sweep"
@@ -154,11 +156,14 @@ class SweepConfig(Settings):
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric is a score; else it is a loss."""
+        """Whether the metric is a score, of which more is better, and not a loss."""
         return self.metric in ("rouge_l", "similarity")
 
     def points(self) -> list[Point]:
-        """All points, in order, which more samples only add to; for optuna, which chooses as it goes, none."""
+        """All points to try, in order; none for optuna, which chooses them as it goes.
+
+        With more samples or values, the earlier points stay the same.
+        """
         if self.search == "optuna":
             return []
         grids = {key: axis.values for key, axis in self.space.items() if axis.grid}
@@ -174,15 +179,15 @@ class SweepConfig(Settings):
         return list(points.values())
 
     def configure(self, point: Point) -> ExperimentConfig:
-        """The settings of a trial.
+        """The settings of the trial at a point.
 
         Raises:
-            ConfigError: They are refused; one line that names the point and the key.
+            ConfigError: They are refused; the message names the point and the key.
         """
         where = f"space ({describe_point(point)})"
         shared, own = self._settings(point)
         config = validate_config(merge_settings(shared, own), where=where, shared=shared)
-        # A trial's bundles are for workers; ranks and engines book room of their own, which others may hold for ever.
+        # A trial's bundles are for workers. Ranks and engines would book room outside them, and could wait for ever.
         if config.sharding.models:
             raise ConfigError(f"{where}: sharding.models is not for sweeps")
         if config.generation.engine == "vllm" and config.resources.fleet == "ray":
@@ -190,24 +195,24 @@ class SweepConfig(Settings):
         return config
 
     def first(self) -> Point:
-        """A point of the space."""
+        """One point of the space: the first value of each key."""
         return {key: axis.extremes()[0] for key, axis in self.space.items()}
 
     def point_of(self, config: ExperimentConfig) -> Point | None:
-        """The point that settings are at; None where that is not in the space."""
+        """The point to which settings belong; None if it is not in the space."""
         point: Point = {}
         for key, axis in self.space.items():
-            value = typed(key, _descend(config, key))
+            value = typed(key, setting_value(config, key))
             if not (axis.bounds[0] <= value <= axis.bounds[1] if axis.bounds else value in axis.values):
                 return None
             point[key] = value
         return point
 
     def check(self) -> None:
-        """Make sure that settings, points and the ends of ranges are valid, and that the metric compares the trials.
+        """Check that all points and the ends of ranges give valid settings, and that the metric can compare the trials.
 
         Raises:
-            ConfigError: One is not; one line that names the key.
+            ConfigError: They do not, or it cannot; the message names the key.
         """
         validate_shared(self.experiment, where="experiment", shared=self.experiment)
         ends = [
@@ -227,7 +232,7 @@ class SweepConfig(Settings):
             raise ConfigError(f"experiment: {', '.join(sorted(unused))} has no effect in any trial")
 
     def _settings(self, point: Point) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a trial shares with the others, and what is its own."""
+        """The settings that a trial shares with the others, and its own."""
         own = nested(point)
         shared = without_settings(self.experiment, own)
         if "clients.mix" in point:  # replaces the experiment's, and is not laid over it
@@ -244,10 +249,14 @@ class SweepConfig(Settings):
 
 
 def load_sweep(path: Path, overrides: dict[str, Any] | None = None) -> SweepConfig:
-    """Read a sweep and check all of it; `overrides` are laid over the experiment.
+    """Read a sweep and check all its points.
+
+    Args:
+        path: A YAML file.
+        overrides: Settings that replace those of the experiment.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; one line that names the key.
+        ConfigError: The file is missing or not YAML, or a key or value is refused; the message names the key.
     """
     values = read_yaml(path)
     if isinstance(experiment := values.get("experiment") or {}, dict):
@@ -284,19 +293,20 @@ def nested(point: Point) -> dict[str, Any]:
 
 
 def label(value: Any) -> str:
-    """A value as text: as JSON where it is a list or a mapping."""
+    """A value as text; anything but a text or a float as JSON."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def describe_point(point: Point) -> str:
-    """The point in a line."""
+    """The point in one line, as key=value pairs."""
     return ", ".join(f"{key}={label(value)}" for key, value in point.items())
 
 
 def trial_name(point: Point) -> str:
-    """Name of the point's folder: the same for the same point, so that a killed sweep finds its trials again."""
+    """Name of the folder of a point's trial. It is the same for the same point, so a killed sweep finds its trials
+    again."""
     short = ", ".join(f"{key.rsplit('.')[-1]}={label(value)}" for key, value in point.items())
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()
     return f"{slug(short)[:60].rstrip('-.')}-{digest[:8]}"
@@ -314,7 +324,7 @@ def _flatten(space: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _typed_axis(key: str, axis: dict[str, Any]) -> dict[str, Any]:
-    """The same axis, its values of the setting's type."""
+    """The axis with its values converted to the setting's type."""
     listed = {kind: axis[kind] for kind in ("grid", "choice") if isinstance(axis.get(kind), (list, tuple))}
     return axis | {kind: [typed(key, value) for value in values] for kind, values in listed.items()}
 
@@ -325,9 +335,3 @@ def _check_key(key: str) -> None:
         raise ValueError(f"space.{key}: there is no such setting")
     if key == "name" or isinstance(field.default, Settings):
         raise ValueError(f"space.{key}: a single setting can be swept, such as prompts.budget")
-
-
-def _descend(values: Settings | Any, key: str) -> Any:
-    for part in key.split("."):
-        values = getattr(values, part)
-    return values

@@ -1,17 +1,19 @@
-"""A sweep: trials, which are experiments that differ in a few settings, run and compared by Ray Tune.
+"""Sweeps: trials, which are experiments that differ in a few settings, run and compared by Ray Tune.
 
-    sweep.yaml              what is tried, resolved
-    trials/NAME/            a run folder each; see runs/run_folder.py
-    trials.csv, trials.parquet    a row a trial
+A sweep's folder:
+
+    sweep.yaml              what is tried, with every default written out
+    trials/NAME/            a run folder for each trial; see runs/run_folder.py
+    trials.csv, trials.parquet    a row for each trial
     report.html             Pareto fronts, effects of the keys
     stopped.json            trials that the scheduler stopped early
-    tune/                   what Tune's loggers write: CSV, JSON and TensorBoard, a folder a trial
+    tune/                   what Tune's loggers write: CSV, JSON and TensorBoard, in a folder for each trial
 
-The same command goes on with what is not finished. What is done is read from the run folders and not from Tune's own
-state: a folder's name follows from the trial's settings, so a sweep that was killed at any time, or was given more
-values, finds its trials again. Each goes on from its last committed round, and the searcher and the scheduler are told
-what finished trials came to. Trials never see each other's resources: each has a placement group of its own, and its
-clients' actors are placed in the bundles of that group (see distributed/cluster.py).
+The same command again continues with what is not finished. What is done is read from the run folders and not from
+Tune's own state: a folder's name follows from the trial's settings, so a sweep that was killed at any time, or was
+given more values, finds its trials again. Each continues from its last committed round, and the searcher and the
+scheduler are told the results of finished trials. Trials do not share resources: each has a placement group of its own,
+and its clients' actors are placed in the bundles of that group (see distributed/cluster.py).
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Trial(Job):
         return self.folder.name
 
     def rounds(self) -> pd.DataFrame:
-        """What it came to by evaluated round; see `reporting.comparison.costs_by_round`."""
+        """Its results by evaluated round; see `reporting.comparison.costs_by_round`."""
         return costs_by_round(
             read_table(self.folder / "metrics.parquet", columns_of(MetricsRow)),
             read_table(self.folder / "rounds.parquet", columns_of(RoundRow)),
@@ -77,23 +79,24 @@ class Trial(Job):
 
     @property
     def has_results(self) -> bool:
-        """Whether a round was measured."""
+        """Whether a round was evaluated."""
         return (self.folder / "ledger.parquet").is_file()
 
 
 def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tuple[SweepResult | None, int]:
-    """Do the trials that are not finished, and write what all came to.
+    """Do the trials that are not finished, and write the results of all.
 
     Args:
         sweep: What to try; checked by `load_sweep`.
         out: A new folder, or that of a sweep of the same experiment.
-        say: Told a line a trial.
+        say: Called with a line for each trial.
 
     Returns:
-        The trials that have results, None if none has; and how many failed.
+        The results, None if no trial has any; and the number of trials that failed.
 
     Raises:
-        UserError: A setting is refused, or `out` holds something else. Nothing has been run then.
+        UserError: A setting is refused, or `out` holds something else; then nothing has been run.
+        StorageError: The disk is full, or cannot be written to.
     """
     out = out.resolve()
     _check_loggers(sweep)
@@ -116,7 +119,7 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
 
 
 def _trials(sweep: SweepConfig, out: Path) -> list[Trial]:
-    """All trials; for optuna, which chooses as it goes, those that it has chosen so far."""
+    """All trials; for optuna, which chooses points as it goes, those that it has chosen so far."""
     points: Sequence[Point | None] = sweep.points() or [
         sweep.point_of(RunFolder(path.parent).read_config()) for path in sorted(out.glob("trials/[!.]*/config.yaml"))
     ]
@@ -135,7 +138,7 @@ def _tune(
     total: int,
     say: Callable[[str], None],
 ) -> int:
-    """Run what is not done; returns how many trials failed."""
+    """Run the trials that are not done; returns how many failed."""
     todo = [trial for trial in trials if trial not in done]
     experiment = sweep.configure(sweep.first())
     configs = [trial.config for trial in todo] or [experiment]
@@ -147,7 +150,7 @@ def _tune(
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
         room = _Room(list_nodes())
         for config in configs:
-            room.reserve(config)  # what fits nowhere is refused now: it would wait for ever
+            room.reserve(config)  # a trial that fits nowhere is refused now, since it would wait for ever
         at_once = _at_once(sweep, experiment)
         shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on()}
         alone = 1 in (at_once, total - len(done))
@@ -172,29 +175,29 @@ def _tune(
             try:
                 tuner.fit()
             finally:
-                progress.check_storage()  # where it is full, Tune stumbles over what it could not write itself
+                progress.check_storage()  # else Tune's own error, of a file it could not write, would hide a full disk
     return progress.failed
 
 
 def _at_once(sweep: SweepConfig, experiment: ExperimentConfig) -> int | None:
-    """How many trials go on side by side at most; None: as many as there is room for."""
+    """Most trials at a time; None: as many as there is room for."""
     return 1 if experiment.energy.exclusive else sweep.max_concurrent_trials
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What the cluster has for one trial."""
+    """What the cluster could give one trial, if it had no other."""
 
     nodes: tuple[Node, ...]
 
     def reserve(self, config: ExperimentConfig) -> tune.PlacementGroupFactory:
-        """A placement group with a bundle a worker, for as many as the clients can use and the cluster can have.
+        """A placement group with a bundle for each worker: as many as clients can use and the cluster has room for.
 
-        A server that shares a GPU has the first bundle. The trial's own process takes nothing from them, unless all
-        clients are in that process: it mostly waits.
+        A server on a GPU has a bundle before those. The trial's own process mostly waits, so it has an empty bundle,
+        unless all clients are in that process (fleet local).
 
         Raises:
-            PlacementError: The cluster can't have one; names the setting to change.
+            PlacementError: The cluster has no room for one worker; the message names the setting to change.
         """
         resources = config.resources
         threads, share = resources.threads_per_worker, in_steps(resources.gpus_per_worker)
@@ -232,9 +235,9 @@ def _group(bundle: dict[str, float], count: int, *first: dict[str, float]) -> tu
 def _perform_trial(
     config: dict[str, Any], *, sweep: SweepConfig, out: Path, marked: str, variables: dict[str, str], alone: bool
 ) -> None:
-    """In the trial's process: run or resume it, and report its rounds, those of before a kill included.
+    """In the trial's process: run or resume the trial, and report its rounds, including those from before a kill.
 
-    The last round is reported when all is written, so a scheduler never stops a trial that was as good as finished.
+    The last round is reported after everything is written, so a scheduler never stops a trial that is all but finished.
     """
     os.environ |= variables
     check_mark(out / "trials", marked)
@@ -250,7 +253,7 @@ def _perform_trial(
             if metrics and summary.round < last:
                 report(trial.rounds().loc[[summary.round]])
 
-    # Also for the process of a killed sweep, which may take a moment to end, and for two trials with equal settings.
+    # Waits for the process of a killed sweep, which may take a moment to end, and for a trial with equal settings.
     with held(out / "trials" / f".{trial.name}.lock", trial.folder, wait=True):
         if trial.has_results:
             report(trial.rounds().loc[: last - 1])
@@ -259,7 +262,7 @@ def _perform_trial(
 
 
 class _Listed(Searcher):
-    """Points that are known beforehand, one after the other."""
+    """A searcher that suggests a list of points, one after the other."""
 
     def __init__(self, points: Sequence[dict[str, Any]]) -> None:
         super().__init__()
@@ -287,7 +290,7 @@ def _searcher(sweep: SweepConfig, todo: Sequence[Trial], done: Sequence[Trial]) 
             space[key] = tune.randint(*axis.randint)
         elif axis.bounds:
             space[key] = (tune.loguniform if axis.loguniform else tune.uniform)(*axis.bounds)
-    # Another seed after each resume: the same would propose again what is done.
+    # Another seed after each resume: with the same one, points that are done would be proposed again.
     seed = int(np.random.SeedSequence([sweep.seed, len(done)]).generate_state(1)[0])
     search = OptunaSearch(
         space=OptunaSearch.convert_search_space(space),
@@ -318,7 +321,8 @@ def _scheduler(sweep: SweepConfig, done: Sequence[Trial]) -> TrialScheduler | No
         past: Any = SimpleNamespace(trial_id=trial.name)
         scheduler.on_trial_add(None, past)  # type: ignore[arg-type]
         for round, row in trial.rounds().iterrows():
-            scheduler.on_trial_result(None, past, {ROUND: round, sweep.metric: row[sweep.metric]})  # type: ignore[arg-type]
+            result = {ROUND: round, sweep.metric: row[sweep.metric]}
+            scheduler.on_trial_result(None, past, result)  # type: ignore[arg-type]
     return scheduler
 
 
@@ -343,7 +347,7 @@ def _loggers(sweep: SweepConfig, out: Path) -> list[tune.Callback]:
 
 
 class _Progress(tune.Callback):
-    """A line a trial, and the list of those that were stopped."""
+    """Says a line for each trial that ends, and records those that were stopped."""
 
     def __init__(self, sweep: SweepConfig, out: Path, done: int, total: int, say: Callable[[str], None]) -> None:
         self._sweep, self._out, self._done, self._total, self._say = sweep, out, done, total, say
@@ -352,7 +356,7 @@ class _Progress(tune.Callback):
         self._full = ""
 
     def check_storage(self) -> None:
-        """Raises StorageError where a trial has ended with one, as others would."""
+        """Raise the StorageError with which a trial ended, if one did; others would end with it as well."""
         if self._full:
             raise StorageError(self._full)
 
@@ -411,7 +415,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
 
 
 def _stopped(sweep: SweepConfig, out: Path) -> list[str]:
-    """Names of the trials that the scheduler stopped; without one, they go on."""
+    """Names of the trials that the scheduler stopped; none if the sweep has no scheduler now, so that they continue."""
     path = out / "stopped.json"
     if sweep.scheduler == "none" or not path.is_file():
         return []
@@ -434,7 +438,7 @@ def _encode_value(value: Any) -> Any:
 
 
 def _encode(point: Point) -> dict[str, Any]:
-    """As Tune and its loggers take it: mappings and lists are text."""
+    """A point as Tune and its loggers accept it: mappings and lists become text."""
     return {key: _encode_value(value) for key, value in point.items()}
 
 

@@ -127,7 +127,7 @@ def test_a_label_of_no_public_prompt_is_refused(make_client: MakeClient) -> None
     for prompt_id in (2, 2**62):
         labels = PseudoLabels(round_number=1, prompt_ids=(0, prompt_id), responses=("one", "two"))
         for weight in (1.0, 0.0):
-            with pytest.raises(MessageError, match=f"a label of prompt {prompt_id}, and there are 2"):
+            with pytest.raises(MessageError, match=f"a label for prompt {prompt_id}, but there are 2"):
                 client.fine_tune(2, labels, weight=weight)
     assert all(torch.equal(value, before[key]) for key, value in client.state().items())
 

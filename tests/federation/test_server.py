@@ -140,7 +140,7 @@ def test_a_new_round_forgets_the_old_one() -> None:
 @pytest.mark.parametrize(
     ("message", "says"),
     [
-        (uplink(0, "left"), "^client 0, round 1: Answers: 1 to 2 prompts$"),
+        (uplink(0, "left"), "^client 0, round 1: Answers: 1 answers to 2 prompts$"),
         (uplink(1, "left", "left"), "^client 0, round 1: Answers: says that it is client 1's"),
         (uplink(0, "left", "left", round_number=3), "^client 0, round 1: Answers: says .* round 3"),
         (b"\x00nonsense", "^client 0, round 1: Answers"),
@@ -174,7 +174,7 @@ def test_nobody_answers_who_was_not_asked() -> None:
     judge = server()
     judge.begin(1, [0])
     judge.collect(7, uplink(7, "left", "left"))
-    assert judge.conclude().refused == {7: "client 7, round 1: Answers: of a client that was not asked"}
+    assert judge.conclude().refused == {7: "client 7, round 1: Answers: from a client that was not asked"}
 
 
 def test_similarity_of_predictions_to_references() -> None:

@@ -551,13 +551,13 @@ def test_floras_stacks_have_any_rank_and_follow_on_what_the_client_has() -> None
         with pytest.raises(MessageError, match="tensors: "):
             adopt(FakeClient(), {"0": stack})
     for numbers, says in (
-        (["1"], "stacks from 1 on, and the client has 0"),
+        (["1"], "stacks from number 1 on, but the client has only 0"),
         (["0", "2"], "do not follow each other"),
-        (["x"], "is of no stack"),
-        (["-1"], "is of no stack"),
-        (["9" * 5000], "is of no stack"),
-        ([""], "is of no stack"),
-        (["\u00b2"], "is of no stack"),
+        (["x"], "has no number of a stack"),
+        (["-1"], "has no number of a stack"),
+        (["9" * 5000], "has no number of a stack"),
+        ([""], "has no number of a stack"),
+        (["\u00b2"], "has no number of a stack"),
     ):
         with pytest.raises(MessageError, match=says):
             adopt(FakeClient(), dict.fromkeys(numbers, right))

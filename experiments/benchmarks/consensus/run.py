@@ -1,11 +1,12 @@
-"""How fast, and in how much memory, a consensus is formed. Writes results.json beside this file.
+"""Time and memory of forming a consensus. Writes results.json beside this file.
 
     python experiments/benchmarks/consensus/run.py
 
-speed     1,000 clients x 1,000 prompts x 384 dimensions, float32, in memory (1.5 GB). Each rule against reading the
-          same memory twice, which a medoid cannot do without unless it finds it in the cache.
+speed     1,000 clients x 1,000 prompts x 384 dimensions, float32, in memory (1.5 GB). Each rule is compared with
+reading
+          the same memory twice, which a medoid must do unless it finds the data in the cache.
 mapped    10,000 clients x 1,000 prompts in one call, on a memory-mapped file larger than the memory it may use.
-streamed  the same answers, made and handed over 20 prompts at a time: the process never holds more of them.
+streamed  the same answers, made and passed on 20 prompts at a time: the process never holds more of them.
 
 Every case runs in a fresh process; memory cases may allocate 4 GiB at most (RLIMIT_DATA).
 """
@@ -40,14 +41,14 @@ MEMORY_LIMIT = 4 * 2**30
 SLAB = 20  # prompts made at a time
 REPETITIONS = 15
 RULES_REPETITIONS = 5
-# These compare all pairs: on this many prompts, against reading those twice.
+# These compare all pairs: they run on this many prompts, compared with reading those twice.
 PAIRWISE = ("plurality", "multi_krum")
 PAIRWISE_PROMPTS = 100
 PER_PROMPT = ("medoid", "weighted_medoid", "geometric_median", "trimmed", "random_client", "longest")
 
 
 def answers(prompts: range, num_clients: int) -> Tensor:
-    """Unit vectors around one centre a prompt, as answers to one prompt are; the same for every caller."""
+    """Unit vectors that lie around one centre for each prompt, as answers to a prompt do; the same for every caller."""
     made = torch.empty(len(prompts), num_clients, DIMENSION)
     for row, prompt in zip(made, prompts, strict=True):
         generator = torch.Generator().manual_seed(prompt)
@@ -73,8 +74,8 @@ def speed() -> dict[str, Any]:
     found: dict[str, Any] = {"shape": [prompts, clients, DIMENSION], "bytes": embeddings.nbytes, "rules": {}}
     for rule in PER_PROMPT + PAIRWISE:
         part = embeddings[:PAIRWISE_PROMPTS] if rule in PAIRWISE else embeddings
-        consensus(part[:1], rule)  # the first call sets up the kernels
-        # In turn, so that what slows the machine down for a while slows both.
+        consensus(part[:1], rule)  # the first call sets kernels up, and is not counted
+        # In turns, so that whatever slows the machine down for a while slows both.
         reading, forming = [], []
         for _ in range(REPETITIONS if rule == "medoid" else RULES_REPETITIONS):
             reading.append(seconds(lambda part=part: read_twice(part)))
@@ -150,7 +151,7 @@ def under_limit(work: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes, by the names of /proc/self/status."""
+    """Memory of this process in bytes, by the names in /proc/self/status."""
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return {key[:-1]: int(rest[0]) * 1024 for key, *rest in lines if key in ("RssAnon:", "RssFile:", "VmHWM:")}
 
@@ -189,7 +190,7 @@ def run_all(folder: str | None, threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="Where to put 15 GB for a while; by default the temporary folder.")
+    parser.add_argument("--folder", help="Folder for 15 GB of temporary files; by default the system's.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--case", choices=["speed", "mapped", "streamed"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)

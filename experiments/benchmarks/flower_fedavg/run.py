@@ -1,7 +1,7 @@
-"""FedAvg-LoRA here against Flower's FedAvg: the same clients, data and seeds, aggregated by either.
+"""FedAvg-LoRA of this package against Flower's FedAvg: the same clients, data and seeds, aggregated by each.
 
-Flower's strategy gets what its clients would return from `fit`: NumPy arrays and numbers of examples. Ours runs as
-`semcons run` does. Both start each round from their own aggregate, so a difference would grow over rounds.
+Flower's strategy gets what its clients would return from `fit`: NumPy arrays and numbers of examples. This package's
+runs as in `semcons run`. Each starts a round from its own aggregate, so a difference would grow over rounds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def config_in(folder: Path, num_rounds: int) -> ExperimentConfig:
 
 
 def flower_rounds(config: ExperimentConfig, run: Path, state: Path) -> list[dict[str, np.ndarray]]:
-    """Aggregates of each round by Flower's strategy."""
+    """The aggregate of each round by Flower's strategy."""
     import flwr.common
     from flwr.server.client_proxy import ClientProxy
     from flwr.server.strategy import FedAvg

@@ -1,12 +1,12 @@
-"""200 clients of a tiny Llama over 20 rounds, packed on two workers: memory of every process, and what is left after.
+"""200 clients of a tiny Llama over 20 rounds, on two workers: memory of every process, and what is left after the run.
 
     python experiments/benchmarks/many_clients/run.py [--clients 200] [--rounds 20] [--out DIR]
 
 The run is the `semcons` command in a process of its own. Once a second, the memory of that process and of all its
 descendants is read from /proc, so Linux is needed: resident (RSS), proportional (PSS, pages that processes share count
-once) and private (USS). A process's slope is a straight line fitted to its samples from round 5 on, in percent of its
-mean a round. A process that the run started is known by a variable in its environment, so it is found after the run
-whoever its parent is by then.
+once) and private (USS). A process's slope is that of a straight line fitted to its samples from round 5 on,
+in percent of its mean per round. Processes that the run started have a variable in their environment, by which they are
+found after the run, whatever their parent is by then.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_config(folder: Path, clients: int, rounds: int) -> Path:
-    """Everything that the run needs, in `folder`."""
+    """Write everything that the run needs into `folder`."""
     write_model(folder / "model")
     data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in questions()), encoding="utf-8")
@@ -109,7 +109,7 @@ def write_config(folder: Path, clients: int, rounds: int) -> Path:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process is for: driver, WorkerActor, ServerActor, raylet, gcs_server and so on."""
+    """The purpose of a process: driver, WorkerActor, ServerActor, raylet, gcs_server and so on."""
     words = process.cmdline()
     if not words:
         return "?"
@@ -120,7 +120,7 @@ def title(process: psutil.Process) -> str:
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes, by kind."""
+    """Memory of a process in bytes, by kind."""
     fields: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]:
         key, kib, _ = line.split()
@@ -144,7 +144,7 @@ def sample(driver: psutil.Process, rows: list[dict[str, Any]]) -> None:
 
 
 def marked(mark: str) -> list[str]:
-    """Processes alive that have `mark` in their environment."""
+    """Running processes that have `mark` in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -172,7 +172,7 @@ def round_of(times: pd.Series, rounds: pd.DataFrame) -> np.ndarray:
 
 
 def slopes(samples: pd.DataFrame, last_round: int) -> list[dict[str, Any]]:
-    """One entry a process that was there from `FLAT_FROM_ROUND` to the last round."""
+    """An entry for each process that ran from `FLAT_FROM_ROUND` to the last round."""
     found = []
     late = samples[samples["round"] >= FLAT_FROM_ROUND]
     for pid, own in late.groupby("pid"):
@@ -232,7 +232,7 @@ def run(clients: int, rounds: int, scratch: Path) -> tuple[dict[str, Any], pd.Da
 
 
 def by_round(samples: pd.DataFrame, processes: list[dict[str, Any]]) -> pd.DataFrame:
-    """Mean MiB of each lasting process in each round."""
+    """Mean memory in MiB, in each round, of each process that ran to the end."""
     lasting = samples[samples.pid.isin([entry["pid"] for entry in processes]) & samples["round"].notna()]
     names = {entry["pid"]: entry["process"] for entry in processes}
     groups = lasting.groupby([lasting["round"].astype(int), "pid"])[list(KINDS)].mean() / MIB

@@ -1,9 +1,9 @@
-"""Seconds of a round in which clients do nothing: our fleet, raw Ray actors, and Flower's simulation.
+"""Seconds of a round in which clients do nothing: this package's fleet, raw Ray actors, and Flower's simulation.
 
     python experiments/benchmarks/overhead/run.py [--flower-python PATH]
 
-A client gets a message and returns 64 answers. Two worker processes; 8 and 100 clients. Our fleet and raw Ray take
-turns, round by round, in one cluster; Flower runs next to them in a process of its own environment.
+A client gets a message and returns 64 answers. There are two worker processes, and 8 and 100 clients. The fleet and raw
+Ray take turns, round by round, in one cluster; Flower runs after them, in a process with an environment of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class NoOpHost:
 
 @ray.remote
 class RawActor:
-    """What one would write by hand: no restarts, no timeouts, no ledger."""
+    """An actor as one would write it by hand: no restarts, no timeouts, no ledger."""
 
     def visit(self, client_id: int, downlink: bytes) -> bytes:
         return answers(client_id)

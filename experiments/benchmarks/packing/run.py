@@ -1,4 +1,4 @@
-"""32 clients of SmolLM2-135M packed on this machine: seconds until they are ready, peak memory, and one whole round.
+"""32 clients of SmolLM2-135M on this machine: seconds until they are ready, peak memory, and one whole round.
 
     python experiments/benchmarks/packing/run.py
 
@@ -50,7 +50,7 @@ def tree_bytes() -> int:
 
 
 class Clock:
-    """An observer that notes when clients are ready, and prints how it goes."""
+    """An observer that records when clients are ready, and prints the progress."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()

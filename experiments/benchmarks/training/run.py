@@ -1,9 +1,9 @@
-"""Fine-tuning SmolLM2-135M (LoRA, bfloat16, one CPU thread): ours against plain transformers and PEFT, in one run.
+"""Fine-tuning SmolLM2-135M (LoRA, bfloat16, one CPU thread): this package against plain transformers and PEFT.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/training/run.py
 
-Both train on the same batches of the default data (4 examples, at most 96 tokens), in turn; tokens a second are of
-prompts and responses, without padding.
+Both train on the same batches of the default data (4 examples, at most 96 tokens), in turns, in one process. Tokens a
+second count prompts and responses, without padding.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Tokens a second of our vLLM path against vLLM used directly, and against transformers, in one run on one CPU thread.
+"""Tokens a second of this package's vLLM engine, of vLLM used directly, and of transformers, in one run on one CPU
+thread.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/vllm/run.py
 
-Ours: token ids and an adapter's files go through a Ray actor, which loads the adapter, answers, and removes it; with 4
-adapters, 4 threads ask at once, each with a quarter of the prompts. Raw: vLLM's own engine with the same settings, the
-adapters on disk and loaded before the clock starts. The two engines hold one process each and work in turns on the same
-prompts, token for token the same work: no ends, greedy.
+This package: token ids and an adapter's files go through a Ray actor, which loads the adapter, answers, and removes it;
+with 4 adapters, 4 threads ask at once, each with a quarter of the prompts. Raw: vLLM's own engine with the same
+settings, with adapters on disk that are loaded before the clock starts. Each engine has a process, and they take turns
+on the same prompts. Both do the same work token for token: answers are greedy, and end only at the longest length.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SPEC = EngineSpec("engine-0", NAME, "bfloat16", 1, 0.0, 96 + GREEDY.max_new_toke
 
 @ray.remote
 class Raw:
-    """vLLM as its documentation uses it, with the settings that ours has."""
+    """vLLM as its documentation uses it, with the settings of this package's engine."""
 
     def __init__(self, folders: list[str]) -> None:
         from vllm.lora.request import LoRARequest
@@ -73,7 +74,7 @@ class Raw:
 
 
 def ask(engine: RayEngine, requests: list[EngineRequest]) -> tuple[int, float]:
-    """All at once, a thread each, as many workers do: tokens generated, and seconds."""
+    """Send all requests at once, each from a thread, as workers do; returns tokens generated, and seconds."""
     tokens = [0] * len(requests)
 
     def one(index: int) -> None:

@@ -1,4 +1,4 @@
-"""One algorithm a file: what a client does on a visit, and what the server does with a round of visits."""
+"""The algorithms, each in a file: what a client does on a visit, and what the server does in a round."""
 
 from semcons_ray.config import AlgorithmConfig
 from semcons_ray.federation.algorithms.centralized import Centralized
@@ -35,7 +35,14 @@ AVERAGING = {"fedavg_lora": FedAvgLora, "scaffold": Scaffold, "ffa_lora": FfaLor
 
 
 def build_algorithm(settings: AlgorithmConfig, cohort: Cohort, ranks: tuple[int, ...], num_rounds: int) -> Algorithm:
-    """The algorithm that `algorithm.name` names, for clients of these LoRA ranks."""
+    """The algorithm that `algorithm.name` names.
+
+    Args:
+        settings: The section `algorithm`.
+        cohort: Who takes part in each round.
+        ranks: LoRA rank of each client, (C,).
+        num_rounds: Rounds of the run.
+    """
     exchanges, decay = settings.exchanges(num_rounds), settings.moving_average
     averaging = (
         cohort,

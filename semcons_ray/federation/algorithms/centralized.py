@@ -1,7 +1,7 @@
-"""Centralised training, the upper bound that federated learning tries to reach: one model on all private data.
+"""Centralised training, the upper bound for federated learning: one model is trained on all private data.
 
-Client 0 is given the private data of all, which no federation would allow, and trains for as many rounds. An epoch
-over all data takes as many steps as all clients' epochs together, one after another and not side by side.
+Client 0 is given the private data of all clients, which no federation would allow, and trains for as many rounds as a
+federation would. Its epochs are over all data: as many steps as all clients' epochs together, but one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from semcons_ray.federation.server import ServerProtocol
 
 @dataclass(frozen=True)
 class Centralized(LocalOnly):
-    """Local training of client 0, who holds all data; its result is every client's."""
+    """Local training of client 0, which holds all data; its evaluation counts for every client."""
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool

@@ -4,9 +4,9 @@ Source: J. Zhang et al., "Towards Building the Federated GPT: Federated Instruct
 the average is H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data"
 (FedAvg), arXiv:1602.05629: weighted by the number of private examples.
 
-A client starts each round from the average, with its optimizer afresh unless `training.keep_optimizer` is set; in round
-1 all start from the same random A, and B = 0, which the seed tells them. The other weight baselines are this one with
-another way to adopt, to train or to aggregate.
+A client starts each round from the average, with a new optimizer unless `training.keep_optimizer` is set. In round 1
+all start from the same random A, which follows from the seed, and B = 0. The other weight-averaging baselines are
+subclasses that replace how a client takes the average over, how it trains, or how the server aggregates.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ if TYPE_CHECKING:  # the driver runs algorithms without loading transformers
 
 @dataclass(frozen=True)
 class FedAvgLora:
-    """One round, top to bottom.
+    """FedAvg on LoRA adapters; the methods are in the order in which a round calls them.
 
     Attributes:
         cohort: Who takes part in a round.
         ranks: LoRA rank of each client, (C,).
-        dtype: Of tensors on the wire: "float32", "float16" or "bfloat16".
-        compression: Of messages, "none" or "zstd".
-        self_labels: Whether clients also train on their own answers to the public prompts, so as to have seen what the
-            clients of a semantic consensus see.
-        label_weight: Weight in the loss of such a label beside a private example.
-        exchanges: Rounds in which those would answer; own answers are learnt after the first of them, too.
+        dtype: Type of tensors in messages: "float32", "float16" or "bfloat16".
+        compression: Compression of messages: "none" or "zstd".
+        self_labels: Whether clients also train on their own answers to the public prompts, so that they have seen the
+            same prompts as clients of semantic consensus.
+        label_weight: Weight of such an answer in the loss, where a private example has 1.
+        exchanges: Rounds in which clients of semantic consensus would answer; own answers are learnt from the round
+            after the first of them.
     """
 
     cohort: Cohort
@@ -73,22 +74,22 @@ class FedAvgLora:
 
     @property
     def uses_public_prompts(self) -> bool:
-        """Only to label them."""
+        """Only for `self_labels`."""
         return self.self_labels
 
     def first_state(self) -> bytes:
-        """Nothing is averaged yet."""
+        """Empty: nothing is averaged yet."""
         return b""
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
-        """Send the average out, let participants train, average anew, and measure that.
+        """Send the average out, let participants train, and average again; the new average is what is evaluated.
 
         Args:
-            round: From 1.
-            state: What `aggregate` returned the round before.
-            fleet: The clients.
+            round: The round, from 1.
+            state: What `aggregate` returned in the round before.
+            fleet: Visits clients.
             server: Not used: an average needs no embedding.
             evaluate: Whether the new average is measured on the test set.
 
@@ -100,7 +101,7 @@ class FedAvgLora:
         ledger = Ledger("driver", socket.gethostname())
         with ledger.stage("aggregate", round=round):
             updates = self.usable(round, replies, fleet)
-            # In the order of their contents: sums round as their order is, and who is called what changes no result.
+            # In the order of their contents: a sum's rounding depends on its order, and ids must change no result.
             updates.sort(key=lambda update: (update.tensors, update.num_examples))
             state = self.aggregate(round, state, updates)
         rows = ledger.take()
@@ -114,7 +115,7 @@ class FedAvgLora:
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations, rows=tuple(rows))
 
     def usable(self, round: int, replies: Sequence[Reply], fleet: Visitor) -> list[AdapterUpdate]:
-        """The updates that are what they must be; clients that sent others are left out of the round.
+        """The valid updates; clients that sent an invalid one are left out of the round.
 
         Raises:
             QuorumError: Too few are left.
@@ -130,15 +131,15 @@ class FedAvgLora:
         return updates
 
     def received(self, reply: Reply, shapes: Shapes) -> AdapterUpdate:
-        """What a client has sent.
+        """Decode and check a client's update.
 
         Args:
-            reply: The client's, with the encoded `AdapterUpdate`.
-            shapes: Of an adapter, at any rank.
+            reply: The client's reply, with the encoded `AdapterUpdate`.
+            shapes: Shapes of an adapter, at any rank.
 
         Raises:
-            MessageError: It is no update of this client and round, or its tensors are not finite or not those expected;
-                names the client.
+            MessageError: The message is not an update of this client and round, or its tensors are not finite or not
+                those expected; it names the client.
         """
         expected = self.exchanged(shapes_at(shapes, self.ranks[reply.client_id]))
         who = {"client_id": reply.client_id, "round": reply.round}
@@ -148,16 +149,16 @@ class FedAvgLora:
         return update
 
     def exchanged(self, shapes: Shapes) -> Shapes:
-        """What of an adapter of these shapes crosses the wire, either way: all of it."""
+        """Shapes of the tensors that are sent in both directions, for an adapter of these shapes: here all of it."""
         return shapes
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The mean of A and of B, weighted by private examples; the next state."""
+        """The server's next state: the means of A and of B over clients, weighted by private examples."""
         adapters = [unpack(update.tensors) for update in updates]
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """The average, as each client gets it; encoded once a rank."""
+        """The average as each client gets it, encoded once for each rank."""
         if not state:
             return dict.fromkeys(client_ids, b"")
         encoded: dict[int, bytes] = {}
@@ -167,10 +168,10 @@ class FedAvgLora:
         return {client_id: encoded[self.ranks[client_id]] for client_id in client_ids}
 
     def packed(self, tensors: Adapter) -> bytes:
-        """What the server sends, in the type that goes over the wire.
+        """Pack tensors that the server sends, in the type `dtype`.
 
         Raises:
-            ConfigError: A number does not fit it.
+            ConfigError: A value is too large for `dtype`.
         """
         try:
             return pack(tensors, self.dtype)
@@ -178,7 +179,7 @@ class FedAvgLora:
             raise ConfigError(f"what the server sends: {error}") from error
 
     def share(self, average: Adapter, rank: int) -> Adapter:
-        """What of the average a client of `rank` is sent: all of it, since ranks are equal."""
+        """The part of the average that a client of `rank` is sent: here all of it, since ranks are equal."""
         return average
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
@@ -194,19 +195,20 @@ class FedAvgLora:
         return client.upload(round, self.trained(client), self.dtype, self.compression)
 
     def labels(self, client: Client, round: int) -> PseudoLabels:
-        """The client's own answers to the public prompts, if it is to learn them."""
+        """The client's own answers to the public prompts, if it learns them; else none."""
         return own_labels(client, round, self.exchanges) if self.self_labels else NO_LABELS
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """Take the average for the client's adapter; before there is one, the common beginning."""
+        """Set the client's adapter to the average; before there is one, to the adapter from which all clients start."""
         fresh = client.fresh_adapter()
         client.adapter = {**fresh, **self.sent(round, downlink, self.exchanged(shapes_of(fresh)))}
 
     def sent(self, round: int, downlink: bytes, expected: Shapes) -> Adapter:
-        """The tensors of an encoded `GlobalAdapter`; none before there is one.
+        """The tensors of an encoded `GlobalAdapter`; an empty dict if the message is empty.
 
         Raises:
-            MessageError: It is no such message of an earlier round, or its tensors are not finite or others.
+            MessageError: It is not such a message of an earlier round, or its tensors are not finite or not those
+                expected.
         """
         if not downlink:
             return {}
@@ -215,9 +217,9 @@ class FedAvgLora:
         return tensors
 
     def adjust(self, client: Client) -> Adjust | None:
-        """What is done to gradients before each step: nothing."""
+        """What is done to gradients before each optimizer step: here nothing."""
         return None
 
     def trained(self, client: Client) -> Adapter:
-        """What is sent of the client's adapter: all of it."""
+        """The tensors that the client sends: here its whole adapter."""
         return client.adapter

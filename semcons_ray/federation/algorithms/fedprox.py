@@ -1,4 +1,4 @@
-"""FedProx on LoRA adapters: FedAvg whose clients are held near the average they began the round with.
+"""FedProx on LoRA adapters: FedAvg whose clients are held near the average with which they began the round.
 
 Source: T. Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127, equation 2: each client
 minimises F_k(w) + mu/2 |w - w_t|^2, where w_t is the average. Here w is the adapter's A and B.
@@ -21,7 +21,7 @@ class FedProx(FedAvgLora):
     """FedAvg-LoRA with a proximal term.
 
     Attributes:
-        mu: Its strength.
+        mu: Weight of the proximal term in the loss.
     """
 
     mu: float = 0.01

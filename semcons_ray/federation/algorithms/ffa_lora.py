@@ -1,7 +1,7 @@
-"""FFA-LoRA: A stays as it was drawn; clients train and exchange B only.
+"""FFA-LoRA: A stays as it was drawn; clients train and exchange only B.
 
-Source: Y. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv:2403.12313. With one A for all,
-the mean of the products B_k A is the product of the mean of B_k with A, exactly, and half the bytes or so are saved.
+Source: Y. Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv:2403.12313. With the same A for
+all clients, the mean of the products B_k A is exactly the mean of B_k times A, and about half of the bytes are saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FfaLora(FedAvgLora):
-    """FedAvg-LoRA with A frozen at its common beginning, which the seed tells every client."""
+    """FedAvg-LoRA in which A stays at its initial value, which every client draws from the same seed."""
 
     def adjust(self, client: Client) -> Adjust:
         """Drop the gradients of A."""
@@ -33,9 +33,9 @@ class FfaLora(FedAvgLora):
         return freeze
 
     def exchanged(self, shapes: Shapes) -> Shapes:
-        """B only."""
+        """Shapes of B only."""
         return {key: shape for key, shape in shapes.items() if "lora_B" in key}
 
     def trained(self, client: Client) -> Adapter:
-        """B only."""
+        """The client's B only."""
         return {key: value for key, value in client.adapter.items() if "lora_B" in key}

@@ -1,7 +1,7 @@
-"""FlexLoRA: the server averages the products B_k A_k, and splits the average anew by SVD, to each client's rank.
+"""FlexLoRA: the server averages the products B_k A_k, and factors the average by SVD for each client's rank.
 
 Source: J. Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
-arXiv:2402.11505. The mean of products is not the product of means: this averages what the models do.
+arXiv:2402.11505. The mean of products is not the product of means: averaging products averages the models' updates.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from semcons_ray.modeling.adapter import Adapter
 
 @dataclass(frozen=True)
 class FlexLora(FedAvgLora):
-    """FedAvg over products, by truncated SVD."""
+    """FedAvg over the products B A, by truncated SVD."""
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The best adapter of the greatest rank for the mean product, weighted by private examples."""
+        """The mean of the products, weighted by private examples, as an adapter of the clients' highest rank."""
         adapters = [unpack(update.tensors) for update in updates]
         product = mean_product(adapters, [update.num_examples for update in updates])
         return pack(truncated_svd(product, max(self.ranks)), "float32")
 
     def share(self, average: Adapter, rank: int) -> Adapter:
-        """The first `rank` singular components, which are the best adapter of that rank."""
+        """The first `rank` singular components of the average, which are its best approximation of that rank."""
         return with_rank(average, rank)

@@ -1,12 +1,12 @@
-"""FLoRA: the server stacks adapters, so that their sum is exact, and clients begin each round with a new one.
+"""FLoRA: the server stacks adapters, which aggregates them exactly, and clients begin each round with a new adapter.
 
 Source: Z. Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
-arXiv:2409.05976: A_k, weighted by private examples, are put below each other, and B_k side by side, so that the
-product is the weighted sum of B_k A_k. Ranks may differ.
+arXiv:2409.05976: A_k, weighted by private examples, are stacked by rows, and B_k by columns, so that the product of the
+stacks is the weighted sum of B_k A_k. Ranks may differ.
 
 Where this departs from it: the paper merges the stack into the base weights. In bfloat16 most of a small update would
-be rounded away there, so here the stack stays beside them, as a frozen adapter of rank R that grows each round; the
-model is the same otherwise. A client that took no part in rounds, or was lost, is sent the stacks that it has missed.
+be rounded away there, so here the stack stays beside the base weights, as a frozen adapter whose rank grows each round;
+otherwise the model is the same. A client that missed rounds, or was lost in them, is sent the stacks that it lacks.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 
 class _State(msgspec.Struct):
-    """What the server takes from round to round.
+    """The server's state.
 
     Attributes:
-        stacks: Of the rounds done, as they are sent.
-        held: By client, how many of them it had when it last answered: a client that was sampled and lost has not.
+        stacks: The packed stack of each round done.
+        held: By client, how many of them it had when it last answered. A client that was sampled and then lost may not
+            have got what it was sent.
     """
 
     stacks: list[bytes] = []
@@ -45,11 +46,11 @@ class _State(msgspec.Struct):
 class Flora(FedAvgLora):
     """FedAvg-LoRA by stacking.
 
-    A client remembers in `client.memory`, under "stacks", how many it has put beside its base model.
+    A client keeps in `client.memory`, under "stacks", the number of stacks that it has put beside its base model.
     """
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The stacks so far and this round's; and that who answered has those so far."""
+        """The next state: this round's stack is added, and clients that answered are noted to have all earlier ones."""
         before = _read(state)
         adapters = [unpack(update.tensors) for update in updates]
         stack = mean_product(adapters, [update.num_examples for update in updates])
@@ -57,7 +58,7 @@ class Flora(FedAvgLora):
         return msgspec.msgpack.encode(_State([*before.stacks, self.packed(stack)], held))
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """The stacks that each client has not shown to have, each under its number."""
+        """The stacks that each client is not known to have; a tensor's key begins with the number of its stack."""
         known = _read(state)
         encoded: dict[int, bytes] = {len(known.stacks): b""}
         result = {}
@@ -79,7 +80,7 @@ class Flora(FedAvgLora):
         stacks = self._sent_stacks(client, round, downlink)
         held = int(client.memory.get("stacks", torch.zeros(1)))
         if min(stacks, default=held) > held:
-            raise MessageError(f"tensors: stacks from {min(stacks)} on, and the client has {held}")
+            raise MessageError(f"tensors: stacks from number {min(stacks)} on, but the client has only {held}")
         # One whose answer was lost on the way has more than the server knows of.
         new = [stacks[number] for number in sorted(stacks) if number >= held]
         if new:
@@ -95,7 +96,7 @@ class Flora(FedAvgLora):
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
             if not re.fullmatch("[0-9]{1,9}", number):
-                raise MessageError(f"tensors: {name:.200} is of no stack")
+                raise MessageError(f"tensors: {name:.200} has no number of a stack")
             stacks.setdefault(int(number), {})[key] = tensor
         if sorted(stacks) != [*range(min(stacks, default=0), min(stacks, default=0) + len(stacks))]:
             raise MessageError(f"tensors: stacks {sorted(stacks)} do not follow each other")

@@ -1,8 +1,8 @@
-"""HetLoRA: clients of different ranks; adapters are padded with zeros for the average, and cut for each client.
+"""HetLoRA: clients of different ranks; adapters are padded with zeros to be averaged, and truncated for each client.
 
 Source: Y. J. Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
-arXiv:2401.06432: zero-padding, truncation, and sparsity-weighted aggregation, where a client weighs as the Frobenius
-norm of its update B_k A_k. Its self-pruning of ranks is left out: ranks here are what the user gives.
+arXiv:2401.06432: zero-padding, truncation, and sparsity-weighted aggregation, in which a client's weight is the
+Frobenius norm of its update B_k A_k. The paper's self-pruning of ranks is left out: ranks are those that the user sets.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class HetLora(FedAvgLora):
     """FedAvg-LoRA over zero-padded adapters."""
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The mean of padded A and B, weighted by the norms of the updates."""
+        """The means of the padded A and B over clients, weighted by the norms of the clients' updates."""
         adapters = [with_rank(unpack(update.tensors), max(self.ranks)) for update in updates]
         norms = [update_norm(adapter) for adapter in adapters]
-        # Nobody has learnt anything where all norms are 0; then all weigh alike.
+        # All norms are 0 if nobody has learnt anything; then all clients have the same weight.
         return pack(weighted_mean(adapters, norms if any(norms) else [1.0] * len(norms)), "float32")
 
     def share(self, average: Adapter, rank: int) -> Adapter:
-        """The first `rank` components."""
+        """The first `rank` components of the average."""
         return with_rank(average, rank)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
 
 @dataclass(frozen=True)
 class LocalOnly:
-    """One round of training apart.
+    """Local training, with a moving average of each client's adapters if `ema_decay` is not 0.
 
     Attributes:
         cohort: Who takes part in a round.
-        ema_decay: What a client's adapter of before keeps in its moving average.
+        ema_decay: Weight of a client's old adapter in its moving average; see `Client.fine_tune`.
     """
 
     cohort: Cohort
@@ -30,17 +30,17 @@ class LocalOnly:
     uses_public_prompts: ClassVar[bool] = False
 
     def first_state(self) -> bytes:
-        """The server has nothing to remember."""
+        """Empty: the server has nothing to remember."""
         return b""
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """Nothing is sent."""
+        """Empty messages: nothing is sent."""
         return dict.fromkeys(client_ids, b"")
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
-        """Let every participant train; see SemanticConsensus.run_round."""
+        """Let every participant train; see `Algorithm.run_round`."""
         downlinks = self.downlinks(round, state, self.cohort.sample(round))
         return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
 
@@ -50,17 +50,24 @@ class LocalOnly:
         return b""
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """A client's model is its own."""
+        """Nothing to do: a client's model is its own."""
 
 
 def train_apart(
     round: int, state: bytes, downlinks: Mapping[int, bytes], fleet: Visitor, *, evaluate: bool
 ) -> RoundOutcome:
-    """A round in which nothing is exchanged, so that the server's state stays as it is."""
+    """A round in which clients train and send nothing, so that the server's state stays as it is."""
     replies = tuple(sorted(fleet.visit(round, downlinks, evaluate=evaluate), key=lambda reply: reply.client_id))
     return RoundOutcome(replies=replies, next_state=state, evaluations=own_evaluations(replies))
 
 
 def own_labels(client: Client, round: int, exchanges: range) -> PseudoLabels:
-    """What a client labels the public prompts with for itself: when a semantic consensus would have labels, it does."""
+    """A client's own answers to the public prompts, from the round in which semantic consensus would have
+    pseudo-labels.
+
+    Args:
+        client: The client.
+        round: The round, from 1.
+        exchanges: Rounds in which clients of semantic consensus answer.
+    """
     return client.label_prompts(round) if round > exchanges.start else NO_LABELS

@@ -1,7 +1,8 @@
-"""One-shot FedAvg-LoRA: clients train apart for all rounds, and are averaged once, after the last.
+"""One-shot FedAvg-LoRA: clients train on their own for all rounds, and their adapters are averaged once, after the
+last.
 
 Source: Z. Wang et al., "One Communication Round is All It Needs for Federated Fine-Tuning Foundation Models",
-arXiv:2412.04650. The same local training as FedAvg-LoRA at one round's bytes.
+arXiv:2412.04650. Clients train as much as in FedAvg-LoRA, and send the bytes of one round.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class OneShotFedAvgLora(FedAvgLora):
     """Local training, and in the last round FedAvg-LoRA.
 
     Attributes:
-        num_rounds: The last round.
+        num_rounds: Number of the last round, in which adapters are averaged.
     """
 
     num_rounds: int = 1
@@ -31,12 +32,12 @@ class OneShotFedAvgLora(FedAvgLora):
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
     ) -> RoundOutcome:
-        """As local training before the last round; see FedAvgLora.run_round."""
+        """A round of local training; in the last round, that of `FedAvgLora.run_round`."""
         if round < self.num_rounds:
             return LocalOnly(self.cohort).run_round(round, state, fleet, server, evaluate=evaluate)
         return super().run_round(round, state, fleet, server, evaluate=evaluate)
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
-        """Train on with the own adapter; send it after the last round."""
+        """Train the client's own adapter further, and send it in the last round."""
         client.fine_tune(round, self.labels(client, round), weight=self.label_weight)
         return client.upload(round, client.adapter, self.dtype, self.compression) if round == self.num_rounds else b""

@@ -1,11 +1,13 @@
-"""SCAFFOLD on LoRA adapters: FedAvg whose clients correct their gradients for how their data differ.
+"""SCAFFOLD on LoRA adapters: FedAvg whose clients correct their gradients for the differences between their data.
 
 Source: S. P. Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-arXiv:1910.06378, algorithm 1 with a server step of 1: client k adds c - c_k to every gradient, where c_k estimates its
-own gradient and c all clients' mean; afterwards x <- mean of y_k, and c <- c + |S|/N mean of the changes of c_k.
+arXiv:1910.06378, algorithm 1 with a server step size of 1: client k adds c - c_k to every gradient, where c_k estimates
+its own gradient and c the mean gradient of all clients. Afterwards x <- mean of y_k, and c <- c + |S|/N times the mean
+change of c_k. Here x is the average adapter, y_k that of client k after training, |S| participants and N clients.
 
-Where this departs from it: the paper's option II, c_k <- c_k - c + (x - y_k) / (K lr), is the mean of the raw gradients
-along the client's path if steps are those of SGD. With AdamW, steps are not gradients, so that mean is taken itself.
+Where this departs from it: the paper's option II, c_k <- c_k - c + (x - y_k) / (K lr), equals the mean of the raw
+gradients along the client's path if the optimizer is SGD. AdamW's steps are not gradients, so that mean is computed
+directly.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ _CONTROL = "control."
 
 @dataclass(frozen=True)
 class Scaffold(FedAvgLora):
-    """FedAvg-LoRA with control variates; they double the bytes.
+    """FedAvg-LoRA with control variates, which double the bytes.
 
-    A client holds c_k and c in `client.memory`, under "own." and "common.".
+    A client keeps c_k and c in `client.memory`, under keys that begin with "own." and "common.".
     """
 
     def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
-        """The plain mean of y_k, and c moved by the mean change of c_k."""
+        """The next state: the unweighted mean of y_k, and c moved by the mean change of c_k."""
         sent = [unpack(update.tensors) for update in updates]
         mean = weighted_mean(sent, [1.0] * len(sent))
         share = len(updates) / self.cohort.num_clients
@@ -46,11 +48,11 @@ class Scaffold(FedAvgLora):
         return pack(mean, "float32")
 
     def exchanged(self, shapes: Shapes) -> Shapes:
-        """The adapter, and a control variate of the same shapes."""
+        """Shapes of the adapter, and of a control variate of the same shapes."""
         return {**shapes, **{_CONTROL + key: shape for key, shape in shapes.items()}}
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """Take the average for the adapter, and keep c."""
+        """Set the client's adapter to the average, and keep c."""
         client.adapter = client.fresh_adapter()
         sent = self.sent(round, downlink, self.exchanged(shapes_of(client.adapter)))
         for key, value in client.adapter.items():
@@ -76,7 +78,7 @@ class Scaffold(FedAvgLora):
         return correct
 
     def trained(self, client: Client) -> Adapter:
-        """The adapter, and how c_k has changed."""
+        """The adapter, and the change of c_k."""
         memory = client.memory
         changes = {}
         for key, value in client.adapter.items():

@@ -8,23 +8,23 @@ Fine-Tuning of LLMs", arXiv:2605.11857. Its abstract gives the scheme:
     the server embeds the answers and forms a consensus per prompt,
     and returns the consensus as pseudo-labels for further local fine-tuning.
 
-What the abstract leaves open, and what we chose:
+What the abstract leaves open, and what is chosen here:
 
-    embedding     a sentence-embedding model on the server, unit vectors
-    consensus     one client's text wins each prompt, since an averaged vector cannot be decoded; by default the
-                  medoid under cosine similarity (consensus/ has the other rules)
-    abstention    a prompt whose agreement is under a threshold gives no pseudo-label (FedCT, arXiv:2310.05696)
-    pseudo-labels private data joined with them, an equal weight an example, as in FedCT
-    answers       drawn at temperature 1, not greedy: a label then carries how sure a client is, and who learns many
-                  of them learns the mixture of the clients' distributions; greedy answers teach overconfidence
-    averaging     a client goes on with the mean of its adapter before and after a round (`algorithm.ema_decay`): along
-                  its own path it loses the noise that averaging over clients takes from FedAvg, and nothing is sent
-    order         a client trains and answers in one visit, with no barrier between the two; so the pseudo-labels of
-                  a round are learnt in the next. Before the first exchange (`algorithm.first_exchange`) training is
-                  local, and in the last round nobody answers, since nobody would learn it
-    few           a prompt that fewer than `algorithm.min_votes` clients answered gives no pseudo-label
-    ties          a permutation of the clients drawn for each prompt and round, so that results depend neither on who
-                  answers first nor on who is called what
+    embedding     a sentence-embedding model on the server gives unit vectors
+    consensus     one client's text is elected for each prompt, since an averaged vector cannot be decoded into text; by
+                  default it is the medoid under cosine similarity (consensus/ has the other rules)
+    abstention    a prompt whose agreement is below a threshold gives no pseudo-label (FedCT, arXiv:2310.05696); nor
+                  does one that fewer than `algorithm.min_votes` clients answered
+    pseudo-labels they are added to the private data, each example with the same weight, as in FedCT
+    answers       they are sampled at temperature 1, not greedy: many samples carry how sure a client is, so whoever
+                  learns them learns the mixture of the clients' distributions; greedy answers teach overconfidence
+    averaging     a client continues with the mean of its adapter before and after a round (`algorithm.ema_decay`). This
+                  removes noise from its steps, as averaging over clients does in FedAvg, and costs no communication
+    order         a client trains and answers in one visit, with no barrier between the two, so the pseudo-labels of a
+                  round are learnt in the next. Before the first exchange (`algorithm.first_exchange`) training is
+                  local, and in the last round nobody answers, since nobody would learn from it
+    ties          they are decided by a permutation of the clients drawn for each prompt and round, so that results
+                  depend neither on who answers first nor on clients' ids
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
 
 @dataclass(frozen=True)
 class SemanticConsensus:
-    """One round, top to bottom.
+    """Semantic consensus; the methods are in the order in which a round calls them.
 
     Attributes:
         cohort: Who takes part in a round.
-        pseudo_label_weight: Weight in the loss of a pseudo-label beside a private example.
-        compression: Of messages, "none" or "zstd".
+        pseudo_label_weight: Weight of a pseudo-label in the loss, where a private example has 1.
+        compression: Compression of messages: "none" or "zstd".
         exchanges: Rounds in which clients answer.
-        ema_decay: What a client's adapter of before keeps in its moving average.
-        self_training: Whether nothing is exchanged and each client learns its own answers instead: the control that
-            shows what a consensus of one is worth.
+        ema_decay: Weight of a client's old adapter in its moving average; see `Client.fine_tune`.
+        self_training: Whether each client learns its own answers and nothing is exchanged (rule `own_answer`): the
+            control that shows what the exchange itself is worth.
     """
 
     cohort: Cohort
@@ -67,11 +67,11 @@ class SemanticConsensus:
     uses_public_prompts: ClassVar[bool] = True
 
     def first_state(self) -> bytes:
-        """Before the first exchange there are no pseudo-labels."""
+        """An encoded `PseudoLabels` message with no labels."""
         return NO_LABELS.encode(self.compression)
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
-        """The pseudo-labels, the same for all; nothing where there are none to send."""
+        """The pseudo-labels, the same for all clients; an empty message in self-training."""
         return dict.fromkeys(client_ids, b"" if self.self_training else state)
 
     def run_round(
@@ -80,10 +80,10 @@ class SemanticConsensus:
         """The server's part: send the last pseudo-labels out, collect answers, form the next pseudo-labels.
 
         Args:
-            round: From 1.
+            round: The round, from 1.
             state: The encoded `PseudoLabels` of the round before.
-            fleet: The clients.
-            server: Embeds answers while others are still at work.
+            fleet: Visits clients.
+            server: Embeds answers while other clients are still at work, and forms the consensus.
             evaluate: Whether clients are measured on the test set after their visit.
 
         Raises:
@@ -109,9 +109,9 @@ class SemanticConsensus:
         )
 
     def visit(self, client: Client, round: int, downlink: bytes) -> bytes:
-        """The client's part: learn private data and the last pseudo-labels, then answer the public prompts.
+        """The client's part: train on private data and the last pseudo-labels, then answer the public prompts.
 
-        Before the first exchange there are no labels, and no answers.
+        Before the first exchange there are no pseudo-labels and no answers.
         """
         labels = (
             own_labels(client, round, self.exchanges)
@@ -130,4 +130,4 @@ class SemanticConsensus:
         return client.answer(round, self.compression)
 
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """A client's model is its own."""
+        """Nothing to do: a client's model is its own."""
