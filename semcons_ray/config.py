@@ -723,7 +723,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 class _Loader(yaml.SafeLoader):
     """Reads YAML 1.2. In version 1.1, which PyYAML follows, 1e-3 is text, no and on are truth values, 010 is eight and
-    1:30 is ninety."""
+    1:30 is ninety. A key that is there twice, which no version allows, is an error; PyYAML would drop the first."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """All of it at once: then PyYAML refuses what holds itself."""
+        return super().construct_object(node, deep=True)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -756,7 +768,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # PyYAML raises many kinds where a tag, such as !!bool, does not fit what follows it
         raise ValueError(str(error)) from error
 
 

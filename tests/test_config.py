@@ -16,8 +16,12 @@ from semcons_ray.config import (
     Settings,
     describe_settings,
     dump_config,
+    dump_yaml,
     load_config,
     merge_settings,
+    parse_setting,
+    parse_yaml,
+    typed,
     validate_config,
     without_effect,
     without_settings,
@@ -424,6 +428,173 @@ def test_clients_by_model_keep_their_quota(shares, num_clients):
     rounded_up = [quota % 1 for name, quota in quotas.items() if sizes[name] > quota]
     rounded_down = [quota % 1 for name, quota in quotas.items() if sizes[name] < quota]
     assert min(rounded_up, default=1) >= max(rounded_down, default=0) - 1e-9
+
+
+# YAML, version 1.2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(text, 0.001) for text in ("1e-3", "1.0e-3", "1E-3", "+1e-3", ".001", "0.001", "1.e-3")],
+        *[(text, text) for text in ("on", "off", "yes", "no", "y", "n", "Yes", "NO", "On", "tRUE")],
+        *[(text, True) for text in ("true", "True", "TRUE")],
+        *[(text, False) for text in ("false", "False", "FALSE")],
+        *[(text, None) for text in ("null", "Null", "NULL", "~", "")],
+        *[(text, 15) for text in ("15", "+15", "015", "0o17", "0xF", "0xf")],
+        ("017", 17),
+        ("08", 8),
+        ("-7", -7),
+        ("5.", 5.0),
+        ("1e3", 1000.0),
+        (".inf", float("inf")),
+        ("-.INF", float("-inf")),
+        *[(text, text) for text in ("1_000", "1_000.5", "0b11", "0o8", "-0o7", "0x", "1e", "e3", "+", ".", "1.2.3")],
+        *[(text, text) for text in ("2024-01-02", "2024-01-02 10:00:00", "1:30", "12:30:45", "nan", "inf", "1,000")],
+        *[(text, text) for text in ("a:b", "http://host:80", "=", "None")],
+        ("a: b", {"a": "b"}),
+        ("'a: b'", "a: b"),
+        ("'1e-3'", "1e-3"),
+        ("!!str 1", "1"),
+        ("[1e-3, no, 1_0, 2024-01-02, ~]", [0.001, "no", "1_0", "2024-01-02", None]),
+        ("{on: off}", {"on": "off"}),
+        ("- &a {b: 1}\n- *a\n- {<<: *a, c: 2}\n- {<<: *a, b: 3}", [{"b": 1}, {"b": 1}, {"b": 1, "c": 2}, {"b": 3}]),
+    ],
+)
+def test_what_a_word_stands_for(text, value):
+    found = parse_yaml(text)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", ["on", "no", "1e-3", "010", "0o17", "1_000", "1:30", "2024-01-02", "null", "~", "", "a: b", "=", "<<", "0x1", "+1", ".5", "true", "- a", "#a", "y"])  # fmt: skip
+def test_text_is_written_so_that_either_version_reads_it(text):
+    written = dump_yaml({"key": text})
+    assert parse_yaml(written) == {"key": text}
+    assert yaml.safe_load(written) == {"key": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\nseed: 2\n", "seed is there twice"),
+        ("model:\n  name: a\n  dtype: auto\n  name: b\n", "name is there twice"),
+        ("&a {model: *a}", "recursive"),
+        ("seed: &a [*a]", "recursive"),
+        ("seed: !!bool maybe", "not valid YAML"),
+        ("seed: !!timestamp x", "not valid YAML"),
+        ("seed: !!int 0b1", "not valid YAML"),
+        ("seed: *a", "undefined alias"),
+        ("--- {}\n--- {}", "single document"),
+    ],
+)
+def test_yaml_that_says_two_things_or_none_is_refused(tmp_path, text, says):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path} is not valid YAML: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_line_of_a_key_that_is_there_twice_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"line 3, column 1"):
+        load_config(write(tmp_path, "seed: 1\nname: a\nseed: 2\n"))
+
+
+@pytest.mark.parametrize(
+    ("key", "words", "value"),
+    [
+        *[("model.system_prompt", words, words) for words in ("You: be brief", "no", "", "2024", "[a]", "null", "- a")],
+        *[("name", words, words) for words in ("2024", "1e-3", "a # b", "'quoted'")],
+        *[("data.split", words, words) for words in ("train[:10]", "{a")],
+        *[("model.name", words, words) for words in ("123", "org/name@1e3")],
+        *[("algorithm.rule", words, words) for words in ("medoid", "no")],
+        ("resources.ray_address", "ray://host:10001", "ray://host:10001"),
+        *[("resources.ray_address", words, None) for words in ("", "~", "null")],
+        ("training.learning_rate", "1e-3", 0.001),
+        ("training.local_steps", "null", None),
+        ("training.keep_optimizer", "true", True),
+        ("model.lora.target_modules", "all-linear", "all-linear"),
+        ("model.lora.target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("model.template_date", "2024-01-02", "2024-01-02"),
+        ("clients.mix", "{org/a: 3, ./b: 1e0}", {"org/a": 3, "./b": 1.0}),
+        ("clients.mix.a", "2", 2),
+        ("model.chat_template_kwargs", "{enable_thinking: false}", {"enable_thinking": False}),
+        ("no.such", "1", 1),
+    ],
+)
+def test_words_of_a_command_line_are_what_the_setting_takes(key, words, value):
+    found = parse_setting(key, words)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("key", "words"), [("clients.mix", "{a"), ("seed", "a: b: c"), ("no.such", "[1")])
+def test_words_that_cannot_be_read_are_named_with_their_setting(key, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_setting(key, words)
+    assert str(caught.value) == f"--{key}: cannot read {words!r}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "as_held"),
+    [
+        ("training.learning_rate", "1e-3", 0.001),
+        ("training.learning_rate", 1, 1.0),
+        ("training.batch_size", "4", 4),
+        ("training.batch_size", 4.0, 4),
+        ("training.local_steps", None, None),
+        ("training.keep_optimizer", "true", True),
+        ("clients.lora_ranks", ["4", 8], [4, 8]),
+        ("clients.mix", {"a": "1"}, {"a": 1.0}),
+        ("resources.gpus_per_worker", "0.5", 0.5),
+        ("model.template_date", "2024-01-02", "2024-01-02"),
+        ("model.lora.target_modules", ["q_proj"], ["q_proj"]),
+        ("model.chat_template_kwargs", {"a": "1"}, {"a": "1"}),
+        ("model", {"max_length": "32", "lora": {"rank": "4"}}, {"max_length": 32, "lora": {"rank": 4}}),
+        # Refused later on, with what was written.
+        ("training.batch_size", "x", "x"),
+        ("training.learning_rate", -1, -1),
+        ("resources.gpus_per_worker", "2", "2"),
+        ("clients.mix", {"a": "x"}, {"a": "x"}),
+        ("name", 2024, 2024),
+        ("model", 3, 3),
+        ("no.such", "1", "1"),
+    ],
+)
+def test_a_value_has_the_type_that_its_setting_has(key, value, as_held):
+    found = typed(key, value)
+    assert (found, type(found)) == (as_held, type(as_held))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "as_held"),
+    [
+        ("model.name", "./m", "{here}/m"),
+        ("model.name", "../m", "{above}/m"),
+        ("model.name", "~/m", "{home}/m"),
+        ("model.name", "org/m", "org/m"),
+        ("model.name", "packaged:m", "packaged:m"),
+        ("server.embedding_model", "./e", "{here}/e"),
+        ("data.source", "./none.csv", "{here}/none.csv"),
+        ("data.source", "there.csv", "{here}/there.csv"),
+        ("data.source", "org/data", "org/data"),
+        ("clients.mix", {"./m": 1.0, "org/m": 2.0}, {"{here}/m": 1.0, "org/m": 2.0}),
+        ("sharding.models", {"./m": 2}, {"{here}/m": 2}),
+        ("model", {"name": "./m"}, {"name": "{here}/m"}),
+    ],
+)
+def test_a_path_is_that_of_the_folder_in_which_it_was_read(key, value, as_held, tmp_path, monkeypatch):
+    (tmp_path / "there.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/mine")
+    places = {"here": tmp_path, "above": tmp_path.parent, "home": "/home/mine"}
+
+    def placed(value):
+        if isinstance(value, dict):
+            return {placed(name): placed(inner) for name, inner in value.items()}
+        return value.format(**places) if isinstance(value, str) else value
+
+    assert typed(key, value) == placed(as_held)
+    assert typed(key, typed(key, value)) == placed(as_held)
 
 
 # Dump

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from math import ceil
@@ -77,7 +78,7 @@ class Dimensions:
             feed_forward=max(dense, experts * (expert or dense) + shared),
             experts=experts,
             vocabulary=_largest(config, "vocab_size"),
-            drops_attention=any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")),
+            drops_attention=any(_numbers(config, "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")),
             state=state,
             working=working,
             chunk=chunk,
@@ -106,8 +107,18 @@ def _recurrent(config: Any, width: int) -> tuple[int, int, int]:
 
 
 def _largest(config: Any, *names: str) -> int:
-    """The largest number that a configuration has under any of these names, in any layer; 0 if there is none."""
+    """The largest number that a configuration has under any of these names; 0 if there is none."""
+    return int(max(_numbers(config, *names), default=0))
+
+
+def _numbers(config: Any, *names: str) -> list[float]:
+    """What a configuration has under these names, in any layer, else in the parts that some families give it."""
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    values = [getattr(layer, name, None) for layer in layers for name in names]
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return _named(layers, names) or _named(parts, names)
+
+
+def _named(configs: Iterable[Any], names: Iterable[str]) -> list[float]:
+    values = [getattr(config, name, None) for config in configs for name in names]
     each = chain.from_iterable(value if isinstance(value, (list, tuple)) else [value] for value in values)
-    return max((int(value) for value in each if isinstance(value, (int, float))), default=0)
+    return [value for value in each if isinstance(value, (int, float))]

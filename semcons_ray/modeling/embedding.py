@@ -54,10 +54,11 @@ class Embedder:
         try:
             self.model = SentenceTransformer(name, device=device)
             self._prompt = self.model.prompts.get(self.model.default_prompt_name or "")
-            self._tokenizer = self._plain_tokenizer()
             longest = self.model.max_seq_length or LONGEST_LENGTH
             self._longest = LONGEST_LENGTH if math.isinf(longest) else int(longest)
+            self._tokenizer = self._plain_tokenizer()
             tried = self._computed(SAMPLES)
+            self._try_longest()
         except Exception as error:  # the library raises many kinds; all mean the same to the user
             raise ModelError(f"cannot load server.embedding_model {name}: {first_line(error)}") from error
         if not tried.isfinite().all():
@@ -94,7 +95,6 @@ class Embedder:
         for text, vector in zip(texts, unit, strict=True):
             self._cache[text] = vector.clone()  # a view would keep its whole batch, padding rows and all
 
-    @torch.no_grad()
     def _computed(self, texts: Sequence[str]) -> Tensor:
         """Vectors of texts before they are normalised, (N, D) float32."""
         if self._tokenizer is None:
@@ -117,10 +117,25 @@ class Embedder:
                 vectors |= zip(places, self._forward(features), strict=False)
         return torch.stack([vectors[place] for place in range(len(texts))])
 
+    @torch.no_grad()
     def _forward(self, features: Mapping[str, Any]) -> Tensor:
         moved = {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in features.items()}
         vectors: Tensor = self.model(moved)["sentence_embedding"]
         return vectors.float()
+
+    def _try_longest(self) -> None:
+        """Let a model that says it takes more tokens than it has positions show that it can, as some can."""
+        config = getattr(getattr(self.model[0], "auto_model", None), "config", None)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None or positions >= self._longest:
+            return
+        try:
+            self._forward(self.model.preprocess(["a " * self._longest], prompt=self._prompt))
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"it has {positions} positions and says that it takes {self._longest} tokens; lower max_seq_length "
+                "in its sentence_bert_config.json"
+            ) from error
 
     def _plain_tokenizer(self) -> Any:
         """The model's tokenizer, if the model's input is only what that makes of a text; else None."""
@@ -128,7 +143,8 @@ class Embedder:
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.pad_token_id is None:
             return None
         for text in SAMPLES:
-            taken, made = self.model.preprocess([text], prompt=self._prompt), tokenizer([text], return_tensors="pt")
+            taken = self.model.preprocess([text], prompt=self._prompt)
+            made = tokenizer([text], truncation=True, max_length=self._longest, return_tensors="pt")
             if any(key not in taken or not torch.equal(taken[key], value) for key, value in made.items()):
                 return None
         return tokenizer

@@ -14,6 +14,9 @@ from semcons_ray.modeling.model_folder import read_config
 CAUSAL_WITHOUT_FLAG = {"gpt_neox", "gpt_neox_japanese"}
 """Families of causal models whose configuration has `is_decoder` false nevertheless."""
 
+BOTH_WAYS = {"cpmant", "xlnet"}
+"""Families that read what follows too, which nothing in their configuration says."""
+
 
 def check_model(folder: Path, model: ModelConfig, generation: GenerationConfig, texts: Sequence[str]) -> None:
     """Check the model `model.name`.
@@ -53,7 +56,7 @@ def _check_kind(config: Any, name: str) -> None:
     kind = config.model_type
     flags = {} if kind in CAUSAL_WITHOUT_FLAG else {"is_decoder": False}
     flags |= {"is_causal": False, "causal": False, "use_bidirectional_attention": True}
-    both_ways = any(getattr(config, flag, None) is value for flag, value in flags.items())
+    both_ways = kind in BOTH_WAYS or any(getattr(config, flag, None) is value for flag, value in flags.items())
     if config.is_encoder_decoder or both_ways:
         what = "an encoder with a decoder" if config.is_encoder_decoder else "an encoder, which reads what follows too"
         raise ModelError(f"model {name} ({kind}) is {what}; model.name takes causal language models")
@@ -71,7 +74,9 @@ def _without_weights(config: Any, name: str) -> Any:
             f"model {name} ({config.model_type}) is not one of transformers' causal language models: "
             f"{first_line(error)}"
         ) from error
-    if base.config.get_text_config(decoder=True) is not base.config:
+    config = base.config
+    sees_or_hears = any(name.startswith(("vision", "audio")) for name in config.sub_configs)
+    if sees_or_hears or config.get_text_config(decoder=True) is not config:
         raise ModelError(
             f"model {name} ({config.model_type}) takes more than text; model.name takes models of text alone, which "
             "many families have beside these"
@@ -112,10 +117,9 @@ def _check_tokenizer(folder: Path, rows: int, name: str, texts: Sequence[str]) -
     vocabulary = tokenizer.get_vocab()
     if set(vocabulary) <= set(tokenizer.all_special_tokens):
         raise ModelError(f"cannot load model {name}: no files of a tokenizer are in its folder")
-    added, always = tokenizer.get_added_vocab(), {tokenizer.eos_token, tokenizer.bos_token}
-    seldom = set(added) - always
+    seldom = set(tokenizer.get_added_vocab()) - {tokenizer.eos_token, tokenizer.bos_token}
     read = [str(tokenizer.chat_template), *texts]
-    for token in sorted(vocabulary.keys() - ({tokenizer.pad_token} - always), key=vocabulary.__getitem__):
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
         index = vocabulary[token]
         if index >= rows and (token not in seldom or any(token in text for text in read)):
             raise ModelError(

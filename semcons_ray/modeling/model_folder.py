@@ -12,6 +12,9 @@ from semcons_ray.errors import ModelError, first_line
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Files that transformers loads: the first that exists."""
 
+OF_ANOTHER_FORM = (ValueError, KeyError, AttributeError, TypeError)
+"""What reading raises where JSON holds something else than it should."""
+
 
 def read_config(folder: Path) -> Any:
     """The configuration by transformers, which has common names for what families name differently (n_embd, d_model
@@ -50,9 +53,9 @@ def _weight_files(folder: Path, config: Any) -> list[Path]:
 def _listed_in(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return [index.parent / name for name in sorted(names)]
+    except (OSError, *OF_ANOTHER_FORM) as error:
         raise ModelError(f"model file {index} is damaged: {first_line(error)}") from error
-    return [index.parent / name for name in sorted(names)]
 
 
 def _read_header(file: Path) -> dict[str, list[int]]:
@@ -60,9 +63,11 @@ def _read_header(file: Path) -> dict[str, list[int]]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:  # as in a pointer that Git LFS left in its place
+                raise ValueError("it does not begin with the length of a header")
             header = json.loads(stream.read(length))
+        return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
     except FileNotFoundError as error:
         raise ModelError(f"model file {file} is missing") from error
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"model file {file} is damaged: {error}") from error
-    return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+    except (OSError, struct.error, *OF_ANOTHER_FORM) as error:
+        raise ModelError(f"model file {file} is damaged: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from semcons_ray.commands.cli import main
+from semcons_ray.commands.cli import _split_settings, main
 from semcons_ray.config import ExperimentConfig, load_config
 
 
@@ -51,6 +51,47 @@ def test_without_cudas_libraries_one_line_points_to_doctor(tmp_path: Path) -> No
     assert done.stderr == (
         "semcons: libcudnn.so.9: cannot open shared object file; `semcons doctor` says what is missing\n"
     )
+
+
+def test_settings_on_the_command_line_are_parted_from_other_words_and_read_as_their_setting_is() -> None:
+    words = [
+        "run", "my.yaml", "--training.learning_rate", "1e-3", "--out", "there", "--name=2024", "--seed", "-1",
+        "--model.system_prompt", "You are a tutor: be brief", "--model.lora.rank=4", "--resources.ray_address", "",
+        "--data.source=a=b.csv",
+    ]  # fmt: skip
+    others, nested = _split_settings(words)
+    assert others == ["run", "my.yaml", "--out", "there"]
+    assert nested == {
+        "training": {"learning_rate": 0.001},
+        "name": "2024",
+        "seed": -1,
+        "model": {"system_prompt": "You are a tutor: be brief", "lora": {"rank": 4}},
+        "resources": {"ray_address": None},
+        "data": {"source": "a=b.csv"},
+    }
+    config = load_config(None, {**nested, "seed": 0})
+    assert (config.training.learning_rate, config.model.lora.rank, config.name) == (0.001, 4, "2024")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--seed"], "--seed needs a value"),
+        (["--seed", "--out"], "--seed needs a value"),
+        (["--clients.mix", "{a"], "--clients.mix: cannot read '{a'"),
+        (["--model", "3", "--model.name", "a"], "--model.name: model was given a value itself"),
+        (["--name.first", "a", "--out", "x"], "name: Input should be a valid string"),
+        (["--training.learning_rate", "fast"], "training.learning_rate: Input should be a valid number"),
+        (["--seed", "1_0_", "--out", "x"], "seed: Input should be a valid integer"),
+    ],
+)
+def test_settings_on_the_command_line_that_cannot_be_are_refused(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *words, *([] if "--out" in words else ["--out", str(tmp_path / "run")])]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
 
 
 def test_doctor_prints_checks(capsys: pytest.CaptureFixture[str]) -> None:

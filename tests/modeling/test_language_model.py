@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -292,3 +293,28 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, tiny_llama: P
         load(tmp_path)
     with pytest.raises(ModelError, match=r"model\.lora\.target_modules"):
         load(tiny_llama, lora=LoraConfig(target_modules=("nowhere",)))
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        (("model.layers.1.mlp.up_proj.weight",), "hold no model.layers.1.mlp.up_proj.weight, which a LlamaForCausalLM"),
+        (("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"), "hold no lm_head.weight and 2 others, "),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(lost: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    file = write_model(tmp_path, "llama") / "model.safetensors"
+    weights = {**load_file(file), "of_no_use": torch.zeros(2)}
+    save_file(weights, file, metadata={"format": "pt"})
+    load(tmp_path)
+    save_file({key: value for key, value in weights.items() if key not in lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    assert f"cannot load model {tmp_path}: its files {says}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_embedding_that_is_tied_is_not_missing(tmp_path: Path) -> None:
+    file = write_model(tmp_path, "llama", tie_word_embeddings=True) / "model.safetensors"
+    assert "lm_head.weight" not in load_file(file)
+    load(tmp_path)

@@ -91,6 +91,32 @@ def test_what_is_dumped_is_read_back_and_holds_every_setting(tmp_path: Path) -> 
     assert [run.config for run in plan_runs(again, tmp_path)] == [run.config for run in plan_runs(first, tmp_path)]
 
 
+def test_numbers_and_paths_of_arms_are_read_as_those_of_an_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    text = """
+experiment: {data: {source: mine.csv}, training: {max_grad_norm: '1e-3'}}
+arms:
+  a: {training: {learning_rate: '1e-3'}, model: {name: ./a}}
+  b: {training: {learning_rate: 1e-3}, clients: {mix: {./a: 1, org/b: '3'}}}
+"""
+    comparison = load_comparison(write(tmp_path, text), {"server": {"embedding_model": "./e"}})
+    monkeypatch.chdir("/")
+    assert comparison.arms == {
+        "a": {"training": {"learning_rate": 0.001}, "model": {"name": f"{tmp_path}/a"}},
+        "b": {"training": {"learning_rate": 0.001}, "clients": {"mix": {f"{tmp_path}/a": 1.0, "org/b": 3.0}}},
+    }
+    for read in (comparison, load_comparison(write(tmp_path, dump_comparison(comparison)))):
+        a, b = (run.config for run in plan_runs(read, tmp_path)[:2])
+        assert a.training.learning_rate == b.training.learning_rate == a.training.max_grad_norm == 0.001
+        assert a.model.name == f"{tmp_path}/a"
+        assert b.clients.mix == {f"{tmp_path}/a": 1.0, "org/b": 3.0}
+        assert {a.data.source, b.data.source} == {f"{tmp_path}/mine.csv"}
+        assert {a.server.embedding_model, b.server.embedding_model} == {f"{tmp_path}/e"}
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "a list": ("- 1", "holds a list"),
     "no YAML": ("arms: [1,", "not valid YAML"),

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from semcons_ray.commands.cli import main
+from semcons_ray.errors import ConfigError
 from semcons_ray.studies.search_space import SweepConfig, dump_sweep, load_sweep, trial_name
 
 MIX = {"a": 1, "b": 1}
@@ -59,6 +60,66 @@ def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path)
     more = load_sweep(write(tmp_path, {**values, "num_samples": 25})).points()
     assert more[:40] == points
     assert load_sweep(write(tmp_path, {**values, "seed": 1})).points()[0] != points[0]
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "'1e-3'", "0.001"])
+def test_numbers_of_a_space_are_numbers_however_they_are_written(text: str, tmp_path: Path) -> None:
+    sweep = load_sweep(
+        write(tmp_path, f"experiment: {{training: {{max_grad_norm: {text}}}}}\nspace: {{training.learning_rate: {{grid: [{text}, 2e-3]}}}}")
+    )
+    assert sweep.points() == [{"training.learning_rate": 0.001}, {"training.learning_rate": 0.002}]
+    assert [type(point["training.learning_rate"]) for point in sweep.points()] == [float, float]
+    assert trial_name(sweep.points()[0]) == trial_name({"training.learning_rate": 0.001})
+    assert sweep.experiment["training"]["max_grad_norm"] == 0.001
+    assert [sweep.configure(point).training.learning_rate for point in sweep.points()] == [0.001, 0.002]
+    again = load_sweep(write(tmp_path, dump_sweep(sweep)))
+    assert again.points() == sweep.points()
+
+
+def test_two_ways_to_write_a_number_are_one_value(tmp_path: Path) -> None:
+    space = "space: {training.learning_rate: {grid: [1e-3, 0.001]}}"
+    with pytest.raises(ConfigError, match="grid names a value twice"):
+        load_sweep(write(tmp_path, space))
+
+
+def test_bounds_of_draws_may_be_written_as_powers_of_ten(tmp_path: Path) -> None:
+    text = "search: random\nnum_samples: 4\nspace: {training: {learning_rate: {loguniform: [1e-4, 1e-2]}}}"
+    assert all(1e-4 <= point["training.learning_rate"] <= 1e-2 for point in load_sweep(write(tmp_path, text)).points())
+
+
+def test_a_number_on_the_command_line_lies_over_the_experiment(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, {"space": GRID}), {"training": {"learning_rate": "1e-3"}})
+    assert sweep.configure(sweep.points()[0]).training.learning_rate == 0.001
+
+
+def test_relative_paths_of_a_sweep_hold_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.csv").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    values = {
+        "experiment": {"server": {"embedding_model": "./e"}, "model": {"name": "./base"}},
+        "space": {
+            "model.name": {"grid": ["./a", "../b", "org/c"]},
+            "data": {"source": {"grid": ["mine.csv", "org/data"]}},
+        },
+    }
+    sweep = load_sweep(write(tmp_path, values), {"resources": {"fleet": "local"}})
+    monkeypatch.chdir("/")
+    for read in (sweep, load_sweep(write(tmp_path, dump_sweep(sweep)))):
+        configs = [read.configure(point) for point in read.points()]
+        assert [config.model.name for config in configs[::2]] == [f"{tmp_path}/here/a", f"{tmp_path}/b", "org/c"]
+        assert [config.data.source for config in configs[:2]] == [f"{tmp_path}/here/mine.csv", "org/data"]
+        assert {config.server.embedding_model for config in configs} == {f"{tmp_path}/here/e"}
+        assert [read.point_of(config) for config in configs] == read.points()
+
+
+def test_relative_paths_of_a_mix_hold_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = {"clients.mix": {"choice": [{"./a": 1, "org/b": 1}]}}
+    sweep = load_sweep(write(tmp_path, {"search": "random", "num_samples": 1, "space": space}))
+    monkeypatch.chdir("/")
+    assert sweep.points() == [{"clients.mix": {f"{tmp_path}/a": 1.0, "org/b": 1.0}}]
+    assert set(sweep.configure(sweep.points()[0]).client_models()) == {f"{tmp_path}/a", "org/b"}
 
 
 def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
