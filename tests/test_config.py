@@ -466,7 +466,13 @@ def test_what_a_word_stands_for(text, value):
     assert (found, type(found)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", ["on", "no", "1e-3", "010", "0o17", "1_000", "1:30", "2024-01-02", "null", "~", "", "a: b", "=", "<<", "0x1", "+1", ".5", "true", "- a", "#a", "y"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("on", "no", "y", "true", "null", "~", "", "=", "<<", "a: b", "- a", "#a"),
+        *("1e-3", "010", "0o17", "0x1", "+1", ".5", "1_000", "1:30", "2024-01-02"),
+    ],
+)
 def test_text_is_written_so_that_either_version_reads_it(text):
     written = dump_yaml({"key": text})
     assert parse_yaml(written) == {"key": text}

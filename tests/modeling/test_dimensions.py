@@ -16,7 +16,10 @@ def dimensions(architecture: str, **config: Any) -> Dimensions:
 
 PLAIN = {"vocabulary": 100, "experts": 0, "state": 0, "working": 0, "chunk": 1, "drops_attention": False}
 NAMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama": (SHAPE, {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "key_values": 2 * 2 * 8, "feed_forward": 64}),
+    "llama": (
+        SHAPE,
+        {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "key_values": 2 * 2 * 8, "feed_forward": 64},
+    ),
     "qwen3": (
         {**SHAPE, "head_dim": 16},
         {"width": 32, "layers": 2, "heads": 4, "head_width": 16, "key_values": 2 * 2 * 16, "feed_forward": 64},

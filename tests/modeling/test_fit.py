@@ -156,7 +156,8 @@ def test_what_is_no_causal_language_model_of_text_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config"), [("bert", {**SHAPE, "is_decoder": True}), ("gpt_neox", SHAPE), ("xglm", {"d_model": 32})]
+    ("architecture", "config"),
+    [("bert", {**SHAPE, "is_decoder": True}), ("gpt_neox", SHAPE), ("xglm", {"d_model": 32})],
 )
 def test_what_reads_from_left_to_right_is_taken_whatever_its_family(
     architecture: str, config: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast

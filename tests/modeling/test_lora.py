@@ -83,9 +83,7 @@ def test_each_name_is_matched_at_the_end_of_paths(family: str, targets: tuple[st
         ("mamba", {"in_proj", "x_proj", "dt_proj"}),
     ],
 )
-def test_all_linear_is_all_but_the_output_embedding_experts_and_what_kernels_read(
-    family: str, names: set[str]
-) -> None:
+def test_all_linear_is_all_but_the_output_embedding_experts_and_what_kernels_read(family: str, names: set[str]) -> None:
     assert modules(family, "all-linear") == names
     ranks = {shape[0] for name, shape in adapted(family, "all-linear").items() if "lora_A" in name}
     assert ranks == {4}
@@ -108,7 +106,7 @@ LINEAR = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj
         ("llama", "proj", "proj names no module of mine"),
         ("gpt2", "c_atn", "c_atn names no module of mine; did you mean c_attn?"),
         ("bloom", "query_key_values", "did you mean query_key_value?"),
-        ("llama", "embed_tokens", f"embed_tokens is of kind Embedding in mine, and adapters are for linear layers: {LINEAR}"),
+        ("llama", "embed_tokens", f"is of kind Embedding in mine, and adapters are for linear layers: {LINEAR}"),
         ("gpt2", "wte", "wte is of kind Embedding in mine"),
         ("llama", "self_attn", "self_attn is of kind LlamaAttention in mine"),
         ("llama", "input_layernorm", "input_layernorm is of kind LlamaRMSNorm in mine"),

@@ -64,9 +64,9 @@ def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path)
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "'1e-3'", "0.001"])
 def test_numbers_of_a_space_are_numbers_however_they_are_written(text: str, tmp_path: Path) -> None:
-    sweep = load_sweep(
-        write(tmp_path, f"experiment: {{training: {{max_grad_norm: {text}}}}}\nspace: {{training.learning_rate: {{grid: [{text}, 2e-3]}}}}")
-    )
+    experiment = f"experiment: {{training: {{max_grad_norm: {text}}}}}"
+    space = f"space: {{training.learning_rate: {{grid: [{text}, 2e-3]}}}}"
+    sweep = load_sweep(write(tmp_path, f"{experiment}\n{space}"))
     assert sweep.points() == [{"training.learning_rate": 0.001}, {"training.learning_rate": 0.002}]
     assert [type(point["training.learning_rate"]) for point in sweep.points()] == [float, float]
     assert trial_name(sweep.points()[0]) == trial_name({"training.learning_rate": 0.001})
