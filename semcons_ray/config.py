@@ -26,6 +26,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -98,6 +99,15 @@ class Settings(BaseModel):
             for key, value in values.items()
             if value is not None or key not in fields or not isinstance(fields[key].default, Settings)
         }
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python, and so pydantic, takes true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {kind, *get_args(kind)} & {int, float}:
+            raise ValueError(f"a number is expected, not {str(value).lower()}")
+        return value
 
 
 LOCAL_PATH = ("/", "./", "../", "~")

@@ -294,6 +294,22 @@ def test_a_number_out_of_range_is_named_with_its_value(key):
     assert f"(got {refused!r})" in refusal(nested(refused))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": True},
+        {"training": {"local_steps": True}},
+        {"algorithm": {"trim": False}},
+        {"resources": {"server_gpus": False}},
+    ],
+    ids=str,
+)
+def test_true_is_no_number(values):
+    (said,) = [line for line in refusal(values).splitlines() if "a number is expected, not " in line]
+    key = next(iter(values))
+    assert (f"{key}: " if key == "seed" else f"{key}.{next(iter(values[key]))}: ") in said
+
+
 @pytest.mark.parametrize("key", ["gpus_per_worker", "server_gpus", "engine_gpus"])
 def test_a_share_of_a_gpu_is_at_most_one_since_a_process_computes_on_one(key):
     for share in (1.5, 2, 4.0):
