@@ -28,6 +28,8 @@ CONTROL_OF = {
     "local only, not averaged": "local only",
     "local only, averaged": "local only",
     "consensus, 144 prompts": "consensus, 288 prompts",
+    "consensus from round 1 on": "semantic consensus",
+    "from round 1 on": "from round 2 on",
 }
 ALGORITHMS = {"FedProx", "SCAFFOLD", "FFA-LoRA", "FLoRA", "FlexLoRA", "HetLoRA", "one-shot FedAvg-LoRA", "centralized"}
 
@@ -48,7 +50,7 @@ def resolved(comparison: ComparisonConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("preset", [None, "dirichlet", "iid", "gpu", "first_exchange"])
+@pytest.mark.parametrize("preset", [None, *(path.stem for path in sorted(PRESETS.glob("*.yaml")))])
 def test_every_control_differs_from_its_arm_in_exactly_one_setting(preset: str | None) -> None:
     arms = resolved(load_comparison(preset and PRESETS / f"{preset}.yaml"))
     assert set(arms) <= {*CONTROL_OF, *CONTROL_OF.values(), *ALGORITHMS, "FedAvg-LoRA", "local only"}
