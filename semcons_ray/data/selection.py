@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from semcons_ray.config import Selection
-
-Indices = NDArray[np.int64]
+from semcons_ray.data.partition import Indices
 
 MAX_K_CENTER_CANDIDATES = 10_000  # embedding all of a large data set would take longer than the run
 
