@@ -1,8 +1,10 @@
 """Whole experiments on tiny models, in this process: what is in the folder, and whether it adds up."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
@@ -21,7 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.real]
 MakeConfig = Callable[..., ExperimentConfig]
 
 
-@pytest.fixture(scope="module")
+def once(fixture_name: str, config: pytest.Config) -> Literal["function", "module"]:
+    """Mutation testing knows what a test passes through, but not what a fixture of its module did before."""
+    return "function" if "MUTANT_UNDER_TEST" in os.environ else "module"
+
+
+@pytest.fixture(scope=once)
 def run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rounds of three clients, with settings that the defaults don't try."""
     out = tmp_path_factory.mktemp("run") / "out"
