@@ -90,7 +90,7 @@ class HostSpec:
 
         torch.set_num_threads(self.threads)
         place = this_place(uses_gpu=self.device == "cuda")
-        ledger = Ledger(self.worker, place.node, place.gpus)
+        ledger = Ledger(self.worker, place.node)
         with ledger.stage("load", round=0):
             make: Callable[..., LanguageModel] = LanguageModel
             if self.sharding is not None:

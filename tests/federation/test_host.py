@@ -1,14 +1,250 @@
-"""What a host makes of clients that fail."""
+"""A host: what it is built of, what a visit leaves in replies and the ledger, and what it makes of clients that fail."""
 
+import dataclasses
+import math
+import socket
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
 
-from semcons_ray.errors import ClientError, MessageError
-from semcons_ray.federation.host import ClientHost
-from semcons_ray.federation.store import ClientStore
-from semcons_ray.messages import PseudoLabels
-from semcons_ray.metering.ledger import Ledger
+from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, ShardingConfig, TrainingConfig
+from semcons_ray.data.examples import Example
+from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
+from semcons_ray.federation.algorithms import SemanticConsensus
+from semcons_ray.federation.fleet import Evaluation, Reply
+from semcons_ray.federation.host import ClientHost, HostSpec
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.store import ClientStore, mark
+from semcons_ray.messages import Answers, PseudoLabels, PublicPrompts
+from semcons_ray.metering.gpus import Gpu
+from semcons_ray.metering.ledger import Ledger, Place
+from semcons_ray.modeling.packaged import resolve_model
+
+PRIVATE = {
+    client: tuple(Example(f"add one and {word}", f"it is {word}", "add") for word in words)
+    for client, words in {0: ("two", "three", "four"), 2: ("five", "six")}.items()
+}
+MakeSpec = Callable[..., HostSpec]
+PROMPTS = PublicPrompts(prompts=("add two and two", "spell one", "spell two")).encode("zstd")
+NO_WORDS = PseudoLabels(round_number=0, prompt_ids=(), responses=()).encode()
+
+
+@pytest.fixture
+def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
+    def make(**changes: Any) -> HostSpec:
+        state = tmp_path / "state"
+        spec = HostSpec(
+            worker="worker-7",
+            model=ModelConfig(name=str(tiny_llama), dtype="float32", max_length=64, lora=LoraConfig(rank=4)),
+            device="cpu",
+            threads=1,
+            algorithm=SemanticConsensus(Cohort(3, 1.0, 0), exchanges=range(1, 9), ema_decay=0.5),
+            private=PRIVATE,
+            ranks={0: 4, 2: 2},
+            public_prompts=PROMPTS,
+            test=(Example("spell six", "s i x", "spell"), Example("add one and one", "it is 2", "add")),
+            num_answers=1,
+            training=TrainingConfig(learning_rate=1e-2, batch_size=2),
+            generation=GenerationConfig(max_new_tokens=4),
+            seed=11,
+            state=state,
+            mark=mark(state),
+        )
+        return dataclasses.replace(spec, **changes)
+
+    return make
+
+
+def work(reply: Reply) -> list[tuple[object, ...]]:
+    """The reply's ledger rows without their times."""
+    return [
+        (row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.uplink_bytes, row.downlink_bytes)
+        for row in reply.rows
+    ]
+
+
+HERE = ("worker-7", socket.gethostname(), "")
+
+
+def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piece_of_work(make_spec: MakeSpec) -> None:
+    host = make_spec().build()
+    reply = host.visit(2, 1, NO_WORDS, True)
+    message = Answers.decode(reply.uplink)
+    assert (message.round_number, message.client_id, message.num_examples, len(message.answers)) == (1, 2, 2, 3)
+    assert (reply.client_id, reply.round, reply.num_private, reply.num_pseudo_labels) == (2, 1, 2, 0)
+    assert 0 < reply.train_loss < 20
+    assert work(reply) == [
+        ("load", 0, -1, *HERE, 0, 0),  # of the worker, once
+        ("load", 1, 2, *HERE, 0, len(PROMPTS)),  # a client is sent the public prompts before its first visit
+        ("fine_tune", 1, 2, *HERE, 0, len(NO_WORDS)),
+        ("generate", 1, 2, *HERE, len(reply.uplink), 0),
+        ("evaluate", 1, 2, *HERE, 0, 0),
+    ]
+    later = host.visit(2, 2, PseudoLabels(round_number=1, prompt_ids=(1,), responses=("o n e",)).encode(), False)
+    assert (later.evaluation, later.num_pseudo_labels) == (None, 1)
+    assert [row[0] for row in work(later)] == ["fine_tune", "generate"]
+    # A visit that is asked for again is not done again.
+    assert msgspec.msgpack.encode(host.visit(2, 1, b"whatever", False)) == msgspec.msgpack.encode(reply)
+
+
+def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    host = spec.build()
+    base = host.measure(0, 0, b"")
+    first, second = (host.visit(0, round, NO_WORDS, True) for round in (1, 2))
+    stored = {path: path.read_bytes() for path in spec.state.rglob("*") if path.is_file()}
+    for round, visit in ((1, first), (2, second)):
+        reply = host.measure(0, round, b"")
+        assert reply.evaluation == visit.evaluation
+        assert (reply.client_id, reply.round, reply.uplink, reply.num_private) == (0, round, b"", 3)
+        assert math.isnan(reply.train_loss)
+        assert work(reply) == [("evaluate", round, 0, *HERE, 0, 0)]
+    assert base.evaluation is not None
+    assert base.evaluation == host.measure(0, 0, b"").evaluation
+    assert base.evaluation.nll_sum > (first.evaluation or base.evaluation).nll_sum
+    assert stored == {path: path.read_bytes() for path in spec.state.rglob("*") if path.is_file()}
+
+
+def test_the_adapter_of_a_client_is_that_with_which_it_would_start_the_round(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    host = make_spec().build()
+    for round in (1, 2):
+        host.visit(2, round, NO_WORDS, False)
+    for before in (2, 3):
+        folder = tmp_path / "not" / "there" / f"before {before}"
+        for _ in range(2):  # over what is there
+            host.export_adapter(2, before, NO_WORDS, folder)
+        assert PeftConfig.from_pretrained(folder).r == 2
+        of_client = {key.removeprefix("adapter."): value for key, value in host.store.load(2, before=before).items()}
+        written = load_file(folder / "adapter_model.safetensors")
+        assert len(written) == len(of_client)
+        for key, value in of_client.items():
+            assert torch.equal(written[key.replace(".default", "")], value)
+
+
+def test_an_adapter_that_the_disk_has_no_room_for_is_said_to_be_so(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills_the_disk(folder: Path) -> None:
+        raise OSError("No space left on device")
+
+    host = make_spec().build()
+    monkeypatch.setattr(host.clients[2], "export", fills_the_disk)
+    with pytest.raises(StorageError, match=f"^cannot write {tmp_path / 'adapters'}: the disk is full"):
+        host.export_adapter(2, 1, NO_WORDS, tmp_path / "adapters" / "client_002")
+
+
+def test_a_model_that_scores_no_number_has_failed_but_for_the_base_model(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    host = spec.build()
+    scored = Evaluation(nll_sum=math.nan, num_tokens=1, num_bytes=1, answers=())
+    monkeypatch.setattr(host.clients[0], "evaluate", lambda round: scored)
+    assert host.measure(0, 0, b"").evaluation is scored  # of which the driver says what to change
+    with pytest.raises(NotFiniteError, match=r"^client 0, round 1: its test NLL is nan; "):
+        host.visit(0, 1, NO_WORDS, True)
+    assert host.store.reply(0, 1) is None
+    host.visit(0, 1, NO_WORDS, False)
+    with pytest.raises(NotFiniteError, match=r"^client 0, round 1: its test NLL is nan; "):
+        host.measure(0, 1, b"")
+
+
+def test_a_host_without_public_prompts_sends_none(make_spec: MakeSpec) -> None:
+    host = make_spec(public_prompts=b"").build()
+    assert [client.prompts for client in host.clients.values()] == [(), ()]
+    assert "load" not in [row.stage for row in host.visit(2, 1, NO_WORDS, False).rows[1:]]
+
+
+def test_a_host_that_does_not_see_the_marked_folder_does_not_begin(make_spec: MakeSpec) -> None:
+    with pytest.raises(RunFolderError, match="state is another folder on"):
+        make_spec(mark=".mark-of-another").build()
+
+
+class Noted:
+    """What a host needs of a language model until a client is visited; it notes what it was made of."""
+
+    writes = False
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        self.name, self.settings = name, settings
+
+    def fresh_adapter(self, generator: object = None) -> dict[str, torch.Tensor]:
+        return {}
+
+    def of_all_ranks(self, place: Place) -> list[Place]:
+        return [place, Place(place.node, "GPU-of-another-rank")]
+
+
+def test_the_model_is_made_of_all_that_the_settings_say(
+    make_spec: MakeSpec, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or divided, with every setting far from its default; here on a machine with a GPU."""
+    gpu = Gpu("GPU-0", "GPU-0", "a GPU", 80.0, "9.0", True, 700.0)
+    monkeypatch.setattr("semcons_ray.metering.gpus.visible_gpus", lambda: [gpu])
+    monkeypatch.setattr("semcons_ray.modeling.language_model.LanguageModel", Noted)
+    monkeypatch.setattr("semcons_ray.modeling.sharded.ShardedLanguageModel", Noted)
+    model = ModelConfig(
+        name=str(tiny_llama),
+        dtype="float16",
+        quantization="8bit",
+        max_length=48,
+        system_prompt="be brief",
+        chat_template_kwargs={"enable_thinking": False},
+        template_date=date(2001, 2, 3),
+        lora=LoraConfig(rank=3),
+    )
+    engine, sharding = object(), ShardingConfig(zero_stage=2)
+    threads = torch.get_num_threads()
+    try:
+        for device, gpus in (("cpu", "GPU-of-another-rank"), ("cuda", "GPU-0,GPU-of-another-rank")):
+            for divided in (None, sharding):
+                host = make_spec(model=model, device=device, threads=3, sharding=divided, engine=engine).build()
+                assert torch.get_num_threads() == 3
+                first, second = host.clients.values()
+                settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
+                wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
+                made: Any = first.model
+                assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
+                assert second.model is made
+                assert [(client.client_id, client.rank, client.engine) for client in (first, second)] == [
+                    (0, 4, engine),
+                    (2, 2, engine),
+                ]
+                [row] = host.ledger.take()
+                assert (row.stage, row.round, row.client_id, row.worker) == ("load", 0, -1, "worker-7")
+                assert (row.node, row.gpus) == (socket.gethostname(), gpus)
+                assert not host.store.writes  # a rank that is not the first
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    host = spec.build()
+    assert [(pair.prompt, pair.response) for pair in host.clients[2].private] == [
+        ("add one and five", "it is five"),
+        ("add one and six", "it is six"),
+    ]
+    for client in host.clients.values():
+        assert client.prompts == ("add two and two", "spell one", "spell two")
+        assert [(pair.prompt, pair.response) for pair in client.test] == [
+            ("spell six", "s i x"),
+            ("add one and one", "it is 2"),
+        ]
+        assert (client.num_answers, client.seed) == (1, 11)
+        assert (client.training, client.generation) == (spec.training, spec.generation)
+        assert client.ledger is host.ledger
+    assert {shape[0] for key, shape in host.adapter_shapes.items() if "lora_A" in key} == {4}
+    assert {shape[1] for key, shape in host.adapter_shapes.items() if "lora_B" in key} == {4}
 
 
 class Idle:
