@@ -3,20 +3,25 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.client import Client, Duties
+from semcons_ray.federation.fleet import Evaluation
+from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
-from semcons_ray.modeling.language_model import LanguageModel
+from semcons_ray.modeling.engine import EngineReply, EngineRequest
+from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
 
 EXAMPLES = [Example(f"add one and {word}", f"it is {word}", "add") for word in ("two", "three", "four", "five")]
 MakeClient = Callable[..., Client]
@@ -47,6 +52,17 @@ def make_client(model: LanguageModel) -> MakeClient:
         )
 
     return make
+
+
+PRIVATE = [Pair(example.prompt, example.response) for example in EXAMPLES]
+
+
+def work(client: Client) -> list[tuple[object, ...]]:
+    """The rows of its ledger without their times; the ledger is empty afterwards."""
+    return [
+        (row.stage, row.round, row.client_id, row.worker, row.node, row.tokens, row.uplink_bytes, row.downlink_bytes)
+        for row in client.ledger.take()
+    ]
 
 
 def after(client: Client, state: dict[str, torch.Tensor], round: int, **settings: Any) -> dict[str, torch.Tensor]:
@@ -191,3 +207,152 @@ def test_an_update_that_overflows_its_type_on_the_wire_is_the_clients_failure(ma
 
 def test_the_bytes_that_are_scored_are_those_of_the_answers(make_client: MakeClient) -> None:
     assert make_client().evaluate(1).num_bytes == len("it is two") + len("it is three")
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 0.0])
+def test_a_local_update_is_the_models_over_private_examples_and_weighted_labels(
+    model: LanguageModel, make_client: MakeClient, weight: float
+) -> None:
+    """In a second round, with everything that goes into one: labels, optimizer, frozen adapter, changed gradients."""
+
+    def halve(parameters: Parameters) -> None:
+        for key, parameter in parameters.items():
+            if "lora_B" in key and parameter.grad is not None:
+                parameter.grad *= 0.5
+
+    client = make_client(keep_optimizer=True)
+    client.frozen = {key: value + 0.1 for key, value in client.fresh_adapter(7).items()}
+    client.fine_tune(1, NO_LABELS)
+    client.restore(client.state())
+    adapter, pairs = dict(client.adapter), [*PRIVATE]
+    optimizer = {key: value.clone() for key, value in client.optimizer.items()}  # which training changes in place
+    if weight:
+        pairs.append(Pair("spell two", "t w o", weight))
+    expected = model.fine_tune(
+        adapter, pairs, client.training, stream(0, 2, 1, "fine_tune"), optimizer, frozen=client.frozen,
+        adjust=halve,
+    )  # fmt: skip
+    client.ledger.take()
+    labels = PseudoLabels(round_number=1, prompt_ids=(1,), responses=("t w o",))
+    client.fine_tune(2, labels, weight=weight, downlink_bytes=77, adjust=halve)
+    assert all(torch.equal(client.adapter[key], value) for key, value in adapter.items())
+    assert all(torch.equal(client.optimizer[key], value) for key, value in expected.optimizer.items())
+    assert client.optimizer.keys() == expected.optimizer.keys()
+    assert (client.train_loss, client.num_pseudo_labels) == (expected.loss, int(weight > 0))
+    assert work(client) == [("fine_tune", 2, 1, "worker-0", "here", expected.tokens, 0, 77)]
+
+
+def test_a_client_that_came_back_has_not_trained_in_this_round(make_client: MakeClient) -> None:
+    client = make_client()
+    client.fine_tune(1, PseudoLabels(round_number=0, prompt_ids=(0,), responses=("one",)))
+    assert client.num_pseudo_labels == 1
+    client.train_loss = math.inf
+    client.restore(client.state())
+    assert client.has_trained
+    assert math.isnan(client.train_loss)
+    assert client.num_pseudo_labels == 0
+    client.check_finite(None)  # nothing was trained, so a loss of NaN is no failure
+
+
+def test_answers_and_scores_are_the_models_and_their_tokens_are_counted(
+    model: LanguageModel, make_client: MakeClient
+) -> None:
+    client = make_client()
+    client.generation = GenerationConfig(max_new_tokens=4)
+    client.frozen = {key: value + 0.1 for key, value in client.fresh_adapter(7).items()}
+    client.fine_tune(1, NO_LABELS)
+    client.ledger.take()
+
+    def generated(prompts: list[str], temperature: float, stage: Any) -> tuple[list[str], int]:
+        settings = GenerationConfig(max_new_tokens=4, temperature=temperature)
+        return model.generate(client.adapter, prompts, settings, stream(0, 3, 1, stage), frozen=client.frozen)
+
+    answers, tokens = generated(["add one and six", "spell two"], 1.0, "generate")
+    message = Answers(round_number=3, client_id=1, num_examples=4, answers=tuple(answers))
+    assert client.answer(3) == message.encode("none")
+    assert client.answer(3, "zstd") == message.encode("zstd")
+    assert client.label_prompts(3).responses == tuple(answer for answer in answers if answer)
+    score = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32, frozen=client.frozen)
+    greedy, greedy_tokens = generated(["add one and two"], 0.0, "evaluate")
+    assert client.evaluate(3) == Evaluation(score.nll_sum, score.num_tokens, score.num_bytes, tuple(greedy))
+    assert work(client) == [
+        ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("none")), 0),
+        ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("zstd")), 0),
+        ("generate", 3, 1, "worker-0", "here", tokens, 0, 0),
+        ("evaluate", 3, 1, "worker-0", "here", score.processed_tokens + greedy_tokens, 0, 0),
+    ]
+
+
+class OneWord:
+    """An engine that answers every prompt but the last with the first letters of its own name, and takes 5 seconds."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.asked, self.clock = ids, list[EngineRequest](), 100.0
+
+    def generate(self, request: EngineRequest) -> EngineReply:
+        self.asked.append(request)
+        self.clock += 5.0
+        answers = [self.ids for _ in request.prompts[1:]] + [[]]
+        return EngineReply(answers, 9, "engine-3", "there", "GPU-4", started_at=1.5, busy_seconds=0.25)
+
+
+def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
+    model: LanguageModel, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
+    client.engine = engine
+    client.generation = GenerationConfig(max_new_tokens=4, temperature=0.5)
+    clock = SimpleNamespace(perf_counter=lambda: engine.clock)
+    monkeypatch.setattr("semcons_ray.federation.client.time", clock)
+    monkeypatch.setattr("semcons_ray.metering.ledger.perf_counter", clock.perf_counter)
+    client.fine_tune(1, NO_LABELS)
+    client.ledger.take()
+    prompts, tests = ["add one and six", "spell two"], ["add one and two"]
+    expected = [
+        model.engine_request(client.adapter, prompts, client.generation, stream(0, 2, 1, "generate")),
+        model.engine_request(client.adapter, prompts, client.generation, stream(0, 2, 1, "generate")),
+        model.engine_request(
+            client.adapter,
+            tests,
+            client.generation.model_copy(update={"temperature": 0.0}),
+            stream(0, 2, 1, "evaluate"),
+        ),
+    ]
+    assert Answers.decode(sent := client.answer(2)).answers == ("engine", "")
+    # A prompt without an answer gives no label.
+    assert client.label_prompts(2) == PseudoLabels(round_number=1, prompt_ids=(0,), responses=("engine",))
+    assert client.evaluate(2).answers == ("",)
+    assert engine.asked == expected
+    rows = client.ledger.take()
+    own = [(row.stage, row.round, row.client_id, row.tokens, row.uplink_bytes) for row in rows[1::2]]
+    processed = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32).processed_tokens
+    assert own == [("generate", 2, 1, 0, len(sent)), ("generate", 2, 1, 0, 0), ("evaluate", 2, 1, processed, 0)]
+    assert [row.duration_seconds for row in rows[1::2]] == [0.0] * 3  # the engine's seconds are not the client's
+    assert [
+        (row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.tokens, row.started_at)
+        for row in rows[::2]
+    ] == [(stage, 2, 1, "engine-3", "there", "GPU-4", 9, 1.5) for stage in ("generate", "generate", "evaluate")]
+    assert [row.duration_seconds for row in rows[::2]] == [0.25] * 3
+
+
+def test_what_is_exported_is_the_frozen_adapter_and_the_clients_own(make_client: MakeClient, tmp_path: Path) -> None:
+    client = make_client()
+    client.fine_tune(1, NO_LABELS)
+    client.export(tmp_path)
+    own = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(own[key.replace(".default", "")], value) for key, value in client.adapter.items())
+    client.frozen, client.adapter = client.adapter, client.fresh_adapter(2)
+    client.fine_tune(2, NO_LABELS)
+    client.export(tmp_path)
+    both = load_file(tmp_path / "adapter_model.safetensors")
+    for a in [key for key in client.adapter if "lora_A" in key]:
+        b = a.replace("lora_A", "lora_B")
+        expected = client.frozen[b] @ client.frozen[a] + client.adapter[b] @ client.adapter[a]
+        a, b = (key.replace(".default", "") for key in (a, b))
+        torch.testing.assert_close(both[b] @ both[a], expected)
+
+
+def test_an_upload_is_a_row_of_its_client_and_round(make_client: MakeClient) -> None:
+    client = make_client()
+    uplink = client.upload(3, {"w": torch.tensor([0.5])}, "float32", "zstd")
+    assert work(client) == [("encode", 3, 1, "worker-0", "here", 0, len(uplink), 0)]

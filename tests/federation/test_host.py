@@ -1,4 +1,4 @@
-"""A host: what it is built of, what a visit leaves in replies and the ledger, and what it makes of clients that fail."""
+"""A host: what it is built of, what its visits leave behind, and what it makes of clients that fail."""
 
 import dataclasses
 import math
