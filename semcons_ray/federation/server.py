@@ -191,14 +191,16 @@ class Server:
                 lengths=lengths.to(device),
             )
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
-            elected = [answers[column][prompt] if column >= 0 else "" for prompt, column in enumerate(winner)]
             if self._references:
-                winner, abstained, elected = np.full_like(winner, -1), np.zeros_like(abstained), [*self._references]
+                winner, abstained = np.full_like(winner, -1), np.zeros_like(abstained)
             labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
             labels = PseudoLabels(
                 round_number=self._round,
                 prompt_ids=tuple(labelled),
-                responses=tuple(elected[prompt] for prompt in labelled),
+                responses=tuple(
+                    self._references[prompt] if self._references else answers[winner[prompt]][prompt]
+                    for prompt in labelled
+                ),
             )
         self._embeddings = None
         ascending = np.argsort(client_ids).tolist()

@@ -1,15 +1,19 @@
 import re
+import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election
-from semcons_ray.federation.server import Server
-from semcons_ray.messages import Answers
-from semcons_ray.metering.ledger import Ledger
+from semcons_ray.federation.server import Server, ServerSpec
+from semcons_ray.messages import Answers, PseudoLabels
+from semcons_ray.metering.gpus import Gpu
+from semcons_ray.metering.ledger import Ledger, LedgerRow
 
 ANGLES = {"left": 0.0, "middle": 40.0, "right": 90.0, "": 0.0}
 # With its prompt in front, another answer is in the middle.
@@ -198,3 +202,93 @@ def test_ties_fall_to_each_client_and_as_they_fell_the_first_time() -> None:
     for client in (0, 1):
         judge.collect(client, uplink(client, *words[client : client + 39], "left", round_number=2))
     assert judge.conclude().winner.tolist() != wins[0]
+
+
+def work(rows: Sequence[LedgerRow]) -> list[tuple[object, ...]]:
+    """Ledger rows without their times."""
+    return [(row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.tokens) for row in rows]
+
+
+def test_all_that_the_server_does_is_in_its_ledger() -> None:
+    judge = server()
+    judge.begin(3, [0, 1])
+    judge.collect(1, uplink(1, "left", "middle", round_number=3))
+    judge.collect(1, uplink(1, "left", "middle", round_number=3))
+    judge.collect(0, b"nonsense")
+    rows = judge.conclude().rows
+    embedded = [("embed", 3, -1, "server", "n", "", words) for words in (2, 0, 0)]  # nothing is embedded twice
+    assert work(rows) == [*embedded, ("consensus", 3, -1, "server", "n", "", 0)]
+    judge.similarity(4, ["left"], ["right"])
+    assert work(judge.take_rows()) == [("evaluate", 4, -1, "server", "n", "", 0)]
+    assert judge.take_rows() == []
+
+
+def test_a_verdict_without_answers_is_whole() -> None:
+    judge = server()
+    judge.begin(2, [7, 3])
+    verdict = judge.conclude()
+    assert (verdict.client_ids, verdict.answers) == ((3, 7), (("", ""), ("", "")))
+    assert verdict.winner.tolist() == [-1, -1]
+    assert verdict.abstained.tolist() == [True, True]
+    assert np.isnan(verdict.agreement).all()
+    assert np.isnan(verdict.similarity).all()
+    assert verdict.similarity.shape == (2, 2)
+    assert verdict.labels == PseudoLabels(round_number=2, prompt_ids=(), responses=())
+    assert verdict.refused == {}
+
+
+class Noted(Compass):
+    """Notes what an embedder is made of."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        self.name, self.settings = name, settings
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", ""), ("cuda", "GPU-0")])
+def test_a_server_is_built_of_all_that_its_spec_says(
+    device: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU, which it uses or doesn't."""
+    gpu = Gpu("GPU-0", "GPU-0", "a GPU", 80.0, "9.0", True, 700.0)
+    monkeypatch.setattr("semcons_ray.metering.gpus.visible_gpus", lambda: [gpu])
+    made: list[Noted] = []
+
+    def noting(name: str, **settings: Any) -> Noted:
+        made.append(Noted(name, **settings))
+        return made[-1]
+
+    monkeypatch.setattr("semcons_ray.modeling.embedding.Embedder", noting)
+    (tmp_path / "modules.json").write_text("[]")
+
+    def build(**more: Any) -> Server:
+        spec = {"prompts": ("a", "b"), "references": (), "election": Election(min_votes=1), "seed": 0} | more
+        return ServerSpec(
+            embedding_model=str(tmp_path), embedding_batch_size=5, device=device, threads=3, num_prompts=2, **spec
+        ).build()
+
+    threads = torch.get_num_threads()
+    try:
+        judge = build()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert (made[0].name, made[0].settings) == (str(tmp_path), {"batch_size": 5, "device": device})
+    assert work(judge.take_rows()) == [("load", 0, -1, "server", socket.gethostname(), gpus, 0)]
+    judge.begin(1, [0, 1, 2])
+    for client, word in enumerate(("right", "left", "middle")):
+        judge.collect(client, uplink(client, word, ""))
+    assert judge.conclude().labels.responses == ("left",)  # as it is with prompts, and as one vote is enough
+    judge = build(references=("north", "south"))
+    judge.begin(1, [0])
+    assert judge.conclude().labels.responses == ("north", "south")
+
+
+def test_the_seed_decides_ties() -> None:
+    winners = []
+    for seed in (0, 1, 1):
+        judge = Server(Compass(), num_prompts=40, election=Election(), seed=seed, ledger=Ledger("server", "n"))
+        judge.begin(1, [0, 1])
+        for client in (0, 1):
+            judge.collect(client, uplink(client, *["left", "right"][:: 1 - 2 * client] * 20))
+        winners.append(judge.conclude().winner.tolist())
+    assert winners[0] != winners[1] == winners[2]
