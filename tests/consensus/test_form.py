@@ -1,3 +1,4 @@
+import re
 from typing import Any, get_args
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from semcons_ray.config import RuleName
-from semcons_ray.consensus import Consensus, Election, form_consensus
+from semcons_ray.consensus import Consensus, Election, form_consensus, rules
 from semcons_ray.errors import ConfigError
 from tests.consensus import reference
 
@@ -319,36 +320,101 @@ def test_every_rule_of_the_config_is_known() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rule": "mean"}, "known rules: medoid"),
-        ({"threshold": 1.5}, r"algorithm\.agreement_threshold"),
-        ({"rule": "plurality", "plurality_similarity": 2.0}, r"algorithm\.plurality_similarity"),
-        ({"rule": "trimmed", "trim": 0.5}, r"algorithm\.trim"),
-        ({"rule": "multi_krum", "num_byzantine": -1}, r"algorithm\.num_byzantine"),
-        ({"min_votes": 0}, r"algorithm\.min_votes"),
+        (
+            {"rule": "mean"},
+            "algorithm.rule is 'mean'; known rules: medoid, plurality, weighted_medoid, geometric_median, trimmed, "
+            "multi_krum, random_client, longest, shortest",
+        ),
+        ({"threshold": 1.01}, "algorithm.agreement_threshold must be in [-1, 1], not 1.01"),
+        ({"threshold": -1.01}, "algorithm.agreement_threshold must be in [-1, 1], not -1.01"),
+        ({"plurality_similarity": 1.01}, "algorithm.plurality_similarity must be in [-1, 1], not 1.01"),
+        ({"plurality_similarity": -1.01}, "algorithm.plurality_similarity must be in [-1, 1], not -1.01"),
+        ({"trim": 0.5}, "algorithm.trim must be in [0, 0.5), not 0.5"),
+        ({"trim": -0.01}, "algorithm.trim must be in [0, 0.5), not -0.01"),
+        ({"num_byzantine": -1}, "algorithm.num_byzantine must not be negative, not -1"),
+        ({"min_votes": 0}, "algorithm.min_votes must be at least 1, not 0"),
     ],
 )
 def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: str) -> None:
-    embeddings, mask = random_case(0, 2, 3)
-    with pytest.raises(ConfigError, match=says):
-        form(embeddings, mask, **changes)
+    with pytest.raises(ConfigError, match=f"^{re.escape(says)}$"):
+        Election(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threshold": 1.0},
+        {"threshold": -1.0},
+        {"plurality_similarity": 1.0},
+        {"plurality_similarity": -1.0},
+        {"trim": 0.0},
+        {"num_byzantine": 0},
+        {"min_votes": 1},
+    ],
+)
+def test_settings_at_the_end_of_their_range_are_in_it(changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        assert getattr(Election(**changes), key) == value
+
+
+ONES, THERE, MISSING = torch.ones(1, 2, 1), torch.ones(1, 2) > 0, {"weights": None, "lengths": None}
 
 
 @pytest.mark.parametrize(
     ("embeddings", "mask", "changes", "says"),
     [
-        (torch.zeros(2, 3), torch.ones(2, 3) > 0, {}, r"\(P, C, D\)"),
-        (torch.ones(1, 1, 1), torch.ones(1, 2) > 0, {}, r"mask must be bool of shape \(1, 1\)"),
-        (torch.ones(1, 1, 1), torch.ones(1, 1), {}, "mask must be bool"),
-        (torch.full((2, 2, 1), 3.0), torch.ones(2, 2) > 0, {}, "prompt 0, client 0 has length 3, not 1"),
-        (torch.full((2, 2, 1), NAN), torch.ones(2, 2) > 0, {}, "prompt 0, client 0 has length nan"),
-        (torch.ones(1, 2, 1), torch.ones(1, 2) > 0, {"rule": "weighted_medoid", "weights": None}, "needs weights"),
-        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "weighted_medoid", "weights": -torch.ones(1)}, "negative"),
-        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"rule": "longest", "lengths": None}, "needs lengths"),
-        (torch.ones(1, 1, 1), torch.ones(1, 1) > 0, {"priority": torch.ones(1, 2)}, r"priority .* of shape \(1, 1\)"),
+        (torch.zeros(2, 3), THERE, {}, "embeddings must be (P, C, D) and floating point, not (2, 3) float32"),
+        (ONES.long(), THERE, {}, "embeddings must be (P, C, D) and floating point, not (1, 2, 1) int64"),
+        (ONES, torch.ones(1, 3) > 0, {}, "mask must be bool of shape (1, 2), not (1, 3) bool"),
+        (ONES, torch.ones(1, 2), {}, "mask must be bool of shape (1, 2), not (1, 2) float32"),
+        (ONES, THERE, {"priority": torch.ones(1, 3)}, "priority must be of shape (1, 2), not (1, 3) float32"),
+        (3 * ONES, THERE, {}, "embedding of prompt 0, client 0 has length 3, not 1"),
+        (NAN * ONES, THERE, {}, "embedding of prompt 0, client 0 has length nan, not 1"),
+        (
+            ONES,
+            THERE,
+            {"rule": "weighted_medoid"} | MISSING,
+            "rule weighted_medoid needs weights of shape (2,), not None",
+        ),
+        (
+            ONES,
+            THERE,
+            {"rule": "weighted_medoid", "weights": torch.ones(3)},
+            "rule weighted_medoid needs weights of shape (2,), not (3,) float32",
+        ),
+        *(
+            (ONES, THERE, {"rule": "weighted_medoid", "weights": torch.tensor([1.0, bad])}, says)
+            for bad in (-1.0, NAN, float("inf"))
+            for says in ["weights must be finite and not negative"]
+        ),
+        *(
+            (ONES, THERE, {"rule": rule, "lengths": lengths}, f"rule {rule} needs lengths of shape (1, 2), not {which}")
+            for rule in ("longest", "shortest")
+            for lengths, which in ((None, "None"), (torch.ones(2, dtype=torch.int32), "(2,) int32"))
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
     embeddings: Tensor, mask: Tensor, changes: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
-        form(embeddings, mask, **changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        form(embeddings, mask, **{"priority": torch.ones(1, 2), **changes})
+
+
+def test_weights_count_in_relation_to_each_other() -> None:
+    """However small they are, and though scores within 1e-6 of each other are a tie."""
+    embeddings, mask = random_case(8, 20, 5, 0.2)
+    weights = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])
+    usual = form(embeddings, mask, "weighted_medoid", weights=weights)
+    for scale in (1e-9, 1e9):
+        assert torch.equal(form(embeddings, mask, "weighted_medoid", weights=scale * weights).winner, usual.winner)
+
+
+def test_a_rule_says_what_it_lacks() -> None:
+    nothing = torch.zeros(1, 1)
+    ballots = rules.Ballots(nothing[..., None], nothing > 0, nothing, None, None, nothing)
+    with pytest.raises(ValueError, match=r"^rule weighted_medoid needs the weights of the clients$"):
+        rules.weighted_medoid(ballots)
+    for rule in (rules.longest, rules.shortest):
+        with pytest.raises(ValueError, match=r"^rules longest and shortest need the lengths of the answers$"):
+            rule(ballots)

@@ -1,4 +1,6 @@
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,16 +110,20 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_known_by_the_mark_that_the_driver_put_there_last(tmp_path: Path) -> None:
-    shared = tmp_path / "state"
+    shared, host = tmp_path / "not" / "there" / "yet", re.escape(socket.gethostname())
+    away = "; let --out lie on a file system that all machines share under the same path$"
+    another, absent = (f"^{{}} is {what}{away}" for what in (
+        f"another folder on {host} than where the run was started", f"not there on {host}, where a worker needs it",
+    ))  # fmt: skip
     older = mark(shared)
     shutil.copytree(shared, tmp_path / "copy")
     name = mark(shared)
     check_mark(shared, name)
-    with pytest.raises(RunFolderError, match=r"state is another folder on .* let --out lie on a file system that all"):
+    with pytest.raises(RunFolderError, match=another.format(shared)):
         check_mark(shared, older)
-    with pytest.raises(RunFolderError, match="copy is another folder on"):
+    with pytest.raises(RunFolderError, match=another.format(tmp_path / "copy")):
         check_mark(tmp_path / "copy", name)
-    with pytest.raises(RunFolderError, match="nowhere is not there on"):
+    with pytest.raises(RunFolderError, match=absent.format(tmp_path / "nowhere")):
         check_mark(tmp_path / "nowhere", name)
     assert [path.name for path in shared.iterdir()] == [name]
 
@@ -133,3 +139,12 @@ def test_a_visit_that_a_full_disk_has_no_room_for_leaves_nothing_behind(
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}: the disk is full"):
         ClientStore(tmp_path).save({"x": torch.zeros(1)}, reply(1))
     assert not list(tmp_path.rglob("*round*"))
+
+
+def test_a_folder_that_cannot_be_marked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError("[Errno 28] No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(StorageError, match=f"^cannot write {tmp_path}: the disk is full"):
+        mark(tmp_path)
