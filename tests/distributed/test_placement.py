@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -157,28 +158,6 @@ def test_workers_that_take_turns_have_all_cores_each() -> None:
 def test_gpus_are_not_shared_beyond_their_shares() -> None:
     with pytest.raises(PlacementError, match=r"resources\.gpus_per_worker"):
         plan_with_server(models(2, 1), [node(gpus=1, gpu_memory=8)], limits(), device="cuda")
-
-
-@pytest.mark.parametrize(
-    ("given_node", "given_limits", "device", "setting"),
-    [
-        (node(memory=2), limits(), "cpu", "resources.memory_limit_gib"),
-        (node(cpus=2), limits(threads=4), "cpu", "resources.threads_per_worker"),
-        (node(gpus=0), limits(), "cuda", "resources.gpus_per_worker"),
-        (node(gpus=1, gpu_memory=1.5), limits(gpus=0.5), "cuda", "training.batch_size"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_setting_to_change(
-    given_node: Node, given_limits: Limits, device: str, setting: str
-) -> None:
-    with pytest.raises(PlacementError, match=setting):
-        plan_with_server([SMALL], [given_node], given_limits, device=device)
-
-
-def test_more_architectures_than_workers_are_refused() -> None:
-    other = Demand("other", (4,), host_bytes=GIB, device_bytes=GIB)
-    with pytest.raises(PlacementError, match=r"resources\.max_workers is 1"):
-        plan_with_server([SMALL, other], [node()], limits(workers=1), device="cpu")
 
 
 LARGE = Demand("large", (0, 1), host_bytes=6 * GIB, device_bytes=5 * GIB, ranks=2)
@@ -345,25 +324,186 @@ def test_models_of_one_process_share_its_share_of_one_gpu() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("given_node", "share", "says"),
-    [
-        (node(gpus=0), 0.5, r"no node has 0\.5 of a GPU free.*resources\.gpus_per_worker"),
-        (node(gpus=1, gpu_memory=1.5), 0.5, r"1\.0 GiB for a worker.*resources\.gpus_per_worker = 0\.5 of any GPU"),
-        (node(gpus=1, gpu_memory=0.5), 1.0, r"1\.0 GiB for a worker of small do not fit in any GPU;.*sharding\.models"),
-        (node(gpus=1, gpu_memory=8, memory=1.5), 1.0, r"needs 2\.0 GiB of host memory.*resources\.memory_limit_gib"),
-    ],
-)
-def test_what_a_gpu_has_no_room_for_is_refused_for_the_right_reason(given_node: Node, share: float, says: str) -> None:
-    with pytest.raises(PlacementError, match=says):
-        plan_workers([SMALL], [given_node], limits(gpus=share), device="cuda")
-
-
 def test_the_reason_is_that_of_the_nodes_that_are_left_when_the_others_are_out_of_question() -> None:
     """The node with a GPU lacks memory; that the other has some is no use."""
     nodes = [node("cpus", memory=64), node("gpu", gpus=1, memory=1)]
     with pytest.raises(PlacementError, match=r"host memory, and the most a node has left is 1\.0 GiB"):
         plan_workers([SMALL], nodes, limits(), device="cuda")
+
+
+IN_TURN = Limits(1, 0.5, None, one_by_one=True)
+TAKES_TURNS = [Demand("first", (0,), GIB, 30 * GIB), Demand("second", (1,), GIB, 20 * GIB)]
+
+
+@pytest.mark.parametrize(
+    ("demands", "given_node", "given_limits", "device", "says"),
+    [
+        (
+            [SMALL],
+            node(cpus=2),
+            limits(threads=4),
+            "cpu",
+            "no node has 4 CPU cores for a worker of small; lower resources.threads_per_worker, or use a machine with "
+            "more",
+        ),
+        (
+            [SMALL],
+            node(memory=1.5),
+            limits(),
+            "cpu",
+            "a worker of small needs 2.0 GiB of host memory, and the most a node has left is 1.5 GiB. Use a smaller "
+            "model.name, training.batch_size, generation.batch_size or model.max_length, fewer models in clients.mix, "
+            "or raise resources.memory_limit_gib",
+        ),
+        (
+            [SMALL],
+            node(gpus=1, memory=1.5),
+            limits(),
+            "cuda",
+            "a worker of small needs 2.0 GiB of host memory, and the most a node has left is 1.5 GiB. Use fewer models "
+            "in clients.mix, leave sharding.cpu_offload off, or raise resources.memory_limit_gib",
+        ),
+        (
+            [LARGE],
+            node(gpus=1),
+            limits(),
+            "cuda",
+            "no node has 2 GPUs free for the ranks of large; lower its number in sharding.models, or set "
+            "resources.device to cpu",
+        ),
+        (
+            [SMALL],
+            node(),
+            limits(gpus=0.5),
+            "cuda",
+            "no node has 0.5 of a GPU free for a worker of small; lower resources.gpus_per_worker, "
+            "resources.server_gpus or resources.engine_gpus, or set resources.device to cpu",
+        ),
+        (
+            [SMALL],
+            node(gpus=1, gpu_memory=1.5),
+            limits(gpus=0.5),
+            "cuda",
+            "1.0 GiB for a worker of small do not fit in resources.gpus_per_worker = 0.5 of any GPU; raise it, or use "
+            "a smaller training.batch_size or model.max_length, or divide the model among several GPUs with "
+            "sharding.models",
+        ),
+        (
+            [SMALL],
+            node(gpus=1, gpu_memory=0.5),
+            limits(),
+            "cuda",
+            "1.0 GiB for a worker of small do not fit in any GPU; use a smaller training.batch_size or "
+            "model.max_length, or divide the model among several GPUs with sharding.models",
+        ),
+        (
+            [LARGE],
+            node(gpus=2, gpu_memory=4),
+            limits(gpus=0.5),
+            "cuda",
+            "5.0 GiB for a rank of large do not fit in any GPU; use a smaller training.batch_size or model.max_length, "
+            "or divide the model among more GPUs with sharding.models",
+        ),
+        (
+            TAKES_TURNS,
+            node(gpus=1, gpu_memory=80),
+            IN_TURN,
+            "cuda",
+            "20.0 GiB for a worker of second do not fit beside the other models of clients.mix in "
+            "resources.gpus_per_worker = 0.5 of any GPU; raise it, or use a smaller training.batch_size or "
+            "model.max_length, or divide the model among several GPUs with sharding.models",
+        ),
+        (
+            TAKES_TURNS[1:],
+            node(gpus=1, gpu_memory=30),
+            IN_TURN,
+            "cuda",
+            "20.0 GiB for a worker of second do not fit in resources.gpus_per_worker = 0.5 of any GPU; raise it, or "
+            "use a smaller training.batch_size or model.max_length, or divide the model among several GPUs with "
+            "sharding.models",
+        ),
+        (
+            models(2, 1),
+            node(),
+            limits(workers=1),
+            "cpu",
+            "2 architectures need a worker each, but resources.max_workers is 1",
+        ),
+    ],
+)
+def test_the_user_is_told_what_lacks_room_and_all_that_can_be_changed(
+    demands: list[Demand], given_node: Node, given_limits: Limits, device: str, says: str
+) -> None:
+    with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
+        plan_workers(demands, [given_node], given_limits, device=device)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "says"),
+    [
+        (
+            0.25,
+            64,
+            "no node has resources.server_gpus = 0.25 of a GPU free for the server; lower it or resources.engine_gpus, "
+            "or set it to 0: the server then works on the CPU",
+        ),
+        (
+            0.0,
+            0.5,
+            "the server needs 1.0 GiB of memory, and no node has as much free; raise resources.memory_limit_gib, or "
+            "use a machine with more",
+        ),
+    ],
+)
+def test_the_user_is_told_what_the_server_lacks(gpus: float, memory: float, says: str) -> None:
+    with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
+        plan_server([node(memory=memory)], memory_bytes=GIB, gpus=gpus)
+    says = (
+        "the server needs 1.0 GiB of memory, and no node has as much free with a GPU; raise "
+        "resources.memory_limit_gib, or use a machine with more"
+    )
+    with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
+        plan_server([node(), node("b", gpus=1, memory=0.5)], memory_bytes=GIB, gpus=0.25)
+
+
+def test_the_whole_plan_is_printed() -> None:
+    ten = Demand("small", tuple(range(10)), 2 * GIB, GIB)
+    plan = plan_workers([ten], [node("a", cpus=2), node("b", cpus=1)], limits(threads=1, workers=2), device="cpu")
+    assert describe_plan(plan, "cpu", {"small": ten}).split("\n") == [
+        "10 clients on 2 workers, 2 nodes, device cpu",
+        "  worker-0 on a: 1 thread, 2.0 GiB, small, clients 0, 2, 4, 6, 8",
+        "  worker-1 on b: 1 thread, 2.0 GiB, small, clients 1, 3, 5, 7, 9",
+    ]
+    plan = plan_workers([ten], [node("a", cpus=2)], limits(threads=2), device="cpu")
+    assert describe_plan(plan, "cpu", {"small": ten}).split("\n") == [
+        "10 clients on 1 workers, 1 node, device cpu",
+        "  worker-0 on a: 2 threads, 2.0 GiB, small, clients 0, 1, 2, 3, 4, 5, 6, 7, ... (10)",
+    ]
+    plan = plan_workers(models(2, 1), [node("a", cpus=1)], limits(), device="cpu")
+    assert describe_plan(plan, "cpu", {}).split("\n") == [
+        "2 clients on 2 workers, 1 node, device cpu",
+        "  models are more than cores: 2 workers share cores, and each is slower for it",
+        "  worker-0 on a: 1 thread sharing cores (0.5), 2.0 GiB, a, clients 0",
+        "  worker-1 on a: 1 thread sharing cores (0.5), 1.0 GiB, b, clients 1",
+    ]
+    plan = plan_workers([SMALL], [node("a", gpus=1, gpu_memory=8)], limits(gpus=0.25, workers=1), device="cuda")
+    assert describe_plan(plan, "cuda", {"small": SMALL}).split("\n") == [
+        "4 clients on 1 workers, 1 node, device cuda",
+        "  worker-0 on a: 0.25 GPU, 2.0 GiB + 1.0 GiB of the GPU, small, clients 0, 1, 2, 3",
+    ]
+    plan = plan_workers([LARGE], [node("a", gpus=2, gpu_memory=8)], limits(), device="cuda")
+    assert describe_plan(plan, "cuda", {"large": LARGE}).split("\n") == [
+        "2 clients on 1 workers, 1 node, device cuda",
+        "  worker-0 on a: 2 ranks of 1 GPU, 6.0 GiB + 5.0 GiB of each GPU, large, clients 0, 1",
+    ]
+
+
+def test_room_that_is_just_enough_is_enough() -> None:
+    """3 + 2 + 1 GiB and the server's one on two cores; and memory of a GPU, and of the server's node."""
+    plan = plan_with_server(models(3, 2, 1), [node(cpus=2, memory=7)], limits(), device="cpu")
+    assert [worker.memory_bytes // GIB for worker in plan] == [3, 2, 1]
+    assert len(plan_workers([SMALL], [node(gpus=1, gpu_memory=2, memory=2)], limits(gpus=0.5), device="cuda")) == 1
+    assert plan_server([node(memory=1)], memory_bytes=GIB, gpus=0.0)[1][0].memory_bytes == 0
 
 
 CPU_BUILD = "torch 2.13.0+cpu is built without CUDA"
@@ -376,11 +516,14 @@ def test_gpus_are_used_where_torch_can_use_them() -> None:
     assert choose_device("auto", [bad, good]) == "cuda"
     assert choose_device("cuda", [bad, good]) == "cuda"
     assert choose_device("cpu", [good]) == "cpu"
-    with pytest.raises(PlacementError, match="no node has a GPU, or CUDA_VISIBLE_DEVICES hides it"):
+    says = "resources.device is cuda, but no node has a GPU, or CUDA_VISIBLE_DEVICES hides it; set it to auto or cpu"
+    with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
         choose_device("cuda", [faulty])
-    with pytest.raises(
-        PlacementError, match=r"on bad torch 2\.13\.0\+cpu is built without CUDA; install a torch built"
-    ):
+    says = (
+        f"resources.device is cuda, but on bad {CPU_BUILD}; install a torch built for the CUDA of its driver there, or "
+        "set resources.device to auto or cpu"
+    )
+    with pytest.raises(PlacementError, match=f"^{re.escape(says)}$"):
         choose_device("cuda", [none, bad])
     assert unused_gpus("auto", [good, bad, faulty]) == [f"  GPUs of bad are not used: {CPU_BUILD}"]
     assert unused_gpus("cpu", [bad]) == []
