@@ -23,7 +23,7 @@ from semcons_ray.federation.algorithms import (
 )
 from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.messages import PseudoLabels
+from semcons_ray.messages import NO_LABELS, PseudoLabels
 from semcons_ray.metering.ledger import Place
 
 LABELS = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("x", "y"))
@@ -129,15 +129,21 @@ def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -
     assert server.taken[-1] == "conclude"
 
 
-def test_the_first_round_has_no_labels() -> None:
-    assert PseudoLabels.decode(SemanticConsensus(COHORT).first_state()).prompt_ids == ()
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_the_first_round_has_no_labels_and_each_further_one_those_of_the_last(compression: str) -> None:
+    algorithm = SemanticConsensus(COHORT, compression=compression)
+    assert algorithm.first_state() == NO_LABELS.encode(compression)
+    outcome = algorithm.run_round(1, b"labels", Backwards(), Notes(), evaluate=True)  # type: ignore[arg-type]
+    assert outcome.next_state == LABELS.encode(compression)
+    assert algorithm.downlinks(2, outcome.next_state, [1, 2]) == dict.fromkeys([1, 2], outcome.next_state)
 
 
 def test_local_only_sends_nothing_either_way() -> None:
     client, fleet, server = Notes(), Backwards(), Notes()
-    algorithm = LocalOnly(COHORT)
+    algorithm = LocalOnly(COHORT, 0.75)
+    assert algorithm.first_state() == b""
     assert algorithm.visit(client, 1, b"") == b""  # type: ignore[arg-type]
-    assert [note[0] for note in client.taken] == ["fine_tune"]
+    assert client.taken == [("fine_tune", 1, NO_LABELS, {"ema_decay": 0.75})]
     outcome = algorithm.run_round(1, b"", fleet, server, evaluate=False)  # type: ignore[arg-type]
     assert fleet.asked == (1, dict.fromkeys(range(3), b""), False)
     assert server.taken == []

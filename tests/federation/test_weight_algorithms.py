@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec import structs
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from semcons_ray.errors import ConfigError, MessageError
 from semcons_ray.federation.algorithms import (
@@ -27,7 +27,7 @@ from semcons_ray.federation.algorithms import (
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.weights import Shapes, pack, rank_of, shapes_at, shapes_of, unpack, with_rank
-from semcons_ray.messages import NO_LABELS, AdapterUpdate, GlobalAdapter, PseudoLabels
+from semcons_ray.messages import NO_LABELS, PLAIN, ZSTD, AdapterUpdate, GlobalAdapter, PseudoLabels
 from semcons_ray.modeling.adapter import Adapter
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
@@ -66,12 +66,14 @@ class FakeClient:
         self.adapter, self.frozen, self.memory = self.fresh_adapter(), {}, {}  # type: ignore[var-annotated]
         self.notes: list[Any] = []
         self.weights: list[float] = []
+        self.labelled: list[int] = []
 
     def fresh_adapter(self, round: int | None = None) -> Adapter:
         fresh = lora([[float(round or 1), 0.5]], [[0.0], [0.0]])
         return fresh if self.taught is None else with_rank(fresh, rank_of(self.taught))
 
     def label_prompts(self, round: int) -> PseudoLabels:
+        self.labelled.append(round)
         return OWN
 
     def fine_tune(self, round: int, labels: PseudoLabels, **more: Any) -> None:
@@ -81,7 +83,8 @@ class FakeClient:
             self.adapter = self.taught
 
     def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
-        return update(tensors, len(self.private), self.client_id, round).encode(compression)
+        message = update(tensors, len(self.private), self.client_id, round)
+        return structs.replace(message, tensors=pack(tensors, dtype)).encode(compression)
 
 
 class FakeFleet:
@@ -152,7 +155,8 @@ def test_self_labels_are_learnt_when_those_of_others_would_be(exchanges: range, 
         assert algorithm.uses_public_prompts
         for round in (1, 2, 3):
             algorithm.visit(client, round, b"")  # type: ignore[arg-type]
-        assert [labels for _, labels, _ in client.notes] == learnt
+        assert [(round, labels) for round, labels, _ in client.notes] == [*zip((1, 2, 3), learnt, strict=True)]
+        assert client.labelled == [round for round, labels in zip((1, 2, 3), learnt, strict=True) if labels is OWN]
         assert client.weights == [0.5] * 3
     assert not FedAvgLora(TWO, EQUAL).uses_public_prompts
 
@@ -164,7 +168,8 @@ def test_self_training_is_semantic_consensus_with_own_answers() -> None:
     state = algorithm.first_state()
     for round in (1, 2, 3):
         state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
-    assert [(labels, sent) for _, labels, sent in client.notes] == [(NO_LABELS, 0), (OWN, 0), (OWN, 0)]
+    assert client.notes == [(1, NO_LABELS, 0), (2, OWN, 0), (3, OWN, 0)]
+    assert client.labelled == [2, 3]
     assert client.weights == [0.5] * 3
     assert state == algorithm.first_state()
 
@@ -318,6 +323,8 @@ def test_flora_adds_the_exact_weighted_sum_every_round() -> None:
         fleet = FakeFleet(algorithm, clients)
         state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
     downlink = algorithm.downlinks(3, state, [1])[1]
+    sent = unpack(GlobalAdapter.decode(downlink).tensors)
+    assert {key.partition(".")[0] for key in sent} == {"1"}  # the other stack it has, and no byte of it is sent again
     algorithm.adopt(clients[1], 3, downlink)  # type: ignore[arg-type]
     mean = 0.25 * product(ONE) + 0.75 * product(OTHER)
     torch.testing.assert_close(product(clients[1].frozen), 2 * mean)
@@ -597,6 +604,26 @@ def test_one_shot_trains_apart_and_averages_once() -> None:
     assert len(fleet.measured) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("compression", "framing"), [("none", PLAIN), ("zstd", ZSTD)])
+def test_weights_cross_in_the_type_and_compression_of_the_settings(
+    dtype: str, compression: str, framing: bytes
+) -> None:
+    """Both ways, for every algorithm whose clients send an adapter; the server keeps float32."""
+    for kind, more in ((FedAvgLora, {}), (OneShotFedAvgLora, {"num_rounds": 1}), (FedProx, {}), (Flora, {})):
+        clients = [FakeClient(ONE), FakeClient(OTHER)]
+        algorithm = kind(TWO, EQUAL, dtype, compression, **more)
+        fleet = FakeFleet(algorithm, clients)
+        outcome = algorithm.run_round(1, algorithm.first_state(), fleet, None, evaluate=False)  # type: ignore[arg-type]
+        [downlink] = algorithm.downlinks(2, outcome.next_state, [0]).values()
+        for sent, message in ((outcome.replies[0].uplink, AdapterUpdate), (downlink, GlobalAdapter)):
+            assert sent[:1] == framing
+            tensors = load(message.decode(sent).tensors)
+            assert {str(value.dtype) for value in tensors.values()} == {f"torch.{dtype}"}
+        if kind is not Flora:
+            assert {value.dtype for value in load(outcome.next_state).values()} == {torch.float32}
+
+
 def test_centralized_trains_client_0_for_all() -> None:
     clients = [FakeClient(), FakeClient()]
     algorithm = Centralized(TWO)
@@ -604,3 +631,4 @@ def test_centralized_trains_client_0_for_all() -> None:
     assert [reply.client_id for reply in outcome.replies] == [0]
     assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 0.0, 1: 0.0}
     assert clients[1].notes == []
+    assert outcome.next_state == b""
