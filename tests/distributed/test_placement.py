@@ -12,6 +12,7 @@ from semcons_ray.distributed.placement import (
     Demand,
     Limits,
     Node,
+    ServerPlan,
     WorkerPlan,
     choose_device,
     describe_plan,
@@ -479,6 +480,9 @@ def test_the_whole_plan_is_printed() -> None:
         "10 clients on 1 workers, 1 node, device cpu",
         "  worker-0 on a: 2 threads, 2.0 GiB, small, clients 0, 1, 2, 3, 4, 5, 6, 7, ... (10)",
     ]
+    nine, eight = (replace(plan[0], clients=ten.clients[first:]) for first in (1, 2))
+    assert describe_plan([nine], "cpu", {}).endswith("clients 1, 2, 3, 4, 5, 6, 7, 8, ... (9)")
+    assert describe_plan([eight], "cpu", {}).endswith("clients 2, 3, 4, 5, 6, 7, 8, 9")
     plan = plan_workers(models(2, 1), [node("a", cpus=1)], limits(), device="cpu")
     assert describe_plan(plan, "cpu", {}).split("\n") == [
         "2 clients on 2 workers, 1 node, device cpu",
@@ -496,6 +500,19 @@ def test_the_whole_plan_is_printed() -> None:
         "2 clients on 1 workers, 1 node, device cuda",
         "  worker-0 on a: 2 ranks of 1 GPU, 6.0 GiB + 5.0 GiB of each GPU, large, clients 0, 1",
     ]
+
+
+def test_the_server_takes_its_part_of_its_node_and_leaves_the_others() -> None:
+    nodes = [node("x"), replace(node("y", gpus=2), gpu_watts=300.0), node("z")]
+    plan, left = plan_server(nodes, memory_bytes=4 * GIB, gpus=0.25)
+    assert plan == ServerPlan("y", "y", 0.25, 300.0)
+    assert left == (nodes[0], replace(nodes[1], gpus=(0.75, 1.0), memory_bytes=60 * GIB), nodes[2])
+
+
+def test_a_limit_of_memory_is_the_most_that_counts() -> None:
+    here = node(gpus=1, memory=8)
+    assert here.limited(3 * GIB) == replace(here, memory_bytes=3 * GIB)
+    assert here.limited(9 * GIB) == here
 
 
 def test_room_that_is_just_enough_is_enough() -> None:

@@ -246,6 +246,7 @@ def test_a_client_that_came_back_has_not_trained_in_this_round(make_client: Make
     client = make_client()
     client.fine_tune(1, PseudoLabels(round_number=0, prompt_ids=(0,), responses=("one",)))
     assert client.num_pseudo_labels == 1
+    assert [row.downlink_bytes for row in client.ledger.take()] == [0]  # where nothing was sent
     client.train_loss = math.inf
     client.restore(client.state())
     assert client.has_trained

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
-from semcons_ray.federation.algorithms import SemanticConsensus
+from semcons_ray.federation.algorithms import FedAvgLora, SemanticConsensus
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.host import ClientHost, HostSpec
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.store import ClientStore, mark
-from semcons_ray.messages import Answers, PseudoLabels, PublicPrompts
+from semcons_ray.federation.weights import pack
+from semcons_ray.messages import Answers, GlobalAdapter, PseudoLabels, PublicPrompts
 from semcons_ray.metering.gpus import Gpu
 from semcons_ray.metering.ledger import Ledger, Place
 from semcons_ray.modeling.packaged import resolve_model
@@ -110,6 +111,20 @@ def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(m
     assert base.evaluation == host.measure(0, 0, b"").evaluation
     assert base.evaluation.nll_sum > (first.evaluation or base.evaluation).nll_sum
     assert stored == {path: path.read_bytes() for path in spec.state.rglob("*") if path.is_file()}
+
+
+def test_what_is_measured_and_exported_is_what_the_client_would_adopt_next(make_spec: MakeSpec, tmp_path: Path) -> None:
+    host = make_spec(algorithm=FedAvgLora(Cohort(3, 1.0, 0), (4, 4, 2))).build()
+    average = {key: value + 0.05 for key, value in host.clients[0].fresh_adapter().items()}
+    message = GlobalAdapter(round_number=1, tensors=pack(average, "float32")).encode()
+    measured = host.measure(0, 1, message).evaluation
+    host.clients[0].adapter = average
+    assert measured == host.clients[0].evaluate(1)
+    host.export_adapter(0, 2, message, tmp_path / "adapter")
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(written[key.replace(".default", "")], value) for key, value in average.items())
+    with pytest.raises(ClientError, match="GlobalAdapter: of round 1, sent in round 1"):
+        host.measure(0, 0, message)
 
 
 def test_the_adapter_of_a_client_is_that_with_which_it_would_start_the_round(
