@@ -191,16 +191,15 @@ class Server:
                 lengths=lengths.to(device),
             )
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
+            elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
             if self._references:
                 winner, abstained = np.full_like(winner, -1), np.zeros_like(abstained)
+                elected = dict(enumerate(self._references))
             labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
             labels = PseudoLabels(
                 round_number=self._round,
                 prompt_ids=tuple(labelled),
-                responses=tuple(
-                    self._references[prompt] if self._references else answers[winner[prompt]][prompt]
-                    for prompt in labelled
-                ),
+                responses=tuple(elected[prompt] for prompt in labelled),
             )
         self._embeddings = None
         ascending = np.argsort(client_ids).tolist()

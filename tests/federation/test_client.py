@@ -22,6 +22,7 @@ from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
+from tests.federation.rows import work
 
 EXAMPLES = [Example(f"add one and {word}", f"it is {word}", "add") for word in ("two", "three", "four", "five")]
 MakeClient = Callable[..., Client]
@@ -57,12 +58,7 @@ def make_client(model: LanguageModel) -> MakeClient:
 PRIVATE = [Pair(example.prompt, example.response) for example in EXAMPLES]
 
 
-def work(client: Client) -> list[tuple[object, ...]]:
-    """The rows of its ledger without their times; the ledger is empty afterwards."""
-    return [
-        (row.stage, row.round, row.client_id, row.worker, row.node, row.tokens, row.uplink_bytes, row.downlink_bytes)
-        for row in client.ledger.take()
-    ]
+COLUMNS = ("tokens", "uplink_bytes", "downlink_bytes")
 
 
 def after(client: Client, state: dict[str, torch.Tensor], round: int, **settings: Any) -> dict[str, torch.Tensor]:
@@ -239,7 +235,7 @@ def test_a_local_update_is_the_models_over_private_examples_and_weighted_labels(
     assert all(torch.equal(client.optimizer[key], value) for key, value in expected.optimizer.items())
     assert client.optimizer.keys() == expected.optimizer.keys()
     assert (client.train_loss, client.num_pseudo_labels) == (expected.loss, int(weight > 0))
-    assert work(client) == [("fine_tune", 2, 1, "worker-0", "here", expected.tokens, 0, 77)]
+    assert work(client.ledger.take(), *COLUMNS) == [("fine_tune", 2, 1, "worker-0", "here", expected.tokens, 0, 77)]
 
 
 def test_a_client_that_came_back_has_not_trained_in_this_round(make_client: MakeClient) -> None:
@@ -276,7 +272,7 @@ def test_answers_and_scores_are_the_models_and_their_tokens_are_counted(
     score = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32, frozen=client.frozen)
     greedy, greedy_tokens = generated(["add one and two"], 0.0, "evaluate")
     assert client.evaluate(3) == Evaluation(score.nll_sum, score.num_tokens, score.num_bytes, tuple(greedy))
-    assert work(client) == [
+    assert work(client.ledger.take(), *COLUMNS) == [
         ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("none")), 0),
         ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("zstd")), 0),
         ("generate", 3, 1, "worker-0", "here", tokens, 0, 0),
@@ -329,10 +325,9 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
     processed = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32).processed_tokens
     assert own == [("generate", 2, 1, 0, len(sent)), ("generate", 2, 1, 0, 0), ("evaluate", 2, 1, processed, 0)]
     assert [row.duration_seconds for row in rows[1::2]] == [0.0] * 3  # the engine's seconds are not the client's
-    assert [
-        (row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.tokens, row.started_at)
-        for row in rows[::2]
-    ] == [(stage, 2, 1, "engine-3", "there", "GPU-4", 9, 1.5) for stage in ("generate", "generate", "evaluate")]
+    assert work(rows[::2], "gpus", "tokens", "started_at") == [
+        (stage, 2, 1, "engine-3", "there", "GPU-4", 9, 1.5) for stage in ("generate", "generate", "evaluate")
+    ]
     assert [row.duration_seconds for row in rows[::2]] == [0.25] * 3
 
 
@@ -356,4 +351,4 @@ def test_what_is_exported_is_the_frozen_adapter_and_the_clients_own(make_client:
 def test_an_upload_is_a_row_of_its_client_and_round(make_client: MakeClient) -> None:
     client = make_client()
     uplink = client.upload(3, {"w": torch.tensor([0.5])}, "float32", "zstd")
-    assert work(client) == [("encode", 3, 1, "worker-0", "here", 0, len(uplink), 0)]
+    assert work(client.ledger.take(), *COLUMNS) == [("encode", 3, 1, "worker-0", "here", 0, len(uplink), 0)]

@@ -18,15 +18,15 @@ from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, Shardi
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
 from semcons_ray.federation.algorithms import FedAvgLora, SemanticConsensus
-from semcons_ray.federation.fleet import Evaluation, Reply
+from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.host import ClientHost, HostSpec
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.store import ClientStore, mark
 from semcons_ray.federation.weights import pack
 from semcons_ray.messages import Answers, GlobalAdapter, PseudoLabels, PublicPrompts
-from semcons_ray.metering.gpus import Gpu
 from semcons_ray.metering.ledger import Ledger, Place
 from semcons_ray.modeling.packaged import resolve_model
+from tests.federation.rows import work
 
 PRIVATE = {
     client: tuple(Example(f"add one and {word}", f"it is {word}", "add") for word in words)
@@ -63,14 +63,7 @@ def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
     return make
 
 
-def work(reply: Reply) -> list[tuple[object, ...]]:
-    """The reply's ledger rows without their times."""
-    return [
-        (row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.uplink_bytes, row.downlink_bytes)
-        for row in reply.rows
-    ]
-
-
+COLUMNS = ("gpus", "uplink_bytes", "downlink_bytes")
 HERE = ("worker-7", socket.gethostname(), "")
 
 
@@ -81,7 +74,7 @@ def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piec
     assert (message.round_number, message.client_id, message.num_examples, len(message.answers)) == (1, 2, 2, 3)
     assert (reply.client_id, reply.round, reply.num_private, reply.num_pseudo_labels) == (2, 1, 2, 0)
     assert 0 < reply.train_loss < 20
-    assert work(reply) == [
+    assert work(reply.rows, *COLUMNS) == [
         ("load", 0, -1, *HERE, 0, 0),  # of the worker, once
         ("load", 1, 2, *HERE, 0, len(PROMPTS)),  # a client is sent the public prompts before its first visit
         ("fine_tune", 1, 2, *HERE, 0, len(NO_WORDS)),
@@ -90,7 +83,7 @@ def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piec
     ]
     later = host.visit(2, 2, PseudoLabels(round_number=1, prompt_ids=(1,), responses=("o n e",)).encode(), False)
     assert (later.evaluation, later.num_pseudo_labels) == (None, 1)
-    assert [row[0] for row in work(later)] == ["fine_tune", "generate"]
+    assert [row[0] for row in work(later.rows)] == ["fine_tune", "generate"]
     # A visit that is asked for again is not done again.
     assert msgspec.msgpack.encode(host.visit(2, 1, b"whatever", False)) == msgspec.msgpack.encode(reply)
 
@@ -106,7 +99,7 @@ def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(m
         assert reply.evaluation == visit.evaluation
         assert (reply.client_id, reply.round, reply.uplink, reply.num_private) == (0, round, b"", 3)
         assert math.isnan(reply.train_loss)
-        assert work(reply) == [("evaluate", round, 0, *HERE, 0, 0)]
+        assert work(reply.rows, *COLUMNS) == [("evaluate", round, 0, *HERE, 0, 0)]
     assert base.evaluation is not None
     assert base.evaluation == host.measure(0, 0, b"").evaluation
     assert base.evaluation.nll_sum > (first.evaluation or base.evaluation).nll_sum
@@ -199,12 +192,11 @@ class Noted:
         return [place, Place(place.node, "GPU-of-another-rank")]
 
 
+@pytest.mark.usefixtures("one_gpu", "own_threads")
 def test_the_model_is_made_of_all_that_the_settings_say(
     make_spec: MakeSpec, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or divided, with every setting far from its default; here on a machine with a GPU."""
-    gpu = Gpu("GPU-0", "GPU-0", "a GPU", 80.0, "9.0", True, 700.0)
-    monkeypatch.setattr("semcons_ray.metering.gpus.visible_gpus", lambda: [gpu])
     monkeypatch.setattr("semcons_ray.modeling.language_model.LanguageModel", Noted)
     monkeypatch.setattr("semcons_ray.modeling.sharded.ShardedLanguageModel", Noted)
     model = ModelConfig(
@@ -218,28 +210,22 @@ def test_the_model_is_made_of_all_that_the_settings_say(
         lora=LoraConfig(rank=3),
     )
     engine, sharding = object(), ShardingConfig(zero_stage=2)
-    threads = torch.get_num_threads()
-    try:
-        for device, gpus in (("cpu", "GPU-of-another-rank"), ("cuda", "GPU-0,GPU-of-another-rank")):
-            for divided in (None, sharding):
-                host = make_spec(model=model, device=device, threads=3, sharding=divided, engine=engine).build()
-                assert torch.get_num_threads() == 3
-                first, second = host.clients.values()
-                settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
-                wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
-                made: Any = first.model
-                assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
-                assert second.model is made
-                assert [(client.client_id, client.rank, client.engine) for client in (first, second)] == [
-                    (0, 4, engine),
-                    (2, 2, engine),
-                ]
-                [row] = host.ledger.take()
-                assert (row.stage, row.round, row.client_id, row.worker) == ("load", 0, -1, "worker-7")
-                assert (row.node, row.gpus) == (socket.gethostname(), gpus)
-                assert not host.store.writes  # a rank that is not the first
-    finally:
-        torch.set_num_threads(threads)
+    for device, gpus in (("cpu", "GPU-of-another-rank"), ("cuda", "GPU-0,GPU-of-another-rank")):
+        for divided in (None, sharding):
+            host = make_spec(model=model, device=device, threads=3, sharding=divided, engine=engine).build()
+            assert torch.get_num_threads() == 3
+            first, second = host.clients.values()
+            settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
+            wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
+            made: Any = first.model
+            assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
+            assert second.model is made
+            assert [(client.client_id, client.rank, client.engine) for client in (first, second)] == [
+                (0, 4, engine),
+                (2, 2, engine),
+            ]
+            assert work(host.ledger.take(), "gpus") == [("load", 0, -1, "worker-7", socket.gethostname(), gpus)]
+            assert not host.store.writes  # a rank that is not the first
 
 
 def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from semcons_ray.consensus import Election
 from semcons_ray.federation.server import Server, ServerSpec
 from semcons_ray.messages import Answers, PseudoLabels
-from semcons_ray.metering.gpus import Gpu
-from semcons_ray.metering.ledger import Ledger, LedgerRow
+from semcons_ray.metering.ledger import Ledger
+from tests.federation.rows import work
 
 ANGLES = {"left": 0.0, "middle": 40.0, "right": 90.0, "": 0.0}
 # With its prompt in front, another answer is in the middle.
@@ -204,22 +204,18 @@ def test_ties_fall_to_each_client_and_as_they_fell_the_first_time() -> None:
     assert judge.conclude().winner.tolist() != wins[0]
 
 
-def work(rows: Sequence[LedgerRow]) -> list[tuple[object, ...]]:
-    """Ledger rows without their times."""
-    return [(row.stage, row.round, row.client_id, row.worker, row.node, row.gpus, row.tokens) for row in rows]
-
-
 def test_all_that_the_server_does_is_in_its_ledger() -> None:
     judge = server()
     judge.begin(3, [0, 1])
     judge.collect(1, uplink(1, "left", "middle", round_number=3))
     judge.collect(1, uplink(1, "left", "middle", round_number=3))
     judge.collect(0, b"nonsense")
+    columns = ("gpus", "tokens")
     rows = judge.conclude().rows
     embedded = [("embed", 3, -1, "server", "n", "", words) for words in (2, 0, 0)]  # nothing is embedded twice
-    assert work(rows) == [*embedded, ("consensus", 3, -1, "server", "n", "", 0)]
+    assert work(rows, *columns) == [*embedded, ("consensus", 3, -1, "server", "n", "", 0)]
     judge.similarity(4, ["left"], ["right"])
-    assert work(judge.take_rows()) == [("evaluate", 4, -1, "server", "n", "", 0)]
+    assert work(judge.take_rows(), *columns) == [("evaluate", 4, -1, "server", "n", "", 0)]
     assert judge.take_rows() == []
 
 
@@ -244,13 +240,12 @@ class Noted(Compass):
         self.name, self.settings = name, settings
 
 
+@pytest.mark.usefixtures("one_gpu", "own_threads")
 @pytest.mark.parametrize(("device", "gpus"), [("cpu", ""), ("cuda", "GPU-0")])
 def test_a_server_is_built_of_all_that_its_spec_says(
     device: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine with a GPU, which it uses or doesn't."""
-    gpu = Gpu("GPU-0", "GPU-0", "a GPU", 80.0, "9.0", True, 700.0)
-    monkeypatch.setattr("semcons_ray.metering.gpus.visible_gpus", lambda: [gpu])
     made: list[Noted] = []
 
     def noting(name: str, **settings: Any) -> Noted:
@@ -266,14 +261,10 @@ def test_a_server_is_built_of_all_that_its_spec_says(
             embedding_model=str(tmp_path), embedding_batch_size=5, device=device, threads=3, num_prompts=2, **spec
         ).build()
 
-    threads = torch.get_num_threads()
-    try:
-        judge = build()
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+    judge = build()
+    assert torch.get_num_threads() == 3
     assert (made[0].name, made[0].settings) == (str(tmp_path), {"batch_size": 5, "device": device})
-    assert work(judge.take_rows()) == [("load", 0, -1, "server", socket.gethostname(), gpus, 0)]
+    assert work(judge.take_rows(), "gpus", "tokens") == [("load", 0, -1, "server", socket.gethostname(), gpus, 0)]
     judge.begin(1, [0, 1, 2])
     for client, word in enumerate(("right", "left", "middle")):
         judge.collect(client, uplink(client, word, ""))

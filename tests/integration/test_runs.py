@@ -60,6 +60,16 @@ def run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+def table(run: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(run / f"{name}.parquet")
+
+
+def labels_of(run: Path, round: int) -> PseudoLabels:
+    votes = table(run, f"consensus/round_{round:03d}")
+    chosen = votes[votes["chosen"]].sort_values("prompt_id")
+    return PseudoLabels(round_number=round, prompt_ids=tuple(chosen["prompt_id"]), responses=tuple(chosen["answer"]))
+
+
 def test_a_run_folder_holds_what_it_should(run: Path) -> None:
     write_report(run)
     names = {path.name for path in run.iterdir()}
@@ -75,7 +85,7 @@ def test_a_run_folder_holds_what_it_should(run: Path) -> None:
 
 
 def test_metrics_are_there_for_the_base_model_and_each_evaluated_round(run: Path) -> None:
-    metrics = pd.read_parquet(run / "metrics.parquet")
+    metrics = table(run, "metrics")
     assert sorted(set(zip(metrics["round"], metrics["client_id"], strict=True))) == [
         (round, client) for round in (0, 2, 3) for client in range(3)
     ]
@@ -85,9 +95,9 @@ def test_metrics_are_there_for_the_base_model_and_each_evaluated_round(run: Path
 
 
 def test_bits_per_byte_are_the_same_likelihood_over_bytes(run: Path) -> None:
-    metrics = pd.read_parquet(run / "metrics.parquet")
+    metrics = table(run, "metrics")
     assert (metrics["bits_per_byte"] / metrics["nll"]).nunique() < 4  # one factor, but for rounding
-    data = pd.read_parquet(run / "data.parquet")
+    data = table(run, "data")
     responses = data.loc[data["role"] == "test", "response"]
     model = LanguageModel(
         read_run(run).config["model"]["name"], lora=LoraConfig(), dtype="float32", device="cpu", max_length=64
@@ -99,13 +109,13 @@ def test_bits_per_byte_are_the_same_likelihood_over_bytes(run: Path) -> None:
 
 
 def test_bytes_are_those_of_the_messages(run: Path) -> None:
-    data = pd.read_parquet(run / "data.parquet")
-    ledger = pd.read_parquet(run / "ledger.parquet")
+    data = table(run, "data")
+    ledger = table(run, "ledger")
     num_private = data[data["role"] == "private"].groupby("client_id").size()
     prompts = data.loc[data["role"] == "public", "prompt"]
     downlink = len(PseudoLabels(round_number=0, prompt_ids=(), responses=()).encode("zstd"))
     for round in (1, 2):
-        votes = pd.read_parquet(run / "consensus" / f"round_{round:03d}.parquet")
+        votes = table(run, f"consensus/round_{round:03d}")
         rows = ledger[ledger["round"] == round].set_index(["stage", "client_id"])
         for client, answers in votes.sort_values("prompt_id").groupby("client_id")["answer"]:
             message = Answers(
@@ -113,11 +123,7 @@ def test_bytes_are_those_of_the_messages(run: Path) -> None:
             )
             assert rows.loc[("generate", client), "uplink_bytes"] == len(message.encode("zstd"))
             assert rows.loc[("fine_tune", client), "downlink_bytes"] == downlink
-        chosen = votes[votes["chosen"]].sort_values("prompt_id")
-        labels = PseudoLabels(
-            round_number=round, prompt_ids=tuple(chosen["prompt_id"]), responses=tuple(chosen["answer"])
-        )
-        downlink = len(labels.encode("zstd"))
+        downlink = len(labels_of(run, round).encode("zstd"))
     last = ledger[ledger["round"] == 3].groupby("stage")[["uplink_bytes", "downlink_bytes"]].sum()
     assert last.loc["fine_tune", "downlink_bytes"] == 3 * downlink
     assert last["uplink_bytes"].sum() == 0
@@ -127,9 +133,9 @@ def test_bytes_are_those_of_the_messages(run: Path) -> None:
 
 
 def test_votes_add_up(run: Path) -> None:
-    rounds = pd.read_parquet(run / "rounds.parquet").set_index("round")
+    rounds = table(run, "rounds").set_index("round")
     for round in (1, 2):
-        votes = pd.read_parquet(run / "consensus" / f"round_{round:03d}.parquet")
+        votes = table(run, f"consensus/round_{round:03d}")
         per_prompt = votes.groupby("prompt_id")
         assert (per_prompt["chosen"].sum() == (~per_prompt["abstained"].first()).astype(int)).all()
         assert (per_prompt["abstained"].first() == ~(per_prompt["agreement"].first() >= 0.5 - 1e-6)).all()
@@ -138,14 +144,14 @@ def test_votes_add_up(run: Path) -> None:
 
 
 def test_private_public_and_test_data_never_overlap(run: Path) -> None:
-    data = pd.read_parquet(run / "data.parquet")
+    data = table(run, "data")
     assert data["prompt"].is_unique
     assert data.groupby("role").size().to_dict() == {"private": 36, "public": 6, "test": 6}
 
 
 def test_pseudo_labels_are_trained_on_from_the_second_round(run: Path) -> None:
-    metrics = pd.read_parquet(run / "metrics.parquet").set_index(["round", "client_id"])
-    labels = pd.read_parquet(run / "rounds.parquet").set_index("round")["num_labels"]
+    metrics = table(run, "metrics").set_index(["round", "client_id"])
+    labels = table(run, "rounds").set_index("round")["num_labels"]
     assert metrics.loc[(2, 0), "num_pseudo_labels"] == labels[1]
     assert metrics.loc[(3, 0), "num_pseudo_labels"] == labels[2]
 
@@ -156,7 +162,7 @@ def test_adapters_load_in_plain_peft(run: Path) -> None:
 
 
 def test_every_joule_and_second_has_a_source(run: Path) -> None:
-    ledger = pd.read_parquet(run / "ledger.parquet")
+    ledger = table(run, "ledger")
     assert set(ledger["energy_source"]) <= {"measured", "estimated"}
     assert (ledger["energy_joules"] >= 0).all()
     assert set(ledger["stage"]) == {"load", "fine_tune", "generate", "embed", "consensus", "evaluate", "idle"}
@@ -176,7 +182,7 @@ def test_the_result_names_every_client(run: Path) -> None:
 
 def test_local_only_sends_nothing(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run_experiment(tiny_config(algorithm={"name": "local_only"}), tmp_path / "out", Silent())
-    ledger = pd.read_parquet(tmp_path / "out" / "ledger.parquet")
+    ledger = table(tmp_path / "out", "ledger")
     assert ledger[["uplink_bytes", "downlink_bytes"]].to_numpy().sum() == 0
     assert not (tmp_path / "out" / "consensus").exists()
     assert write_report(tmp_path / "out").stat().st_size > 0
@@ -247,16 +253,6 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[Exported]:
     Exported.made = []
     monkeypatch.setattr(experiment, "RunMetrics", Exported)
     return Exported.made
-
-
-def table(run: Path, name: str) -> pd.DataFrame:
-    return pd.read_parquet(run / f"{name}.parquet")
-
-
-def labels_of(run: Path, round: int) -> PseudoLabels:
-    votes = table(run, f"consensus/round_{round:03d}")
-    chosen = votes[votes["chosen"]].sort_values("prompt_id")
-    return PseudoLabels(round_number=round, prompt_ids=tuple(chosen["prompt_id"]), responses=tuple(chosen["answer"]))
 
 
 def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_it_was(
