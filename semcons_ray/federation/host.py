@@ -148,7 +148,7 @@ class ClientHost:
         store: ClientStore,
         ledger: Ledger,
         *,
-        prompt_bytes: int = 0,
+        prompt_bytes: int,
     ) -> None:
         self.clients = clients
         self.algorithm = algorithm

@@ -269,7 +269,8 @@ class Reading:
 
 
 def test_a_message_that_is_none_is_the_failure_of_the_client_that_got_it(tmp_path: Path) -> None:
-    host = ClientHost({3: Idle()}, Reading(), ClientStore(tmp_path), Ledger("worker-0", "n"))  # type: ignore[arg-type,dict-item]
+    ledger = Ledger("worker-0", "n")
+    host = ClientHost({3: Idle()}, Reading(), ClientStore(tmp_path), ledger, prompt_bytes=0)  # type: ignore[arg-type,dict-item]
     for asked in (lambda: host.visit(3, 2, b"nonsense", False), lambda: host.measure(3, 2, b"nonsense")):
         with pytest.raises(ClientError, match=r"^client 3, round 2, worker-0: .*PseudoLabels") as failure:
             asked()

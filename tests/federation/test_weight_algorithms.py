@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.weights import Shapes, pack, rank_of, shapes_at, shapes_of, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, PLAIN, ZSTD, AdapterUpdate, GlobalAdapter, PseudoLabels
 from semcons_ray.modeling.adapter import Adapter
+from tests.federation.rows import work
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 TWO = Cohort(num_clients=2, participation=1.0, seed=0)
@@ -134,7 +136,7 @@ def test_a_fedavg_round_from_message_to_message() -> None:
     assert GlobalAdapter.decode(downlink).round_number == 1
     assert unpack(GlobalAdapter.decode(downlink).tensors)[B].tolist() == [[3.5], [0.75]]
     assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 10.0, 1: 10.0}
-    assert [row.stage for row in outcome.rows] == ["aggregate"]
+    assert work(outcome.rows) == [("aggregate", 1, -1, "driver", socket.gethostname())]
     # In the next round both start from it.
     algorithm.adopt(clients[1], 2, downlink)  # type: ignore[arg-type]
     assert clients[1].adapter[A].tolist() == [[2.5, -1.0]]
