@@ -1,7 +1,7 @@
 """Shared fixtures: one tiny model of each architecture a session, and a config that uses them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,12 @@ def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentCo
         return validate_config(values, where="test")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def one_cluster() -> Iterator[None]:
+    """A Ray cluster of two cores in which all runs of a module take place: starting one takes longer than such a run."""
+    from semcons_ray.distributed import cluster
+
+    with cluster.connect(None):
+        yield

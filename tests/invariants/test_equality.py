@@ -1,6 +1,6 @@
 """The same config and seed give the same numbers, whatever the fleet and the packing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,18 @@ from semcons_ray.distributed import cluster
 from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.usefixtures("four_cores")]
 
 MakeConfig = Callable[..., ExperimentConfig]
+
+
+@pytest.fixture(scope="module")
+def four_cores() -> Iterator[None]:
+    """A cluster that takes this machine to have a core for each of four clients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "usable_cpus", lambda: 4)
+        with cluster.connect(None):
+            yield
 
 
 def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
@@ -37,14 +46,12 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
     ids=["everything that draws random numbers", "weights and what clients remember"],
 )
 def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
-    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, object]
+    tiny_config: MakeConfig, tmp_path: Path, sections: dict[str, object]
 ) -> None:
     config = tiny_config(**sections)
-    clients = config.clients.num_clients
-    monkeypatch.setattr(cluster, "usable_cpus", lambda: clients)
-    assert f"{clients} clients on 1 workers" in run(config, tmp_path / "local", fleet="local")
-    assert f"{clients} clients on {clients} workers" in run(config, tmp_path / "own", fleet="ray")
-    assert f"{clients} clients on 1 workers" in run(config, tmp_path / "packed", fleet="ray", max_workers=1)
+    assert "4 clients on 1 workers" in run(config, tmp_path / "local", fleet="local")
+    assert "4 clients on 4 workers" in run(config, tmp_path / "own", fleet="ray")
+    assert "4 clients on 1 workers" in run(config, tmp_path / "packed", fleet="ray", max_workers=1)
     assert_same_run(tmp_path / "local", tmp_path / "own")
     assert_same_run(tmp_path / "local", tmp_path / "packed")
 
@@ -54,7 +61,7 @@ def test_mixed_architectures_agree_too(
 ) -> None:
     config = tiny_config(clients={"num_clients": 4, "mix": {str(tiny_llama): 1, str(tiny_qwen): 1}})
     assert "4 clients on 2 workers" in run(config, tmp_path / "local", fleet="local")
-    assert "4 clients on 2 workers" in run(config, tmp_path / "ray", fleet="ray")
+    assert "4 clients on 2 workers" in run(config, tmp_path / "ray", fleet="ray", max_workers=2)
     assert_same_run(tmp_path / "local", tmp_path / "ray")
 
 
