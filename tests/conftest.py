@@ -73,7 +73,7 @@ def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentCo
 
 @pytest.fixture(scope="module")
 def one_cluster() -> Iterator[None]:
-    """A Ray cluster of two cores in which all runs of a module take place: starting one takes longer than such a run."""
+    """A Ray cluster in which all runs of a module take place, since starting one takes longer than such a run."""
     from semcons_ray.distributed import cluster
 
     with cluster.connect(None):
