@@ -11,17 +11,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from tests.tiny import write_data, write_model
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes one has all tests that start a Ray cluster, so that there is one cluster at a time."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+class OneCluster(LoadScopeScheduling):
+    """Of several processes one has all modules that start a Ray cluster, so that there is one cluster at a time; each
+    other module is on one of them as a whole, so that its fixtures are made once."""
 
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return "ray" if "pytest.mark.ray" in (ROOT / module).read_text(encoding="utf-8") else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneCluster:
+    """Called by pytest-xdist."""
+    return OneCluster(config, log)
+
+
+ROOT = Path(__file__).parents[1]
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -118,7 +118,7 @@ class FakeFleet:
 
 
 def test_fedavg_averages_a_and_b_by_private_examples() -> None:
-    mean = unpack(FedAvgLora(TWO, EQUAL).aggregate(1, b"", [update(ONE, 1), update(OTHER, 3)]))
+    mean = unpack(FedAvgLora(TWO, EQUAL).aggregate(b"", [update(ONE, 1), update(OTHER, 3)]))
     assert mean[A].tolist() == [[2.5, -1.0]]
     assert mean[B].tolist() == [[3.5], [0.75]]
 
@@ -241,7 +241,7 @@ def test_scaffold_moves_c_by_the_share_of_clients_that_answered() -> None:
     algorithm = Scaffold(Cohort(num_clients=8, participation=0.25, seed=0), (1,) * 8)
     before = pack({A: torch.tensor([[0.0]]), "control." + A: torch.tensor([[1.0]])}, "float32")
     sent = [{A: torch.tensor([[x]]), "control." + A: torch.tensor([[c]])} for x, c in ((1.0, 4.0), (3.0, -2.0))]
-    after = unpack(algorithm.aggregate(2, before, [update(sent[0], 1), update(sent[1], 9)]))
+    after = unpack(algorithm.aggregate(before, [update(sent[0], 1), update(sent[1], 9)]))
     assert float(after[A]) == 2.0
     assert float(after["control." + A]) == 1.0 + 2 / 8 * 1.0
 
@@ -285,24 +285,24 @@ def test_ffa_freezes_a_and_its_mean_of_products_is_exact() -> None:
 def test_flexlora_splits_the_mean_product_anew() -> None:
     mean = 0.25 * product(ONE) + 0.75 * product(OTHER)
     updates = [update(ONE, 1), update(OTHER, 3)]
-    whole = unpack(FlexLora(TWO, (2, 1)).aggregate(1, b"", updates))
+    whole = unpack(FlexLora(TWO, (2, 1)).aggregate(b"", updates))
     torch.testing.assert_close(product(whole), mean)
     u, s, vh = torch.linalg.svd(mean)
     best = s[0] * u[:, :1] @ vh[:1]
     torch.testing.assert_close(product(FlexLora(TWO, (2, 1)).share(whole, 1)), best)
-    torch.testing.assert_close(product(unpack(FlexLora(TWO, (1, 1)).aggregate(1, b"", updates))), best)
+    torch.testing.assert_close(product(unpack(FlexLora(TWO, (1, 1)).aggregate(b"", updates))), best)
 
 
 def test_hetlora_pads_weighs_by_norm_and_cuts() -> None:
     low = lora([[3.0, 0.0]], [[1.0], [0.0]])  # norm 3
     high = lora([[0.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])  # norm 1
     algorithm = HetLora(TWO, (1, 2))
-    mean = unpack(algorithm.aggregate(1, b"", [update(low, 1), update(high, 100)]))
+    mean = unpack(algorithm.aggregate(b"", [update(low, 1), update(high, 100)]))
     assert mean[A].tolist() == [[2.25, 0.25], [0.25, 0.0]]
     assert mean[B].tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert algorithm.share(mean, 1)[A].tolist() == [[2.25, 0.25]]
     zero = lora([[1.0, 0.0]], [[0.0], [0.0]])
-    assert unpack(algorithm.aggregate(1, b"", [update(zero, 1), update(zero, 1)]))[A].tolist()[0] == [1.0, 0.0]
+    assert unpack(algorithm.aggregate(b"", [update(zero, 1), update(zero, 1)]))[A].tolist()[0] == [1.0, 0.0]
 
 
 def test_clients_of_each_rank_are_sent_and_measured_by_rank() -> None:

@@ -103,7 +103,7 @@ class FedAvgLora:
             updates = self.usable(round, replies, fleet)
             # In the order of their contents: a sum's rounding depends on its order, and ids must change no result.
             updates.sort(key=lambda update: (update.tensors, update.num_examples))
-            state = self.aggregate(round, state, updates)
+            state = self.aggregate(state, updates)
         rows = ledger.take()
         evaluations: dict[int, Evaluation | None] = {}
         if evaluate:  # clients of one rank have the same model then, so it is measured once
@@ -152,7 +152,7 @@ class FedAvgLora:
         """Shapes of the tensors that are sent in both directions, for an adapter of these shapes: here all of it."""
         return shapes
 
-    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+    def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The server's next state: the means of A and of B over clients, weighted by private examples."""
         adapters = [unpack(update.tensors) for update in updates]
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")

@@ -19,7 +19,7 @@ from semcons_ray.modeling.adapter import Adapter
 class FlexLora(FedAvgLora):
     """FedAvg over the products B A, by truncated SVD."""
 
-    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+    def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The mean of the products, weighted by private examples, as an adapter of the clients' highest rank."""
         adapters = [unpack(update.tensors) for update in updates]
         product = mean_product(adapters, [update.num_examples for update in updates])

@@ -49,7 +49,7 @@ class Flora(FedAvgLora):
     A client keeps in `client.memory`, under "stacks", the number of stacks that it has put beside its base model.
     """
 
-    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+    def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: this round's stack is added, and clients that answered are noted to have all earlier ones."""
         before = _read(state)
         adapters = [unpack(update.tensors) for update in updates]

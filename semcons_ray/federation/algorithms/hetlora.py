@@ -20,7 +20,7 @@ from semcons_ray.modeling.adapter import Adapter
 class HetLora(FedAvgLora):
     """FedAvg-LoRA over zero-padded adapters."""
 
-    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+    def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The means of the padded A and B over clients, weighted by the norms of the clients' updates."""
         adapters = [with_rank(unpack(update.tensors), max(self.ranks)) for update in updates]
         norms = [update_norm(adapter) for adapter in adapters]

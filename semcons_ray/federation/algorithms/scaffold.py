@@ -37,7 +37,7 @@ class Scaffold(FedAvgLora):
     A client keeps c_k and c in `client.memory`, under keys that begin with "own." and "common.".
     """
 
-    def aggregate(self, round: int, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
+    def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: the unweighted mean of y_k, and c moved by the mean change of c_k."""
         sent = [unpack(update.tensors) for update in updates]
         mean = weighted_mean(sent, [1.0] * len(sent))
