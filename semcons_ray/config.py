@@ -69,6 +69,14 @@ Quantization = Literal["none", "8bit", "4bit"]
 Partition = Literal["iid", "dirichlet", "category", "quantity"]
 Selection = Literal["random", "stratified", "k_center"]
 
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+"""transformers' learning-rate schedules that need nothing but the numbers of warm-up steps and of all steps."""
+
+POLYNOMIAL_END = 1e-7
+"""Learning rate at which transformers' schedule polynomial ends."""
+
 MOVING_AVERAGE = 0.5
 """Default weight of the old adapter in a client's moving average, for the algorithms that have one."""
 
@@ -266,10 +274,35 @@ class TrainingConfig(Settings):
     learning_rate: float = Field(
         5e-4, gt=0, description="AdamW's learning rate, at the start of each round. Lower it if a loss is not finite."
     )
-    lr_scheduler_type: Literal["constant", "linear"] = Field(
-        "constant", description="linear: the learning rate falls to 0 over the steps of each round."
+    lr_scheduler_type: Scheduler = Field(
+        "constant",
+        description="How the learning rate changes over the steps of each round, as transformers names it: linear and "
+        "cosine fall to 0, constant stays.",
     )
-    batch_size: int = Field(4, ge=1, description="Examples in an optimizer step. Lower it if memory is short.")
+    warmup_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each round's steps, rounded up, over which the learning rate rises from 0; the last step "
+        "is never one of them.",
+    )
+    batch_size: int = Field(
+        4,
+        ge=1,
+        description="Examples that go through the model at a time. An optimizer step sees batch_size x "
+        "gradient_accumulation_steps of them. Lower it if memory is short.",
+    )
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Batches in an optimizer step. Batch size 2 with 4 of them gives the gradients of batch size 8, in "
+        "less memory.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Whether activations are computed again in the backward pass instead of kept: less memory, about "
+        "a third more time, the same gradients.",
+    )
     local_epochs: int = Field(1, ge=1, description="Passes over private examples and pseudo-labels in a round.")
     local_steps: int | None = Field(
         None, ge=1, description="Optimizer steps in a round, instead of local_epochs: the same for all clients."
@@ -279,6 +312,11 @@ class TrainingConfig(Settings):
     keep_optimizer: bool = Field(
         False, description="Whether a client keeps its optimizer state from round to round; else each starts afresh."
     )
+
+    @property
+    def step_size(self) -> int:
+        """Examples in an optimizer step; with fewer left at the end of an epoch, its last step has those."""
+        return self.batch_size * self.gradient_accumulation_steps
 
 
 class GenerationConfig(Settings):
@@ -555,6 +593,11 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
             )
+        if self.training.lr_scheduler_type == "polynomial" and self.training.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"training.learning_rate is {self.training.learning_rate}; training.lr_scheduler_type polynomial needs "
+                f"one over {POLYNOMIAL_END}, at which it ends"
+            )
         if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
             raise ValueError(
                 f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
@@ -666,6 +709,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ("training.local_epochs",),
         lambda config: config.training.local_steps is None,
         "training.local_steps to be left out, which takes its place",
+    ),
+    (
+        ("training.warmup_ratio",),
+        lambda config: config.training.lr_scheduler_type != "constant",
+        "a training.lr_scheduler_type with warm-up, such as constant_with_warmup",
     ),
     (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
     (
@@ -958,6 +1006,7 @@ _ELSEWHERE = {
     "num_supernodes": "clients.num_clients",
     "num_train_epochs": "training.local_epochs",
     "per_device_train_batch_size": "training.batch_size",
+    "warmup_steps": "training.warmup_ratio",
     "per_device_eval_batch_size": "generation.batch_size",
     "r": "model.lora.rank",
     "rounds": "num_rounds",

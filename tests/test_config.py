@@ -139,6 +139,7 @@ def test_what_was_probably_meant(key, meant):
         ({"algorithm": {"name": "flora"}, "generation": {"temperature": 0.5}}, ("generation.temperature", "algorithm")),
         ({"data": {"partition": "iid", "dirichlet_alpha": 0.1}}, ("data.dirichlet_alpha 0.1", "data.partition")),
         ({"training": {"local_steps": 4, "local_epochs": 2}}, ("training.local_epochs 2", "training.local_steps")),
+        ({"training": {"warmup_ratio": 0.1}}, ("training.warmup_ratio 0.1", "training.lr_scheduler_type")),
         ({"sharding": {"zero_stage": 2}}, ("sharding.zero_stage 2", "sharding.models")),
         ({"resources": {"engine_threads": 2}}, ("resources.engine_threads 2", "generation.engine vllm")),
         ({"resources": {"fleet": "local", "ray_address": "auto"}}, ("resources.ray_address auto", "resources.fleet")),
@@ -251,6 +252,8 @@ RANGES = {
     "model.lora.dropout": (0, 1.0),
     "training.learning_rate": (1e-9, 0),
     "training.batch_size": (1, 0),
+    "training.gradient_accumulation_steps": (1, 0),
+    "training.warmup_ratio": (0.99, 1.0),
     "training.local_epochs": (1, 0),
     "training.local_steps": (1, 0),
     "training.weight_decay": (0, -0.1),
@@ -289,6 +292,7 @@ def test_a_number_out_of_range_is_named_with_its_value(key):
     allowed, refused = RANGES[key]
     rules = {"plurality_similarity": "plurality", "trim": "trimmed", "num_byzantine": "multi_krum"}
     rule = {"algorithm": {"rule": rules[key.split(".")[-1]]}} if key.split(".")[-1] in rules else {}
+    rule |= {"training": {"lr_scheduler_type": "linear"}} if key == "training.warmup_ratio" else {}
     validate_config(merge_settings(rule, nested(allowed)), where="here")
     assert f"{key}: " in refusal(nested(refused))
     assert f"(got {refused!r})" in refusal(nested(refused))
@@ -381,6 +385,12 @@ def test_what_an_algorithm_cannot_take_is_refused(values, says):
 def test_what_ranks_cannot_do_is_refused(values, says):
     with pytest.raises(ConfigError, match=says):
         validate_config({"model": {"name": "a"}, **values}, where="here")
+
+
+def test_a_schedule_that_ends_above_its_beginning_is_refused():
+    training = {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}
+    assert "training.learning_rate is 1e-07; training.lr_scheduler_type polynomial" in refusal({"training": training})
+    validate_config({"training": {**training, "learning_rate": 2e-7}}, where="here")
 
 
 def test_a_model_of_the_mix_may_be_divided():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from semcons_ray.config import GenerationConfig, ModelConfig
+from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
 from semcons_ray.modeling.chat import load_tokenizer
 from semcons_ray.modeling.model_folder import read_config
@@ -18,26 +18,35 @@ BOTH_WAYS = {"cpmant", "xlnet"}
 """Families that read what follows too, which nothing in their configuration says."""
 
 
-def check_model(folder: Path, model: ModelConfig, generation: GenerationConfig, texts: Sequence[str]) -> None:
+def check_model(
+    folder: Path,
+    model: ModelConfig,
+    training: Sequence[TrainingConfig],
+    generation: Sequence[GenerationConfig],
+    texts: Sequence[str],
+) -> None:
     """Check the model `model.name`.
 
     Args:
         folder: Folder with the model's files.
         model: Settings of the model.
-        generation: Settings of answers.
+        training: Settings of local updates of the clients that have it.
+        generation: Their settings of answers.
         texts: All texts of the data that the model is going to read.
 
     Raises:
         ModelError: It is not a causal language model of text alone, the folder holds an adapter, the adapter to be
-            trained does not fit it, it has too few positions, or its tokenizer is missing or does not fit it. The
-            message says what to change.
+            trained does not fit it, it cannot be trained as the settings say, it has too few positions, or its
+            tokenizer is missing or does not fit it. The message says what to change.
     """
     name = model.name
     _check_adapter(folder, name)
     config = read_config(folder)
     _check_kind(config, name)
     base = _without_weights(config, name)
-    _check_positions(config, model, generation)
+    _check_positions(config, model, max(settings.max_new_tokens for settings in generation))
+    if any(settings.gradient_checkpointing for settings in training):
+        _check_checkpointing(base, name)
     _check_tokenizer(folder, base.get_input_embeddings().weight.shape[0], name, texts)
     from semcons_ray.modeling.lora import attach_adapter
 
@@ -84,12 +93,20 @@ def _without_weights(config: Any, name: str) -> Any:
     return base
 
 
-def _check_positions(config: Any, model: ModelConfig, generation: GenerationConfig) -> None:
-    limit, needed = _positions(config.get_text_config(decoder=True)), model.max_length + generation.max_new_tokens
+def _check_checkpointing(base: Any, name: str) -> None:
+    try:
+        base.gradient_checkpointing_enable()
+    except ValueError as error:
+        raise ModelError(f"training.gradient_checkpointing does not fit {name}: {first_line(error)}") from error
+    base.gradient_checkpointing_disable()
+
+
+def _check_positions(config: Any, model: ModelConfig, max_new_tokens: int) -> None:
+    limit, needed = _positions(config.get_text_config(decoder=True)), model.max_length + max_new_tokens
     if limit is not None and needed > limit:
         raise ModelError(
             f"model {model.name} has {limit} positions, and model.max_length {model.max_length} + "
-            f"generation.max_new_tokens {generation.max_new_tokens} are {needed}; lower one of them"
+            f"generation.max_new_tokens {max_new_tokens} are {needed}; lower one of them"
         )
 
 

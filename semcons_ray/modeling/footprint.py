@@ -50,6 +50,10 @@ EXPERTS = ".experts."
 LOSS_ROWS = 64
 """Number of rows of logits that are turned into losses at a time."""
 
+RECOMPUTED = 1.5
+"""With checkpointing, the most that is alive of one layer, relative to what it keeps for its backward pass: 1.1 to 1.4
+measured with the families of which a bound is tested, gradients included."""
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes of a weight. With 4 bits there is a float32 scale for each 64 weights; the scale for each row with 8 bits is
@@ -125,6 +129,7 @@ def measure_footprint(
     generation_batch_size: int,
     max_new_tokens: int,
     quantization: Quantization = "none",
+    gradient_checkpointing: bool = False,
     device: str = "cpu",
 ) -> Footprint:
     """The footprint of a worker that trains, evaluates and answers with the model in `folder`.
@@ -134,7 +139,8 @@ def measure_footprint(
     of the feed-forward width, and for each head T attention weights in float32, where T is `max_length`. That is what a
     layer of Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. All sequences are taken to be T tokens long.
     Each expert takes a vector of a token and gives one back, and experts' weights are kept once more. For recurrent
-    layers see `Dimensions`.
+    layers see `Dimensions`. With checkpointing, all this is kept of one layer at a time, while it is computed again
+    (see `RECOMPUTED`), and of each layer only the hidden vectors that go into it.
 
     On GPUs attention is one kernel, which computes its weights again in the backward pass. It keeps only the mask, T
     numbers of the model's dtype. The rest is 10, 6, keys and values, and 4; for `LLAMA_LIKE` models 6, 4, none and 4.
@@ -147,10 +153,11 @@ def measure_footprint(
         folder: Folder with the model's files.
         dtype: Type of the weights: "bfloat16", "float16" or "float32".
         max_length: Most tokens of a prompt with its response.
-        batch_size: Examples in a training batch.
+        batch_size: Examples in a training batch, of which an optimizer step may have several.
         generation_batch_size: Prompts in a batch of answers, and examples in a batch of evaluation.
         max_new_tokens: Longest answer, in tokens.
         quantization: Bits of the weights.
+        gradient_checkpointing: Whether training computes activations again instead of keeping them.
         device: "cpu" or "cuda".
 
     Raises:
@@ -167,8 +174,11 @@ def measure_footprint(
         if config.model_type in LLAMA_LIKE:
             vectors = 6 * of.width + 4 * of.heads * of.head_width
     vectors += 4 * of.feed_forward + 2 * of.experts * of.width
-    kept = batch_size * max_length * of.layers * (vectors * size + attention)
-    kept += batch_size * of.padded(max_length) * (of.layers * of.state + of.working) * 4
+    whole = RECOMPUTED if gradient_checkpointing else of.layers
+    kept = int(batch_size * max_length * whole * (vectors * size + attention))
+    kept += int(batch_size * of.padded(max_length) * (whole * of.state + of.working) * 4)
+    if gradient_checkpointing:
+        kept += batch_size * max_length * of.layers * of.width * size
     kept += sum(prod(shape) for key, shape in shapes.items() if EXPERTS in key) * size
     cache = generation_batch_size * (max_length + max_new_tokens) * of.layers * of.key_values * size
     learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2

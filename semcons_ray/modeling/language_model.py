@@ -53,7 +53,7 @@ PADDING = 0
 may not be in it."""
 
 LENGTH_WINDOW = 8
-"""Number of batches whose examples are sorted by length together: less padding, and batches are still random."""
+"""Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,36 @@ class Score(NamedTuple):
     num_tokens: int
     num_bytes: int
     processed_tokens: int
+
+
+class Segment(NamedTuple):
+    """A text in a row of a batch.
+
+    Attributes:
+        ids: Its tokens.
+        prompt: How many of them are the prompt's, which is neither learnt nor scored.
+        weight: Weight of the others in the loss.
+    """
+
+    ids: list[int]
+    prompt: int
+    weight: float = 1.0
+
+
+class Batch(NamedTuple):
+    """Texts as the model reads them; each tensor has shape (B, T).
+
+    Attributes:
+        ids: Tokens.
+        mask: 0 on padding, else 1.
+        labels: Tokens of responses; IGNORED elsewhere.
+        weights: Weight of each label in the loss.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    weights: Tensor
 
 
 class LanguageModel:
@@ -237,8 +267,9 @@ class LanguageModel:
     ) -> FineTuned:
         """Train `adapter` in place by AdamW on the responses of `pairs`.
 
-        The loss of a batch is the weighted mean over its response tokens; prompts are not learnt. Examples are
-        shuffled each epoch, then sorted by length within a window of batches.
+        The loss of an optimizer step is the weighted mean over the response tokens of all its examples, in however many
+        batches they go through the model; prompts are not learnt. Examples are shuffled each epoch, then sorted by
+        length within a window of steps.
 
         Args:
             adapter: The adapter to train; it holds the result afterwards.
@@ -252,36 +283,49 @@ class LanguageModel:
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
         adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(pairs), training))
-        examples = [self._encode(pair) for pair in pairs]
+        segments = [Segment(*self._encode(pair), pair.weight) for pair in pairs]
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
-        with self._training(), self._seeded(generator), self._training_attention(), self._beside(frozen):
-            for batch in _batches([len(ids) for ids, _ in examples], training, generator):
-                mine, counts = self._share(batch)
-                ids, mask, labels, weights = self._collate(
-                    [examples[i] for i in mine], [pairs[i].weight * counts for i in mine], pad_left=False
-                )
-                token_loss, rows = self._token_nll(ids, mask, labels)
-                responses = {i: len(examples[i][0]) - examples[i][1] for i in batch}
-                total = sum(pairs[i].weight * responses[i] for i in batch)
-                loss = (token_loss * weights[rows]).sum() / max(total, 1e-9)
-                loss.backward()  # type: ignore[no-untyped-call]
+        with self._training(training), self._seeded(generator), self._training_attention(), self._beside(frozen):
+            for step in _steps([len(segment.ids) for segment in segments], training, generator):
+                chosen = [segments[i] for i in step]
+                responses = sum(len(segment.ids) - segment.prompt for segment in chosen)
+                loss = self._accumulate(chosen, training.batch_size, masters)
                 with torch.no_grad():
-                    for key, parameter in self._parameters.items():
-                        grad, parameter.grad = parameter.grad, None
-                        masters[key].grad = None if grad is None else _part(grad, masters[key]).float()
-                    loss_sum += self._reduced(loss.detach(), masters) * sum(responses.values())
+                    loss_sum += self._reduced(loss, masters) * responses
                     if adjust is not None:
                         adjust(masters)
                     adamw.step()
                     for key, parameter in self._parameters.items():
+                        masters[key].grad = None
                         _part(parameter, masters[key]).copy_(masters[key])
-                learnt += sum(responses.values())
-                processed += sum(len(examples[i][0]) for i in batch)
+                learnt += responses
+                processed += sum(len(segment.ids) for segment in chosen)
         for key, master in masters.items():
             adapter[key] = master.detach().cpu()
         state = adamw.state() if training.keep_optimizer else {}
         return FineTuned(loss=loss_sum / max(learnt, 1), tokens=processed, optimizer=state)
+
+    def _accumulate(self, step: Sequence[Segment], batch_size: int, masters: Parameters) -> Tensor:
+        """Add up the gradients of an optimizer step in the float32 master weights, a batch at a time; returns its loss.
+
+        With several ranks, both are this rank's part, which `_reduced` sums up.
+        """
+        total = sum(segment.weight * (len(segment.ids) - segment.prompt) for segment in step)
+        losses = []
+        for start in range(0, len(step), batch_size):
+            mine, counts = self._share([*range(start, min(start + batch_size, len(step)))])
+            batch = self._collate([step[i]._replace(weight=step[i].weight * counts) for i in mine])
+            weights = batch.weights[batch.labels != IGNORED]
+            loss = (self._token_nll(batch) * weights).sum() / max(total, 1e-9)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            for key, parameter in self._parameters.items():
+                grad, parameter.grad = parameter.grad, None
+                if grad is not None:
+                    grad, before = _part(grad, masters[key]).float(), masters[key].grad
+                    masters[key].grad = grad if before is None else before + grad
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def generate(
@@ -339,8 +383,8 @@ class LanguageModel:
 
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
-        ids, mask, _, _ = self._collate([(text, 0) for text in texts], [1.0] * len(texts), pad_left=True)
-        growing = self._decoding.begin(self.model.config, ids, mask)
+        batch = self._collate([Segment(text, len(text)) for text in texts], pad_left=True)
+        growing = self._decoding.begin(self.model.config, batch.ids, batch.mask)
         rows: list[list[int]] = [[] for _ in texts]
         going = [*range(len(texts))]
         for step in range(generation.max_new_tokens):
@@ -367,21 +411,20 @@ class LanguageModel:
     ) -> Score:
         """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
         self.load_adapter(adapter)
-        examples = [self._encode(pair) for pair in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: (len(examples[i][0]), i))
+        segments = [Segment(*self._encode(pair)) for pair in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: (len(segments[i].ids), i))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._beside(frozen):
             for start in range(0, len(order), batch_size):
                 mine, counts = self._share(order[start : start + batch_size])
-                ids, mask, labels, _ = self._collate([examples[i] for i in mine], [1.0] * len(mine), pad_left=False)
-                total += counts * self._token_nll(ids, mask, labels)[0].double().sum()
-        scored = sum(len(ids) - prompt for ids, prompt in examples)
-        texts = zip(pairs, examples, strict=True)
+                total += counts * self._token_nll(self._collate([segments[i] for i in mine])).double().sum()
+        scored = sum(len(segment.ids) - segment.prompt for segment in segments)
+        texts = zip(pairs, segments, strict=True)
         return Score(
             nll_sum=self._reduced(total, {}),
             num_tokens=scored,
-            num_bytes=sum(self._scored_bytes(pair.response, ids[prompt:]) for pair, (ids, prompt) in texts),
-            processed_tokens=sum(len(ids) for ids, _ in examples),
+            num_bytes=sum(self._scored_bytes(pair.response, text.ids[text.prompt :]) for pair, text in texts),
+            processed_tokens=sum(len(segment.ids) for segment in segments),
         )
 
     def _scored_bytes(self, response: str, ids: list[int]) -> int:
@@ -426,30 +469,29 @@ class LanguageModel:
         """See `ChatFormat.encode`."""
         return self.chat.encode(pair.prompt, pair.response)
 
-    def _collate(
-        self, examples: Sequence[tuple[list[int], int]], weights: Sequence[float], *, pad_left: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ids, attention mask and labels, each (B, T), and weights (B,); labels are IGNORED on prompt and padding."""
-        longest = max(len(ids) for ids, _ in examples)
-        ids = torch.full((len(examples), longest), PADDING)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for row, (tokens, prompt) in enumerate(examples):
-            where = slice(longest - len(tokens), longest) if pad_left else slice(0, len(tokens))
-            ids[row, where] = torch.tensor(tokens)
-            mask[row, where] = 1
-            labels[row, prompt : len(tokens)] = ids[row, prompt : len(tokens)]
-        rows = torch.tensor(weights, dtype=torch.float32)
-        return ids.to(self.device), mask.to(self.device), labels.to(self.device), rows.to(self.device)
+    def _collate(self, rows: Sequence[Segment], *, pad_left: bool = False) -> Batch:
+        """A batch with a row for each text, padded to the longest."""
+        longest = max(len(segment.ids) for segment in rows)
+        ids = torch.full((len(rows), longest), PADDING)
+        mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, IGNORED), torch.zeros(ids.shape)
+        for row, (tokens, prompt, weight) in enumerate(rows):
+            begin = longest - len(tokens) if pad_left else 0
+            end = begin + len(tokens)
+            ids[row, begin:end] = torch.tensor(tokens)
+            mask[row, begin:end] = 1
+            labels[row, begin + prompt : end] = ids[row, begin + prompt : end]
+            weights[row, begin + prompt : end] = weight
+        return Batch(*(tensor.to(self.device) for tensor in (ids, mask, labels, weights)))
 
-    def _token_nll(self, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL (nats) of each label, (N,), and the row of the batch it belongs to, (N,)."""
-        is_label = labels != IGNORED
+    def _token_nll(self, batch: Batch) -> Tensor:
+        """NLL (nats) of each label, (N,)."""
+        is_label = batch.labels != IGNORED
         self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
-        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(labels[is_label], LOSS_ROWS), strict=True)
+        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(batch.labels[is_label], LOSS_ROWS), strict=True)
         losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
-        return torch.cat(losses), is_label.nonzero()[:, 0]
+        return torch.cat(losses)
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Hook before the output embedding, so that only logits of the N scored positions are computed, (1, N, V)."""
@@ -473,13 +515,20 @@ class LanguageModel:
                 handle.remove()
 
     @contextmanager
-    def _training(self) -> Iterator[None]:
+    def _training(self, training: TrainingConfig) -> Iterator[None]:
         """Training mode while the block runs. However it ends, the model is left as it was, for the next client."""
         self.model.train()
+        base = self.model.get_base_model()
+        if training.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            # Only the reentrant kind needs inputs that require gradients. The hook that makes them so would stay.
+            base.disable_input_require_grads()
         try:
             yield
         finally:
             self.model.eval()
+            if training.gradient_checkpointing:
+                base.gradient_checkpointing_disable()
             self._scored = None
             for parameter in self._parameters.values():
                 parameter.grad = None
@@ -505,7 +554,7 @@ class AdamW:
         masters: Float32 master weights to update.
         training: Settings of the local update.
         state: What `state` returned earlier; empty: a new optimizer.
-        num_steps: Number of steps of this call of `fine_tune`, over which a linear schedule falls to 0.
+        num_steps: Number of steps of this call of `fine_tune`, over which the learning rate changes.
     """
 
     def __init__(
@@ -531,30 +580,35 @@ class AdamW:
 
 
 def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int) -> LRScheduler:
-    """The learning-rate schedule that transformers has under the name `training.lr_scheduler_type`, without warm-up."""
+    """The learning-rate schedule that transformers has under the name `training.lr_scheduler_type`.
+
+    As with transformers, the rate of the first warm-up step is 0. So that something is learnt in a round of one step,
+    the last is no warm-up step.
+    """
+    warmup = min(math.ceil(training.warmup_ratio * num_steps), num_steps - 1)
     made: LRScheduler = get_scheduler(
-        training.lr_scheduler_type, adamw, num_warmup_steps=0, num_training_steps=num_steps
+        training.lr_scheduler_type, adamw, num_warmup_steps=warmup, num_training_steps=num_steps
     )
     return made
 
 
 def _num_steps(num_examples: int, training: TrainingConfig) -> int:
-    """The number of batches that `_batches` yields."""
-    return training.local_steps or training.local_epochs * math.ceil(num_examples / training.batch_size)
+    """The number of steps that `_steps` yields."""
+    return training.local_steps or training.local_epochs * math.ceil(num_examples / training.step_size)
 
 
-def _batches(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:
-    """Index batches of `local_epochs` passes, or of as many passes as `local_steps` needs."""
-    size, steps = training.batch_size, 0
+def _steps(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:
+    """Indices of the examples of each optimizer step, in `local_epochs` passes, or as many as `local_steps` needs."""
+    size, steps = training.step_size, 0
     epochs = training.local_epochs if training.local_steps is None else training.local_steps
     for _ in range(epochs):
         order = generator.permutation(len(lengths))
-        batches: list[list[int]] = []
+        drawn: list[list[int]] = []
         for start in range(0, len(order), size * LENGTH_WINDOW):
             window = sorted(order[start : start + size * LENGTH_WINDOW].tolist(), key=lambda i: lengths[i])
-            batches += [window[i : i + size] for i in range(0, len(window), size)]
-        for index in generator.permutation(len(batches)):
-            yield batches[index]
+            drawn += [window[i : i + size] for i in range(0, len(window), size)]
+        for index in generator.permutation(len(drawn)):
+            yield drawn[index]
             steps += 1
             if steps == training.local_steps:
                 return

@@ -202,7 +202,9 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
     """
     texts = [text for example in split.examples() for text in (example.prompt, example.response)]
     for name, folder in folders.items():
-        check_model(folder, config.model.model_copy(update={"name": name}), config.generation, texts)
+        check_model(
+            folder, config.model.model_copy(update={"name": name}), [config.training], [config.generation], texts
+        )
 
 
 @contextlib.contextmanager
@@ -268,6 +270,7 @@ def place(
             batch_size=ceil(training.batch_size / ranks),
             generation_batch_size=ceil(config.generation.batch_size / ranks),
             max_new_tokens=config.generation.max_new_tokens,
+            gradient_checkpointing=training.gradient_checkpointing,
             device=device,
         )
         if ranks > 1 and sharding.zero_stage == 3:

@@ -1,13 +1,14 @@
 """What a model cannot do is said in one line before it is loaded, and what it can is let through: without weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AddedToken, AutoConfig, PreTrainedTokenizerFast
 
-from semcons_ray.config import GenerationConfig, ModelConfig
+from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling.fit import check_model
 from semcons_ray.modeling.packaged import CHATML
@@ -33,9 +34,16 @@ def describe(folder: Path, tokenizer: PreTrainedTokenizerFast, architecture: str
     return folder
 
 
-def check(folder: Path, *, texts: tuple[str, ...] = (), max_length: int = 16, **lora: Any) -> None:
+def check(
+    folder: Path,
+    *,
+    texts: tuple[str, ...] = (),
+    max_length: int = 16,
+    training: Sequence[TrainingConfig] = (TrainingConfig(),),
+    **lora: Any,
+) -> None:
     model = ModelConfig.model_validate({"name": str(folder), "max_length": max_length, "lora": lora})
-    check_model(folder, model, GenerationConfig(max_new_tokens=4), texts)
+    check_model(folder, model, training, [GenerationConfig(max_new_tokens=4)], texts)
 
 
 def refusal(folder: Path, **settings: Any) -> str:
@@ -187,6 +195,16 @@ def test_targets_are_checked_too(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     said = refusal(folder, target_modules=["v_prjo"])
     assert "model.lora.target_modules: v_prjo names no module" in said
     check(folder, target_modules=["v_proj"])
+
+
+def test_checkpointing_is_for_families_that_have_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    checkpointed = [TrainingConfig(), TrainingConfig(gradient_checkpointing=True)]
+    check(describe(tmp_path / "gpt2", tokenizer, "gpt2", **GPT), training=checkpointed)
+    ctrl = describe(tmp_path / "ctrl", tokenizer, "ctrl", **GPT, dff=64)
+    check(ctrl)
+    said = refusal(ctrl, training=checkpointed)
+    assert said.startswith("training.gradient_checkpointing does not fit ")
+    assert "CTRLLMHeadModel does not support gradient checkpointing" in said
 
 
 # The tokenizer's fit -------------------------------------------------------------------------------------------------

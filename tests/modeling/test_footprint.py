@@ -31,15 +31,18 @@ from semcons_ray.modeling.footprint import (
     measure_footprint,
 )
 from semcons_ray.modeling.lora import attach_adapter
+from tests.experiments.scripts import load_script
 from tests.tiny import write_llama_8b
+
+LiveBytes = load_script("benchmarks/training", "live_bytes.py").LiveBytes
 
 GIB = 1 << 30
 
 
-def footprint(folder: Path, device: str, *, batch_size: int = 4, max_length: int = 2048) -> Footprint:
+def footprint(folder: Path, device: str, *, batch_size: int = 4, max_length: int = 2048, **more: Any) -> Footprint:
     return measure_footprint(
         folder, dtype="bfloat16", max_length=max_length, batch_size=batch_size, generation_batch_size=32,
-        max_new_tokens=24, device=device,
+        max_new_tokens=24, device=device, **more,
     )  # fmt: skip
 
 
@@ -130,6 +133,38 @@ def test_what_a_layer_keeps_on_a_gpu_is_as_it_was_counted(name: str, length: int
     kernel = SDPBackend.FLASH_ATTENTION  # such as GPUs have
     measured = bytes_kept(built(name, 3), length, kernel) - bytes_kept(built(name, 2), length, kernel)
     assert 0.99 * measured <= planned <= 1.2 * measured
+
+
+def test_checkpointing_keeps_what_goes_into_layers_and_one_layer_at_work(tmp_path: Path) -> None:
+    """16 x 2048 tokens in 32 layers of Llama, and what a layer keeps one and a half times."""
+    folder = write_llama_8b(tmp_path)
+    layer = footprint(folder, "cuda", batch_size=16).activations // 32
+    checkpointed = footprint(folder, "cuda", batch_size=16, gradient_checkpointing=True)
+    assert checkpointed.activations == 16 * 2048 * 32 * 2 * 4096 + 3 * layer // 2
+
+
+def peak_of_training(model: PreTrainedModel, length: int, kernel: SDPBackend) -> int:
+    """Most bytes alive during the forward and the backward pass of two sequences with checkpointing, but for logits."""
+    adapted = attach_adapter(model, LoraConfig(rank=1), "model").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.zeros((2, length), dtype=torch.long)
+    with LiveBytes() as live, sdpa_kernel(kernel):
+        output = adapted(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
+        output.logits.sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bound_holds_with_checkpointing(name: str, device: str, tmp_path: Path) -> None:
+    model = built(name, 6)
+    model.save_pretrained(tmp_path)
+    planned = measure_footprint(
+        tmp_path, dtype="bfloat16", max_length=192, batch_size=2, generation_batch_size=1, max_new_tokens=1,
+        gradient_checkpointing=True, device=device,
+    ).activations  # fmt: skip
+    measured = peak_of_training(model, 192, SDPBackend.MATH if device == "cpu" else SDPBackend.FLASH_ATTENTION)
+    assert measured <= planned <= 1.5 * measured
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -125,11 +126,29 @@ def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: 
     assert float(moved.median()) == pytest.approx(1e-3, rel=0.05)
 
 
-@pytest.mark.parametrize(("scheduler", "moved"), [("constant", 4.0), ("linear", 1 + 3 / 4 + 2 / 4 + 1 / 4)])
-def test_a_weight_of_constant_gradient_moves_by_the_learning_rate_of_each_step(scheduler: str, moved: float) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "moved"),
+    [
+        ("constant", 0, 4.0),
+        ("linear", 0, 1 + 3 / 4 + 2 / 4 + 1 / 4),
+        ("linear", 0.5, 0 + 1 / 2 + 1 + 1 / 2),
+        ("linear", 0.3, 0 + 1 / 2 + 1 + 1 / 2),
+        ("linear", 0.9, 0 + 1 / 3 + 2 / 3 + 1),
+        ("constant_with_warmup", 0.25, 0 + 1 + 1 + 1),
+        ("cosine", 0, sum((1 + math.cos(math.pi * step / 4)) / 2 for step in range(4))),
+        ("cosine_with_restarts", 0.25, 0 + sum((1 + math.cos(math.pi * step / 3)) / 2 for step in range(3))),
+        ("polynomial", 0, (1 + 3 / 4 + 2 / 4 + 1 / 4) * (1 - 1e-5) + 4e-5),
+        ("inverse_sqrt", 0.25, 0 + 1 + 1 / math.sqrt(2) + 1 / math.sqrt(3)),
+    ],
+)
+def test_a_weight_of_constant_gradient_moves_by_the_learning_rate_of_each_step(
+    scheduler: str, warmup: float, moved: float
+) -> None:
     """Adam divides a gradient by its own size, so its steps are as long as the learning rate says."""
     weight = torch.nn.Parameter(torch.zeros(1))
-    training = TrainingConfig.model_validate({"learning_rate": 1e-2, "lr_scheduler_type": scheduler})
+    training = TrainingConfig.model_validate(
+        {"learning_rate": 1e-2, "lr_scheduler_type": scheduler, "warmup_ratio": warmup}
+    )
     adamw = AdamW([weight], training, {}, num_steps=4)
     for _ in range(4):
         weight.grad = torch.ones(1)
@@ -137,11 +156,24 @@ def test_a_weight_of_constant_gradient_moves_by_the_learning_rate_of_each_step(s
     assert weight.item() == pytest.approx(-1e-2 * moved, rel=1e-4)
 
 
-@pytest.mark.parametrize("budget", [{"local_epochs": 3}, {"local_steps": 2}, {"local_steps": 9}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"local_epochs": 3},
+        {"local_epochs": 3, "gradient_accumulation_steps": 2},
+        {"local_steps": 2},
+        {"local_steps": 9},
+    ],
+)
 def test_the_learning_rate_falls_over_as_many_steps_as_there_are(budget: dict[str, int]) -> None:
     training = TrainingConfig.model_validate({"batch_size": 2, **budget})
-    batches = [*language_model._batches([3, 1, 2, 5, 4], training, rng())]
-    assert len(batches) == language_model._num_steps(5, training)
+    steps = [*language_model._steps([3, 1, 2, 5, 4], training, rng())]
+    assert len(steps) == language_model._num_steps(5, training)
+
+
+def test_a_round_of_one_step_is_no_warm_up(model: LanguageModel) -> None:
+    adapter = trained(model, local_epochs=1, local_steps=1, lr_scheduler_type="cosine", warmup_ratio=0.1)
+    assert any(value.any() for key, value in adapter.items() if "lora_B" in key)
 
 
 def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:

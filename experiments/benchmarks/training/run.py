@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from semcons_ray.config import LoraConfig, TrainingConfig
 from semcons_ray.data.sources import load_examples
 from semcons_ray.metering.environment import describe_environment
-from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.language_model import LanguageModel, Pair, Segment
 from semcons_ray.modeling.packaged import resolve_model
 
 HERE = Path(__file__).parent
@@ -49,12 +49,12 @@ def main() -> None:
         our_rate = tokens / (time.perf_counter() - began)
 
         began = time.perf_counter()
-        encoded = sorted((ours._encode(pair) for pair in pairs), key=lambda example: len(example[0]))
+        encoded = sorted((Segment(*ours._encode(pair)) for pair in pairs), key=lambda segment: len(segment.ids))
         plain.train()
         for start in range(0, len(encoded), BATCH_SIZE):
             batch = encoded[start : start + BATCH_SIZE]
-            ids, mask, labels, _ = ours._collate(batch, [1.0] * len(batch), pad_left=False)
-            plain(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+            read = ours._collate(batch)
+            plain(input_ids=read.ids, attention_mask=read.mask, labels=read.labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
