@@ -19,7 +19,7 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadscope -m "not ($(ENGINE_TESTS))"
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(ENGINE_TESTS))"
 
 test-engines: ## Set up a second environment with vLLM, DeepSpeed and bitsandbytes, and run the tests that need them
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes

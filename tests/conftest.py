@@ -11,27 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 from hypothesis import settings
-from xdist.scheduler import LoadScopeScheduling
 
 from semcons_ray.config import ExperimentConfig, validate_config
+from tests.hub import Hub, serving
 from tests.tiny import write_data, write_model
-
-
-class OneCluster(LoadScopeScheduling):
-    """Of several processes one has all modules that start a Ray cluster, so that there is one cluster at a time; each
-    other module is on one of them as a whole, so that its fixtures are made once."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        module = nodeid.partition("::")[0]
-        return "ray" if "pytest.mark.ray" in (ROOT / module).read_text(encoding="utf-8") else module
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneCluster:
-    """Called by pytest-xdist."""
-    return OneCluster(config, log)
-
-
-ROOT = Path(__file__).parents[1]
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -79,6 +62,25 @@ def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentCo
         return validate_config(values, where="test")
 
     return make
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A model hub on this machine, which takes the place of the real one, with caches of its own."""
+    import datasets
+    from huggingface_hub import constants
+
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        yield hub
 
 
 @pytest.fixture(scope="module")
