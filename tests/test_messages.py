@@ -20,6 +20,7 @@ from semcons_ray.messages import (
     Message,
     PseudoLabels,
     PublicPrompts,
+    Turn,
     decode_downlink,
     decode_uplink,
 )
@@ -33,7 +34,11 @@ GLOBAL = GlobalAdapter(round_number=1, tensors=b"\x00\xff")
 numbers = st.integers(0, 2**63 - 1)
 texts = st.text(max_size=300)
 tuples = st.lists(texts, max_size=20).map(tuple)
-public_prompts = st.builds(PublicPrompts, prompts=tuples)
+turns = st.builds(Turn, role=st.sampled_from(["system", "user", "assistant"]), content=texts)
+conversations = st.builds(
+    lambda before, asked: (*before, Turn("user", asked)), st.lists(turns, max_size=4), texts
+)
+public_prompts = st.builds(PublicPrompts, prompts=st.lists(texts | conversations, max_size=20).map(tuple))
 counts = st.integers(1, 2**63 - 1)
 answers = st.builds(Answers, round_number=numbers, client_id=numbers, num_examples=counts, answers=tuples)
 pseudo_labels = (
@@ -75,6 +80,12 @@ def size_of_text(text: str) -> int:
     return length + (1 if length < 32 else 2 if length < 1 << 8 else 3 if length < 1 << 16 else 5)
 
 
+def size_of_prompt(prompt: str | tuple[Turn, ...]) -> int:
+    if isinstance(prompt, str):
+        return size_of_text(prompt)
+    return size_of_array([size_of_array([size_of_text(turn.role), size_of_text(turn.content)]) for turn in prompt])
+
+
 def size_of_array(sizes: list[int]) -> int:
     return sum(sizes) + (1 if len(sizes) < 16 else 3)
 
@@ -104,7 +115,7 @@ def test_both_framings_hold_the_same_body(message):
 
 @given(public_prompts)
 def test_size_of_public_prompts(message):
-    assert len(message.encode()) == 30 + size_of_array([size_of_text(text) for text in message.prompts])
+    assert len(message.encode()) == 30 + size_of_array([size_of_prompt(prompt) for prompt in message.prompts])
 
 
 @given(answers)
@@ -280,6 +291,11 @@ def test_a_label_of_no_public_prompt_is_refused():
         (UPDATE, "tensors", "text"),
         (GLOBAL, "round_number", -1),
         (PublicPrompts(prompts=()), "prompts", [1]),
+        (PublicPrompts(prompts=()), "prompts", [[]]),
+        (PublicPrompts(prompts=()), "prompts", [[["assistant", "a"]]]),
+        (PublicPrompts(prompts=()), "prompts", [[["judge", "a"], ["user", "a"]]]),
+        (PublicPrompts(prompts=()), "prompts", [[["user", "a", "b"]]]),
+        (PublicPrompts(prompts=()), "prompts", [[["user", 1]]]),
         (PublicPrompts(prompts=()), "prompts", ["a" * ((1 << 20) + 1)]),
     ],
 )

@@ -32,6 +32,7 @@ from semcons_ray.messages import (
     Message,
     PseudoLabels,
     PublicPrompts,
+    Turn,
 )
 from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.adapter import Adapter
@@ -46,7 +47,7 @@ ADAPTER: Adapter = {
 TENSORS = pack(ADAPTER, "float16")
 TEXTS = ("Paris", "", "eine längere Antwort, " * 9, "日本", "\x00")
 EXAMPLES: dict[type[Message], Message] = {
-    PublicPrompts: PublicPrompts(prompts=TEXTS),
+    PublicPrompts: PublicPrompts(prompts=(*TEXTS, (Turn("system", "s"), Turn("user", "q")))),
     Answers: Answers(round_number=3, client_id=1, num_examples=200, answers=TEXTS),
     PseudoLabels: PseudoLabels(round_number=2, prompt_ids=(0, 2, 3), responses=TEXTS[:3]),
     AdapterUpdate: AdapterUpdate(round_number=3, client_id=0, num_examples=200, tensors=TENSORS),
@@ -167,7 +168,13 @@ def check_right(message: Message) -> None:
         assert type(value) is int
         assert (name == "num_examples") <= value < 2**63
     for name in ("prompts", "answers", "responses"):
-        for text in getattr(message, name, ()):
+        prompts = getattr(message, name, ())
+        conversations = [prompt for prompt in prompts if type(prompt) is tuple] if name == "prompts" else []
+        for turns in conversations:
+            assert turns[-1].role == "user"
+            assert {turn.role for turn in turns} <= {"system", "user", "assistant"}
+        texts = [prompt for prompt in prompts if prompt not in conversations]
+        for text in [*texts, *(turn.content for turns in conversations for turn in turns)]:
             assert type(text) is str
             assert len(text) <= 2**20
             text.encode()

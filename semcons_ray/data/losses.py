@@ -92,6 +92,7 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
 
 NO_PROMPT = Reason(words="with an empty prompt", remedy="mend the prompts of data.source")
 NO_RESPONSE = Reason(words="with an empty response", remedy="mend the responses of data.source")
+TESTED = Reason(words="with a prompt of the test set", remedy="leave out of data.source what data.test_source holds")
 REPEATED = Reason(words="with the prompt of an earlier row", remedy="give each prompt once in data.source")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -19,6 +20,7 @@ def private_shares(
     category: Indices,
     names: Sequence[str],
     *,
+    owners: Sequence[str] = (),
     num_clients: int,
     examples_per_client: int,
     partition: Partition,
@@ -38,11 +40,15 @@ def private_shares(
       no examples.
     - `quantity`: as `iid`, but clients' numbers of examples are in proportion to a draw from Dir(alpha, ..., alpha).
       Each client has at least one example, and the mean is `examples_per_client`.
+    - `natural`: each client gets the next `examples_per_client` of one owner, or as many as that has. Where there are
+      more owners than clients, they are drawn, and more clients add to those that are drawn. Clients are numbered in
+      the order of their owners' names.
 
     Args:
-        order: Shuffled indices to take from; at least `num_clients * examples_per_client`.
+        order: Shuffled indices to take from; at least `num_clients * examples_per_client`, but for `natural`.
         category: Category of every example, as a position in `names`.
         names: Names of the categories, for messages.
+        owners: Owner of every example, "" if it has none; for `natural` only.
         num_clients: Number of clients C.
         examples_per_client: Examples of each client.
         partition: One of the above.
@@ -50,7 +56,8 @@ def private_shares(
         random: Seed of the draws.
 
     Raises:
-        DataError: The partition goes by category but there is only one, or a client's categories hold too few examples.
+        DataError: The partition goes by category but there is only one, a client's categories hold too few examples, or
+            there are fewer owners than clients.
     """
     total = num_clients * examples_per_client
     if partition == "iid":
@@ -59,6 +66,9 @@ def private_shares(
         parts = np.random.default_rng(random).dirichlet(np.full(num_clients, dirichlet_alpha))
         sizes = 1 + _largest_remainder(parts * (total - num_clients))
         return np.split(order[:total], np.cumsum(sizes)[:-1])
+    if partition == "natural":
+        held = np.array([owners[index] for index in order], dtype=object)
+        return [order[held == owner][:examples_per_client] for owner in _drawn_owners(held, num_clients, random)]
     if partition == "dirichlet" or partition == "category":
         keys = category[order]
         present, left = np.unique(keys, return_counts=True)
@@ -78,6 +88,28 @@ def private_shares(
             for start, count in zip(starts, counts, strict=True)
         ]
     assert_never(partition)
+
+
+def _drawn_owners(held: NDArray[np.object_], num_clients: int, random: np.random.SeedSequence) -> list[str]:
+    names = sorted({*held} - {""}, key=_in_order)
+    if not names:
+        raise DataError(
+            "data.partition natural needs to know whose each example is: give data.source a client_id column, name it "
+            "in data.columns as {client_id: author}, or name a file for each client, as clients/*.jsonl"
+        )
+    if len(names) < num_clients:
+        raise DataError(
+            f"clients.num_clients is {num_clients}, and the examples of data.source that are not in the test set are "
+            f"of {len(names)} clients; data.partition natural gives each client the data of one"
+        )
+    drawn = np.random.default_rng(random).permutation(len(names))[:num_clients]
+    return [names[place] for place in sorted(drawn)]
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by size: client 2 before client 10."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
 def _dirichlet_counts(

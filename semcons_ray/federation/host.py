@@ -21,7 +21,7 @@ from semcons_ray.errors import ClientError, MessageError, NotFiniteError, Semcon
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, check_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
-from semcons_ray.messages import PublicPrompts
+from semcons_ray.messages import Prompt, PublicPrompts
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, Place
 from semcons_ray.modeling.engine import Engine
@@ -110,7 +110,7 @@ class HostSpec:
                 seed=self.seed,
             )
             ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus
-            prompts: tuple[str, ...] = ()
+            prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
             duties = Duties(prompts, self.test, self.num_answers, self.training, self.generation, self.seed)

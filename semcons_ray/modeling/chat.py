@@ -11,17 +11,18 @@ Only the tokenizer is needed, so a model's prompts can be checked without its we
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from semcons_ray.config import TEMPLATE_DATE
 from semcons_ray.errors import ConfigError, ModelError, first_line
+from semcons_ray.messages import Prompt, Turn, turns_of
 
-QUESTION, ANSWER = "quaestio", "responsum"
+SYSTEM, QUESTION, ANSWER = "mandatum", "quaestio", "responsum"
 """Words that occur in no template: where they appear in a rendered conversation shows where a template puts texts."""
 
 ANCHORS = ("a", ".", "\n")
@@ -31,19 +32,26 @@ SET_HERE = ("messages", "add_generation_prompt", "strftime_now")
 
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought)>\s*$")
 
+Cut = Literal["", "turns", "prompt", "end"]
+"""What a text loses to `max_length`: nothing, its first turns, its prompt's beginning, or its response's end: the end
+of turn and perhaps words, so that the model is not taught to end there."""
+
 
 @dataclass(frozen=True)
-class CutTexts:
-    """How many texts are cut at `max_length`; none is counted twice.
+class Encoded:
+    """A text as token ids.
 
     Attributes:
-        prompts: Texts of which only the prompt loses tokens, at its beginning.
-        ends: Texts whose response loses its end: the end of turn, and perhaps words. The model is not taught to end
-            there.
+        ids: The ids.
+        learnt: Where its responses with their ends are: for each, the first place and the one after the last.
+        num_bytes: Length of the responses' text as UTF-8, which does not depend on the tokenizer.
+        cut: What it has lost.
     """
 
-    prompts: int
-    ends: int
+    ids: list[int]
+    learnt: tuple[tuple[int, int], ...]
+    num_bytes: int
+    cut: Cut = ""
 
 
 class Style(Protocol):
@@ -59,12 +67,12 @@ class Style(Protocol):
     closing: list[int]
     end: int
 
-    def prompt(self, question: str) -> str:
-        """The text of a question, up to where the answer begins."""
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text of a conversation that ends in a question, up to where the answer begins."""
         ...
 
-    def rest(self, prompt: str, question: str, response: str) -> str:
-        """The text that follows `prompt`, the prompt of this question, if the answer is `response`."""
+    def rest(self, prompt: str, turns: Sequence[Turn], response: str) -> str:
+        """The text that follows `prompt`, the prompt of these turns, if the answer is `response`."""
         ...
 
     def said(self, ids: Sequence[int]) -> str:
@@ -109,16 +117,42 @@ class ChatFormat:
             kwargs = {**(template_kwargs or {}), "strftime_now": datetime.combine(template_date, time()).strftime}
             self._style = _TemplateStyle(tokenizer, name, system_prompt, kwargs)
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """Ids that the model is given to answer a question, cut to `max_length`."""
-        return self._cut(self._ids(self._style.prompt(question)), self._max_length)
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids that the model is given to answer a prompt, cut to `max_length`: first by whole turns."""
+        for turns in _shortened(turns_of(prompt)):
+            ids = self._ids(self._style.prompt(turns))
+            if len(ids) <= self._max_length:
+                return ids
+        return self._shortened_prompt(ids, self._max_length)
 
-    def encode(self, question: str, response: str) -> tuple[list[int], int]:
-        """Ids of a question and its answer, cut to `max_length`, and how many of them are the prompt's."""
-        prompt, answer = self._whole(question, response)
-        answer = answer[: self._max_length // 2]  # an answer that is cut loses its end: it isn't taught to end there
-        prompt = self._cut(prompt, self._max_length - len(answer))
-        return [*prompt, *answer], len(prompt)
+    def parts(self, prompt: Prompt, response: str) -> list[tuple[Prompt, str]]:
+        """The prompts and responses to learn of a conversation: one, which has all its answers, or one for each.
+
+        There is one for each answer where the template writes an answer that has been given otherwise than it asks for
+        one, as many do that leave past thoughts out, or where nothing ends it but the end of the text.
+        """
+        turns = (*turns_of(prompt), Turn("assistant", response))
+        given = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        if len(given) == 1 or self._is_one_text(turns, given):
+            return [(prompt, response)]
+        return [(turns[:place], turns[place].content) for place in given]
+
+    def encode(self, prompt: Prompt, response: str) -> Encoded:
+        """Ids of a part of a conversation (see `parts`), cut to `max_length`: first by whole turns."""
+        lost: Cut = ""
+        for turns in _shortened(turns_of(prompt)):
+            ids, answers = self._whole(turns, response)
+            if len(ids) <= self._max_length:
+                num_bytes = sum(len(text.encode()) for _, _, text in answers)
+                return Encoded(ids, tuple((begin, end) for begin, end, _ in answers), num_bytes, lost)
+            lost = "turns"
+        ((begin, _, text),) = answers
+        answer, lost = ids[begin:], "prompt"
+        if len(answer) > self._max_length // 2:  # it loses its end: it isn't taught to end there
+            answer, lost = answer[: self._max_length // 2], "end"
+            text = self._tokenizer.decode(answer)
+        asked = self._shortened_prompt(ids[:begin], self._max_length - len(answer))
+        return Encoded([*asked, *answer], ((len(asked), len(asked) + len(answer)),), len(text.encode()), lost)
 
     def ends(self, configured: int | Sequence[int] | None) -> list[int]:
         """Ids that end an answer: the end of turn, the end of sequence, and those of the model's generation config.
@@ -130,30 +164,38 @@ class ChatFormat:
         known = {self._style.end, self._tokenizer.eos_token_id, *listed}
         return sorted(known - {None})
 
-    def ends_turn(self, ids: Sequence[int]) -> bool:
-        """Whether the ids of a response that `encode` gave still have their end."""
-        return ids[-1] == self._style.end
-
     def answer(self, ids: Sequence[int]) -> str:
         """The text of an answer that a model has generated, without its end and what the template puts before
         answers."""
         return self._style.said(ids)
 
-    def count_cut(self, examples: Iterable[tuple[str, str]]) -> CutTexts:
-        """How many of these (question, response) pairs `encode` cuts."""
-        half = self._max_length // 2
-        lengths = [(len(prompt), len(answer)) for prompt, answer in (self._whole(*example) for example in examples)]
-        return CutTexts(
-            prompts=sum(answer <= half and prompt + answer > self._max_length for prompt, answer in lengths),
-            ends=sum(answer > half for _, answer in lengths),
-        )
+    def _is_one_text(self, turns: Sequence[Turn], given: Sequence[int]) -> bool:
+        """Whether each answer, as it is learnt, stands in the prompt of the next."""
+        if self._style.closing:
+            return False
+        prompts = [self._style.prompt(turns[:place]) for place in given]
+        wholes = [
+            prompt + self._style.rest(prompt, turns[:place], turns[place].content)
+            for prompt, place in zip(prompts, given, strict=True)
+        ]
+        return all(after.startswith(whole) for whole, after in zip(wholes, prompts[1:], strict=False))
 
-    def _whole(self, question: str, response: str) -> tuple[list[int], list[int]]:
-        """Ids of a prompt, and of the response with its end, before cutting."""
-        text = self._style.prompt(question)
-        prompt = self._ids(text)
-        rest = self._style.rest(text, question, response)
-        return prompt, [*self._following(text, prompt, rest), *self._style.closing]
+    def _whole(self, turns: Sequence[Turn], response: str) -> tuple[list[int], list[tuple[int, int, str]]]:
+        """Ids of a conversation with the answer to it, before cutting; and each of its answers that is learnt: where it
+        begins, where it ends, and its text."""
+        every = (*turns, Turn("assistant", response))
+        given = [place for place, turn in enumerate(every) if turn.role == "assistant"]
+        if len(given) > 1 and not self._is_one_text(every, given):
+            given = given[-1:]
+        ids, text, answers = list[int](), "", list[tuple[int, int, str]]()
+        for place in given:
+            prompt = self._style.prompt(every[:place])
+            ids = [*ids, *self._following(text, ids, prompt[len(text) :])] if ids else self._ids(prompt)
+            rest = self._style.rest(prompt, every[:place], every[place].content)
+            answer = [*self._following(prompt, ids, rest), *self._style.closing]
+            answers.append((len(ids), len(ids) + len(answer), every[place].content))
+            ids, text = [*ids, *answer], prompt + rest
+        return ids, answers
 
     def _following(self, text: str, ids: list[int], rest: str) -> list[int]:
         """Ids of `rest` as they follow `ids`, those of `text`, when both texts are tokenized together."""
@@ -171,7 +213,7 @@ class ChatFormat:
     def _ids(self, text: str) -> list[int]:
         return [*self._style.opening, *_plain_ids(self._tokenizer, text)]
 
-    def _cut(self, prompt: list[int], length: int) -> list[int]:
+    def _shortened_prompt(self, prompt: list[int], length: int) -> list[int]:
         """The last `length` ids of a prompt that is too long; a beginning-of-sequence token is kept."""
         if len(prompt) <= length:
             return prompt
@@ -184,7 +226,7 @@ class _PlainStyle:
 
     def __init__(self, tokenizer: Any, system_prompt: str) -> None:
         self._tokenizer = tokenizer
-        self._before = f"{system_prompt}\n\n" if system_prompt else ""
+        self._system_prompt = system_prompt
         plain, whole = _plain_ids(tokenizer, QUESTION), list(tokenizer(QUESTION)["input_ids"])
         places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
         # What a tokenizer puts before every text belongs to a prompt; what it puts after one would end it.
@@ -192,10 +234,13 @@ class _PlainStyle:
         self.end: int = tokenizer.eos_token_id
         self.closing = [self.end]
 
-    def prompt(self, question: str) -> str:
-        return f"{self._before}Question: {question}\nAnswer:"
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        system, talk = _system_and_talk(turns, self._system_prompt)
+        asked = [f"{'Question' if turn.role == 'user' else 'Answer'}: {turn.content}" for turn in talk]
+        pairs = ["\n".join(asked[place : place + 2]) for place in range(0, len(asked), 2)]
+        return "\n\n".join([*([system] if system else []), *pairs]) + "\nAnswer:"
 
-    def rest(self, prompt: str, question: str, response: str) -> str:
+    def rest(self, prompt: str, turns: Sequence[Turn], response: str) -> str:
         return f" {response}"
 
     def said(self, ids: Sequence[int]) -> str:
@@ -210,10 +255,9 @@ class _TemplateStyle:
         self._name = name
         self._system_prompt = system_prompt
         self._kwargs = kwargs
-        self._has_system_turn = bool(system_prompt)
-        if system_prompt and not self._shows_system_prompt():
-            self._has_system_turn = False
-        prompt, whole = self.prompt(QUESTION), self._conversation(QUESTION, ANSWER)
+        asked = (Turn("user", QUESTION),)
+        self._has_system_turn = self._shows_system_turns()
+        prompt, whole = self.prompt(asked), self._conversation(asked, ANSWER)
         shown = (("question", QUESTION, prompt), ("question", QUESTION, whole), ("answer", ANSWER, whole))
         for kind, word, text in shown:
             if word not in text:
@@ -236,11 +280,11 @@ class _TemplateStyle:
             self._before_end = self._after.partition(mark)[0]
             self._ending = self._before_end + mark
 
-    def prompt(self, question: str) -> str:
-        return self._rendered(self._turns(question), add_generation_prompt=True)
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        return self._rendered(self._messages(turns), add_generation_prompt=True)
 
-    def rest(self, prompt: str, question: str, response: str) -> str:
-        whole = self._conversation(question, response)
+    def rest(self, prompt: str, turns: Sequence[Turn], response: str) -> str:
+        whole = self._conversation(turns, response)
         if whole.startswith(prompt) and whole.endswith(self._after):
             return whole[len(prompt) : len(whole) - len(self._after)] + self._ending
         # The template writes an answer in a conversation otherwise than it asks for one, for example without the empty
@@ -253,21 +297,24 @@ class _TemplateStyle:
         text = str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True)).strip()
         return text.removeprefix(self._lead_text).removesuffix(self._before_end.strip()).strip()
 
-    def _shows_system_prompt(self) -> bool:
-        """Whether the template writes a system turn; some refuse one, and some leave it out."""
+    def _shows_system_turns(self) -> bool:
+        """Whether the template writes system turns; some refuse them, and some leave them out."""
+        turns = [Turn("system", SYSTEM), Turn("user", QUESTION), Turn("assistant", ANSWER)]
         try:
-            return self._system_prompt.strip() in self._conversation(QUESTION, ANSWER)
+            return SYSTEM in self._rendered([turn._asdict() for turn in turns])
         except ModelError:
             return False
 
-    def _turns(self, question: str) -> list[dict[str, str]]:
-        if self._has_system_turn:
-            return [{"role": "system", "content": self._system_prompt}, {"role": "user", "content": question}]
-        before = f"{self._system_prompt}\n\n" if self._system_prompt else ""
-        return [{"role": "user", "content": before + question}]
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
+        system, talk = _system_and_talk(turns, self._system_prompt)
+        if system and self._has_system_turn:
+            talk = [Turn("system", system), *talk]
+        elif system:
+            talk = [Turn("user", f"{system}\n\n{talk[0].content}"), *talk[1:]]
+        return [turn._asdict() for turn in talk]
 
-    def _conversation(self, question: str, response: str) -> str:
-        return self._rendered([*self._turns(question), {"role": "assistant", "content": response}])
+    def _conversation(self, turns: Sequence[Turn], response: str) -> str:
+        return self._rendered([*self._messages(turns), {"role": "assistant", "content": response}])
 
     def _rendered(self, turns: list[dict[str, str]], **options: bool) -> str:
         try:
@@ -331,6 +378,20 @@ def _check_kwargs(kwargs: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> N
             raise ConfigError(
                 f"model.chat_template_kwargs: {key} has no effect: no chat template of {', '.join(tokenizers)} reads it"
             )
+
+
+def _system_and_talk(turns: Sequence[Turn], system_prompt: str) -> tuple[str, list[Turn]]:
+    """The system turn's text, which is `system_prompt` where there is no such turn, and the other turns."""
+    if turns[0].role == "system":
+        return turns[0].content, [*turns[1:]]
+    return system_prompt, [*turns]
+
+
+def _shortened(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, ...]]:
+    """A conversation that ends in a question, and the same without its first question and answer, and so on."""
+    begin = 1 if turns[0].role == "system" else 0
+    for dropped in range(0, len(turns) - begin, 2):
+        yield (*turns[:begin], *turns[begin + dropped :])
 
 
 def _lead(prompt: str, beginning: str) -> str:

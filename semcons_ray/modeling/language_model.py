@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from semcons_ray.config import TEMPLATE_DATE, LoraConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
+from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.chat import ChatFormat
+from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.decoding import Decoding
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
@@ -58,9 +59,9 @@ LENGTH_WINDOW = 8
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the response to learn or score, with its weight in the loss."""
+    """A prompt and the response to learn or score, with its weight in the loss; of a conversation, all responses."""
 
-    prompt: str
+    prompt: Prompt
     response: str
     weight: float = 1.0
 
@@ -101,13 +102,19 @@ class Segment(NamedTuple):
 
     Attributes:
         ids: Its tokens.
-        prompt: How many of them are the prompt's, which is neither learnt nor scored.
-        weight: Weight of the others in the loss.
+        learnt: Where its responses are, which are learnt or scored: for each, the first place and the one after the
+            last.
+        weight: Weight of their tokens in the loss.
     """
 
     ids: list[int]
-    prompt: int
+    learnt: tuple[tuple[int, int], ...] = ()
     weight: float = 1.0
+
+    @property
+    def num_learnt(self) -> int:
+        """How many of its tokens are responses'."""
+        return sum(end - begin for begin, end in self.learnt)
 
 
 class Batch(NamedTuple):
@@ -282,14 +289,14 @@ class LanguageModel:
         """
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
-        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(pairs), training))
-        segments = [Segment(*self._encode(pair), pair.weight) for pair in pairs]
+        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._encoded(pair)]
+        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(segments), training))
         self.load_adapter(adapter)
         loss_sum, learnt, processed = 0.0, 0, 0
         with self._training(training), self._seeded(generator), self._training_attention(), self._beside(frozen):
             for step in _steps([len(segment.ids) for segment in segments], training, generator):
                 chosen = [segments[i] for i in step]
-                responses = sum(len(segment.ids) - segment.prompt for segment in chosen)
+                responses = sum(segment.num_learnt for segment in chosen)
                 loss = self._accumulate(chosen, training.batch_size, masters)
                 with torch.no_grad():
                     loss_sum += self._reduced(loss, masters) * responses
@@ -311,7 +318,7 @@ class LanguageModel:
 
         With several ranks, both are this rank's part, which `_reduced` sums up.
         """
-        total = sum(segment.weight * (len(segment.ids) - segment.prompt) for segment in step)
+        total = sum(segment.weight * segment.num_learnt for segment in step)
         losses = []
         for start in range(0, len(step), batch_size):
             mine, counts = self._share([*range(start, min(start + batch_size, len(step)))])
@@ -331,7 +338,7 @@ class LanguageModel:
     def generate(
         self,
         adapter: Adapter,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         generation: GenerationSettings,
         generator: np.random.Generator,
         *,
@@ -355,7 +362,11 @@ class LanguageModel:
         return self.decode(answers), sum(map(len, written.values()))
 
     def engine_request(
-        self, adapter: Adapter, prompts: Sequence[str], generation: GenerationSettings, generator: np.random.Generator
+        self,
+        adapter: Adapter,
+        prompts: Sequence[Prompt],
+        generation: GenerationSettings,
+        generator: np.random.Generator,
     ) -> EngineRequest:
         """The request with which an engine answers `prompts` as `generate` would; `decode` turns its answers into
         text."""
@@ -383,7 +394,7 @@ class LanguageModel:
 
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
-        batch = self._collate([Segment(text, len(text)) for text in texts], pad_left=True)
+        batch = self._collate([Segment(text) for text in texts], pad_left=True)
         growing = self._decoding.begin(self.model.config, batch.ids, batch.mask)
         rows: list[list[int]] = [[] for _ in texts]
         going = [*range(len(texts))]
@@ -411,25 +422,20 @@ class LanguageModel:
     ) -> Score:
         """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
         self.load_adapter(adapter)
-        segments = [Segment(*self._encode(pair)) for pair in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: (len(segments[i].ids), i))
+        texts = [text for pair in pairs for text in self._encoded(pair)]
+        segments = [Segment(text.ids, text.learnt) for text in texts]
+        order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._beside(frozen):
             for start in range(0, len(order), batch_size):
                 mine, counts = self._share(order[start : start + batch_size])
                 total += counts * self._token_nll(self._collate([segments[i] for i in mine])).double().sum()
-        scored = sum(len(segment.ids) - segment.prompt for segment in segments)
-        texts = zip(pairs, segments, strict=True)
         return Score(
             nll_sum=self._reduced(total, {}),
-            num_tokens=scored,
-            num_bytes=sum(self._scored_bytes(pair.response, text.ids[text.prompt :]) for pair, text in texts),
-            processed_tokens=sum(len(segment.ids) for segment in segments),
+            num_tokens=sum(segment.num_learnt for segment in segments),
+            num_bytes=sum(text.num_bytes for text in texts),
+            processed_tokens=sum(len(text.ids) for text in texts),
         )
-
-    def _scored_bytes(self, response: str, ids: list[int]) -> int:
-        """Length as UTF-8 of a response, or of as much of it as its ids cover if it was cut."""
-        return len((response if self.chat.ends_turn(ids) else self.tokenizer.decode(ids)).encode())
 
     # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
 
@@ -465,22 +471,24 @@ class LanguageModel:
 
     # Tokens -----------------------------------------------------------------------------------------------------
 
-    def _encode(self, pair: Pair) -> tuple[list[int], int]:
-        """See `ChatFormat.encode`."""
-        return self.chat.encode(pair.prompt, pair.response)
+    def _encoded(self, pair: Pair) -> list[Encoded]:
+        """What is learnt or scored of a pair: see `ChatFormat.parts`."""
+        return [self.chat.encode(*part) for part in self.chat.parts(pair.prompt, pair.response)]
 
     def _collate(self, rows: Sequence[Segment], *, pad_left: bool = False) -> Batch:
         """A batch with a row for each text, padded to the longest."""
         longest = max(len(segment.ids) for segment in rows)
         ids = torch.full((len(rows), longest), PADDING)
         mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, IGNORED), torch.zeros(ids.shape)
-        for row, (tokens, prompt, weight) in enumerate(rows):
+        for row, (tokens, learnt, weight) in enumerate(rows):
             begin = longest - len(tokens) if pad_left else 0
             end = begin + len(tokens)
             ids[row, begin:end] = torch.tensor(tokens)
             mask[row, begin:end] = 1
-            labels[row, begin + prompt : end] = ids[row, begin + prompt : end]
-            weights[row, begin + prompt : end] = weight
+            for first, last in learnt:
+                where = slice(begin + first, begin + last)
+                labels[row, where] = ids[row, where]
+                weights[row, where] = weight
         return Batch(*(tensor.to(self.device) for tensor in (ids, mask, labels, weights)))
 
     def _token_nll(self, batch: Batch) -> Tensor:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from semcons_ray.config import AlgorithmConfig, ExperimentConfig
 from semcons_ray.consensus import Election
+from semcons_ray.data.examples import DataSet
 from semcons_ray.data.losses import Reason, Tally
-from semcons_ray.data.sources import load_examples, pin_data
+from semcons_ray.data.sources import is_files, load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
 from semcons_ray.distributed.engines import EnginePlan, RayEngine, plan_engines
@@ -36,7 +39,7 @@ from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.federation.store import mark
-from semcons_ray.messages import PublicPrompts
+from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
@@ -107,9 +110,10 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     """
     models = dict.fromkeys([*config.client_models(), config.server.embedding_model])
     pinned = {name: known.get(name) or pin_model(name) for name in models}
-    data = f"datasets/{config.data.source}"
-    pinned[data] = known.get(data) or pin_data(config.data.source)
-    return {name: pin for name, pin in pinned.items() if pin not in (name, config.data.source)}
+    sources = (config.data.source_at_revision, config.data.test_source, config.prompts.source)
+    for source in filter(None, sources):
+        pinned[f"datasets/{source}"] = known.get(f"datasets/{source}") or pin_data(source)
+    return {name: pin for name, pin in pinned.items() if name.removeprefix("datasets/") != pin}
 
 
 def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
@@ -135,14 +139,47 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
         name = revisions.get(server.embedding_model, server.embedding_model)
         return Embedder(resolve_model(name), batch_size=server.embedding_batch_size).embed(texts)
 
-    pinned = revisions.get(f"datasets/{data.source}", data.source)
-    source = load_examples(pinned, split=data.split, max_response_chars=data.max_response_chars)
-    folder.write_tallies([source.tally])
-    source.tally.check()
+    sources = _load_sources(config, revisions)
+    tallies = [tally for each in sources if each for tally in (each.tally, each.turns) if tally]
+    folder.write_tallies(tallies)
+    for tally in tallies:
+        tally.check()
+    source, test, public = sources
     clients = config.clients.num_clients
-    split = divide(source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed)
+    split = divide(
+        source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed, test=test, public=public
+    )
     write_split(split, folder.data)
     return split
+
+
+def _load_sources(
+    config: ExperimentConfig, revisions: Mapping[str, str]
+) -> tuple[DataSet, DataSet | None, DataSet | None]:
+    """Private data, and test set and public prompts if they come from elsewhere; prompts of the test set are left out
+    of the others."""
+    data, prompts = config.data, config.prompts
+
+    def load(name: str, **options: Any) -> DataSet:
+        pinned = revisions.get(f"datasets/{name}", name)
+        return load_examples(pinned, max_response_chars=data.max_response_chars, **options)
+
+    test = public = None
+    own = {"subset": data.subset, "columns": data.columns}
+    if data.test_source:
+        others = {"subset": data.test_subset, "columns": data.columns, "setting": "data.test_source"}
+        split = data.test_split or ("train" if is_files(data.test_source) else "test")
+        test = load(data.test_source, split=split, **others)
+    elif data.test_split:
+        test = load(data.source_at_revision, split=data.test_split, **own)
+    besides = test.examples if test else ()
+    asked = {"needs_response": config.algorithm.rule == "reference", "besides": besides}
+    if prompts.source:
+        others = {"subset": prompts.subset, "columns": prompts.columns, "setting": "prompts.source"}
+        public = load(prompts.source, split=prompts.split or "train", **asked, **others)
+    elif prompts.split:
+        public = load(data.source_at_revision, split=prompts.split, **asked, **own)
+    return load(data.source_at_revision, split=data.split, besides=besides, **own), test, public
 
 
 def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> dict[str, Path]:
@@ -185,12 +222,13 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
     raised = f"raise model.max_length from {model.max_length}, or use a smaller data.max_response_chars"
     tallies = []
     for name, chat in formats.items():
-        cut = chat.count_cut(texts)
+        cuts = Counter(chat.encode(*part).cut for text in texts for part in chat.parts(*text))
         counts = {
-            Reason(words="whose question loses its beginning", remedy=raised): cut.prompts,
-            Reason(words="whose answer loses its end", remedy=raised): cut.ends,
+            Reason(words="of which the first turns are left out", remedy=raised): cuts["turns"],
+            Reason(words="whose question loses its beginning", remedy=raised): cuts["prompt"],
+            Reason(words="whose answer loses its end", remedy=raised): cuts["end"],
         }
-        tallies.append(Tally.of(f"model {name}", f"{CUT} {model.max_length} tokens", len(texts), counts))
+        tallies.append(Tally.of(f"model {name}", f"{CUT} {model.max_length} tokens", cuts.total(), counts))
     return tuple(tallies)
 
 
@@ -200,7 +238,7 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
     Raises:
         ModelError: One can't; the message says what to change.
     """
-    texts = [text for example in split.examples() for text in (example.prompt, example.response)]
+    texts = [text for example in split.examples() for text in (text_of(example.prompt), example.response)]
     for name, folder in folders.items():
         check_model(
             folder, config.model.model_copy(update={"name": name}), [config.training], [config.generation], texts
@@ -394,7 +432,7 @@ def parts(
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
         election=_election(config.algorithm),
-        prompts=tuple(example.prompt for example in split.public) if config.server.embed != "answer" else (),
+        prompts=tuple(text_of(example.prompt) for example in split.public) if config.server.embed != "answer" else (),
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
     )

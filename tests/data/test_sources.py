@@ -160,7 +160,7 @@ def test_texts_are_stripped_and_unusable_rows_left_out_and_counted(tmp_path):
         "with the prompt of an earlier row": 1,
     }
     assert (source.tally.total, source.tally.lost) == (9, 7)
-    with pytest.raises(DataError, match=r"x\.jsonl: 7 of 9 rows left out .* over half: mend the responses"):
+    with pytest.raises(DataError, match=r"x\.jsonl \(columns .*\): 7 of 9 rows left out .* over half: mend the resp"):
         source.tally.check()
 
 
@@ -274,17 +274,20 @@ def test_files_that_cannot_be_read_are_named_with_the_reason(tmp_path):
     assert "line 3" in message(ragged)
     not_parquet = tmp_path / "not.parquet"
     not_parquet.write_text("prompt,response\n")
-    assert "cannot read data.source" in message(not_parquet)
+    assert "cannot read /" in message(not_parquet)
     empty = tmp_path / "empty.csv"
     empty.touch()
-    assert "cannot read data.source" in message(empty)
-    assert "is neither a folder nor a .jsonl, .csv, .parquet file" in message(tmp_path / "data.txt")
+    assert "cannot read /" in message(empty)
+    assert "is neither a folder nor a .json, .jsonl, .csv, .tsv, .parquet file" in message(tmp_path / "data.txt")
 
 
 def test_missing_columns_and_empty_data_are_named(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("question,response\np,r\n")
-    assert message(path) == f"{path} has no prompt; it has question, response"
+    assert message(path) == (
+        f"{path} is of no known format: it has question, response; say which is which with data.columns, as "
+        "{prompt: question, response: response}"
+    )
     none = write_jsonl(tmp_path / "none.jsonl", [])
     assert message(none) == f"data.source {none} holds no rows"
     path.write_text("prompt,response\n")
@@ -318,11 +321,11 @@ def test_a_folder_is_read_as_the_hub_would(tmp_path, offline):
     folder.mkdir()
     write_jsonl(folder / "validation.jsonl", [{**row, "other": 1} for row in ROWS])
     assert read(folder, split="validation") == [Example(**row) for row in ROWS]
-    assert "data.split nonsense" in message(folder, split="nonsense")
+    assert "split nonsense" in message(folder, split="nonsense")
     other = tmp_path / "other"
     other.mkdir()
     write_jsonl(other / "train.jsonl", [{"question": "q"}])
-    assert message(other) == f"{other}/train.jsonl, line 1 has no prompt; it has question"
+    assert f"{other}/train.jsonl is of no known format: it has question" in message(other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -334,7 +337,7 @@ def test_parts_of_splits_can_be_read(tmp_path, offline, kind):
         "train 2",
         "train 3",
     ]
-    assert "data.split train[1" in message(tmp_path, split="train[1")
+    assert "split train[1" in message(tmp_path, split="train[1")
 
 
 def test_a_folder_of_another_kind_of_file_is_read_by_the_library(tmp_path, offline):
@@ -348,4 +351,4 @@ def test_a_folder_of_another_kind_of_file_is_read_by_the_library(tmp_path, offli
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_line(offline):
     text = message("nobody/no-such-data-set")
-    assert text.startswith("cannot load data.source nobody/no-such-data-set, data.split train: ")
+    assert text.startswith("cannot load data.source nobody/no-such-data-set, split train: ")

@@ -14,6 +14,7 @@ from semcons_ray.data.losses import REPEATED, Tally
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.errors import DataError, RunFolderError
+from semcons_ray.messages import Turn
 
 PARTITIONS = ["iid", "dirichlet", "category", "quantity"]
 SELECTIONS = ["random", "stratified", "k_center"]
@@ -37,15 +38,27 @@ SETTINGS = {
 }
 
 
-def split(examples=EXAMPLES, *, left_out=0, **settings) -> DataSplit:
+def data_set(examples, left_out=0) -> DataSet:
+    tally = Tally.of("data.source x.csv", "rows left out", len(examples) + left_out, {REPEATED: left_out})
+    return DataSet(examples, tally)
+
+
+def split(examples=EXAMPLES, *, left_out=0, test=None, public=None, **settings) -> DataSplit:
     values = {**SETTINGS, **settings}
     data, prompts = (
         kind(**{name: value for name, value in values.items() if name in kind.model_fields})
         for kind in (DataConfig, PromptsConfig)
     )
-    tally = Tally.of("data.source x.csv", "rows left out", len(examples) + left_out, {REPEATED: left_out})
-    source = DataSet(examples, tally)
-    return divide(source, data, prompts, num_clients=values["num_clients"], seed=values["seed"], embed=embed)
+    own = {name: data_set(found) for name, found in (("test", test), ("public", public)) if found}
+    return divide(
+        data_set(examples, left_out),
+        data,
+        prompts,
+        num_clients=values["num_clients"],
+        seed=values["seed"],
+        embed=embed,
+        **own,
+    )
 
 
 def members(one: DataSplit) -> list[Example]:
@@ -122,6 +135,72 @@ def test_the_test_set_has_the_mix_of_the_data_and_stratified_prompts_an_even_one
     assert Counter(example.category for example in split(budget=21).public) == {"a": 7, "b": 7, "c": 7}
 
 
+OTHERS = [Example(f"other {name} {n}", "", name) for name in "de" for n in range(40)]
+
+
+@given(st.sampled_from(PARTITIONS), st.sampled_from(SELECTIONS), st.integers(0, 99))
+def test_public_prompts_of_their_own_leave_all_else_as_it_is(partition, selection, seed):
+    settings = {"partition": partition, "selection": selection, "seed": seed}
+    own = split(public=OTHERS, **settings)
+    assert (own.test, own.private) == (split(**settings).test, split(**settings).private)
+    assert len(set(own.public)) == 20
+    assert set(own.public) <= set(OTHERS)
+    assert own.public[:7] == split(public=OTHERS, budget=7, **settings).public
+
+
+@given(st.sampled_from(PARTITIONS), st.integers(0, 99))
+def test_a_test_set_of_its_own_leaves_all_of_the_source_to_clients_and_prompts(partition, seed):
+    own = split(test=OTHERS, partition=partition, seed=seed, num_test=12)
+    assert Counter(example.category for example in own.test) == {"d": 6, "e": 6}
+    assert own.test[:6] == split(test=OTHERS, partition=partition, seed=seed, num_test=6, budget=1).test
+    every = split(test=OTHERS, num_clients=10, examples_per_client=28, budget=20, partition="iid", seed=seed)
+    assert {*every.public, *(example for share in every.private for example in share)} == set(EXAMPLES)
+
+
+def test_too_little_of_a_source_is_named_with_what_it_is_for():
+    for settings, said in (
+        ({"test": OTHERS, "num_test": 81}, "data.num_test 81 needs 81 examples, and there are 80; "),
+        ({"public": OTHERS, "budget": 81}, "prompts.budget 81 needs 81 examples, and there are 80; "),
+        ({"public": OTHERS, "num_test": 253}, "data.num_test 253 + 3 clients x data.examples_per_client 16 needs 301 "),
+        ({"test": OTHERS, "budget": 253}, "prompts.budget 253 + 3 clients x data.examples_per_client 16 needs 301 "),
+    ):
+        with pytest.raises(DataError) as raised:
+            split(**settings)
+        assert str(raised.value).startswith(said)
+
+
+def owned(sizes):
+    return [Example(f"{owner} {n}", "r", owner=owner) for owner, size in sizes.items() for n in range(size)]
+
+
+def test_natural_shares_are_the_owners_own():
+    examples = [*owned({"ann 10": 30, "ann 9": 20, "bob": 5}), *(Example(f"nobody {n}", "r") for n in range(20))]
+    one = split(examples, partition="natural", num_clients=3, num_test=1, budget=10, examples_per_client=16)
+    held = [{example.owner for example in share} for share in one.private]
+    assert held == [{"ann 9"}, {"ann 10"}, {"bob"}]
+    assert [len(share) for share in one.private][:2] == [16, 16]
+    assert len(one.private[2]) in (4, 5)
+    assert len(set(members(one))) == len(members(one))
+    with pytest.raises(DataError, match=r"clients.num_clients is 4, and the examples .* are of 3 clients"):
+        split(examples, partition="natural", num_clients=4)
+    with pytest.raises(DataError, match=r"prompts.budget is 60, and data.partition natural leaves 38 of 75 examples"):
+        split(examples, partition="natural", num_test=1, budget=60)
+    with pytest.raises(DataError, match="natural needs to know whose each example is"):
+        split(partition="natural")
+
+
+@given(st.integers(1, 9), st.integers(0, 50))
+def test_more_clients_add_to_the_owners_that_were_drawn(num_clients, seed):
+    examples = owned({f"u{n}": 20 for n in range(10)})
+    settings = {"partition": "natural", "seed": seed, "num_test": 5, "budget": 1, "examples_per_client": 8}
+    few, many = (split(examples, num_clients=clients, **settings) for clients in (num_clients, num_clients + 1))
+    owners = [[share[0].owner for share in one.private] for one in (few, many)]
+    assert set(owners[0]) < set(owners[1])
+    assert owners[1] == sorted(owners[1], key=lambda name: int(name[1:]))
+    shares = {share[0].owner: share for share in many.private}
+    assert all(shares[share[0].owner] == share for share in few.private)
+
+
 def test_all_examples_can_be_used():
     one = split(num_clients=10, examples_per_client=20, num_test=50, budget=50)
     assert set(members(one)) == set(EXAMPLES)
@@ -152,15 +231,20 @@ def test_what_is_written_is_read_again(tmp_path, partition):
 
 
 def test_columns_of_the_file(tmp_path):
-    one = DataSplit(((Example("p", "r", "c"),),), (Example("q", "s"),), (Example("t", "ü\n", "c"),))
+    private = Example((Turn("system", "x"), Turn("user", "p")), "r", "c", owner="me")
+    one = DataSplit(((private,),), (Example("q", "s", options=("a", "b")),), (Example("t", "ü\n", "c"),))
     write_split(one, tmp_path / "data.parquet")
     assert pq.read_table(tmp_path / "data.parquet").to_pydict() == {
         "role": ["private", "public", "test"],
         "client_id": [0, -1, -1],
-        "prompt": ["p", "q", "t"],
+        "prompt": ["system: x\nuser: p", "q", "t"],
         "response": ["r", "s", "ü\n"],
         "category": ["c", "", "c"],
+        "turns": [[{"role": "system", "content": "x"}, {"role": "user", "content": "p"}], [], []],
+        "options": [[], ["a", "b"], []],
+        "owner": ["me", "", ""],
     }
+    assert read_split(tmp_path / "data.parquet") == one
 
 
 def test_a_split_that_cannot_be_written_leaves_nothing_behind(tmp_path):

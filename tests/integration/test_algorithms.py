@@ -13,7 +13,7 @@ from semcons_ray.data.split import read_split
 from semcons_ray.errors import ModelError, QuorumError
 from semcons_ray.federation.client import Client
 from semcons_ray.messages import PseudoLabels
-from semcons_ray.modeling.language_model import AdamW, LanguageModel, Pair
+from semcons_ray.modeling.language_model import AdamW, LanguageModel
 from semcons_ray.reporting.html import describe_setting, write_report
 from semcons_ray.reporting.tables import read_run
 from semcons_ray.runs.experiment import run_experiment
@@ -58,7 +58,8 @@ def plain_nll(config: ExperimentConfig, out: Path) -> float:
     model = PeftModel.from_pretrained(base, str(out / "adapters" / "client_000")).eval()
     total, count = 0.0, 0
     for example in read_split(out / "data.parquet").test:
-        ids, prompt = ours._encode(Pair(example.prompt, example.response))
+        text = ours.chat.encode(example.prompt, example.response)
+        ids, [(prompt, _)] = text.ids, text.learnt
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0]
         losses = torch.nn.functional.cross_entropy(logits[prompt - 1 : -1], torch.tensor(ids[prompt:]), reduction="sum")

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from semcons_ray.config import ExperimentConfig, GenerationConfig, LoraConfig, dump_config, load_config
 from semcons_ray.errors import ConfigError, ModelError
-from semcons_ray.modeling.chat import ChatFormat, CutTexts, read_formats
+from semcons_ray.messages import Turn
+from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import CHATML, locate, resolve_model
 from tests.tiny import train_tokenizer, write_model
@@ -110,6 +111,13 @@ def chat(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> ChatFormat:
     return ChatFormat(tokenizer, name="m", **{"max_length": 400, **settings})
 
 
+def parted(encoded: Encoded) -> tuple[list[int], int]:
+    """Ids of a text with one response, which is its end, and the length of its prompt."""
+    [(begin, end)] = encoded.learnt
+    assert end == len(encoded.ids)
+    return encoded.ids, begin
+
+
 def own_ids(tokenizer: PreTrainedTokenizerFast, *turns: tuple[str, str], **options: Any) -> list[int]:
     """What the family's own flow gives, on the day that our runs have."""
     conversation = [{"role": role, "content": content} for role, content in turns]
@@ -127,7 +135,7 @@ def test_ids_are_those_of_the_family_s_own_flow_up_to_the_end_of_the_turn(name: 
     ours = chat(tokenizer, template_kwargs=family.kwargs)
     prompt = own_ids(tokenizer, ("user", QUESTION), add_generation_prompt=True, **family.kwargs)
     assert ours.prompt_ids(QUESTION) == prompt
-    ids, length = ours.encode(QUESTION, ANSWER)
+    ids, length = parted(ours.encode(QUESTION, ANSWER))
     whole = own_ids(tokenizer, ("user", QUESTION), ("assistant", ANSWER), **family.kwargs)
     end = tokenizer.convert_tokens_to_ids(family.end)
     assert ids == whole[: len(ids)]
@@ -136,14 +144,13 @@ def test_ids_are_those_of_the_family_s_own_flow_up_to_the_end_of_the_turn(name: 
     assert whole[len(ids) :].count(end) == 0
     assert ours.ends(None) == sorted({end, tokenizer.eos_token_id})
     assert ours.ends([7, end]) == sorted({7, end, tokenizer.eos_token_id})
-    assert ours.ends_turn(ids)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_answer_learnt_is_read_back_as_it_was(name: str) -> None:
     tokenizer = FAMILIES[name].tokenizer()
     ours = chat(tokenizer, template_kwargs=FAMILIES[name].kwargs)
-    ids, length = ours.encode(QUESTION, ANSWER)
+    ids, length = parted(ours.encode(QUESTION, ANSWER))
     assert ours.answer(ids[length:-1]) == ANSWER
 
 
@@ -175,20 +182,20 @@ def test_an_answer_is_learnt_behind_the_prompt_though_the_template_writes_it_els
     )
     tokenizer = Family(template, QWEN3.marks, end="<|im_end|>").tokenizer()
     ours = chat(tokenizer)
-    ids, length = ours.encode(QUESTION, ANSWER)
+    ids, length = parted(ours.encode(QUESTION, ANSWER))
     assert ids[:length] == ours.prompt_ids(QUESTION)
     assert tokenizer.decode(ids[:length]).endswith(f"<|im_start|>assistant\n{asked}")
     assert tokenizer.decode(ids[length:]) == f"{learnt}<|im_end|>"
     assert ours.answer(ids[length:-1]) == ANSWER
     trimming = template.replace("['content'] }}", "['content'] | trim }}")
     trims = Family(trimming, QWEN3.marks, end="<|im_end|>").tokenizer()
-    assert chat(trims).encode(QUESTION, " it is 3\n") == (ids, length)
+    assert parted(chat(trims).encode(QUESTION, " it is 3\n")) == (ids, length)
 
 
 def test_a_template_may_do_nothing_where_an_answer_begins() -> None:
     template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     tokenizer = Family(template, PHI.marks, end="<|end|>").tokenizer()
-    ids, length = chat(tokenizer).encode(QUESTION, ANSWER)
+    ids, length = parted(chat(tokenizer).encode(QUESTION, ANSWER))
     assert tokenizer.decode(ids[length:]) == "<|assistant|>it is 3<|end|>"
     assert chat(tokenizer).answer(ids[length:-1]) == ANSWER
 
@@ -196,7 +203,7 @@ def test_a_template_may_do_nothing_where_an_answer_begins() -> None:
 def test_a_turn_without_a_mark_at_its_end_ends_with_the_sequence() -> None:
     template = "{% for m in messages %}### {{ m['role'] }}\n{{ m['content'] }}\n\n{% endfor %}### assistant:"
     tokenizer = Family(template, ("</s>",), end="</s>").tokenizer()
-    ids, length = chat(tokenizer).encode(QUESTION, ANSWER)
+    ids, length = parted(chat(tokenizer).encode(QUESTION, ANSWER))
     assert tokenizer.decode(ids[:length]) == "### user\nadd one and two\n\n### assistant:"
     assert tokenizer.decode(ids[length:]) == "it is 3</s>"
     assert chat(tokenizer).ends(None) == [tokenizer.eos_token_id]
@@ -205,7 +212,7 @@ def test_a_turn_without_a_mark_at_its_end_ends_with_the_sequence() -> None:
 def test_a_blank_that_is_a_token_of_its_own_ends_nothing() -> None:
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n\n<|im_end|>{% endfor %}"
     tokenizer = Family(template, ("<|im_start|>", "<|im_end|>", "\n\n"), end="<|im_end|>").tokenizer()
-    ids, _ = chat(tokenizer).encode(QUESTION, ANSWER)
+    ids, _ = parted(chat(tokenizer).encode(QUESTION, ANSWER))
     assert tokenizer.decode(ids).endswith("it is 3\n\n<|im_end|>")
 
 
@@ -215,7 +222,7 @@ def test_a_system_prompt_goes_before_the_question_where_there_is_no_system_turn(
     ours = chat(tokenizer, system_prompt="Be brief.")
     both = "Be brief.\n\nadd one and two"
     assert ours.prompt_ids(QUESTION) == own_ids(tokenizer, ("user", both), add_generation_prompt=True)
-    ids, _ = ours.encode(QUESTION, ANSWER)
+    ids, _ = parted(ours.encode(QUESTION, ANSWER))
     assert ids == own_ids(tokenizer, ("user", both), ("assistant", ANSWER))[: len(ids)]
 
 
@@ -238,7 +245,7 @@ def test_the_date_is_the_same_on_any_day_and_can_be_set() -> None:
         assert "26 Jul 2024" in tokenizer.decode(chat(tokenizer).prompt_ids(QUESTION))
         other = chat(tokenizer, template_date=date(2031, 2, 3))
         assert "03 Feb 2031" in tokenizer.decode(other.prompt_ids(QUESTION))
-        assert "03 Feb 2031" in tokenizer.decode(other.encode(QUESTION, ANSWER)[0])
+        assert "03 Feb 2031" in tokenizer.decode(other.encode(QUESTION, ANSWER).ids)
     tokenizer = LLAMA3.tokenizer()
     given = chat(tokenizer, template_kwargs={"date_string": "a Sunday"})
     assert "Today Date: a Sunday" in tokenizer.decode(given.prompt_ids(QUESTION))
@@ -303,7 +310,7 @@ def test_a_base_model_reads_and_learns_one_text_that_nothing_ends_but_its_end(fr
     prompt = [*opening, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     whole = [*opening, *tokenizer(f"{text} it is three", add_special_tokens=False)["input_ids"], 2]
     assert chat(tokenizer).prompt_ids(QUESTION) == prompt
-    assert chat(tokenizer).encode(QUESTION, "it is three") == (whole, len(prompt))
+    assert parted(chat(tokenizer).encode(QUESTION, "it is three")) == (whole, len(prompt))
 
 
 def test_a_token_over_the_boundary_is_taken_apart_into_the_same_text() -> None:
@@ -312,10 +319,90 @@ def test_a_token_over_the_boundary_is_taken_apart_into_the_same_text() -> None:
     together = tokenizer("\nAnswer: it", add_special_tokens=False)["input_ids"]
     assert together[-1] not in tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"]
     ours = chat(tokenizer)
-    ids, length = ours.encode(QUESTION, "it is three")
+    ids, length = parted(ours.encode(QUESTION, "it is three"))
     assert ids[:length] == ours.prompt_ids(QUESTION)
     assert tokenizer.decode(ids[:-1]) == "Question: add one and two\nAnswer: it is three"
     assert "".join(tokenizer.convert_ids_to_tokens(ids[length:])) == "▁it▁is▁three</s>"
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+TURNS = (("user", "add one"), ("assistant", "it is 2"), ("user", QUESTION), ("assistant", ANSWER))
+IN_ONE_TEXT = ("ChatML", "Llama 3", "Gemma", "Phi", "Mistral")
+
+
+def asked(*turns: tuple[str, str]) -> tuple[Turn, ...]:
+    return tuple(Turn(role, content) for role, content in turns)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spaces", ["bytes", "prepended"])
+@pytest.mark.parametrize("system", [(), (("system", "Be brief."),)])
+@pytest.mark.parametrize("name", IN_ONE_TEXT)
+def test_a_conversation_is_one_text_in_which_every_answer_is_learnt(
+    name: str, system: tuple[tuple[str, str], ...], spaces: str
+) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer(spaces=spaces)
+    ours, prompt = chat(tokenizer), asked(*system, *TURNS[:-1])
+    assert ours.parts(prompt, ANSWER) == [(prompt, ANSWER)]
+    encoded = ours.encode(prompt, ANSWER)
+    if system and name == "Gemma":  # which has no system turns: it goes before the first question
+        (_, first), *others = TURNS
+        own = (("user", f"Be brief.\n\n{first}"), *others)
+    else:
+        own = (*system, *TURNS)
+    assert encoded.ids == own_ids(tokenizer, *own)[: len(encoded.ids)]
+    assert ours.prompt_ids(prompt) == own_ids(tokenizer, *own[:-1], add_generation_prompt=True)
+    end = tokenizer.convert_tokens_to_ids(family.end)
+    learnt = [encoded.ids[begin:stop] for begin, stop in encoded.learnt]
+    assert [ids[-1] for ids in learnt] == [end, end]
+    assert [ours.answer(ids[:-1]) for ids in learnt] == ["it is 2", ANSWER]
+    assert encoded.learnt[-1][1] == len(encoded.ids)
+    assert (encoded.num_bytes, encoded.cut) == (len("it is 2") + len(ANSWER), "")
+    begin = encoded.learnt[0][0]
+    assert encoded.ids[:begin] == own_ids(tokenizer, *own[: len(own) - 3], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in IN_ONE_TEXT])
+def test_where_a_given_answer_is_written_otherwise_each_is_learnt_behind_its_own_prompt(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.tokenizer()
+    ours, prompt = chat(tokenizer, template_kwargs=family.kwargs), asked(*TURNS[:-1])
+    parts = ours.parts(prompt, ANSWER)
+    assert parts == [(prompt[:1], "it is 2"), (prompt, ANSWER)]
+    for part, turns in zip(parts, (TURNS[:1], TURNS[:3]), strict=True):
+        ids, length = parted(ours.encode(*part))
+        assert ids[:length] == own_ids(tokenizer, *turns, add_generation_prompt=True, **family.kwargs)
+        assert ours.answer(ids[length:-1]) == part[1]
+
+
+def test_a_base_model_reads_a_conversation_as_questions_and_answers() -> None:
+    tokenizer = train_tokenizer()
+    ours, prompt = chat(tokenizer, system_prompt="Be kind."), asked(("system", "Be brief."), *TURNS[:-1])
+    parts = ours.parts(prompt, ANSWER)
+    assert [tokenizer.decode(ours.encode(*part).ids[:-1]) for part in parts] == [
+        "Be brief.\n\nQuestion: add one\nAnswer: it is 2",
+        "Be brief.\n\nQuestion: add one\nAnswer: it is 2\n\nQuestion: add one and two\nAnswer: it is 3",
+    ]
+    assert tokenizer.decode(ours.prompt_ids(prompt[1:])).startswith("Be kind.\n\nQuestion: add one\nAnswer: it is 2\n")
+
+
+def test_a_conversation_is_cut_by_whole_turns() -> None:
+    tokenizer = CHAT.tokenizer()
+    turns = asked(("system", "Be brief."), *TURNS[:2], *TURNS[:3])
+    lengths = [len(chat(tokenizer).encode((turns[0], *turns[1 + 2 * n :]), ANSWER).ids) for n in range(3)]
+    for lost in range(3):
+        kept = (turns[0], *turns[1 + 2 * lost :])
+        ours = chat(tokenizer, max_length=lengths[lost])
+        encoded = ours.encode(turns, ANSWER)
+        assert encoded.ids == chat(tokenizer).encode(kept, ANSWER).ids
+        assert encoded.cut == ("turns" if lost else "")
+        assert encoded.num_bytes == (2 - lost) * len("it is 2") + len(ANSWER)
+    assert chat(tokenizer, max_length=lengths[2] - 1).encode(turns, ANSWER).cut == "prompt"
+    prompts = [chat(tokenizer).prompt_ids((turns[0], *turns[1 + 2 * n :])) for n in range(3)]
+    for lost in range(3):
+        assert chat(tokenizer, max_length=len(prompts[lost])).prompt_ids(turns) == prompts[lost]
+    assert chat(tokenizer, max_length=len(prompts[2]) - 1).prompt_ids(turns) == prompts[2][1:]
 
 
 # Cut texts ------------------------------------------------------------------------------------------------------------
@@ -333,19 +420,20 @@ def test_cut_texts_are_counted() -> None:
     lengths = [(50, 2), (61, 2), (62, 2), (32, 31), (33, 31), (32, 32), (32, 33), (33, 33)]
     examples = [of(*length) for length in lengths]
     for (asked, answered), example in zip(lengths, examples, strict=True):
-        ids, prompt = chat(tokenizer).encode(*example)
+        ids, prompt = parted(chat(tokenizer).encode(*example))
         assert (prompt, len(ids) - prompt) == (asked, answered + 1)
-    assert [ours.count_cut([example]) for example in examples] == [
-        CutTexts(0, 0), CutTexts(0, 0), CutTexts(1, 0), CutTexts(0, 0),
-        CutTexts(1, 0), CutTexts(0, 1), CutTexts(0, 1), CutTexts(0, 1),
-    ]  # fmt: skip
-    assert ours.count_cut(examples) == CutTexts(2, 3)
-    for example in examples:
-        ids, prompt = ours.encode(*example)
-        cut = ours.count_cut([example])
-        assert ours.ends_turn(ids[prompt:]) == (cut.ends == 0)
-        if not cut.ends:
-            assert (ids[:prompt] == chat(tokenizer).encode(*example)[0][:prompt]) == (cut.prompts == 0)
+    cuts = [ours.encode(*example).cut for example in examples]
+    assert cuts == ["", "", "prompt", "", "prompt", "end", "end", "end"]
+    end = tokenizer.eos_token_id
+    for example, cut in zip(examples, cuts, strict=True):
+        ids, prompt = parted(ours.encode(*example))
+        assert len(ids) <= 64
+        assert (ids[-1] == end) == (cut != "end")
+        if cut != "end":
+            assert (ids[:prompt] == chat(tokenizer).encode(*example).ids[:prompt]) == (cut != "prompt")
+            assert ours.encode(*example).num_bytes == len(example[1])
+        else:
+            assert ours.encode(*example).num_bytes == len(tokenizer.decode(ids[prompt:]))
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -403,7 +491,7 @@ def test_ids_of_a_packaged_model_are_those_of_its_own_flow(key: str) -> None:
     except ModelError as error:
         pytest.skip(str(error))
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(f"packaged:{key}"))
-    ids, length = chat(tokenizer).encode("What is the capital of France?", "Paris, of course.")
+    ids, length = parted(chat(tokenizer).encode("What is the capital of France?", "Paris, of course."))
     if tokenizer.chat_template is None:
         text = "Question: What is the capital of France?\nAnswer: Paris, of course."
         assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

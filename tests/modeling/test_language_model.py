@@ -7,13 +7,15 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
+from semcons_ray.messages import Turn
 from semcons_ray.modeling import language_model
 from semcons_ray.modeling.language_model import AdamW, LanguageModel, Pair, _chosen
-from tests.tiny import write_model
+from semcons_ray.modeling.packaged import CHATML
+from tests.tiny import train_tokenizer, write_model
 
 PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
 GREEDY = GenerationConfig(max_new_tokens=8, temperature=0.0, batch_size=2)
@@ -281,7 +283,8 @@ def test_a_cut_prompt_keeps_the_token_that_begins_every_text(tmp_path: Path) -> 
     response = [*model.tokenizer(" it is 3", add_special_tokens=False)["input_ids"], model.tokenizer.eos_token_id]
     assert load(tmp_path, max_length=400).chat.prompt_ids(prompt) == [1, *plain]
     room = 16 - len(response) - 1
-    assert model._encode(Pair(prompt, "it is 3")) == ([1, *plain[-room:], *response], 1 + room)
+    text = model.chat.encode(prompt, "it is 3")
+    assert (text.ids, text.learnt) == ([1, *plain[-room:], *response], ((1 + room, 16),))
     assert ids_generated_from(model, prompt) == [1, *plain[-15:]]
 
 
@@ -291,16 +294,17 @@ def test_a_cut_prompt_without_such_a_token_is_its_end(tmp_path: Path) -> None:
     plain = model.tokenizer(f"Question: {prompt}\nAnswer:")["input_ids"]
     response = [*model.tokenizer(" it is 3")["input_ids"], model.tokenizer.eos_token_id]
     room = 16 - len(response)
-    assert model._encode(Pair(prompt, "it is 3")) == ([*plain[-room:], *response], room)
+    text = model.chat.encode(prompt, "it is 3")
+    assert (text.ids, text.learnt) == ([*plain[-room:], *response], ((room, 16),))
     assert ids_generated_from(model, prompt) == plain[-16:]
 
 
 def test_a_prompt_that_fits_to_the_last_token_is_left_as_it_is(tmp_path: Path) -> None:
     chat = load(write_model_with_bos(tmp_path)).chat
-    assert chat._cut([1, 7, 8, 9], 4) == [1, 7, 8, 9]
-    assert chat._cut([1, 7, 8, 9], 3) == [1, 8, 9]
-    assert chat._cut([1, 7, 8, 9], 1) == [1]
-    assert chat._cut([7, 8, 9, 1], 3) == [8, 9, 1]
+    assert chat._shortened_prompt([1, 7, 8, 9], 4) == [1, 7, 8, 9]
+    assert chat._shortened_prompt([1, 7, 8, 9], 3) == [1, 8, 9]
+    assert chat._shortened_prompt([1, 7, 8, 9], 1) == [1]
+    assert chat._shortened_prompt([7, 8, 9, 1], 3) == [8, 9, 1]
 
 
 def test_losses_a_few_rows_at_a_time_have_the_bits_of_all_at_once(
@@ -350,3 +354,57 @@ def test_an_output_embedding_that_is_tied_is_not_missing(tmp_path: Path) -> None
     file = write_model(tmp_path, "llama", tie_word_embeddings=True) / "model.safetensors"
     assert "lm_head.weight" not in load_file(file)
     load(tmp_path)
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+def chatml() -> PreTrainedTokenizerFast:
+    return train_tokenizer(("<pad>", "<|im_start|>", "<|im_end|>"), eos="<|im_end|>", template=CHATML)
+
+
+TURNS = (Turn("user", "add one"), Turn("assistant", "it is 2"), Turn("user", "add one and two"))
+
+
+def test_the_loss_of_a_conversation_is_over_all_its_answers_and_nothing_else(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, tokenizer=chatml()), max_length=200)
+    begin, end = "<|im_start|>", "<|im_end|>"
+    pieces = [
+        (f"{begin}user\nadd one{end}\n{begin}assistant\n", False),
+        (f"it is 2{end}", True),
+        (f"\n{begin}user\nadd one and two{end}\n{begin}assistant\n", False),
+        (f"it is 3{end}", True),
+    ]
+    tokens = [(token, learnt) for piece, learnt in pieces for token in model.tokenizer(piece)["input_ids"]]
+    ids = torch.tensor([[token for token, _ in tokens]])
+    assert ids[0].tolist() == model.tokenizer("".join(piece for piece, _ in pieces))["input_ids"]
+    labels = torch.tensor([[token if learnt else -100 for token, learnt in tokens]])
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    score = model.negative_log_likelihood(model.fresh_adapter(), [Pair(TURNS, "it is 3")], 1)
+    assert score.num_tokens == int((labels >= 0).sum())
+    assert score.num_bytes == len("it is 2it is 3")
+    assert score.processed_tokens == len(tokens)
+    loss = plain(input_ids=ids, labels=labels).loss.detach()
+    assert score.nll_sum / score.num_tokens == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_where_no_text_holds_all_answers_each_is_scored_by_itself(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, "gemma3"), max_length=200)
+    assert model.tokenizer.chat_template is None
+    adapter, asked = model.fresh_adapter(), "add one and two"
+    alone = model.negative_log_likelihood(adapter, [Pair("add one", "it is 2")], 2)
+    behind = Pair(f"add one\nAnswer: it is 2\n\nQuestion: {asked}", "it is 3")  # as base models read a conversation
+    last = model.negative_log_likelihood(adapter, [behind], 2)
+    whole = model.negative_log_likelihood(adapter, [Pair(TURNS, "it is 3")], 2)
+    assert whole.nll_sum == pytest.approx(alone.nll_sum + last.nll_sum, rel=1e-5)
+    assert whole[1:] == tuple(one + other for one, other in zip(alone[1:], last[1:], strict=True))
+
+
+def test_a_conversation_is_trained_on_and_answered(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, tokenizer=chatml()), max_length=200)
+    adapter = model.fresh_adapter()
+    before = model.negative_log_likelihood(adapter, [Pair(TURNS, "it is 3")], 1)
+    training = TrainingConfig(learning_rate=2e-2, local_steps=20, batch_size=1)
+    result = model.fine_tune(adapter, [Pair(TURNS, "it is 3")], training, rng())
+    assert model.negative_log_likelihood(adapter, [Pair(TURNS, "it is 3")], 1).nll_sum < 0.95 * before.nll_sum
+    assert result.tokens == 20 * before.processed_tokens
+    assert model.generate(adapter, [TURNS], GenerationConfig(temperature=0.0), rng())[0] == ["it is 3"]

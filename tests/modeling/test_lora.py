@@ -155,7 +155,8 @@ def test_an_adapter_on_the_output_embedding_learns_and_leaves_the_input_embeddin
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
     total = 0.0
     for pair in pairs:
-        ids, prompt = model.chat.encode(pair.prompt, pair.response)
+        text = model.chat.encode(pair.prompt, pair.response)
+        ids, [(prompt, _)] = text.ids, text.learnt
         labels = torch.tensor([[-100] * prompt + ids[prompt:]])
         with torch.no_grad():
             total += plain(input_ids=torch.tensor([ids]), labels=labels).loss.item() * (len(ids) - prompt)

@@ -178,7 +178,8 @@ def test_a_converted_model_is_tied_and_begins_and_ends_as_it_should(tmp_path: Pa
         loaded.model.get_output_embeddings().weight.data_ptr() == loaded.model.get_input_embeddings().weight.data_ptr()
     )
     assert loaded.ends == [0, 2]
-    ids, prompt = loaded._encode(Pair("Who?", "Lo"))
+    text = loaded.chat.encode("Who?", "Lo")
+    ids, [(prompt, _)] = text.ids, text.learnt
     assert (ids.count(1), ids[0], ids[-1]) == (1, 1, 0)
     assert loaded.tokenizer.decode(ids[1:prompt]) == "Question: Who?\nAnswer:"
 

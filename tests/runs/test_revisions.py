@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 from huggingface_hub import constants
 
@@ -17,26 +16,11 @@ from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.runs.assembly import pin_revisions
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.run_folder import RunFolder
-from tests.hub import Hub, serving
+from tests.hub import Hub
 from tests.invariants.runs import Silent, assert_same_run
 from tests.tiny import examples, write_model
 
 MakeConfig = Callable[..., ExperimentConfig]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        yield hub
 
 
 @pytest.fixture

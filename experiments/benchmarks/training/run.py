@@ -49,7 +49,8 @@ def main() -> None:
         our_rate = tokens / (time.perf_counter() - began)
 
         began = time.perf_counter()
-        encoded = sorted((Segment(*ours._encode(pair)) for pair in pairs), key=lambda segment: len(segment.ids))
+        texts = [ours.chat.encode(pair.prompt, pair.response) for pair in pairs]
+        encoded = sorted((Segment(text.ids, text.learnt) for text in texts), key=lambda segment: len(segment.ids))
         plain.train()
         for start in range(0, len(encoded), BATCH_SIZE):
             batch = encoded[start : start + BATCH_SIZE]
