@@ -94,11 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
         begin = int(re.findall(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[0])
         if begin:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        if self.command == "GET" and self.hub.cuts.get(file, 0) > 0:
+        cut = self.command == "GET" and self.hub.cuts.get(file, 0) > 0
+        if cut:
             self.hub.cuts[file] -= 1
-            self._send(206 if begin else 200, content[begin:], headers, cut=True)
-        else:
-            self._send(206 if begin else 200, content[begin:], headers)
+        self._send(206 if begin else 200, content[begin:], headers, cut=cut)
 
     def _described(
         self, name: str, what: str | None, sha: str, files: Files, body: bytes, below: str, deep: bool

@@ -202,8 +202,8 @@ class Format:
         column = self.columns.get(part)
         if column is None:
             return ""
-        if column not in row.cells and part in ("prompt", "response"):
-            raise DataError(f"{row.where} has no {column}; it has {', '.join(row.cells) or 'nothing'}")
+        if part in ("prompt", "response"):
+            _check_there(row, column)
         return as_text(row, column, row.cells.get(column))
 
 
@@ -290,12 +290,15 @@ def as_text(row: Row, column: str, value: Any) -> str:
     return value.strip()
 
 
-def _messages(row: Row, column: str) -> list[Turn]:
+def _check_there(row: Row, column: str) -> None:
     if column not in row.cells:
         raise DataError(f"{row.where} has no {column}; it has {', '.join(row.cells) or 'nothing'}")
-    value = _list(row, column, row.cells[column])
+
+
+def _messages(row: Row, column: str) -> list[Turn]:
+    _check_there(row, column)
     turns = []
-    for message in value:
+    for message in _list(row, column, row.cells[column]):
         if not _is_message(message):
             raise DataError(f"{row.where}: {column} holds {message!r:.40}, not a message with role and content")
         said = str(message.get("role", message.get("from"))).lower()

@@ -101,8 +101,10 @@ def load_examples(
     part = "" if split == "train" else f", split {split}"
     name = f"{setting} {source}{part}" + (f" ({' and '.join(formats)})" if formats else "")
     tally = Tally.of(name, "rows left out", total, left_out)
+    if not dropped:
+        return DataSet(kept, tally)
     num_turns = sum(len(turns_of(example.prompt)) + 1 for example in kept) + dropped.total()
-    return DataSet(kept, tally, Tally.of(name, "turns left out", num_turns, dropped) if dropped else None)
+    return DataSet(kept, tally, Tally.of(name, "turns left out", num_turns, dropped))
 
 
 def is_files(source: str) -> bool:
@@ -228,9 +230,8 @@ def _hub_tables(source: str, split: str, subset: str | None, wanted: Collection[
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
-    files_of = _hub_files(name, subset, revision or None)
-    found = {part: files for part, files in files_of.items() if part in split}
-    if not found or not all(kind_of(file) for files in found.values() for file in files):
+    found = _readable(_hub_files(name, subset, revision or None), split)
+    if not found:
         data = load_dataset(name, subset, split=split, revision=revision or None)
         return iter([_data_set_table(source, data, wanted)])
     patterns = [glob.escape(file) for files in found.values() for file in files]
@@ -251,8 +252,7 @@ def _hub_files(name: str, subset: str | None, revision: str | None) -> dict[str,
             raise
         return dict(json.loads(note.read_bytes()))
     base = f"{builder.base_path}/"
-    data_files = builder.config.data_files or {}
-    files = {str(part): [file.removeprefix(base) for file in files] for part, files in data_files.items()}
+    files = {part: [file.removeprefix(base) for file in paths] for part, paths in _files_of(builder).items()}
     note.parent.mkdir(parents=True, exist_ok=True)
     beside = note.with_name(f".{note.name}.{os.getpid()}")
     beside.write_text(json.dumps(files), encoding="utf-8")
@@ -265,12 +265,21 @@ def _folder_tables(
 ) -> Iterator[Table]:
     from datasets import load_dataset, load_dataset_builder
 
-    builder = load_dataset_builder(str(folder), subset)
-    files_of = {str(part): list(files) for part, files in (builder.config.data_files or {}).items()}
-    found = {part: files for part, files in files_of.items() if part in split}
-    if found and all(kind_of(file) for files in found.values() for file in files):
+    found = _readable(_files_of(load_dataset_builder(str(folder), subset)), split)
+    if found:
         return _file_tables(found, split, wanted)
     return iter([_data_set_table(source, load_dataset(str(folder), subset, split=split), wanted)])
+
+
+def _files_of(builder: Any) -> dict[str, list[str]]:
+    """The files of each split that a builder of `datasets` has found."""
+    return {str(part): list(files) for part, files in (builder.config.data_files or {}).items()}
+
+
+def _readable(files_of: Mapping[str, list[str]], split: str) -> dict[str, list[str]]:
+    """The files of the splits that `split` names; none if some of them are of a kind that is not read here."""
+    found = {part: files for part, files in files_of.items() if part in split}
+    return found if all(kind_of(file) for files in found.values() for file in files) else {}
 
 
 def _file_tables(files: Mapping[str, Sequence[str]], split: str, wanted: Collection[str]) -> Iterator[Table]:

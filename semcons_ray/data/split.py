@@ -99,8 +99,10 @@ def divide(
     if data.partition == "natural":  # of which each owner has as many as it has
         shares = {}
     _check_enough(source, ({} if public else budget) | ({} if test else held_out) | shares)
-    _check_enough(test or source, held_out)
-    _check_enough(public or source, budget)
+    if test:
+        _check_enough(test, held_out)
+    if public:
+        _check_enough(public, budget)
     examples = _Coded.of(source.examples)
     order = _shuffled(examples, seed, _SHUFFLE)
     if test is None:

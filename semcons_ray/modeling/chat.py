@@ -10,6 +10,7 @@ Only the tokenizer is needed, so a model's prompts can be checked without its we
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,11 +132,13 @@ class ChatFormat:
         There is one for each answer where the template writes an answer that has been given otherwise than it asks for
         one, as many do that leave past thoughts out, or where nothing ends it but the end of the text.
         """
-        turns = (*turns_of(prompt), Turn("assistant", response))
-        given = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
-        if len(given) == 1 or self._is_one_text(turns, given):
+        if isinstance(prompt, str):
             return [(prompt, response)]
-        return [(turns[:place], turns[place].content) for place in given]
+        turns = (*prompt, Turn("assistant", response))
+        pieces = self._pieces(turns)
+        if self._is_one_text(pieces):
+            return [(prompt, response)]
+        return [(turns[:place], turns[place].content) for place, _, _ in pieces]
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Ids of a part of a conversation (see `parts`), cut to `max_length`: first by whole turns."""
@@ -169,29 +172,32 @@ class ChatFormat:
         answers."""
         return self._style.said(ids)
 
-    def _is_one_text(self, turns: Sequence[Turn], given: Sequence[int]) -> bool:
+    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[int, str, str]]:
+        """For each answer of a conversation its place, its prompt, and the text that follows it there."""
+        pieces = []
+        for place, turn in enumerate(turns):
+            if turn.role == "assistant":
+                prompt = self._style.prompt(turns[:place])
+                pieces.append((place, prompt, self._style.rest(prompt, turns[:place], turn.content)))
+        return pieces
+
+    def _is_one_text(self, pieces: Sequence[tuple[int, str, str]]) -> bool:
         """Whether each answer, as it is learnt, stands in the prompt of the next."""
-        if self._style.closing:
-            return False
-        prompts = [self._style.prompt(turns[:place]) for place in given]
-        wholes = [
-            prompt + self._style.rest(prompt, turns[:place], turns[place].content)
-            for prompt, place in zip(prompts, given, strict=True)
-        ]
-        return all(after.startswith(whole) for whole, after in zip(wholes, prompts[1:], strict=False))
+        following = itertools.pairwise(pieces)
+        return not self._style.closing and all(
+            after.startswith(prompt + rest) for (_, prompt, rest), (_, after, _) in following
+        )
 
     def _whole(self, turns: Sequence[Turn], response: str) -> tuple[list[int], list[tuple[int, int, str]]]:
         """Ids of a conversation with the answer to it, before cutting; and each of its answers that is learnt: where it
         begins, where it ends, and its text."""
         every = (*turns, Turn("assistant", response))
-        given = [place for place, turn in enumerate(every) if turn.role == "assistant"]
-        if len(given) > 1 and not self._is_one_text(every, given):
-            given = given[-1:]
+        pieces = self._pieces(every)
+        if not self._is_one_text(pieces):
+            pieces = pieces[-1:]
         ids, text, answers = list[int](), "", list[tuple[int, int, str]]()
-        for place in given:
-            prompt = self._style.prompt(every[:place])
+        for place, prompt, rest in pieces:
             ids = [*ids, *self._following(text, ids, prompt[len(text) :])] if ids else self._ids(prompt)
-            rest = self._style.rest(prompt, every[:place], every[place].content)
             answer = [*self._following(prompt, ids, rest), *self._style.closing]
             answers.append((len(ids), len(ids) + len(answer), every[place].content))
             ids, text = [*ids, *answer], prompt + rest
