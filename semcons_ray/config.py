@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -74,6 +74,11 @@ Scheduler = Literal[
 ]
 """transformers' learning-rate schedules that need nothing but the numbers of warm-up steps and of all steps."""
 
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""transformers' implementations of attention."""
+
+UNIONS = (Union, UnionType)
+
 POLYNOMIAL_END = 1e-7
 """Learning rate at which transformers' schedule polynomial ends."""
 
@@ -87,6 +92,8 @@ TEMPLATE_DATE = date(2024, 7, 26)
 
 ANY_MODELS = ("semantic_consensus", "local_only")
 ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
+FACTORS_ONLY = ("ffa_lora", "flora", "flexlora", "hetlora")
+"""Algorithms that are defined by products of A and B, or by B alone, and know no other tensors of an adapter."""
 ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
 
@@ -163,6 +170,30 @@ Part = Literal["prompt", "response", "context", "messages", "system", "history",
 """What a column of data can hold."""
 
 Columns = Annotated[dict[Part, str | None], BeforeValidator(lambda columns: {} if columns is None else columns)]
+
+OWN_SECTIONS = ("training", "generation")
+"""Sections of which a client may have settings of its own."""
+
+
+def _as_overrides(values: Any) -> Any:
+    """By client id: a number in YAML, and text where it is part of a dotted key of the command line."""
+    if not isinstance(values, dict):
+        return {} if values is None else values
+    result: dict[Any, Any] = {}
+    for client, own in values.items():
+        number = int(client) if str(client).isdecimal() else client
+        sections = own or {}
+        if isinstance(sections, dict):
+            sections = {name: typed(str(name), {} if inner is None else inner) for name, inner in sections.items()}
+            sections = merge_settings(result.get(number, {}), sections)
+        result[number] = sections
+    return result
+
+
+Overrides = Annotated[
+    dict[Annotated[int, Field(strict=True, ge=0)], dict[str, dict[str, Any]]], BeforeValidator(_as_overrides)
+]
+"""Nested settings by client id, which are laid over the common ones; each client's are then checked as a whole."""
 
 
 class DataConfig(Settings):
@@ -265,8 +296,26 @@ class LoraConfig(Settings):
     """The low-rank adapter (LoRA) that a client trains; its base model stays frozen."""
 
     rank: int = Field(8, ge=1, description="Rank of the adapter: its size, and the bytes of weights, grow with it.")
-    alpha: float = Field(16.0, gt=0, description="The adapter's update is scaled by alpha / rank.")
+    alpha: float = Field(
+        16.0, gt=0, description="The adapter's update is scaled by alpha / rank, also for clients of a lower rank."
+    )
+    use_rslora: bool = Field(False, description="Whether it is scaled by alpha / sqrt(rank) instead.")
+    use_dora: bool = Field(
+        False,
+        description="Whether the size of each output's weights is learnt apart from their direction (DoRA); slower. "
+        "Where weights are averaged, so are these sizes.",
+    )
+    init_lora_weights: Literal[True, "gaussian"] = Field(
+        True,
+        description="How A is drawn; B is zero. true: uniform, by the number of inputs; gaussian: normal, by the rank. "
+        "PEFT's others change the base weights, which stay as they are here.",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped at random in training.")
+    modules_to_save: tuple[str, ...] = Field(
+        (),
+        description="Modules that are trained whole beside the adapter, by the ends of their names, as [lm_head]: each "
+        "costs many times its size in memory, and is sent too where weights are averaged.",
+    )
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear",
         description="Names of the linear modules that get an adapter, as [q_proj, v_proj]. all-linear: all of them but "
@@ -285,6 +334,11 @@ class ModelConfig(Settings):
         "auto",
         description="Number type of the base weights. auto: bfloat16 where the device computes in it natively, else "
         "float32.",
+    )
+    attn_implementation: Attention | None = Field(
+        None,
+        description="How attention is computed, as transformers names it. null: transformers' own choice for the "
+        "model. The flash ones need a GPU, 16 bits and the package flash_attn.",
     )
     quantization: Quantization = Field(
         "none",
@@ -330,6 +384,11 @@ class ClientsConfig(Settings):
         (),
         description="LoRA ranks given to clients in turn, none above model.lora.rank. Empty: all have model.lora.rank.",
     )
+    overrides: Overrides = Field(
+        default_factory=dict,
+        description="Settings of training and generation that single clients have of their own, by client id, as "
+        "{2: {training: {learning_rate: 0.001}}}. All else is as in the sections training and generation.",
+    )
 
 
 class TrainingConfig(Settings):
@@ -353,8 +412,14 @@ class TrainingConfig(Settings):
     batch_size: int = Field(
         4,
         ge=1,
-        description="Examples that go through the model at a time. An optimizer step sees batch_size x "
-        "gradient_accumulation_steps of them. Lower it if memory is short.",
+        description="Examples (with packing, rows) that go through the model at a time. An optimizer step sees "
+        "batch_size x gradient_accumulation_steps of them. Lower it if memory is short.",
+    )
+    packing: bool = Field(
+        False,
+        description="Whether as many examples as fit share a row of model.max_length tokens, in which they do not see "
+        "each other: faster where lengths differ, since nothing is padded. An epoch then has fewer steps, each of more "
+        "examples.",
     )
     gradient_accumulation_steps: int = Field(
         1,
@@ -379,7 +444,7 @@ class TrainingConfig(Settings):
 
     @property
     def step_size(self) -> int:
-        """Examples in an optimizer step; with fewer left at the end of an epoch, its last step has those."""
+        """Examples, or packed rows, in an optimizer step; with fewer left in an epoch, one step of it has those."""
         return self.batch_size * self.gradient_accumulation_steps
 
 
@@ -392,6 +457,21 @@ class GenerationConfig(Settings):
         ge=0,
         description="Sampling temperature of answers to public prompts; 0 is greedy. Test prompts are always answered "
         "greedily.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Answers to public prompts are sampled from the fewest tokens whose probabilities add up to this; "
+        "1: from all.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Answers to public prompts are sampled from this many likeliest tokens; 0: from all."
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="Texts at which an answer ends, as [Question:]; it is cut before the first of them. Empty: there "
+        "is only the model's own end.",
     )
     batch_size: int = Field(
         32,
@@ -642,6 +722,8 @@ class ExperimentConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> ExperimentConfig:
+        for client, own in self.clients.overrides.items():
+            self._check_own_keys(client, own)
         shared = (info.context or {}).get("shared", {})
         for key, needs in without_effect(self):
             if not _has(shared, key):
@@ -678,10 +760,63 @@ class ExperimentConfig(Settings):
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
                 "flora, flexlora and hetlora take them"
             )
+        for key in ("use_dora", "modules_to_save"):
+            if getattr(self.model.lora, key):
+                self._check_beside_factors(f"model.lora.{key}")
         if self.generation.engine == "vllm":
             self._check_engine()
         self._check_sharding()
+        for client, own in self.clients.overrides.items():
+            self._check_override(client, own)
         return self
+
+    def _check_own_keys(self, client: int, own: dict[str, dict[str, Any]]) -> None:
+        """Check that there is the client, and each setting that it has of its own."""
+        where = f"clients.overrides.{client}"
+        if client >= self.clients.num_clients:
+            raise ValueError(f"{where}: clients.num_clients is {self.clients.num_clients}, and ids begin with 0")
+        for section, values in own.items():
+            if section not in OWN_SECTIONS:
+                raise ValueError(f"{where}: {section} is none of {' and '.join(OWN_SECTIONS)}, which a client may have")
+            try:
+                _laid_over(getattr(self, section), values)
+            except ValidationError as error:
+                items = [{**item, "loc": (where, section, *item["loc"])} for item in error.errors()]
+                raise ValueError("; ".join(map(describe_error, items))) from error
+
+    def _check_override(self, client: int, own: dict[str, dict[str, Any]]) -> None:
+        """Check a client's settings as a whole."""
+        where, name = f"clients.overrides.{client}", self.algorithm.name
+        if name == "centralized" and client > 0:
+            raise ValueError(f"{where} has no effect: with algorithm.name centralized only client 0 trains")
+        if "engine" in own.get("generation", {}):
+            raise ValueError(f"{where}: generation.engine is the same for all clients")
+        if self.algorithm.averages_weights and (differs := {"max_new_tokens", "stop"} & {*own.get("generation", {})}):
+            raise ValueError(
+                f"{where}: generation.{min(differs)} is the same for all clients with algorithm.name {name}, which "
+                "measures one model for all"
+            )
+        common = self.model_dump(mode="json")
+        common["clients"]["overrides"] = {}
+        try:  # what has no effect is told with the whole key, by `without_effect`
+            ExperimentConfig.model_validate(
+                merge_settings(common, own), context={"shared": merge_settings(common, own)}
+            )
+        except ValidationError as error:
+            raise ValueError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+
+    def _check_beside_factors(self, key: str) -> None:
+        """Check that nothing forbids a setting by which an adapter has more tensors than A and B."""
+        if self.algorithm.name in FACTORS_ONLY:
+            raise ValueError(
+                f"algorithm.name {self.algorithm.name} knows A and B alone, and {key} trains more than them"
+            )
+        if self.generation.engine == "vllm":
+            raise ValueError(f"{key} needs generation.engine transformers: vllm adds A and B alone")
+        if self.sharding.models:
+            raise ValueError(f"{key} is not for models of sharding.models")
+        if self.model.quantization != "none":
+            raise ValueError(f"{key} is not for model.quantization {self.model.quantization}")
 
     def _check_engine(self) -> None:
         if self.algorithm.name == "flora":
@@ -705,6 +840,19 @@ class ExperimentConfig(Settings):
         if self.sharding.zero_stage == 2 and self.training.keep_optimizer:
             raise ValueError("training.keep_optimizer needs sharding.zero_stage 3")
 
+    def of_client(self, client: int) -> ExperimentConfig:
+        """The settings as they are for one client: its own of `clients.overrides` in place of the common ones."""
+        own = self.clients.overrides.get(client, {})
+        return self.model_copy(update={name: _laid_over(getattr(self, name), own[name]) for name in own})
+
+    def client_training(self) -> tuple[TrainingConfig, ...]:
+        """Settings of each client's local update, shape (C,)."""
+        return tuple(self.of_client(client).training for client in range(self.clients.num_clients))
+
+    def client_generation(self) -> tuple[GenerationConfig, ...]:
+        """Settings of each client's answers, shape (C,)."""
+        return tuple(self.of_client(client).generation for client in range(self.clients.num_clients))
+
     def client_ranks(self) -> tuple[int, ...]:
         """LoRA rank of each client, shape (C,)."""
         ranks = self.clients.lora_ranks or (self.model.lora.rank,)
@@ -722,6 +870,10 @@ class ExperimentConfig(Settings):
         for name in by_remainder[: count - sum(sizes.values())]:
             sizes[name] += 1
         return tuple(name for name in mix for _ in range(sizes[name]))
+
+
+def _laid_over(section: Settings, values: dict[str, Any]) -> Settings:
+    return type(section).model_validate(merge_settings(section.model_dump(), values))
 
 
 def _name_is(*names: str) -> Callable[[ExperimentConfig], bool]:
@@ -751,6 +903,17 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ("algorithm.answer_last_round", "server.embed"),
         lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule != "own_answer",
         "algorithm.name semantic_consensus with an algorithm.rule other than own_answer",
+    ),
+    (
+        ("generation.top_p", "generation.top_k"),
+        lambda config: config.algorithm.learns_prompts and config.generation.temperature > 0,
+        "answers that are sampled: generation.temperature over 0, and algorithm.name semantic_consensus or "
+        "algorithm.self_labels",
+    ),
+    (
+        ("generation.stop",),
+        lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,
+        "answers: evaluation.num_answers over 0, algorithm.name semantic_consensus or algorithm.self_labels",
     ),
     (("algorithm.ema_decay",), _name_is(*ANY_MODELS), f"algorithm.name {' or '.join(ANY_MODELS)}"),
     (
@@ -793,11 +956,17 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
 
 
 def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
-    """Keys of settings that were changed from their defaults and have no effect, each with what it would need."""
+    """Keys of settings that were changed from their defaults, or that a client has of its own, and that have no effect,
+    each with what it would need."""
     for keys, matters, needs in _EFFECTS:
         for key in keys:
             if not matters(config) and setting_value(config, key) != setting_value(_DEFAULTS, key):
                 yield key, needs
+    for client, own in config.clients.overrides.items():
+        mine = config.of_client(client)
+        for keys, matters, needs in _EFFECTS:
+            if not matters(mine):
+                yield from ((f"clients.overrides.{client}.{key}", needs) for key in keys if _has(own, key))
 
 
 _DEFAULTS = ExperimentConfig.model_construct()
@@ -807,13 +976,14 @@ def setting_value(config: ExperimentConfig, key: str) -> Any:
     """The value of a setting, by its dotted key."""
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = value[int(part) if part.isdecimal() else part] if isinstance(value, dict) else getattr(value, part)
     return value
 
 
 def _has(values: Any, key: str) -> bool:
     first, _, rest = key.partition(".")
-    return isinstance(values, dict) and first in values and (not rest or _has(values[first], rest))
+    found = [name for name in values if str(name) == first] if isinstance(values, dict) else []
+    return bool(found) and (not rest or _has(values[found[0]], rest))
 
 
 def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
@@ -976,10 +1146,20 @@ def validate_config(values: dict[str, Any], *, where: str, shared: dict[str, Any
     """
     config = validate_shared(values, where=where, shared=shared)
     for key, _ in without_effect(config):
-        section, name = key.split(".")
-        changed = getattr(config, section).model_copy(update={name: setting_value(_DEFAULTS, key)})
-        config = config.model_copy(update={section: changed})
+        section, name = key.split(".", 1)
+        change = {name: setting_value(_DEFAULTS, key)} if "." not in name else {"overrides": _without(config, key)}
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
     return config
+
+
+def _without(config: ExperimentConfig, key: str) -> dict[int, Any]:
+    """The overrides without one, by its dotted key."""
+    *_, client, section, name = key.split(".")
+    left = {
+        number: {part: {**inner} for part, inner in own.items()} for number, own in config.clients.overrides.items()
+    }
+    del left[int(client)][section][name]
+    return left
 
 
 def validate_shared(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
@@ -1013,7 +1193,7 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
             _describe_field(lines, key, inner, (*parents, name), as_yaml)
         return
     text = dump_yaml(default, in_a_line=True).removesuffix("...\n").strip()
-    allowed = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+    allowed = _choices(field.annotation)
     choices = f"One of: {', '.join(allowed)}." if allowed else ""
     help_text = " ".join(filter(None, [field.description, choices]))
     if as_yaml:
@@ -1021,6 +1201,14 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
         lines.append(f"{indent}{name}: {text}")
     else:
         lines.append(f"  --{'.'.join((*parents, name))} [{text}]{'  ' + help_text if help_text else ''}")
+
+
+def _choices(kind: Any) -> list[str]:
+    """The texts that a setting takes, if it takes only certain ones, or none."""
+    members = [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) in UNIONS else [kind]
+    closed = all(get_origin(part) is Literal for part in members)
+    choices = [choice for part in members if closed for choice in get_args(part)]
+    return [str(one).lower() if isinstance(one, bool) else one for one in choices if isinstance(one, str | bool)]
 
 
 def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -1072,11 +1260,13 @@ _ELSEWHERE = {
     "num_supernodes": "clients.num_clients",
     "num_train_epochs": "training.local_epochs",
     "per_device_train_batch_size": "training.batch_size",
+    "sample_packing": "training.packing",
     "warmup_steps": "training.warmup_ratio",
     "per_device_eval_batch_size": "generation.batch_size",
     "r": "model.lora.rank",
     "rounds": "num_rounds",
     "strategy": "algorithm.name",
+    "stop_strings": "generation.stop",
     "torch_dtype": "model.dtype",
     "train_batch_size": "training.batch_size",
 }

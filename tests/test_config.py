@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from semcons_ray.config import (
     ClientsConfig,
     ExperimentConfig,
+    LoraConfig,
     RuleName,
     Settings,
     describe_settings,
@@ -137,6 +138,16 @@ def test_what_was_probably_meant(key, meant):
         ({"algorithm": {"name": "fedavg_lora", "first_exchange": 3}}, ("first_exchange 3", "algorithm.self_labels")),
         ({"algorithm": {"name": "centralized"}, "clients": {"participation": 0.5}}, ("participation", "centralized")),
         ({"algorithm": {"name": "flora"}, "generation": {"temperature": 0.5}}, ("generation.temperature", "algorithm")),
+        ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
+        ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),
+        (
+            {
+                "algorithm": {"name": "local_only"},
+                "generation": {"stop": ["x"]},
+                "evaluation": {"num_answers": 0},
+            },
+            ("generation.stop", "evaluation.num_answers"),
+        ),
         ({"data": {"partition": "iid", "dirichlet_alpha": 0.1}}, ("data.dirichlet_alpha 0.1", "data.partition")),
         ({"training": {"local_steps": 4, "local_epochs": 2}}, ("training.local_epochs 2", "training.local_steps")),
         ({"training": {"warmup_ratio": 0.1}}, ("training.warmup_ratio 0.1", "training.lr_scheduler_type")),
@@ -159,6 +170,99 @@ def test_a_setting_without_effect_may_be_for_other_runs_that_share_it():
     assert (config.algorithm.rule, config.algorithm.weight_dtype) == ("medoid", "float32")
     with pytest.raises(ConfigError, match=r"algorithm\.rule plurality has no effect"):
         validate_config(values, where="here", shared=without_settings(shared, {"algorithm": {"rule": "plurality"}}))
+
+
+# Settings of single clients
+
+OWN = {1: {"training": {"learning_rate": 0.01, "local_steps": 3}}, 2: {"generation": {"stop": ["x"], "top_k": 4}}}
+
+
+def test_a_client_has_its_own_settings_and_all_others_are_the_common_ones():
+    common = {"training": {"batch_size": 2}, "generation": {"max_new_tokens": 9}}
+    config = validate_config({**common, "clients": {"overrides": OWN}}, where="here")
+    plain, own = config.client_training()[0], config.client_training()[1]
+    assert (plain.learning_rate, plain.local_steps, plain.batch_size) == (5e-4, None, 2)
+    assert (own.learning_rate, own.local_steps, own.batch_size) == (0.01, 3, 2)
+    assert config.client_training()[2:] == (plain, plain)
+    stop = [(settings.stop, settings.top_k, settings.max_new_tokens) for settings in config.client_generation()]
+    assert stop == [((), 0, 9), ((), 0, 9), (("x",), 4, 9), ((), 0, 9)]
+    assert validate_config(yaml.safe_load(dump_config(config)), where="again") == config
+
+
+def test_settings_of_clients_come_from_files_and_command_lines(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("clients: {overrides: {2: {training: {learning_rate: 1e-2, batch_size: 1}}, 3:, 1: {training: }}}")
+    words = {"clients": {"overrides": {"2": {"training": {"batch_size": "8"}}}}}
+    own = load_config(path, words).of_client(2).training
+    assert (own.learning_rate, own.batch_size) == (0.01, 8)
+    assert load_config(path, words).of_client(3) == load_config(path, words).of_client(0)
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "says"),
+    [
+        ({4: {}}, {}, "clients.overrides.4: clients.num_clients is 4, and ids begin with 0"),
+        ({1: {"model": {"max_length": 9}}}, {}, "clients.overrides.1: model is none of training and generation"),
+        ({1: {"trainig": {}}}, {}, "clients.overrides.1: trainig is none of training and generation"),
+        (
+            {1: {"training": {"learning_rat": 1}}},
+            {},
+            "unknown setting 'clients.overrides.1.training.learning_rat'; did you mean training.learning_rate?",
+        ),
+        ({1: {"training": {"batch_size": 0}}}, {}, "clients.overrides.1.training.batch_size: Input should be"),
+        ({1: {"training": {"batch_size": "two"}}}, {}, "clients.overrides.1.training.batch_size: Input should be"),
+        ({1: {"training": 3}}, {}, "clients.overrides.1.training: "),
+        ({-1: {}}, {}, "clients.overrides.-1"),
+        ({True: {}}, {}, "clients.overrides.1: Input should be a valid integer (got True)"),
+        ({"two": {}}, {}, "clients.overrides.two"),
+        ({1: {"generation": {"engine": "vllm"}}}, {}, "generation.engine is the same for all clients"),
+        (
+            {1: {"training": {"local_steps": 3, "local_epochs": 2}}},
+            {},
+            "clients.overrides.1.training.local_epochs 2 has no effect: it needs training.local_steps",
+        ),
+        (
+            {1: {"generation": {"temperature": 0.5}}},
+            {"algorithm": {"name": "local_only"}},
+            "clients.overrides.1.generation.temperature 0.5 has no effect",
+        ),
+        (
+            {1: {"training": {"batch_size": 2}}},
+            {"algorithm": {"name": "centralized"}},
+            "clients.overrides.1 has no effect: with algorithm.name centralized only client 0 trains",
+        ),
+        (
+            {1: {"generation": {"max_new_tokens": 3}}},
+            {"algorithm": {"name": "fedavg_lora"}},
+            "clients.overrides.1: generation.max_new_tokens is the same for all clients with algorithm.name fedavg",
+        ),
+        (
+            {1: {"training": {"keep_optimizer": True}}},
+            {"model": {"name": "a"}, "sharding": {"models": {"a": 2}, "zero_stage": 2}},
+            "clients.overrides.1: training.keep_optimizer needs sharding.zero_stage 3",
+        ),
+        (
+            {1: {"training": {"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}}},
+            {},
+            "clients.overrides.1: training.learning_rate is 1e-08; training.lr_scheduler_type polynomial",
+        ),
+    ],
+)
+def test_what_a_client_cannot_have_of_its_own_is_refused(own, more, says):
+    assert says in refusal({**more, "clients": {"overrides": own}})
+
+
+def test_a_setting_that_has_no_effect_for_one_client_may_be_common():
+    values = {"training": {"local_epochs": 3}, "clients": {"overrides": {1: {"training": {"local_steps": 5}}}}}
+    assert validate_config(values, where="here").of_client(1).training.local_epochs == 3
+
+
+def test_what_a_client_has_of_its_own_may_be_for_other_runs_that_share_it():
+    shared = {"clients": {"overrides": {1: {"generation": {"temperature": 0.5}, "training": {"batch_size": 2}}}}}
+    values = merge_settings(shared, {"algorithm": {"name": "local_only"}})
+    config = validate_config(values, where="here", shared=shared)
+    assert config.clients.overrides == {1: {"generation": {}, "training": {"batch_size": 2}}}
+    validate_config(yaml.safe_load(dump_config(config)), where="again")
 
 
 def test_no_default_is_without_effect():
@@ -260,6 +364,8 @@ RANGES = {
     "training.max_grad_norm": (0.1, 0),
     "generation.max_new_tokens": (1, 0),
     "generation.temperature": (0, -0.1),
+    "generation.top_p": (0.1, 0),
+    "generation.top_k": (0, -1),
     "generation.batch_size": (1, 0),
     "algorithm.agreement_threshold": (-1, 1.1),
     "algorithm.plurality_similarity": (1, -1.1),
@@ -358,6 +464,11 @@ def test_ranks_are_dealt_out_in_turn():
         ({"algorithm": {"name": "fedavg_lora"}, "clients": {"lora_ranks": [4, 8]}}, "needs equal ranks"),
         ({"algorithm": {"name": "fedavg_lora"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
         ({"algorithm": {"name": "centralized"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
+        *(
+            ({"algorithm": {"name": name}, "model": {"lora": lora}}, rf"\.name {name} .*model\.lora\.{key} trains more")
+            for name in ("ffa_lora", "flora", "flexlora", "hetlora")
+            for key, lora in (("use_dora", {"use_dora": True}), ("modules_to_save", {"modules_to_save": ["lm_head"]}))
+        ),
     ],
 )
 def test_what_an_algorithm_cannot_take_is_refused(values, says):
@@ -385,6 +496,27 @@ def test_what_an_algorithm_cannot_take_is_refused(values, says):
 def test_what_ranks_cannot_do_is_refused(values, says):
     with pytest.raises(ConfigError, match=says):
         validate_config({"model": {"name": "a"}, **values}, where="here")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"generation": {"engine": "vllm"}}, " needs generation.engine transformers"),
+        ({"model": {"quantization": "4bit"}}, " is not for model.quantization 4bit"),
+        ({"model": {"name": "a"}, "sharding": {"models": {"a": 2}}}, " is not for models of sharding.models"),
+    ],
+)
+def test_where_only_a_and_b_are_known_an_adapter_with_more_is_refused(values, says):
+    validate_config(values, where="here")
+    for lora in ({"use_dora": True}, {"modules_to_save": ["norm"]}):
+        assert f"model.lora.{next(iter(lora))}{says}" in refusal(merge_settings(values, {"model": {"lora": lora}}))
+
+
+@pytest.mark.parametrize("kind", [False, "pissa", "olora", "eva", "True"])
+def test_adapters_that_would_change_the_base_or_its_answers_are_refused(kind):
+    assert f"model.lora.init_lora_weights: Input should be True or 'gaussian' (got {kind!r})" in refusal(
+        {"model": {"lora": {"init_lora_weights": kind}}}
+    )
 
 
 def test_a_schedule_that_ends_above_its_beginning_is_refused():
@@ -660,7 +792,7 @@ def test_a_dumped_config_holds_any_value(name, learning_rate, seed):
 def test_a_dumped_config_writes_every_default_out():
     dumped = yaml.safe_load(dump_config(ExperimentConfig()))
     assert list(dumped) == list(ExperimentConfig.model_fields)
-    assert list(dumped["model"]["lora"]) == ["rank", "alpha", "dropout", "target_modules"]
+    assert list(dumped["model"]["lora"]) == list(LoraConfig.model_fields)
 
 
 # Help
@@ -682,6 +814,14 @@ def test_the_annotated_file_is_the_defaults_with_every_setting_in_it(tmp_path):
     assert keys(written) == every
     options = [line.split()[0] for line in describe_settings().splitlines() if line.startswith("  --")]
     assert options == [f"--{key}" for key in every]
+
+
+def test_help_names_the_choices_that_are_no_texts_too():
+    settings = describe_settings()
+    assert "One of: true, gaussian." in settings
+    assert "One of: eager, sdpa, flash_attention_2, flash_attention_3, flex_attention." in settings
+    (targets,) = [line for line in settings.splitlines() if line.startswith("  --model.lora.target_modules ")]
+    assert "One of" not in targets
 
 
 def test_help_names_the_choices():

@@ -36,16 +36,12 @@ class Duties:
         prompts: Public prompts, (P,); empty where the algorithm uses none.
         test: The held-out test set.
         num_answers: How many test prompts are answered at an evaluation.
-        training: Settings of the local update.
-        generation: Settings of answers.
         seed: The experiment's seed.
     """
 
     prompts: tuple[Prompt, ...]
     test: tuple[Example, ...]
     num_answers: int
-    training: TrainingConfig
-    generation: GenerationConfig
     seed: int
 
 
@@ -56,6 +52,8 @@ class Client:
         client_id: Its index, 0 to C-1.
         private: Its private examples. They never leave this object; only what the model learnt from them does.
         rank: LoRA rank of its adapter, at most the model's.
+        training: Settings of its local update.
+        generation: Settings of its answers.
         duties: What it has in common with the other clients.
         model: Base model with a place for an adapter, shared by the clients of a worker.
         ledger: Where its work is recorded.
@@ -68,6 +66,8 @@ class Client:
         private: Sequence[Example],
         *,
         rank: int,
+        training: TrainingConfig,
+        generation: GenerationConfig,
         duties: Duties,
         model: LanguageModel,
         ledger: Ledger,
@@ -79,8 +79,8 @@ class Client:
         self.prompts = duties.prompts
         self.test = [Pair(example.prompt, example.response) for example in duties.test]
         self.num_answers = duties.num_answers
-        self.training = duties.training
-        self.generation = duties.generation
+        self.training = training
+        self.generation = generation
         self.seed = duties.seed
         self.model = model
         self.ledger = ledger
@@ -263,4 +263,4 @@ class Client:
                 gpus=reply.gpus,
             )
         )
-        return self.model.decode(reply.answers)
+        return self.model.decode(reply.answers, generation.stop)

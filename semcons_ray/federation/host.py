@@ -44,11 +44,11 @@ class HostSpec:
         algorithm: What the clients do on a visit.
         private: Private examples by client id.
         ranks: LoRA rank by client id.
+        training: Settings of local updates by client id.
+        generation: Settings of answers by client id.
         public_prompts: The encoded `PublicPrompts` message; empty where the algorithm uses none.
         test: The held-out test set.
         num_answers: Number of test prompts answered at an evaluation.
-        training: Settings of local updates.
-        generation: Settings of answers.
         seed: The experiment's seed.
         state: Folder of the client stores.
         mark: Name of the file by which the driver marked that folder; see `store.mark`.
@@ -63,11 +63,11 @@ class HostSpec:
     algorithm: Algorithm
     private: Mapping[int, tuple[Example, ...]]
     ranks: Mapping[int, int]
+    training: Mapping[int, TrainingConfig]
+    generation: Mapping[int, GenerationConfig]
     public_prompts: bytes
     test: tuple[Example, ...]
     num_answers: int
-    training: TrainingConfig
-    generation: GenerationConfig
     seed: int
     state: Path
     mark: str
@@ -103,22 +103,26 @@ class HostSpec:
                 dtype=self.model.dtype,
                 device=self.device,
                 max_length=self.model.max_length,
+                attn_implementation=self.model.attn_implementation,
                 quantization=self.model.quantization,
                 system_prompt=self.model.system_prompt,
                 chat_template_kwargs=self.model.chat_template_kwargs,
                 template_date=self.model.template_date,
                 seed=self.seed,
+                trainings=self.training.values(),
             )
             ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus
             prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
-            duties = Duties(prompts, self.test, self.num_answers, self.training, self.generation, self.seed)
+            duties = Duties(prompts, self.test, self.num_answers, self.seed)
             clients = {
                 client_id: Client(
                     client_id,
                     private,
                     rank=self.ranks[client_id],
+                    training=self.training[client_id],
+                    generation=self.generation[client_id],
                     duties=duties,
                     model=model,
                     ledger=ledger,

@@ -73,8 +73,11 @@ def shapes_of(adapter: Adapter) -> Shapes:
 
 
 def shapes_at(shapes: Shapes, rank: int) -> Shapes:
-    """Shapes of the same modules' A (r, in) and B (out, r) at another rank."""
-    return {key: (rank, shape[1]) if "lora_A" in key else (shape[0], rank) for key, shape in shapes.items()}
+    """Shapes of the same modules' A (r, in) and B (out, r) at another rank; others are as they were."""
+    return {
+        key: (rank, shape[1]) if "lora_A" in key else (shape[0], rank) if "lora_B" in key else shape
+        for key, shape in shapes.items()
+    }
 
 
 def check_shapes(adapter: Adapter, expected: Shapes) -> None:
@@ -117,8 +120,11 @@ def rank_of(adapter: Adapter) -> int:
 
 
 def with_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The adapter at another rank: truncated to its first `rank` components, or padded with zeros, which keeps B A."""
-    result = {}
+    """The adapter at another rank: truncated to its first `rank` components, or padded with zeros, which keeps B A.
+
+    Tensors that are no factors, such as DoRA's sizes, stay as they are.
+    """
+    result = dict(adapter)
     for a, b in factors(adapter):
         kept = min(rank, adapter[a].shape[0])
         result[a] = adapter[a].new_zeros(rank, adapter[a].shape[1])

@@ -4,4 +4,4 @@ from torch import Tensor
 
 Adapter = dict[str, Tensor]
 """Float32 tensors by name: for every adapted module A (r, in) and B (out, r), whose names differ in lora_A and lora_B
-only."""
+only, and with DoRA the size of each output's weights (out,)."""

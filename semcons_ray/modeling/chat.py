@@ -62,11 +62,13 @@ class Style(Protocol):
         opening: Ids before every text.
         closing: Ids after an answer whose text holds no end.
         end: Id that ends an answer.
+        lead: What the template puts before answers by itself, such as an empty thought, without special tokens.
     """
 
     opening: list[int]
     closing: list[int]
     end: int
+    lead: str
 
     def prompt(self, turns: Sequence[Turn]) -> str:
         """The text of a conversation that ends in a question, up to where the answer begins."""
@@ -76,8 +78,17 @@ class Style(Protocol):
         """The text that follows `prompt`, the prompt of these turns, if the answer is `response`."""
         ...
 
-    def said(self, ids: Sequence[int]) -> str:
-        """The text of an answer that a model has generated as these ids, without the token that ended it."""
+    def written(self, ids: Sequence[int]) -> str:
+        """The text of an answer that a model has generated as these ids, without what the template puts before
+        answers."""
+        ...
+
+    def is_leading(self, ids: Sequence[int]) -> bool:
+        """Whether a model that has generated these ids is still at what the template puts before answers."""
+        ...
+
+    def shown(self, text: str) -> str:
+        """What of that text is the answer: without the space around it, and what the template puts before an end."""
         ...
 
 
@@ -113,6 +124,8 @@ class ChatFormat:
             )
         self._tokenizer = tokenizer
         self._max_length = max_length
+        added = {str(entry.content): token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        self._special = added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._style: Style = _PlainStyle(tokenizer, system_prompt)
         if tokenizer.chat_template:
             kwargs = {**(template_kwargs or {}), "strftime_now": datetime.combine(template_date, time()).strftime}
@@ -167,10 +180,35 @@ class ChatFormat:
         known = {self._style.end, self._tokenizer.eos_token_id, *listed}
         return sorted(known - {None})
 
-    def answer(self, ids: Sequence[int]) -> str:
-        """The text of an answer that a model has generated, without its end and what the template puts before
-        answers."""
-        return self._style.said(ids)
+    def marks(self, stop: Sequence[str]) -> list[int]:
+        """Ids of those of the texts at which an answer ends that are special tokens, which no answer's text shows."""
+        return [self._special[word] for word in stop if word in self._special]
+
+    def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text of an answer that a model has generated, without its end and what the template puts before answers.
+
+        Args:
+            ids: Its tokens, without the one that ended it.
+            stop: Texts before which it is cut.
+        """
+        text = self._style.written(ids)
+        places = [text.find(word) for word in stop]
+        return self._style.shown(text[: min((place for place in places if place >= 0), default=None)])
+
+    def is_stopped(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether an answer, generated as far as these ids, holds one of the texts at which it ends.
+
+        What the template puts before answers is no part of one.
+        """
+        text = self._style.written(ids) if stop and not self._style.is_leading(ids) else ""
+        return any(word in text for word in stop)
+
+    def stops(self, stop: Sequence[str]) -> list[str]:
+        """Those of the texts at which an answer ends that can be looked for in all that a model writes.
+
+        Others are special tokens, or also in what the template puts before answers.
+        """
+        return [word for word in stop if word not in self._style.lead and word not in self._special]
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[int, str, str]]:
         """For each answer of a conversation its place, its prompt, and the text that follows it there."""
@@ -230,6 +268,8 @@ class ChatFormat:
 class _PlainStyle:
     """The style of a base model."""
 
+    lead = ""
+
     def __init__(self, tokenizer: Any, system_prompt: str) -> None:
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
@@ -249,8 +289,14 @@ class _PlainStyle:
     def rest(self, prompt: str, turns: Sequence[Turn], response: str) -> str:
         return f" {response}"
 
-    def said(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def written(self, ids: Sequence[int]) -> str:
+        return _plain_text(self._tokenizer, ids)
+
+    def is_leading(self, ids: Sequence[int]) -> bool:
+        return False
+
+    def shown(self, text: str) -> str:
+        return text.strip()
 
 
 class _TemplateStyle:
@@ -272,10 +318,12 @@ class _TemplateStyle:
         self._lead = _lead(prompt, beginning)
         marks = _marks_in(self._lead, tokenizer)
         self._lead_end: int | None = None
+        self._lead_marks = {token for token, _ in marks}
         mark = ""
         if marks:
             self._lead_end, mark = marks[-1]
-        self._lead_text = (self._lead.rpartition(mark)[2] if marks else self._lead).strip()
+        self._lead_tail = self._lead.rpartition(mark)[2] if marks else self._lead
+        self.lead = _plain_text(tokenizer, _plain_ids(tokenizer, self._lead))
         ends = _marks_in(self._after, tokenizer)
         self.opening: list[int] = []
         self.end: int = tokenizer.eos_token_id
@@ -298,10 +346,24 @@ class _TemplateStyle:
         shown = response if response + self._after in whole else response.strip()
         return self._lead + shown + self._ending
 
-    def said(self, ids: Sequence[int]) -> str:
-        begin = max((place + 1 for place, token in enumerate(ids) if token == self._lead_end), default=0)
-        text = str(self._tokenizer.decode(ids[begin:], skip_special_tokens=True)).strip()
-        return text.removeprefix(self._lead_text).removesuffix(self._before_end.strip()).strip()
+    def written(self, ids: Sequence[int]) -> str:
+        text = _plain_text(self._tokenizer, ids[self._after_lead_end(ids) :])
+        words, space = self._lead_tail.strip(), self._lead_tail[len(self._lead_tail.rstrip()) :]
+        if words and text.lstrip().startswith(words):
+            text = text.lstrip()[len(words) :]
+        return text.removeprefix(space)
+
+    def is_leading(self, ids: Sequence[int]) -> bool:
+        begin = self._after_lead_end(ids)
+        lead = self._lead_tail if begin else self.lead
+        in_words = not begin and not self._lead_marks.isdisjoint(ids)
+        return in_words or lead.startswith(_plain_text(self._tokenizer, ids[begin:]))
+
+    def shown(self, text: str) -> str:
+        return text.strip().removesuffix(self._before_end.strip()).strip()
+
+    def _after_lead_end(self, ids: Sequence[int]) -> int:
+        return max((place + 1 for place, token in enumerate(ids) if token == self._lead_end), default=0)
 
     def _shows_system_turns(self) -> bool:
         """Whether the template writes system turns; some refuse them, and some leave them out."""
@@ -414,6 +476,10 @@ def _lead(prompt: str, beginning: str) -> str:
     thought = _OPEN_THOUGHT.search(asked)
     # Some templates leave thoughts out of past answers but open one in the generation prompt: it must be closed first.
     return f"\n</{thought[1]}>\n\n" if thought else ""
+
+
+def _plain_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:

@@ -64,10 +64,10 @@ class Decoding:
             for start in range(0, len(texts), size):
                 yield texts[start : start + size]
 
-    def begin(self, config: Any, ids: Tensor, mask: Tensor) -> Growing:
-        """Begin to generate after a batch of texts, ids (B, T), padded on the left where `mask` (B, T) is 0."""
+    def begin(self, config: Any, input_ids: Tensor, attention_mask: Tensor) -> Growing:
+        """Begin to generate after a batch of texts, (B, T), padded on the left where `attention_mask` (B, T) is 0."""
         cache = DynamicCache(config=config) if self.cache else None
-        return Growing(self, ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+        return Growing(self, input_ids, attention_mask, (attention_mask.cumsum(dim=1) - 1).clamp(min=0), cache)
 
 
 @dataclass

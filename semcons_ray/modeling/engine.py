@@ -21,7 +21,10 @@ class EngineRequest:
         adapter: Contents of the adapter's files in PEFT's format, by file name.
         max_new_tokens: Longest answer, in tokens.
         temperature: Sampling temperature; 0 is greedy.
+        top_p: The fewest tokens whose probabilities add up to this are sampled from.
+        top_k: How many of the likeliest tokens are sampled from; 0: all.
         ends: Ids that end an answer.
+        stop: Texts that end an answer.
         seeds: Seed of each prompt's own random stream.
     """
 
@@ -29,7 +32,10 @@ class EngineRequest:
     adapter: Mapping[str, bytes]
     max_new_tokens: int
     temperature: float
+    top_p: float
+    top_k: int
     ends: Sequence[int]
+    stop: Sequence[str]
     seeds: Sequence[int]
 
 
@@ -38,7 +44,8 @@ class EngineReply:
     """Answers, and what they cost.
 
     Attributes:
-        answers: Token ids of each answer, in the order of the prompts, without the token that ended it.
+        answers: Token ids of each answer, in the order of the prompts, without the token that ended it; those of a text
+            that did are there.
         num_tokens: Tokens generated, including those that ended answers.
         engine: Name of the engine, for the ledger.
         node: Host name of the machine it runs on.

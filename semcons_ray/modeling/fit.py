@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from semcons_ray.config import GenerationConfig, ModelConfig, TrainingConfig
+from semcons_ray.config import Attention, GenerationConfig, ModelConfig, TrainingConfig
 from semcons_ray.errors import ModelError, first_line
 from semcons_ray.modeling.chat import load_tokenizer
 from semcons_ray.modeling.model_folder import read_config
 
 CAUSAL_WITHOUT_FLAG = {"gpt_neox", "gpt_neox_japanese"}
 """Families of causal models whose configuration has `is_decoder` false nevertheless."""
+
+APART = {"full_attention", "sliding_attention"}
+"""Kinds of layers that can keep texts in a row apart. Recurrent ones carry a state on, and attention in chunks counts
+its chunks from the beginning of the row."""
 
 BOTH_WAYS = {"cpmant", "xlnet"}
 """Families that read what follows too, which nothing in their configuration says."""
@@ -44,9 +48,13 @@ def check_model(
     config = read_config(folder)
     _check_kind(config, name)
     base = _without_weights(config, name)
+    if model.attn_implementation:
+        _check_attention(base, model.attn_implementation, name)
     _check_positions(config, model, max(settings.max_new_tokens for settings in generation))
     if any(settings.gradient_checkpointing for settings in training):
         _check_checkpointing(base, name)
+    if any(settings.packing for settings in training):
+        _check_packing(base, name)
     _check_tokenizer(folder, base.get_input_embeddings().weight.shape[0], name, texts)
     from semcons_ray.modeling.lora import attach_adapter
 
@@ -93,12 +101,35 @@ def _without_weights(config: Any, name: str) -> Any:
     return base
 
 
+def _check_attention(base: Any, implementation: Attention, name: str) -> None:
+    try:
+        base.get_correct_attn_implementation(implementation, is_init_check=True)
+    except ValueError as error:
+        raise ModelError(
+            f"model.attn_implementation {implementation} does not fit {name}: {first_line(error)}"
+        ) from error
+    except ImportError:
+        pass  # a GPU, and the package for it, need not be on this machine; where they are missing, loading says so
+
+
 def _check_checkpointing(base: Any, name: str) -> None:
     try:
         base.gradient_checkpointing_enable()
     except ValueError as error:
         raise ModelError(f"training.gradient_checkpointing does not fit {name}: {first_line(error)}") from error
     base.gradient_checkpointing_disable()
+
+
+def _check_packing(base: Any, name: str) -> None:
+    """Check that a row may hold several texts: attention can be kept within each, and positions begin again."""
+    from semcons_ray.modeling.decoding import Decoding
+
+    config = base.config
+    others = {*(getattr(config, "layer_types", None) or ())} - APART
+    if Decoding.of(base).pads and not others and not getattr(config, "alibi", False):
+        return
+    why = f"has layers of kind {', '.join(sorted(others))}" if others else "does not tell texts apart by position_ids"
+    raise ModelError(f"training.packing does not fit {name}: a {config.model_type} model {why}; set it to false")
 
 
 def _check_positions(config: Any, model: ModelConfig, max_new_tokens: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 
-from semcons_ray.config import Quantization
+from semcons_ray.config import Attention, Quantization
 from semcons_ray.modeling.dimensions import Dimensions
 from semcons_ray.modeling.model_folder import read_config, read_shapes
 
@@ -32,6 +32,17 @@ CUDA_DEVICE_BYTES = 512 << 20
 LOADING_MATRICES = 4
 """Number of weights that are on their way to a GPU at the same time: transformers loads with as many threads, one
 tensor each. The files behind them are mapped into memory, which the system takes back when it needs it."""
+
+TRAINED_BYTES = 24
+"""Bytes of a weight that is trained whole where it is trained: itself and its gradient in the model's dtype, at most 4
+each, and the master weight, its gradient and two moments of AdamW in float32."""
+
+STORED_BYTES = 32
+"""Bytes of it in host memory between steps and visits, in float32: the first value, the adapter before, while and after
+it is trained, its moving average, and what is written or sent."""
+
+DORA_MATRICES = 4
+"""Number of matrices, each counted as the largest of the model, that DoRA needs to compute the norms of a layer."""
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 """Families whose layers are built alike, and keep less for the backward pass than the bound for all others."""
@@ -74,6 +85,7 @@ class Footprint:
         tokenizer: The tokenizer's tables.
         process: The process itself.
         largest: The largest weight matrix, which is part of `weights` as well.
+        trained: Number of weights that are trained whole, beside an adapter.
         loading: The largest `LOADING_MATRICES` weight matrices.
         offloaded: Weights that a worker on a GPU keeps in host memory, and fetches while it computes with them.
         device: "cpu" or "cuda".
@@ -85,6 +97,7 @@ class Footprint:
     tokenizer: int = 0
     process: int = PROCESS_BYTES
     largest: int = 0
+    trained: int = 0
     loading: int = 0
     offloaded: int = 0
     device: str = "cpu"
@@ -108,15 +121,17 @@ class Footprint:
         On the CPU, logits are allocated outside the heap and leave no holes. They are added to the heap at its largest,
         since it does not shrink after a batch.
         """
+        stored = self.trained * STORED_BYTES
         if self.device == "cuda":
-            return self.process + CUDA_HOST_BYTES + self.tokenizer + self.loading + self.offloaded
-        return self.weights + HEAP_GROWTH * self.activations + self.logits + self.tokenizer + self.process
+            return self.process + CUDA_HOST_BYTES + self.tokenizer + self.loading + self.offloaded + stored
+        trained = stored + self.trained * TRAINED_BYTES
+        return self.weights + HEAP_GROWTH * self.activations + self.logits + self.tokenizer + self.process + trained
 
     @property
     def device_bytes(self) -> int:
         """Bytes of its GPU's memory that the worker needs; 0 on the CPU."""
         if self.device == "cuda":
-            return self.weights + self.activations + self.logits + CUDA_DEVICE_BYTES
+            return self.weights + self.activations + self.logits + CUDA_DEVICE_BYTES + self.trained * TRAINED_BYTES
         return 0
 
 
@@ -128,6 +143,9 @@ def measure_footprint(
     batch_size: int,
     generation_batch_size: int,
     max_new_tokens: int,
+    attn_implementation: Attention | None = None,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
     quantization: Quantization = "none",
     gradient_checkpointing: bool = False,
     device: str = "cpu",
@@ -144,6 +162,10 @@ def measure_footprint(
 
     On GPUs attention is one kernel, which computes its weights again in the backward pass. It keeps only the mask, T
     numbers of the model's dtype. The rest is 10, 6, keys and values, and 4; for `LLAMA_LIKE` models 6, 4, none and 4.
+    Attention that is `eager` is no such kernel, and keeps its weights in the model's dtype as well, if that is another.
+
+    DoRA keeps up to three times more of what each linear layer gives, and makes a few matrices as large as a layer's
+    weights when it computes their norms.
 
     Logits are computed for responses only, at most half of the tokens. In training each is kept in the model's dtype
     and as a float32 log-probability; in evaluation, whose batches are as large as those of answers, in the model's
@@ -156,6 +178,9 @@ def measure_footprint(
         batch_size: Examples in a training batch, of which an optimizer step may have several.
         generation_batch_size: Prompts in a batch of answers, and examples in a batch of evaluation.
         max_new_tokens: Longest answer, in tokens.
+        attn_implementation: See `LanguageModel`.
+        use_dora: Whether the adapter is a DoRA one.
+        modules_to_save: Ends of the names of modules that are trained whole.
         quantization: Bits of the weights.
         gradient_checkpointing: Whether training computes activations again instead of keeping them.
         device: "cpu" or "cuda".
@@ -166,14 +191,17 @@ def measure_footprint(
     config = read_config(folder)
     shapes, size = read_shapes(folder, config), _BYTES[dtype]
     of = Dimensions.of(config)
-    attention = (3 if of.drops_attention else 1) * of.heads * max_length * 4
+    weight = 4 + (size if attn_implementation == "eager" and size < 4 else 0)
+    attention = (3 if of.drops_attention else 1) * of.heads * max_length * weight
     vectors = 10 * of.width + 9 * of.heads * of.head_width + of.key_values
-    if device == "cuda":
+    if device == "cuda" and attn_implementation != "eager":
         attention = max_length * size
         vectors = 10 * of.width + 6 * of.heads * of.head_width + of.key_values
         if config.model_type in LLAMA_LIKE:
             vectors = 6 * of.width + 4 * of.heads * of.head_width
     vectors += 4 * of.feed_forward + 2 * of.experts * of.width
+    if use_dora:
+        vectors += 3 * (2 * of.width + of.heads * of.head_width + of.key_values + 2 * of.feed_forward)
     whole = RECOMPUTED if gradient_checkpointing else of.layers
     kept = int(batch_size * max_length * whole * (vectors * size + attention))
     kept += int(batch_size * of.padded(max_length) * (whole * of.state + of.working) * 4)
@@ -183,16 +211,23 @@ def measure_footprint(
     cache = generation_batch_size * (max_length + max_new_tokens) * of.layers * of.key_values * size
     learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
-    tokenizer = folder / "tokenizer.json"
+    tokenizer, largest = folder / "tokenizer.json", max(map(prod, shapes.values()), default=0) * size
     return Footprint(
-        weights=_weight_bytes(shapes, size, quantization),
+        weights=_weight_bytes(shapes, size, quantization) + (DORA_MATRICES * largest if use_dora else 0),
         activations=max(kept, cache),
         logits=of.vocabulary * rows,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
-        largest=max(map(prod, shapes.values()), default=0) * size,
+        largest=largest,
+        trained=sum(_module_size(shapes, name, largest // size) for name in modules_to_save),
         loading=sum(sorted(map(prod, shapes.values()))[-LOADING_MATRICES:]) * size,
         device=device,
     )
+
+
+def _module_size(shapes: Mapping[str, Sequence[int]], name: str, largest: int) -> int:
+    """Number of weights of all modules whose names end so; one that is tied is in no file, and counts as `largest`."""
+    found = [prod(shape) for key, shape in shapes.items() if key.rpartition(".")[0].endswith(name)]
+    return sum(found) or largest
 
 
 def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
@@ -28,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, TopKLogitsWarper, TopPLogitsWarper, get_scheduler
 
-from semcons_ray.config import TEMPLATE_DATE, LoraConfig, Quantization, TrainingConfig
+from semcons_ray.config import TEMPLATE_DATE, Attention, LoraConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
@@ -39,7 +40,7 @@ from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.decoding import Decoding
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
-from semcons_ray.modeling.lora import attach_adapter
+from semcons_ray.modeling.lora import alpha_of, attach_adapter, measure_sizes
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
 Value = TypeVar("Value")
@@ -49,9 +50,19 @@ Adjust = Callable[[Parameters], None]
 taken."""
 
 IGNORED = -100
+
+MAGNITUDE = "lora_magnitude_vector"
+"""Part of the names of DoRA's tensors: the size of each output's weights."""
+
+SAVED = "modules_to_save"
+"""Part of the names of modules that are trained whole."""
+
 PADDING = 0
 """Id with which batches are padded. It is masked, so any id in the embedding will do; a tokenizer's own padding token
 may not be in it."""
+
+LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
+"""See `LossScale`; the numbers are torch.amp.GradScaler's."""
 
 LENGTH_WINDOW = 8
 """Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
@@ -98,7 +109,7 @@ class Score(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A text in a row of a batch.
+    """A text in a row of a batch, which may have several.
 
     Attributes:
         ids: Its tokens.
@@ -121,14 +132,13 @@ class Batch(NamedTuple):
     """Texts as the model reads them; each tensor has shape (B, T).
 
     Attributes:
-        ids: Tokens.
-        mask: 0 on padding, else 1.
+        inputs: By name, arguments of the model: input_ids, and attention_mask (0 on padding) or, with packing,
+            position_ids, which begin again with each text. Without a mask, transformers finds the texts by them.
         labels: Tokens of responses; IGNORED elsewhere.
         weights: Weight of each label in the loss.
     """
 
-    ids: Tensor
-    mask: Tensor
+    inputs: dict[str, Tensor]
     labels: Tensor
     weights: Tensor
 
@@ -141,16 +151,18 @@ class LanguageModel:
         lora: Rank, scaling, dropout and target modules of the adapter.
         dtype: Type of the base weights: "bfloat16", "float16" or "float32".
         device: A torch device.
+        attn_implementation: How attention is computed; None: as transformers chooses.
         quantization: Bits of the base weights.
         max_length: Most tokens of a prompt with its response; longer examples are cut.
         system_prompt: See `ChatFormat`.
         chat_template_kwargs: Arguments for the chat template.
         template_date: See `ChatFormat`.
         seed: Seed of the initial adapter, which is the same for every client of this architecture (averaging needs it).
+        trainings: Settings of the local updates that it is going to do; each way is tried once.
 
     Raises:
         ModelError: The model cannot be loaded, lacks a module that `lora.target_modules` names, cannot be quantised or
-            trained here, or its tokenizer does not do (see `ChatFormat`).
+            trained here, has no such attention, or its tokenizer does not do (see `ChatFormat`).
     """
 
     def __init__(
@@ -161,20 +173,26 @@ class LanguageModel:
         dtype: str,
         device: str,
         max_length: int,
+        attn_implementation: Attention | None = None,
         quantization: Quantization = "none",
         system_prompt: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         template_date: date = TEMPLATE_DATE,
         seed: int = 0,
+        trainings: Iterable[TrainingConfig] = (TrainingConfig(),),
     ) -> None:
         self.name = name
         self.device = torch.device(device)
+        self._max_length = max_length
+        self._rounding = 1e-3 if dtype == "float32" else 0.4  # see `_check_packing`
+        self._attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         options = loading_options(quantization, dtype=dtype, device=device)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             base = self._load_base(name, getattr(torch, dtype), **options)
         except Exception as error:  # transformers raises many kinds; all of them mean the same to the user
             how = f" with model.quantization {quantization}" if quantization != "none" else ""
+            how += f" with model.attn_implementation {attn_implementation}" if attn_implementation else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
         self.chat = ChatFormat(
             self.tokenizer,
@@ -193,47 +211,93 @@ class LanguageModel:
         self._scored: Tensor | None = None
         # After the adapter, which may be on the output embedding and wrap it.
         base.get_output_embeddings().register_forward_pre_hook(self._only_scored)
+        if dtype == "float16":
+            measure_sizes(model)
         self._parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
         self._fresh = {key: value.detach().float().cpu().clone() for key, value in self._parameters.items()}
-        # float16 gradients underflow without loss scaling; an adapter in float32 is cheap.
+        # An adapter in float32 is cheap, and so are its gradients; those of float16 activations need a scaled loss.
+        self._scales_loss = dtype == "float16"
         self._compute_dtype = torch.float32 if dtype == "float16" else getattr(torch, dtype)
-        for value in self._parameters.values():
-            value.data = value.data.to(self._compute_dtype)
+        for key, value in self._parameters.items():
+            if MAGNITUDE in key:  # far larger than its changes, which bfloat16 would round away
+                value.data = value.data.float()
+            elif SAVED not in key:  # such a module reads what others give it, in their dtype
+                value.data = value.data.to(self._compute_dtype)
         self.model: Any = model.to(self.device).eval()
         self._peft_config = model.active_peft_config
-        self._scaling = lora.alpha / lora.rank
-        self._rehearse()
+        self._lora = lora
+        self._scaling = lora.alpha / alpha_of(1.0, lora.rank, lora)
+        self._rehearse({(training.gradient_checkpointing, training.packing) for training in trainings})
 
     @property
     def writes(self) -> bool:
         """Whether this process writes clients' files; of several ranks, only the first does."""
         return True
 
-    def _rehearse(self) -> None:
-        """Train and answer once, so that a model that cannot is refused before any client works."""
+    def _rehearse(self, ways: Iterable[tuple[bool, bool]]) -> None:
+        """Train and answer once, so that a model that cannot is refused before any client works.
+
+        Args:
+            ways: With gradient checkpointing or without, and with packing or without.
+        """
         pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
-        one_step, two_tokens = TrainingConfig(batch_size=2, local_steps=1), GenerationSettings(max_new_tokens=2)
+        two_tokens = GenerationSettings(max_new_tokens=2)
         try:
-            self.fine_tune(self.fresh_adapter(), pairs, one_step, generator)
+            for checkpointing, packing in sorted(ways):
+                if packing:
+                    self._check_packing()
+                one_step = TrainingConfig(
+                    batch_size=2, local_steps=1, gradient_checkpointing=checkpointing, packing=packing
+                )
+                self.fine_tune(self.fresh_adapter(), pairs, one_step, generator)
             self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], two_tokens, generator)
         except SemconsError:
             raise
         except Exception as error:  # whatever the model's own code raises
+            how = "".join(f" with model.{key} {value}" for key, value in self._attention.items())
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise ModelError(f"model {self.name} cannot be trained and asked here: {why}") from error
+            raise ModelError(f"model {self.name} cannot be trained and asked here{how}: {why}") from error
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Check that texts in a row are read as each would be alone, whatever is before them.
+
+        Their losses may differ by rounding: SmolLM2's in bfloat16 by 0.13 nats a token, as much as by padding, and if
+        its texts saw each other by 1.0. What is before a text changes no bit of it, but perhaps in a mixture of
+        experts.
+
+        Raises:
+            ModelError: They are not: the model's own code makes no use of `position_ids` to tell texts apart.
+        """
+        pairs = (Pair("a", "b"), Pair("b", "a"), Pair("a b", "b a"))
+        one, other, last = (Segment(text.ids, text.learnt) for pair in pairs for text in self._encoded(pair))
+        alone = self._token_nll(self._collate([[one], [last], [other], [last]]))
+        together = self._token_nll(self._collate([[one, last], [other, last]], packed=True))
+        parts = torch.split(together, [text.num_learnt for text in (one, last, other, last)])
+        seen = [(together - alone).abs().mean(), 4 * (parts[1] - parts[3]).abs().max()]
+        if not max(map(float, seen)) <= self._rounding:
+            raise ModelError(
+                f"training.packing does not fit {self.name}: what is before a text in its row changes its loss"
+            )
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
     def fresh_adapter(self, generator: np.random.Generator | None = None) -> Adapter:
-        """An adapter whose update B A is zero: B is zero, and A is uniform in +-1/sqrt(inputs), as PEFT draws it.
+        """An adapter whose update B A is zero: B is zero, and A is as PEFT draws it, uniform in +-1/sqrt(inputs) or, by
+        `init_lora_weights`, normal with deviation 1/rank. With DoRA, sizes are those of the base weights.
 
         Without a generator it is the adapter from which every client of this architecture starts; with one, A is drawn.
         """
         adapter = {key: value.clone() for key, value in self._fresh.items()}
         if generator is not None:
             for key in [key for key in adapter if "lora_A" in key]:
-                drawn = generator.random(adapter[key].shape, dtype=np.float32)
-                adapter[key] = torch.from_numpy(2 * drawn - 1) / adapter[key].shape[1] ** 0.5
+                rank, inputs = adapter[key].shape
+                if self._lora.init_lora_weights == "gaussian":
+                    drawn = generator.standard_normal((rank, inputs), dtype=np.float32)
+                    adapter[key] = torch.from_numpy(drawn) / rank
+                else:
+                    drawn = generator.random((rank, inputs), dtype=np.float32)
+                    adapter[key] = torch.from_numpy(2 * drawn - 1) / inputs**0.5
         return adapter
 
     @torch.no_grad()
@@ -248,7 +312,7 @@ class LanguageModel:
         """Write an adapter of any rank to an existing folder, in PEFT's format."""
         rank = next(value.shape[0] for key, value in adapter.items() if "lora_A" in key)
         config = copy.copy(self._peft_config)
-        config.r, config.lora_alpha = rank, self._scaling * rank
+        config.r, config.lora_alpha = rank, alpha_of(self._scaling, rank, self._lora)
         config.inference_mode = True
         # Else an adapter on the output embedding would take the whole embedding along.
         tensors = get_peft_model_state_dict(self.model, adapter, save_embedding_layers=False)
@@ -276,7 +340,7 @@ class LanguageModel:
 
         The loss of an optimizer step is the weighted mean over the response tokens of all its examples, in however many
         batches they go through the model; prompts are not learnt. Examples are shuffled each epoch, then sorted by
-        length within a window of steps.
+        length within a window of steps. With packing, so are rows of examples, which are the same in all epochs.
 
         Args:
             adapter: The adapter to train; it holds the result afterwards.
@@ -287,24 +351,33 @@ class LanguageModel:
             frozen: An adapter of any rank that is added to the base model and not trained.
             adjust: Called with the master weights before each step, to change their gradients.
         """
+        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._encoded(pair)]
+        lengths = [len(segment.ids) for segment in segments]
+        packed = [[i] for i in range(len(segments))]
+        if training.packing:
+            packed = _packed(lengths, self._max_length, generator)
+        rows = [[segments[i] for i in row] for row in packed]
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
-        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._encoded(pair)]
-        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(segments), training))
+        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(rows), training))
         self.load_adapter(adapter)
+        scale = LossScale(LOSS_SCALE if self._scales_loss else 1.0)
         loss_sum, learnt, processed = 0.0, 0, 0
-        with self._training(training), self._seeded(generator), self._training_attention(), self._beside(frozen):
-            for step in _steps([len(segment.ids) for segment in segments], training, generator):
-                chosen = [segments[i] for i in step]
+        with (
+            self._training(training),
+            self._seeded(generator),
+            self._training_attention(training),
+            self._beside(frozen),
+        ):
+            for step in _steps([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
+                chosen = [segment for i in step for segment in rows[i]]
                 responses = sum(segment.num_learnt for segment in chosen)
-                loss = self._accumulate(chosen, training.batch_size, masters)
+                loss_sum += self._step_gradients([rows[i] for i in step], training, masters, scale) * responses
                 with torch.no_grad():
-                    loss_sum += self._reduced(loss, masters) * responses
                     if adjust is not None:
                         adjust(masters)
                     adamw.step()
                     for key, parameter in self._parameters.items():
-                        masters[key].grad = None
                         _part(parameter, masters[key]).copy_(masters[key])
                 learnt += responses
                 processed += sum(len(segment.ids) for segment in chosen)
@@ -313,24 +386,48 @@ class LanguageModel:
         state = adamw.state() if training.keep_optimizer else {}
         return FineTuned(loss=loss_sum / max(learnt, 1), tokens=processed, optimizer=state)
 
-    def _accumulate(self, step: Sequence[Segment], batch_size: int, masters: Parameters) -> Tensor:
-        """Add up the gradients of an optimizer step in the float32 master weights, a batch at a time; returns its loss.
+    def _step_gradients(
+        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Parameters, scale: LossScale
+    ) -> float:
+        """Put the gradients of an optimizer step into the float32 master weights; returns its loss.
 
-        With several ranks, both are this rank's part, which `_reduced` sums up.
+        If float16 overflows, they are computed again with half the loss scale, so that no example is left out.
         """
-        total = sum(segment.weight * segment.num_learnt for segment in step)
+        while True:
+            with torch.no_grad():
+                for master in masters.values():
+                    master.grad = None
+            part = self._accumulate(step, training, masters, scale.factor)
+            with torch.no_grad():
+                loss = self._reduced(part, masters)
+                if not self._scales_loss or not math.isfinite(loss):
+                    return loss
+                grads = [master.grad for master in masters.values() if master.grad is not None]
+                fits = all(bool(torch.isfinite(grad).all()) for grad in grads)
+            if scale.keeps(all(self.of_all_ranks(fits))):
+                return loss
+
+    def _accumulate(
+        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Parameters, factor: float
+    ) -> Tensor:
+        """Add up the gradients of an optimizer step a batch at a time; returns its loss.
+
+        With several ranks, both are this rank's part, which `_reduced` sums up. The backward pass is that of the loss
+        times `factor`.
+        """
+        total = sum(segment.weight * segment.num_learnt for row in step for segment in row)
         losses = []
-        for start in range(0, len(step), batch_size):
-            mine, counts = self._share([*range(start, min(start + batch_size, len(step)))])
-            batch = self._collate([step[i]._replace(weight=step[i].weight * counts) for i in mine])
-            weights = batch.weights[batch.labels != IGNORED]
+        for start in range(0, len(step), training.batch_size):
+            mine, counts = self._share([*range(start, min(start + training.batch_size, len(step)))])
+            batch = self._collate([step[i] for i in mine], packed=training.packing)
+            weights = counts * batch.weights[batch.labels != IGNORED]
             loss = (self._token_nll(batch) * weights).sum() / max(total, 1e-9)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (factor * loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             for key, parameter in self._parameters.items():
                 grad, parameter.grad = parameter.grad, None
                 if grad is not None:
-                    grad, before = _part(grad, masters[key]).float(), masters[key].grad
+                    grad, before = _part(grad, masters[key]).float() / factor, masters[key].grad
                     masters[key].grad = grad if before is None else before + grad
         return torch.stack(losses).sum()
 
@@ -345,7 +442,7 @@ class LanguageModel:
         frozen: Adapter | None = None,
     ) -> tuple[list[str], int]:
         """Answer prompts in batches; returns the answers in the order of the prompts, and the number of tokens
-        generated.
+        generated. An answer that `generation.stop` ends is cut before that text.
 
         Every prompt has random numbers of its own, so the batch it is in does not change what is drawn.
         """
@@ -358,8 +455,9 @@ class LanguageModel:
             for batch in self._decoding.batches(order, [len(ids) for ids in prompt_ids], generation.batch_size):
                 rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
                 written |= zip(batch, rows, strict=True)
-        answers = [[token for token in written[i] if token not in self.ends] for i in range(len(prompts))]
-        return self.decode(answers), sum(map(len, written.values()))
+        ends = self._ends(generation)
+        answers = [[token for token in written[i] if token not in ends] for i in range(len(prompts))]
+        return self.decode(answers, generation.stop), sum(map(len, written.values()))
 
     def engine_request(
         self,
@@ -378,34 +476,42 @@ class LanguageModel:
             adapter=files,
             max_new_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
-            ends=self.ends,
+            top_p=generation.top_p,
+            top_k=generation.top_k,
+            ends=self._ends(generation),
+            stop=self.chat.stops(generation.stop),
             seeds=generator.integers(2**62, size=len(prompts)).tolist(),
         )
 
-    def decode(self, answers: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of answers; each is given as token ids without the one that ended it."""
-        return [self.chat.answer(ids) for ids in answers]
+    def decode(self, answers: Sequence[Sequence[int]], stop: Sequence[str] = ()) -> list[str]:
+        """Texts of answers, cut before the first of `stop`; each is given as token ids without the one that ended
+        it."""
+        return [self.chat.answer(ids, stop) for ids in answers]
+
+    def _ends(self, generation: GenerationSettings) -> list[int]:
+        return [*self.ends, *self.chat.marks(generation.stop)]
 
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationSettings, draws: NDArray[np.float64]
     ) -> list[list[int]]:
-        """Generate the tokens that follow each text, including the one that ends it; `draws` (B, max_new_tokens) is in
+        """Generate the tokens that follow each text, including those that end it; `draws` (B, max_new_tokens) is in
         [0, 1) and decides what is sampled.
 
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
         """
-        batch = self._collate([Segment(text) for text in texts], pad_left=True)
-        growing = self._decoding.begin(self.model.config, batch.ids, batch.mask)
+        batch = self._collate([[Segment(text)] for text in texts], pad_left=True)
+        growing = self._decoding.begin(self.model.config, **batch.inputs)
         rows: list[list[int]] = [[] for _ in texts]
-        going = [*range(len(texts))]
+        going, ends = [*range(len(texts))], self._ends(generation)
         for step in range(generation.max_new_tokens):
             self._scored = torch.zeros_like(growing.ids, dtype=torch.bool)
             self._scored[:, -1] = True
             output = self.model(**growing.inputs())
-            tokens = _chosen(output.logits[0].float(), generation.temperature, draws[:, step])
+            tokens = _chosen(output.logits[0].float(), generation, draws[:, step])
             for row, token in zip(going, tokens.tolist(), strict=False):
                 rows[row].append(token)
-            left = [place for place, row in enumerate(going) if rows[row][-1] not in self.ends]
+            done = [rows[row][-1] in ends or self.chat.is_stopped(rows[row], generation.stop) for row in going]
+            left = [place for place, row_is_done in enumerate(done) if not row_is_done]
             going = [going[place] for place in left]
             if not self._goes_on(bool(going)):
                 break
@@ -429,7 +535,7 @@ class LanguageModel:
         with self._beside(frozen):
             for start in range(0, len(order), batch_size):
                 mine, counts = self._share(order[start : start + batch_size])
-                total += counts * self._token_nll(self._collate([segments[i] for i in mine])).double().sum()
+                total += counts * self._token_nll(self._collate([[segments[i]] for i in mine])).double().sum()
         return Score(
             nll_sum=self._reduced(total, {}),
             num_tokens=sum(segment.num_learnt for segment in segments),
@@ -445,7 +551,7 @@ class LanguageModel:
 
     def _load_base(self, name: str, dtype: torch.dtype, **options: Any) -> Any:
         base, read = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True, **self._attention, **options
         )
         if missing := sorted(read["missing_keys"]):  # transformers fills them with random numbers
             others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
@@ -475,27 +581,36 @@ class LanguageModel:
         """What is learnt or scored of a pair: see `ChatFormat.parts`."""
         return [self.chat.encode(*part) for part in self.chat.parts(pair.prompt, pair.response)]
 
-    def _collate(self, rows: Sequence[Segment], *, pad_left: bool = False) -> Batch:
-        """A batch with a row for each text, padded to the longest."""
-        longest = max(len(segment.ids) for segment in rows)
-        ids = torch.full((len(rows), longest), PADDING)
+    def _collate(self, rows: Sequence[Sequence[Segment]], *, pad_left: bool = False, packed: bool = False) -> Batch:
+        """A batch of rows, padded to the longest; only with `packed` may a row have several texts."""
+        lengths = [sum(len(segment.ids) for segment in row) for row in rows]
+        ids = torch.full((len(rows), max(lengths)), PADDING)
         mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, IGNORED), torch.zeros(ids.shape)
-        for row, (tokens, learnt, weight) in enumerate(rows):
-            begin = longest - len(tokens) if pad_left else 0
-            end = begin + len(tokens)
-            ids[row, begin:end] = torch.tensor(tokens)
-            mask[row, begin:end] = 1
-            for first, last in learnt:
-                where = slice(begin + first, begin + last)
-                labels[row, where] = ids[row, where]
-                weights[row, where] = weight
-        return Batch(*(tensor.to(self.device) for tensor in (ids, mask, labels, weights)))
+        positions = torch.zeros_like(ids)  # each padding token is a text of its own
+        for row, segments in enumerate(rows):
+            end = max(lengths) - lengths[row] if pad_left else 0
+            for tokens, learnt, weight in segments:
+                begin, end = end, end + len(tokens)
+                ids[row, begin:end] = torch.tensor(tokens)
+                mask[row, begin:end] = 1
+                positions[row, begin:end] = torch.arange(len(tokens))
+                for first, last in learnt:
+                    where = slice(begin + first, begin + last)
+                    labels[row, where] = ids[row, where]
+                    weights[row, where] = weight
+        inputs = {"input_ids": ids, "position_ids": positions} if packed else {"input_ids": ids, "attention_mask": mask}
+        if packed and str(self.model.config._attn_implementation).startswith("flash"):
+            # transformers tells flash attention of the texts in a batch's row only if the batch has no other.
+            inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
+            labels, weights = labels.reshape(1, -1), weights.reshape(1, -1)
+        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        return Batch(on_device, labels.to(self.device), weights.to(self.device))
 
     def _token_nll(self, batch: Batch) -> Tensor:
         """NLL (nats) of each label, (N,)."""
         is_label = batch.labels != IGNORED
         self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
-        logits = self.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        logits = self.model(**batch.inputs, use_cache=False).logits
         # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
         parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(batch.labels[is_label], LOSS_ROWS), strict=True)
         losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
@@ -550,9 +665,38 @@ class LanguageModel:
             torch.manual_seed(int(generator.integers(2**62)))
             yield
 
-    def _training_attention(self) -> AbstractContextManager[Any]:
-        # On CPUs the fused kernel's bfloat16 backward is slower than plain matrix products.
-        return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
+    def _training_attention(self, training: TrainingConfig) -> AbstractContextManager[Any]:
+        # On CPUs the fused kernel's bfloat16 backward is slower than plain matrix products, but for packed rows: there
+        # most products are of texts that do not see each other, and their memory costs more than the arithmetic.
+        plain = self.device.type == "cpu" and not training.packing
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+@dataclass
+class LossScale:
+    """The factor by which a loss is multiplied before its backward pass, so that small float16 gradients are not 0.
+
+    It is halved when a gradient overflows, and doubled after `GROWTH_STEPS` steps without that, as torch.amp.GradScaler
+    does. Each call of `fine_tune` begins with `LOSS_SCALE`, so that a visit depends on nothing but its arguments.
+
+    Attributes:
+        factor: The factor, a power of 2.
+        steps: Steps since it changed.
+    """
+
+    factor: float
+    steps: int = 0
+
+    def keeps(self, fits: bool) -> bool:
+        """Whether the gradients of a step are to be used; `fits`: no gradient has overflowed.
+
+        Where even a factor of 1 is too large, they are used as they are, and the client is told to have diverged.
+        """
+        used = fits or self.factor <= 1
+        self.steps += 1
+        if not used or self.steps == GROWTH_STEPS:
+            self.factor, self.steps = self.factor * (2 if used else 0.5), 0
+        return used
 
 
 class AdamW:
@@ -593,20 +737,38 @@ def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int)
     As with transformers, the rate of the first warm-up step is 0. So that something is learnt in a round of one step,
     the last is no warm-up step.
     """
-    warmup = min(math.ceil(training.warmup_ratio * num_steps), num_steps - 1)
+    warmup = max(0, min(math.ceil(training.warmup_ratio * num_steps), num_steps - 1))
     made: LRScheduler = get_scheduler(
         training.lr_scheduler_type, adamw, num_warmup_steps=warmup, num_training_steps=num_steps
     )
     return made
 
 
-def _num_steps(num_examples: int, training: TrainingConfig) -> int:
+def _packed(lengths: Sequence[int], room: int, generator: np.random.Generator) -> list[list[int]]:
+    """Rows of examples, by index, with at most `room` tokens each.
+
+    Best fit, the longest first: each goes into the fullest row that has room for it. `generator` decides between
+    examples of one length.
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # room that is left in a row, and the row; ascending
+    for i in sorted(generator.permutation(len(lengths)).tolist(), key=lambda i: -lengths[i]):
+        place = bisect_left(free, (lengths[i], 0))
+        left, row = free.pop(place) if place < len(free) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(free, (left - lengths[i], row))
+    return rows
+
+
+def _num_steps(num_rows: int, training: TrainingConfig) -> int:
     """The number of steps that `_steps` yields."""
-    return training.local_steps or training.local_epochs * math.ceil(num_examples / training.step_size)
+    return training.local_steps or training.local_epochs * math.ceil(num_rows / training.step_size)
 
 
 def _steps(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:
-    """Indices of the examples of each optimizer step, in `local_epochs` passes, or as many as `local_steps` needs."""
+    """Indices of the rows of each optimizer step, in `local_epochs` passes, or as many as `local_steps` needs."""
     size, steps = training.step_size, 0
     epochs = training.local_epochs if training.local_steps is None else training.local_steps
     for _ in range(epochs):
@@ -622,14 +784,22 @@ def _steps(lengths: Sequence[int], training: TrainingConfig, generator: np.rando
                 return
 
 
-def _chosen(logits: Tensor, temperature: float, draws: NDArray[np.float64]) -> Tensor:
+def _chosen(logits: Tensor, generation: GenerationSettings, draws: NDArray[np.float64]) -> Tensor:
     """A token for each row of `logits` (B, V): at temperature 0 the likeliest, else the one at the quantile `draws`
-    (B,)."""
-    if temperature == 0:
+    (B,) of those that top_k and then top_p leave."""
+    if generation.temperature == 0:
         return logits.argmax(dim=1)
+    logits = logits / generation.temperature
+    if generation.top_k:
+        logits = TopKLogitsWarper(generation.top_k)(None, logits)
+    if generation.top_p < 1:
+        logits = TopPLogitsWarper(generation.top_p)(None, logits)
     # torch.multinomial would draw a number for each token of the vocabulary, which takes longer than the softmax.
-    quantiles = torch.softmax(logits / temperature, dim=1).cumsum(dim=1)
-    wanted = torch.from_numpy(draws).to(quantiles)[:, None] * quantiles[:, -1:]
+    quantiles = torch.softmax(logits, dim=1).cumsum(dim=1)
+    last = quantiles[:, -1:]
+    # A draw that rounds to 1 would lie behind all quantiles, and the last token may be one that was left out.
+    below = last.nextafter(torch.zeros_like(last))
+    wanted = torch.minimum(torch.from_numpy(draws).to(quantiles)[:, None] * last, below)
     return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
 
 

@@ -85,6 +85,7 @@ class EngineSpec:
         max_rank: Highest rank of an adapter.
         max_adapters: Most adapters in the batch at a time.
         cache_bytes: Size of the key-value cache.
+        stops: Whether requests name texts that end answers, for which it needs the model's tokenizer.
     """
 
     name: str
@@ -96,6 +97,7 @@ class EngineSpec:
     max_rank: int
     max_adapters: int
     cache_bytes: int
+    stops: bool = False
 
     def build(self, gpus: str) -> VllmEngine:
         """Load the model.
@@ -214,10 +216,13 @@ class VllmEngine:
             sampling = SamplingParams(
                 max_tokens=job.request.max_new_tokens,
                 temperature=job.request.temperature,
+                top_p=job.request.top_p,
+                top_k=job.request.top_k,
                 seed=seed if job.request.temperature > 0 else None,
                 stop_token_ids=list(job.request.ends),
+                stop=list(job.request.stop),
                 ignore_eos=True,  # ends are named
-                detokenize=False,
+                detokenize=bool(job.request.stop),
             )
             request_id = f"{job.adapter_id}-{index}"
             job.unanswered[request_id] = index
@@ -295,7 +300,7 @@ def _load(spec: EngineSpec) -> Any:
         # With the cache's size given, this only says how much of a GPU must be free at the start.
         gpu_memory_utilization=0.9 * spec.gpus if spec.gpus else 0.9,
         enable_prefix_caching=False,  # an adapter is asked once: nothing that it computed is of use again
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not spec.stops,
         generation_config="vllm",
         disable_log_stats=True,
     )

@@ -117,6 +117,8 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     length = _count(steps, "step") if steps else _count(training["local_epochs"], "epoch")
     took_part = config["clients"]["participation"]
     sampled = f" {took_part:.0%} of the clients take part in a round." if took_part < 1 else ""
+    overridden = ", ".join(sorted(map(str, config["clients"].get("overrides", {})), key=int))
+    sampled += f" Some clients have training or generation settings of their own: {overridden}." if overridden else ""
     sentence = (
         f"{_count(count, 'client')} fine-tune{'s' if count == 1 else ''} {names} (LoRA, rank {model['lora']['rank']}) "
         f"on {_count(data['examples_per_client'], 'private example')} each of {data['source']}, "

@@ -7,13 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from semcons_ray.config import AlgorithmConfig, ExperimentConfig
+from semcons_ray.config import AlgorithmConfig, ExperimentConfig, GenerationConfig, TrainingConfig
 from semcons_ray.consensus import Election
 from semcons_ray.data.examples import DataSet
 from semcons_ray.data.losses import Reason, Tally
@@ -35,6 +36,7 @@ from semcons_ray.distributed.placement import (
 )
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
+from semcons_ray.errors import ConfigError
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
@@ -240,9 +242,7 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
     """
     texts = [text for example in split.examples() for text in (text_of(example.prompt), example.response)]
     for name, folder in folders.items():
-        check_model(
-            folder, config.model.model_copy(update={"name": name}), [config.training], [config.generation], texts
-        )
+        check_model(folder, config.model.model_copy(update={"name": name}), *_own_settings(config, name), texts)
 
 
 @contextlib.contextmanager
@@ -278,8 +278,9 @@ def place(
     Raises:
         PlacementError: Something does not fit; the message names the setting to change.
         ModelError: A model's size cannot be read.
+        ConfigError: `model.attn_implementation` is not for this device or dtype, or vLLM is needed and not installed.
     """
-    resources, training = config.resources, config.training
+    resources = config.resources
     device = choose_device(resources.device, nodes)
     warnings = tuple(unused_gpus(resources.device, nodes))
     nodes = tuple(replace(node, gpus=()) if node.cuda_fault else node for node in nodes)
@@ -296,25 +297,8 @@ def place(
             "resources": resources.model_copy(update={"device": device}),
         }
     )
-    demands = []
-    sharding = config.sharding
-    for name, folder in folders.items():
-        ranks = sharding.models.get(name, 1)
-        footprint = measure_footprint(
-            folder,
-            dtype=dtype,
-            quantization=config.model.quantization,
-            max_length=config.model.max_length,
-            batch_size=ceil(training.batch_size / ranks),
-            generation_batch_size=ceil(config.generation.batch_size / ranks),
-            max_new_tokens=config.generation.max_new_tokens,
-            gradient_checkpointing=training.gradient_checkpointing,
-            device=device,
-        )
-        if ranks > 1 and sharding.zero_stage == 3:
-            footprint = footprint.divided(ranks, offloaded=sharding.cpu_offload)
-        clients = tuple(client for client, model in enumerate(config.client_models()) if model == name)
-        demands.append(Demand(name, clients, ranks * footprint.host_bytes, footprint.device_bytes, ranks))
+    _check_attention(config)
+    demands = [_demand(config, name, folder) for name, folder in folders.items()]
     limits = Limits(
         threads_per_worker=resources.threads_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
@@ -340,6 +324,53 @@ def place(
         warnings,
         revisions,
     )
+
+
+def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
+    """What a worker of a model needs, whichever of its clients it has: the most that the settings of one ask for."""
+    sharding, model, device = config.sharding, config.model, config.resources.device
+    ranks = sharding.models.get(name, 1)
+    footprints = []
+    for training, generation in dict.fromkeys(zip(*_own_settings(config, name), strict=True)):
+        footprint = measure_footprint(
+            folder,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
+            use_dora=model.lora.use_dora,
+            modules_to_save=model.lora.modules_to_save,
+            quantization=model.quantization,
+            max_length=model.max_length,
+            batch_size=ceil(training.batch_size / ranks),
+            generation_batch_size=ceil(generation.batch_size / ranks),
+            max_new_tokens=generation.max_new_tokens,
+            gradient_checkpointing=training.gradient_checkpointing,
+            device=device,
+        )
+        if ranks > 1 and sharding.zero_stage == 3:
+            footprint = footprint.divided(ranks, offloaded=sharding.cpu_offload)
+        footprints.append(footprint)
+    return Demand(
+        name,
+        tuple(client for client, has in enumerate(config.client_models()) if has == name),
+        ranks * max(footprint.host_bytes for footprint in footprints),
+        max(footprint.device_bytes for footprint in footprints),
+        ranks,
+    )
+
+
+def _own_settings(config: ExperimentConfig, name: str) -> tuple[list[TrainingConfig], list[GenerationConfig]]:
+    """Settings of training and of answers of each client that has the model."""
+    has_it = [model == name for model in config.client_models()]
+    return [*compress(config.client_training(), has_it)], [*compress(config.client_generation(), has_it)]
+
+
+def _check_attention(config: ExperimentConfig) -> None:
+    """Check that the device and the dtype, which are resolved, do for the attention that is asked for."""
+    attention = config.model.attn_implementation or ""
+    if attention.startswith("flash") and config.resources.device == "cpu":
+        raise ConfigError(f"model.attn_implementation {attention} needs a GPU, and models compute on the CPU; try sdpa")
+    if attention.startswith("flash") and config.model.dtype == "float32":
+        raise ConfigError(f"model.attn_implementation {attention} computes in 16 bits, and model.dtype is float32")
 
 
 def _place_engines(
@@ -381,16 +412,18 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
     try:
         for plan in placement.engines:
             callers = sum(worker.model == plan.model for worker in placement.workers)
+            _, generation = _own_settings(config, plan.model)
             spec = EngineSpec(
                 name=plan.name,
                 model=placement.pinned(plan.model),
                 dtype=config.model.dtype,
                 threads=plan.threads,
                 gpus=plan.gpus,
-                max_length=config.model.max_length + config.generation.max_new_tokens,
+                max_length=config.model.max_length + max(settings.max_new_tokens for settings in generation),
                 max_rank=max(config.client_ranks()),
                 max_adapters=callers,
                 cache_bytes=int(config.resources.engine_cache_gib * GIB),
+                stops=any(settings.stop for settings in generation),
             )
             if config.resources.fleet == "local":
                 started[plan.model] = spec.build(this_place(uses_gpu=plan.gpus > 0).gpus)
@@ -513,11 +546,11 @@ def _host_spec(
         algorithm=algorithm,
         private={client: split.private[client] for client in worker.clients},
         ranks={client: config.client_ranks()[client] for client in worker.clients},
+        training={client: config.of_client(client).training for client in worker.clients},
+        generation={client: config.of_client(client).generation for client in worker.clients},
         public_prompts=public_prompts,
         test=split.test,
         num_answers=config.evaluation.num_answers,
-        training=config.training,
-        generation=config.generation,
         seed=config.seed,
         state=state.resolve(),
         mark=shared,

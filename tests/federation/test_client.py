@@ -40,13 +40,10 @@ def make_client(model: LanguageModel) -> MakeClient:
             1,
             EXAMPLES,
             rank=rank,
+            training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
+            generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
             duties=Duties(
-                prompts=("add one and six", "spell two"),
-                test=tuple(EXAMPLES[:2]),
-                num_answers=1,
-                training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
-                generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
-                seed=0,
+                prompts=("add one and six", "spell two"), test=tuple(EXAMPLES[:2]), num_answers=1, seed=0
             ),
             model=model,
             ledger=Ledger("worker-0", "here"),

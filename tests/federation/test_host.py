@@ -52,8 +52,8 @@ def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
             public_prompts=PROMPTS,
             test=(Example("spell six", "s i x", "spell"), Example("add one and one", "it is 2", "add")),
             num_answers=1,
-            training=TrainingConfig(learning_rate=1e-2, batch_size=2),
-            generation=GenerationConfig(max_new_tokens=4),
+            training=dict.fromkeys(PRIVATE, TrainingConfig(learning_rate=1e-2, batch_size=2)),
+            generation=dict.fromkeys(PRIVATE, GenerationConfig(max_new_tokens=4)),
             seed=11,
             state=state,
             mark=mark(state),
@@ -61,6 +61,18 @@ def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
         return dataclasses.replace(spec, **changes)
 
     return make
+
+
+def test_each_client_has_its_own_settings(make_spec: MakeSpec) -> None:
+    common = make_spec()
+    own_training = TrainingConfig(learning_rate=1e-3, batch_size=1)
+    own_generation = GenerationConfig(max_new_tokens=2, stop=("x",))
+    spec = make_spec(
+        training={**common.training, 2: own_training}, generation={**common.generation, 2: own_generation}
+    )
+    clients = spec.build().clients
+    assert (clients[0].training, clients[0].generation) == (common.training[0], common.generation[0])
+    assert (clients[2].training, clients[2].generation) == (own_training, own_generation)
 
 
 COLUMNS = ("gpus", "uplink_bytes", "downlink_bytes")
@@ -204,6 +216,7 @@ def test_the_model_is_made_of_all_that_the_settings_say(
         dtype="float16",
         quantization="8bit",
         max_length=48,
+        attn_implementation="eager",
         system_prompt="be brief",
         chat_template_kwargs={"enable_thinking": False},
         template_date=date(2001, 2, 3),
@@ -218,6 +231,7 @@ def test_the_model_is_made_of_all_that_the_settings_say(
             settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
             wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
             made: Any = first.model
+            assert [*made.settings.pop("trainings")] == [first.training, second.training]
             assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
             assert second.model is made
             assert [(client.client_id, client.rank, client.engine) for client in (first, second)] == [
@@ -242,7 +256,6 @@ def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec)
             ("add one and one", "it is 2"),
         ]
         assert (client.num_answers, client.seed) == (1, 11)
-        assert (client.training, client.generation) == (spec.training, spec.generation)
         assert client.ledger is host.ledger
     assert {shape[0] for key, shape in host.adapter_shapes.items() if "lora_A" in key} == {4}
     assert {shape[1] for key, shape in host.adapter_shapes.items() if "lora_B" in key} == {4}

@@ -48,6 +48,16 @@ def close(left: torch.Tensor, right: torch.Tensor) -> None:
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_no_factor_stays_at_another_rank() -> None:
+    sizes = {"q.lora_magnitude_vector.weight": torch.arange(float(OUT))}
+    for rank in (1, 3, 5):
+        moved = with_rank({**adapter(3, 0), **sizes}, rank)
+        close(moved.pop("q.lora_magnitude_vector.weight"), torch.arange(float(OUT)))
+        assert shapes_of(moved) == shapes_of(adapter(rank, 0))
+        expected = {**shapes_of(adapter(rank, 0)), **shapes_of(sizes)}
+        assert shapes_at(shapes_of({**adapter(3, 0), **sizes}), rank) == expected
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
 def test_packed_tensors_come_back_and_cost_what_their_type_does(dtype: str, size: int) -> None:
     tensors = {"a": torch.tensor([[1.0, -2.5]]), "b": torch.arange(64.0)}

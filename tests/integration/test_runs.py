@@ -45,6 +45,21 @@ def once(fixture_name: str, config: pytest.Config) -> Literal["function", "modul
     return "function" if "MUTANT_UNDER_TEST" in os.environ else "module"
 
 
+def test_a_client_with_settings_of_its_own_trains_by_them_and_is_resumed_with_them(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    own = {1: {"training": {"local_steps": 2, "batch_size": 1}, "generation": {"max_new_tokens": 1}}}
+    config = tiny_config(num_rounds=1, algorithm={"first_exchange": 1}, clients={"num_clients": 3, "overrides": own})
+    run_experiment(config, tmp_path / "run", Silent())
+    ledger = pd.read_parquet(tmp_path / "run/ledger.parquet")
+    wrote = ledger[ledger["stage"] == "generate"].groupby("client_id")["tokens"].sum()
+    assert wrote[1] == 6 < min(wrote[0], wrote[2])
+    trained = ledger[ledger["stage"] == "fine_tune"].groupby("client_id")["tokens"].sum()
+    assert trained[1] < min(trained[0], trained[2]) / 2
+    assert "own: 1." in write_report(tmp_path / "run").read_text(encoding="utf-8")
+    resume_experiment(tmp_path / "run", Silent())
+
+
 @pytest.fixture(scope=once)
 def run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rounds of three clients, with settings that the defaults don't try."""

@@ -163,6 +163,36 @@ def test_what_leads_an_answer_in_is_not_part_of_it() -> None:
     assert chat(channels).answer(channels(ANSWER)["input_ids"]) == ANSWER
 
 
+STOPS: dict[str, tuple[Family | None, str, tuple[str, ...], str]] = {
+    "the first of several": (CHAT, "it is 3\nor 4. No", (".", "\n", "or"), "it is 3"),
+    "the first that comes": (CHAT, "it is 3 or 3", ("3",), "it is"),
+    "at once": (CHAT, "it is 3", ("i",), ""),
+    "nowhere": (CHAT, "it is 3", ("\n", "three"), "it is 3"),
+    "of a base model": (None, " it is 3\nQuestion: add", ("\nQuestion:",), "it is 3"),
+    "not in a thought": (QWEN3, THOUGHT + "it is 3\nor 4", ("\n",), "it is 3"),
+    "not in a thought that has words": (QWEN3, "<think>\none\n</think>\n\nit is 3\nor 4", ("\n",), "it is 3"),
+    "not in the name of a channel": (CHANNELS, "<|channel|>final<|message|>the final 3", ("final",), "the"),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_an_answer_is_cut_before_a_stop_text_and_what_leads_it_in_is_no_part_of_it(name: str) -> None:
+    family, said, stop, answer = STOPS[name]
+    tokenizer = family.tokenizer() if family else train_tokenizer()
+    ids, ours = tokenizer(said)["input_ids"], chat(tokenizer)
+    assert ours.answer(ids, stop) == answer
+    stopped = [ours.is_stopped(ids[:length], stop) for length in range(1, len(ids) + 1)]
+    assert any(stopped) == (answer != said)
+    first = stopped.index(True) + 1 if any(stopped) else len(ids)
+    assert ours.answer(ids[:first], stop) == answer  # and that is where generation ends
+
+
+def test_stop_texts_are_looked_for_in_all_that_is_written_where_nothing_leads_answers_in() -> None:
+    assert chat(CHAT.tokenizer()).stops(("\n", "3", "<|im_start|>")) == ["\n", "3"]
+    assert chat(QWEN3.tokenizer()).stops(("\n", "3")) == ["3"]
+    assert chat(CHANNELS.tokenizer()).stops(("final", "3", "<|message|>")) == ["3"]
+
+
 @pytest.mark.parametrize(
     ("asked", "given", "learnt"),
     [

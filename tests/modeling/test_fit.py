@@ -40,9 +40,11 @@ def check(
     texts: tuple[str, ...] = (),
     max_length: int = 16,
     training: Sequence[TrainingConfig] = (TrainingConfig(),),
+    attn_implementation: str | None = None,
     **lora: Any,
 ) -> None:
-    model = ModelConfig.model_validate({"name": str(folder), "max_length": max_length, "lora": lora})
+    settings = {"max_length": max_length, "attn_implementation": attn_implementation, "lora": lora}
+    model = ModelConfig.model_validate({"name": str(folder), **settings})
     check_model(folder, model, training, [GenerationConfig(max_new_tokens=4)], texts)
 
 
@@ -195,6 +197,51 @@ def test_targets_are_checked_too(tmp_path: Path, tokenizer: PreTrainedTokenizerF
     said = refusal(folder, target_modules=["v_prjo"])
     assert "model.lora.target_modules: v_prjo names no module" in said
     check(folder, target_modules=["v_proj"])
+
+
+def test_attention_must_be_one_that_the_family_has(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    llama = describe(tmp_path / "llama", tokenizer, "llama", **SHAPE)
+    for has in ("eager", "sdpa", "flash_attention_2", "flex_attention"):  # whether a GPU is here or not
+        check(llama, attn_implementation=has)
+    bloom = describe(tmp_path / "bloom", tokenizer, "bloom", hidden_size=32, n_head=4, n_layer=2)
+    check(bloom, attn_implementation="eager")
+    for lacks in ("sdpa", "flash_attention_2", "flex_attention"):
+        said = refusal(bloom, attn_implementation=lacks)
+        assert said.startswith(f"model.attn_implementation {lacks} does not fit {bloom}: BloomForCausalLM does not sup")
+
+
+HYBRID = {**SHAPE, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+CHUNKED = {**SHAPE, "layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2, "head_dim": 8,
+           "intermediate_size_mlp": 64}  # fmt: skip
+NOT_PACKED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2}, "has layers of kind linear_attention"),
+    "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2}, "does not tell texts apart by position_ids"),
+    "qwen3_5": ("qwen3_5_text", HYBRID, "has layers of kind linear_attention"),
+    "llama4": ("llama4_text", CHUNKED, "has layers of kind chunked_attention"),
+    "bloom": ("bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 2}, "does not tell texts apart"),
+    "falcon with ALiBi": ("falcon", {"hidden_size": 32, "num_attention_heads": 4, "alibi": True}, "does not tell"),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "does not tell"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_packing_is_refused_where_texts_in_a_row_cannot_be_kept_apart(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    architecture, config, says = NOT_PACKED[name]
+    folder = describe(tmp_path, tokenizer, architecture, **config)
+    check(folder)
+    said = refusal(folder, training=[TrainingConfig(packing=True)])
+    assert said.startswith(f"training.packing does not fit {folder}: a {architecture} model {says}")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen2", "mistral", "phi3", "gpt_neox"])
+def test_packing_is_for_families_that_tell_texts_apart_by_their_positions(
+    architecture: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = describe(tmp_path, tokenizer, architecture, **SHAPE)
+    check(folder, training=[TrainingConfig(packing=True)])
 
 
 def test_checkpointing_is_for_families_that_have_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

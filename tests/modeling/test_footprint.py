@@ -70,6 +70,18 @@ def test_a_worker_on_the_cpu_has_all_of_it_in_host_memory(tmp_path: Path) -> Non
     assert found.host_bytes == found.weights + 2 * kept + found.logits + found.tokenizer + PROCESS_BYTES
 
 
+def test_modules_that_are_trained_whole_are_counted_with_all_that_goes_with_them(tmp_path: Path) -> None:
+    folder = write_llama_8b(tmp_path)
+    embedding = 128256 * 4096
+    for device, on_device, on_host in (("cuda", 24, 32), ("cpu", 0, 56)):
+        plain = footprint(folder, device)
+        whole = footprint(folder, device, modules_to_save=("lm_head", "input_layernorm"))
+        extra = embedding + 32 * 4096
+        assert whole.device_bytes - plain.device_bytes == on_device * extra
+        assert whole.host_bytes - plain.host_bytes == on_host * extra
+    assert footprint(folder, "cpu", modules_to_save=("tied_elsewhere",)).trained == embedding
+
+
 def test_a_rank_has_its_part_of_the_weights_where_the_setting_says(tmp_path: Path) -> None:
     whole = footprint(write_llama_8b(tmp_path), "cuda")
     largest = 2 * 128256 * 4096
@@ -101,9 +113,9 @@ def built(name: str, layers: int) -> PreTrainedModel:
     return model(config(**SHAPE, num_hidden_layers=layers)).to(torch.bfloat16)
 
 
-def bytes_kept(model: PreTrainedModel, length: int, kernel: SDPBackend) -> int:
+def bytes_kept(model: PreTrainedModel, length: int, kernel: SDPBackend, *, use_dora: bool = False) -> int:
     """What two sequences, one of them padded, keep for the backward pass."""
-    adapted = attach_adapter(model, LoraConfig(rank=1), "model").train()
+    adapted = attach_adapter(model, LoraConfig(rank=1, use_dora=use_dora), "model").train()
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*adapted.parameters(), *adapted.buffers()]}
     kept: dict[int, torch.Tensor] = {}
 
@@ -118,6 +130,35 @@ def bytes_kept(model: PreTrainedModel, length: int, kernel: SDPBackend) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), sdpa_kernel(kernel):
         adapted(input_ids=ids, attention_mask=mask, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_layer_with_eager_attention_keeps_on_a_gpu_is_bounded(name: str, tmp_path: Path) -> None:
+    def eager(layers: int) -> PreTrainedModel:
+        model = built(name, layers)
+        model.set_attn_implementation("eager")
+        return model
+
+    eager(1).save_pretrained(tmp_path)
+    planned = measure_footprint(
+        tmp_path, dtype="bfloat16", max_length=320, batch_size=2, generation_batch_size=1, max_new_tokens=1,
+        attn_implementation="eager", device="cuda",
+    ).activations  # fmt: skip
+    kernel = SDPBackend.MATH  # not used
+    measured = bytes_kept(eager(3), 320, kernel) - bytes_kept(eager(2), 320, kernel)
+    assert measured <= planned <= 1.5 * measured
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_layer_with_dora_keeps_is_bounded(name: str, tmp_path: Path) -> None:
+    built(name, 1).save_pretrained(tmp_path)
+    planned = measure_footprint(
+        tmp_path, dtype="bfloat16", max_length=320, batch_size=2, generation_batch_size=1, max_new_tokens=1,
+        use_dora=True,
+    ).activations  # fmt: skip
+    few, more = (bytes_kept(built(name, layers), 320, SDPBackend.MATH, use_dora=True) for layers in (2, 3))
+    measured = more - few
+    assert measured <= planned <= 1.5 * measured
 
 
 @pytest.mark.parametrize("length", [64, 512])

@@ -1,15 +1,30 @@
-"""Gradients are the same however a step is divided into batches, and whatever is kept for the backward pass."""
+"""Gradients are the same however a step is divided into batches and rows, and whatever is kept for the backward
+pass."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from semcons_ray.config import LoraConfig, TrainingConfig
+from semcons_ray.config import Attention, LoraConfig, TrainingConfig
+from semcons_ray.errors import ModelError
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
+from semcons_ray.modeling.language_model import (
+    GROWTH_STEPS,
+    Batch,
+    LanguageModel,
+    LossScale,
+    Pair,
+    Parameters,
+    Segment,
+    _packed,
+)
 from tests.tiny import examples, write_model
 
 # 21 of many lengths: in steps of eight the last has five.
@@ -17,14 +32,32 @@ PAIRS = [Pair(row["prompt"], row["response"], weight=0.5 + i % 3) for i, row in 
 Gradients = list[dict[str, Tensor]]
 
 
-def load(folder: Path, *, max_length: int = 64, **lora: object) -> LanguageModel:
-    settings = LoraConfig.model_validate({"rank": 4, **lora})
-    return LanguageModel(str(folder), lora=settings, dtype="float32", device="cpu", max_length=max_length)
+def load(
+    folder: Path,
+    *,
+    attention: Attention | None = None,
+    trainings: Sequence[TrainingConfig] = (TrainingConfig(),),
+    dtype: str = "float32",
+    **lora: object,
+) -> LanguageModel:
+    return LanguageModel(
+        str(folder),
+        lora=LoraConfig.model_validate({"rank": 4, **lora}),
+        dtype=dtype,
+        device="cpu",
+        max_length=64,
+        attn_implementation=attention,
+        trainings=trainings,
+    )
 
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> LanguageModel:
     return load(tiny_llama)
+
+
+def tokens_of(model: LanguageModel) -> list[int]:
+    return [len(model.chat.encode(pair.prompt, pair.response).ids) for pair in PAIRS]
 
 
 def noisy(model: LanguageModel) -> Adapter:
@@ -90,6 +123,143 @@ def test_checkpointed_gradients_are_those_without(architecture: str, dropout: fl
     with_it = gradients(model, gradient_checkpointing=True)
     assert_same(with_it, gradients(model))
     assert_same(gradients(model, gradient_checkpointing=True), with_it)
+
+
+# 64 tokens a row; sliding windows of 7 tokens are shorter than any text.
+PACKED: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "llama, eager": ("llama", {}),
+    "gemma3": ("gemma3", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3, eager": ("gemma3", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2": ("qwen2", {}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows_have_the_loss_and_the_gradients_of_padded_batches(name: str, tmp_path: Path) -> None:
+    architecture, config = PACKED[name]
+    model = load(write_model(tmp_path, architecture, **config), attention="eager" if "eager" in name else None)
+    padded = gradients(model, batch_size=len(PAIRS))
+    assert len(padded[0]) == 1
+    assert_same(gradients(model, batch_size=len(PAIRS), packing=True), padded)
+    divided = {"batch_size": 2, "gradient_accumulation_steps": len(PAIRS), "gradient_checkpointing": True}
+    assert_same(gradients(model, packing=True, **divided), padded)
+
+
+def test_packing_is_seen_by_the_model_in_fewer_fuller_rows(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[torch.Size] = []
+    forward = model.model.forward
+
+    def spy(**inputs: Tensor) -> object:
+        shapes.append(inputs["input_ids"].shape)
+        assert "attention_mask" not in inputs
+        return forward(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", spy)
+    steps, _ = gradients(model, batch_size=2, packing=True, local_epochs=2)
+    tokens = sum(tokens_of(model))
+    rows = sum(rows for rows, _ in shapes) // 2
+    assert all(length <= 64 for _, length in shapes)
+    assert tokens / 64 <= rows <= 1.2 * tokens / 64 + 1
+    assert len(steps) == len(shapes) == 2 * -(-rows // 2)  # a step has two rows, and the last of an epoch what is left
+
+
+def test_packed_rows_are_drawn_by_the_generator_alone(model: LanguageModel) -> None:
+    lengths = tokens_of(model)
+    first, again, other = (_packed(lengths, 64, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@given(st.lists(st.integers(1, 64), max_size=60), st.integers(0, 5))
+def test_every_example_is_in_one_row_and_no_two_rows_would_fit_in_one(lengths: list[int], seed: int) -> None:
+    rows = _packed(lengths, 64, np.random.default_rng(seed))
+    assert sorted(i for row in rows for i in row) == [*range(len(lengths))]
+    loads = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert not loads or loads[-1] <= 64
+    assert len(loads) < 2 or loads[0] + loads[1] > 64
+
+
+def test_flash_attention_gets_all_texts_of_a_batch_in_one_row(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers finds the texts of a row by their positions only where there is one row."""
+    padded = gradients(model, batch_size=len(PAIRS))
+    collate, config = model._collate, model.model.config
+
+    def in_one_row(rows: Sequence[Sequence[Segment]], **how: bool) -> Batch:
+        with monkeypatch.context() as patched:
+            patched.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+            batch = collate(rows, **how)
+        assert all(len(tensor) == 1 for tensor in [*batch.inputs.values(), batch.labels, batch.weights])
+        return batch
+
+    monkeypatch.setattr(model, "_collate", in_one_row)
+    assert_same(gradients(model, batch_size=len(PAIRS), packing=True), padded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_tried_at_loading_and_refused_if_packed_texts_see_each_other(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path, "llama", initializer_range=0.3)
+    packed = [TrainingConfig(), TrainingConfig(packing=True)]
+    load(folder, dtype=dtype, trainings=packed)
+    # As in a family whose own code makes its masks without a look at positions.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    load(folder, dtype=dtype)
+    with pytest.raises(ModelError, match=r"^training\.packing does not fit [^\n]*: what is before a text in its row"):
+        load(folder, dtype=dtype, trainings=packed)
+
+
+def faint(folder: Path, factor: float) -> Path:
+    """A model whose output embedding is `factor` times what it was, so that its gradients are small, or large."""
+    file = write_model(folder, "llama") / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": factor * weights["lm_head.weight"]}, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("factor", [2.0**-8, 1.0, 2.0**10])
+def test_gradients_in_float16_are_those_in_float32(factor: float, tmp_path: Path) -> None:
+    folder = faint(tmp_path, factor)
+    exact, half = (gradients(load(folder, dtype=dtype), batch_size=len(PAIRS)) for dtype in ("float32", "float16"))
+    assert half[1] == pytest.approx(exact[1], rel=1e-2)
+    for key, gradient in exact[0][0].items():
+        assert (half[0][0][key] - gradient).norm() < 0.05 * gradient.norm(), key
+
+
+def test_a_scale_that_overflows_is_halved_and_its_step_taken_with_the_same_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(faint(tmp_path, 2.0**10), dtype="float16")
+    scales: list[float] = []
+    accumulate = LanguageModel._accumulate
+
+    def spy(self: LanguageModel, step: object, training: object, masters: object, factor: float) -> Tensor:
+        scales.append(factor)
+        return accumulate(self, step, training, masters, factor)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LanguageModel, "_accumulate", spy)
+    steps, _ = gradients(model, batch_size=8)
+    assert len(steps) == 3
+    assert scales[:3] == [2.0**16, 2.0**15, 2.0**14]
+    assert scales[-1] < 2.0**16  # what was learnt of the scale is kept for the next step
+    again = len(scales)
+    gradients(model, batch_size=8)
+    assert scales[again:] == scales[:again]  # and not for the next call
+
+
+def test_a_scale_grows_after_many_steps_and_ends_at_one() -> None:
+    scale = LossScale(4.0)
+    assert [scale.keeps(True) for _ in range(GROWTH_STEPS)] == [True] * GROWTH_STEPS
+    assert scale == LossScale(8.0)
+    assert [scale.keeps(False) for _ in range(4)] == [False, False, False, True]
+    assert scale.factor == 1.0
 
 
 def test_checkpointing_and_accumulation_go_together_with_a_frozen_adapter(model: LanguageModel) -> None:

@@ -113,9 +113,59 @@ def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.125, 0.375])
     draws = np.arange(16) / 16
     logits = probabilities.log().expand(16, 4)
-    assert torch.bincount(_chosen(logits, 1.0, draws), minlength=4).tolist() == [8, 0, 2, 6]
-    assert torch.bincount(_chosen(2 * logits, 2.0, draws), minlength=4).tolist() == [8, 0, 2, 6]
-    assert _chosen(logits, 0.0, draws).tolist() == [0] * 16
+    for settings, counts in (
+        ({}, [8, 0, 2, 6]),
+        ({"top_k": 3}, [8, 0, 2, 6]),
+        ({"top_k": 2}, [10, 0, 0, 6]),  # 4 : 3, so the quantile of the first is 9.14 of 16
+        ({"top_k": 1}, [16, 0, 0, 0]),
+        ({"top_p": 0.88}, [8, 0, 2, 6]),
+        ({"top_p": 0.87}, [10, 0, 0, 6]),
+        ({"top_p": 0.5}, [16, 0, 0, 0]),
+        ({"top_p": 0.58, "top_k": 2}, [10, 0, 0, 6]),  # of the two left, the first has 0.57
+        ({"top_p": 0.57, "top_k": 2}, [16, 0, 0, 0]),
+        ({"temperature": 0.0}, [16, 0, 0, 0]),
+    ):
+        generation = GenerationConfig.model_validate(settings)
+        assert torch.bincount(_chosen(logits, generation, draws), minlength=4).tolist() == counts, settings
+    warm = GenerationConfig(temperature=2.0)
+    assert torch.bincount(_chosen(2 * logits, warm, draws), minlength=4).tolist() == [8, 0, 2, 6]
+
+
+def test_the_highest_draw_takes_the_last_token_that_is_left() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    assert _chosen(logits, GenerationConfig(top_k=2), np.array([1 - 2**-53])).tolist() == [2]
+    assert _chosen(logits, GenerationConfig(top_k=2), np.array([0.0])).tolist() == [1]
+
+
+def test_an_answer_ends_at_a_stop_text_which_is_cut_off(model: LanguageModel) -> None:
+    prompts = [pair.prompt for pair in PAIRS]
+    settings = GREEDY.model_copy(update={"max_new_tokens": 16})
+    whole, tokens = model.generate(model.fresh_adapter(), prompts, settings, rng())
+    stop = whole[0][3:5]  # inside a token, or across two
+    for batch_size in (1, 3):
+        stopping = settings.model_copy(update={"stop": ("not there", stop), "batch_size": batch_size})
+        answers, fewer = model.generate(model.fresh_adapter(), prompts, stopping, rng())
+        assert answers == [answer.partition(stop)[0].strip() for answer in whole]
+        assert len(answers[0]) <= 3
+        assert fewer < tokens
+
+
+def test_a_stop_text_that_is_a_special_token_ends_an_answer(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, prompt, written = model.fresh_adapter(), PAIRS[0].prompt, []
+    decode = model.chat.answer
+    monkeypatch.setattr(model.chat, "answer", lambda ids, stop: written.append(ids) or decode(ids, stop))
+    model.generate(adapter, [prompt], GREEDY, rng())
+    (whole,) = written
+    monkeypatch.setattr(model.chat, "_special", {"<|mark|>": whole[3]})
+    marked = GREEDY.model_copy(update={"stop": ("<|mark|>", "there")})
+    _, tokens = model.generate(adapter, [prompt], marked, rng())
+    assert written[1] == whole[: whole.index(whole[3])]
+    assert tokens == len(written[1]) + 1
+    request = model.engine_request(adapter, [prompt], marked, rng())
+    assert set(request.ends) - set(model.ends) == {whole[3]}
+    assert request.stop == ["there"]
 
 
 def test_one_step_equals_plain_adamw_on_the_plain_model_with_the_adapter(model: LanguageModel, tmp_path: Path) -> None:
@@ -245,6 +295,21 @@ def test_other_architectures_train_and_answer(tmp_path: Path, architecture: str)
     assert learnt < fresh
     assert len(answers) == 1
     assert 1 <= tokens <= 8
+
+
+def test_attention_is_computed_as_the_setting_says(model: LanguageModel, tiny_llama: Path) -> None:
+    assert model.model.config._attn_implementation == "sdpa"
+    eager = load(tiny_llama, attn_implementation="eager")
+    assert eager.model.config._attn_implementation == "eager"
+    expected = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
+    assert eager.negative_log_likelihood(eager.fresh_adapter(), PAIRS, 4).nll_sum == pytest.approx(expected.nll_sum)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("lacks", ["flash_attention_2", "flex_attention"])
+def test_attention_that_does_not_work_here_is_named_with_its_setting(lacks: str, tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=rf"^[^\n]* with model\.attn_implementation {lacks}: [^\n]*$"):
+        load(tiny_llama, attn_implementation=lacks)
 
 
 def test_long_examples_are_cut_and_keep_their_response(tiny_llama: Path) -> None:

@@ -169,12 +169,18 @@ def test_the_setting_in_a_sentence():
     other = describe(
         num_rounds=1,
         algorithm={"rule": "multi_krum", "agreement_threshold": 0.8},
-        clients={"num_clients": 4, "mix": {"org/a": 1, "org/b": 1}, "participation": 0.5},
+        clients={
+            "num_clients": 4,
+            "mix": {"org/a": 1, "org/b": 1},
+            "participation": 0.5,
+            "overrides": {"3": {"training": {"local_steps": 9}}, "2": {"training": {"local_steps": 8}}},
+        },
         data={"partition": "iid"},
         training={"local_steps": 5},
     )
     assert "4 clients fine-tune a and b" in other
-    assert "partition iid, 5 steps a round for 1 round. 50% of the clients take part in a round." in other
+    assert "partition iid, 5 steps a round for 1 round. 50% of the clients take part in a round. Some clients" in other
+    assert "Some clients have training or generation settings of their own: 2, 3. They answer" in other
     assert "by the multi krum rule the server" in other
     assert "as a pseudo-label, and abstains under 2 answers or an agreement of 0.8." in other
     alike = describe(algorithm={"rule": "own_answer"}, prompts={"budget": 32})

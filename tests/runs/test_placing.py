@@ -8,7 +8,7 @@ import pytest
 
 from semcons_ray.config import validate_config
 from semcons_ray.distributed.placement import GIB, Node, describe_plan
-from semcons_ray.errors import PlacementError
+from semcons_ray.errors import ConfigError, PlacementError
 from semcons_ray.metering.energy import Draw
 from semcons_ray.runs.assembly import SERVER_BYTES, Placement, place
 from tests.tiny import write_llama_8b
@@ -30,10 +30,12 @@ def machine(gpus: int = 1, *, host_gib: int = 64, gpu_bytes: int = H100, **more:
     )
 
 
-def placed(folder: Path, *nodes: Node, clients: int = 2, **sections: Any) -> Placement:
+def placed(
+    folder: Path, *nodes: Node, clients: int = 2, overrides: dict[int, Any] | None = None, **sections: Any
+) -> Placement:
     """A model of 8 billion weights in bfloat16, 2,048 tokens, four examples at a time."""
     values = {
-        "clients": {"num_clients": clients},
+        "clients": {"num_clients": clients, "overrides": overrides},
         "model": {"name": "8b", "max_length": 2048},
         "training": {"batch_size": 4},
         **sections,
@@ -90,6 +92,46 @@ def test_a_model_divided_among_gpus_fits_smaller_ones_or_lies_in_host_memory(fol
     assert placed(folder, machine(2, gpu_bytes=A100_40), **divided).workers == plan.workers
     with pytest.raises(PlacementError, match=r"for a rank of 8b do not fit in any GPU; .* among more GPUs"):
         placed(folder, machine(2, gpu_bytes=24 * GIB), **divided)
+
+
+def test_what_a_worker_needs_is_what_the_largest_of_its_clients_does(folder: Path) -> None:
+    plain, huge = placed(folder, machine()), machine(gpu_bytes=1 << 40)
+    assert placed(folder, machine(), overrides={0: {"training": {"batch_size": 1}}}).demands == plain.demands
+    for own in ({"training": {"batch_size": 5}}, {"generation": {"max_new_tokens": 20_000}}):
+        more = placed(folder, huge, overrides={1: own}).demands["8b"]
+        assert more.device_bytes > plain.demands["8b"].device_bytes
+    checkpointing = {"training": {"gradient_checkpointing": True}}
+    assert placed(folder, machine(), overrides={0: checkpointing}).demands == plain.demands
+    both = placed(folder, machine(), training={"batch_size": 4, "gradient_checkpointing": True})
+    assert both.demands["8b"].device_bytes < plain.demands["8b"].device_bytes
+
+
+def test_accumulation_needs_the_memory_of_one_batch(folder: Path) -> None:
+    plain = placed(folder, machine())
+    training = {"batch_size": 4, "gradient_accumulation_steps": 16}
+    assert placed(folder, machine(), training=training).demands == plain.demands
+
+
+@pytest.mark.parametrize(
+    ("node", "dtype", "says"),
+    [
+        (machine(0, host_gib=600), "auto", "flash_attention_2 needs a GPU, and models compute on the CPU; try sdpa"),
+        (machine(2), "float32", "flash_attention_2 computes in 16 bits, and model.dtype is float32"),
+    ],
+)
+def test_flash_attention_is_for_gpus_and_16_bits(folder: Path, node: Node, dtype: str, says: str) -> None:
+    model = {"name": "8b", "max_length": 2048, "attn_implementation": "flash_attention_2"}
+    with pytest.raises(ConfigError) as caught:
+        placed(folder, node, model={**model, "dtype": dtype})
+    assert str(caught.value) == f"model.attn_implementation {says}"
+    assert placed(folder, machine(2), model=model).demands == placed(folder, machine(2)).demands
+
+
+def test_eager_attention_keeps_its_weights_on_a_gpu_too(folder: Path) -> None:
+    model = {"name": "8b", "max_length": 2048}
+    huge = machine(gpu_bytes=1 << 40)
+    eager = placed(folder, huge, model={**model, "attn_implementation": "eager"}).demands["8b"]
+    assert eager.device_bytes - placed(folder, huge, model=model).demands["8b"].device_bytes > 4 * 2048**2 * 32 * 32 * 6
 
 
 FAULT = "torch 2.13.0+cpu is built without CUDA"

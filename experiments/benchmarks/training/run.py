@@ -54,8 +54,8 @@ def main() -> None:
         plain.train()
         for start in range(0, len(encoded), BATCH_SIZE):
             batch = encoded[start : start + BATCH_SIZE]
-            read = ours._collate(batch)
-            plain(input_ids=read.ids, attention_mask=read.mask, labels=read.labels).loss.backward()
+            read = ours._collate([[segment] for segment in batch])
+            plain(**read.inputs, labels=read.labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -7,7 +7,8 @@ change of c_k. Here x is the average adapter, y_k that of client k after trainin
 
 Where this departs from it: the paper's option II, c_k <- c_k - c + (x - y_k) / (K lr), equals the mean of the raw
 gradients along the client's path if the optimizer is SGD. AdamW's steps are not gradients, so that mean is computed
-directly.
+directly. So clients may also differ in learning rate and number of steps (`clients.overrides`), which the paper's do
+not: c_k stays a mean of gradients, whatever the steps made of them.
 """
 
 from __future__ import annotations
