@@ -6,9 +6,9 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 # A package index to take torch from, for another build of it than the default index has; counts when VENV is made.
 TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
-ENGINE_TESTS = vllm or deepspeed or bitsandbytes
+ENGINE_TESTS = vllm or deepspeed or bitsandbytes or lm_eval
 
-.PHONY: run test test-engines test-mutation test-install check setup architectures vllm deepspeed bitsandbytes clean
+.PHONY: run test test-engines test-mutation test-install check setup architectures vllm deepspeed bitsandbytes lm-eval clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -21,8 +21,8 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(ENGINE_TESTS))"
 
-test-engines: ## Set up a second environment with vLLM, DeepSpeed and bitsandbytes, and run the tests that need them
-	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes
+test-engines: ## Set up a second environment with vLLM, DeepSpeed, bitsandbytes and lm-eval; run the tests that need them
+	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes lm-eval
 	$(VENV)-engines/bin/python -m pytest -m "$(ENGINE_TESTS)" -p tests.no_skips
 
 test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
@@ -56,6 +56,9 @@ deepspeed: $(VENV)/.ready ## Install DeepSpeed, for models divided among devices
 
 bitsandbytes: $(VENV)/.ready ## Install bitsandbytes, for model.quantization
 	$(PIP) install --no-deps --requirement requirements-bitsandbytes.lock
+
+lm-eval: $(VENV)/.ready ## Install lm-eval, for evaluation.lm_eval and semcons evaluate
+	$(PIP) install --no-deps --requirement requirements-lm-eval.lock
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'

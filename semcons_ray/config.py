@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -69,6 +69,12 @@ Quantization = Literal["none", "8bit", "4bit"]
 Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
 Selection = Literal["random", "stratified", "k_center"]
 
+AnswerMetricName = Literal["rouge_l", "similarity", "exact_match", "numeric_match", "chrF"]
+MetricName = Literal["nll", "bits_per_byte"] | AnswerMetricName | Literal["multiple_choice"]
+"""What models are measured by. `AnswerMetricName` has what is measured on generated answers."""
+
+DEFAULT_METRICS: tuple[MetricName, ...] = ("nll", "bits_per_byte", "rouge_l", "similarity")
+
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -95,6 +101,9 @@ ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
 FACTORS_ONLY = ("ffa_lora", "flora", "flexlora", "hetlora")
 """Algorithms that are defined by products of A and B, or by B alone, and know no other tensors of an adapter."""
 ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
+
+
+SomeSettings = TypeVar("SomeSettings", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -588,13 +597,51 @@ class ServerConfig(Settings):
     )
 
 
+def _task(name: str) -> str:
+    return _absolute(name) if f"{name}/".startswith(LOCAL_PATH) or name.endswith((".yaml", ".yml")) else name
+
+
+class LmEvalConfig(Settings):
+    """Tasks of lm-eval by which models are measured as well (`make lm-eval`)."""
+
+    tasks: tuple[Annotated[str, AfterValidator(_task)], ...] = Field(
+        (), description="Names of tasks, groups or tags of lm-eval, or paths of a task's YAML file. Empty: none."
+    )
+    every: int = Field(
+        2,
+        ge=1,
+        description="Rounds between these measurements; the base model and the last round are always measured. Such a "
+        "round is evaluated as a whole, whatever evaluation.every is.",
+    )
+    limit: int | None = Field(None, ge=1, description="Only the first items of each task. null: all.")
+
+    def rounds(self, num_rounds: int) -> frozenset[int]:
+        """The rounds in which models are measured by these tasks; 0 is the base model."""
+        return frozenset((*range(0, num_rounds + 1, self.every), num_rounds)) if self.tasks else frozenset()
+
+
 class EvaluationConfig(Settings):
     """What is measured on the held-out test set, and when."""
 
     every: int = Field(2, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
     num_answers: int = Field(
-        24, ge=0, description="Number of test prompts that are answered, for ROUGE-L and similarity. 0: only losses."
+        24,
+        ge=0,
+        description="Number of test prompts that are answered, for the metrics of answers. 0: none. The more, the "
+        "smaller the differences that can be seen.",
     )
+    metrics: tuple[MetricName, ...] = Field(
+        DEFAULT_METRICS,
+        description="What models are measured by: nll and bits_per_byte of the reference answers, which are measured "
+        "in any case; rouge_l, similarity (cosine of embeddings), exact_match (as SQuAD has it), numeric_match (the "
+        "last number, as for GSM8K) and chrF of the models' own answers; multiple_choice (accuracy by the likelihood "
+        "of options, and by that for their length).",
+    )
+    lm_eval: LmEvalConfig = LmEvalConfig()
+
+    def rounds(self, num_rounds: int) -> frozenset[int]:
+        """The rounds in which models are measured; 0 is the base model."""
+        return frozenset((*range(0, num_rounds + 1, self.every), num_rounds)) | self.lm_eval.rounds(num_rounds)
 
 
 def _check_share(share: float) -> float:
@@ -744,6 +791,11 @@ class ExperimentConfig(Settings):
                 f"training.learning_rate is {self.training.learning_rate}; training.lr_scheduler_type polynomial needs "
                 f"one over {POLYNOMIAL_END}, at which it ends"
             )
+        on_answers = set(get_args(AnswerMetricName)).intersection(self.evaluation.metrics)
+        if not self.evaluation.num_answers and on_answers and self.evaluation.metrics != DEFAULT_METRICS:
+            raise ValueError(
+                f"evaluation.metrics {', '.join(sorted(on_answers))} needs answers, and evaluation.num_answers is 0"
+            )
         if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
             raise ValueError(
                 f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
@@ -833,6 +885,8 @@ class ExperimentConfig(Settings):
             raise ValueError(f"sharding.models names {', '.join(unknown)}, which no client has")
         if self.resources.fleet == "local":
             raise ValueError("sharding.models needs resources.fleet ray")
+        if self.evaluation.lm_eval.tasks:
+            raise ValueError("evaluation.lm_eval.tasks needs models that are whole, and sharding.models divides them")
         if self.model.quantization != "none":
             raise ValueError(f"model.quantization {self.model.quantization} is not for models of sharding.models")
         if self.sharding.zero_stage == 2 and self.algorithm.name in ADJUSTS_GRADIENTS:
@@ -945,6 +999,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         "a training.lr_scheduler_type with warm-up, such as constant_with_warmup",
     ),
     (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
+    (
+        ("evaluation.lm_eval.every", "evaluation.lm_eval.limit"),
+        lambda config: bool(config.evaluation.lm_eval.tasks),
+        "evaluation.lm_eval.tasks",
+    ),
     (
         ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),
         lambda config: config.generation.engine == "vllm",
@@ -1146,10 +1205,17 @@ def validate_config(values: dict[str, Any], *, where: str, shared: dict[str, Any
     """
     config = validate_shared(values, where=where, shared=shared)
     for key, _ in without_effect(config):
-        section, name = key.split(".", 1)
-        change = {name: setting_value(_DEFAULTS, key)} if "." not in name else {"overrides": _without(config, key)}
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update=change)})
+        if key.startswith("clients.overrides."):
+            config = _with_setting(config, "clients.overrides", _without(config, key))
+        else:
+            config = _with_setting(config, key, setting_value(_DEFAULTS, key))
     return config
+
+
+def _with_setting(settings: SomeSettings, key: str, value: Any) -> SomeSettings:
+    """A copy of settings in which one has another value, given by its dotted key."""
+    first, _, rest = key.partition(".")
+    return settings.model_copy(update={first: _with_setting(getattr(settings, first), rest, value) if rest else value})
 
 
 def _without(config: ExperimentConfig, key: str) -> dict[int, Any]:

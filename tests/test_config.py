@@ -10,9 +10,13 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from semcons_ray.config import (
+    DEFAULT_METRICS,
     ClientsConfig,
+    EvaluationConfig,
     ExperimentConfig,
     LoraConfig,
+    LmEvalConfig,
+    ModelConfig,
     RuleName,
     Settings,
     describe_settings,
@@ -376,6 +380,8 @@ RANGES = {
     "server.embedding_batch_size": (1, 0),
     "evaluation.every": (1, 0),
     "evaluation.num_answers": (0, -1),
+    "evaluation.lm_eval.every": (1, 0),
+    "evaluation.lm_eval.limit": (1, 0),
     "resources.max_workers": (1, 0),
     "resources.threads_per_worker": (1, 0),
     "resources.gpus_per_worker": (0.1, 0),
@@ -398,6 +404,7 @@ def test_a_number_out_of_range_is_named_with_its_value(key):
     allowed, refused = RANGES[key]
     rules = {"plurality_similarity": "plurality", "trim": "trimmed", "num_byzantine": "multi_krum"}
     rule = {"algorithm": {"rule": rules[key.split(".")[-1]]}} if key.split(".")[-1] in rules else {}
+    rule |= {"evaluation": {"lm_eval": {"tasks": ["arc_easy"]}}} if key.startswith("evaluation.lm_eval.") else {}
     rule |= {"training": {"lr_scheduler_type": "linear"}} if key == "training.warmup_ratio" else {}
     validate_config(merge_settings(rule, nested(allowed)), where="here")
     assert f"{key}: " in refusal(nested(refused))
@@ -428,6 +435,38 @@ def test_a_share_of_a_gpu_is_at_most_one_since_a_process_computes_on_one(key):
     assert "0.0001" in refusal({"resources": {key: 1e-5}})
     config = validate_config({"resources": {key: 1}, "generation": {"engine": "vllm"}}, where="here")
     assert getattr(config.resources, key) == 1.0
+
+
+def test_metrics_of_answers_need_answers():
+    said = refusal({"evaluation": {"num_answers": 0, "metrics": ["nll", "chrF", "exact_match"]}})
+    assert "evaluation.metrics chrF, exact_match needs answers, and evaluation.num_answers is 0" in said
+    assert validate_config({"evaluation": {"num_answers": 0}}, where="here").evaluation.metrics == DEFAULT_METRICS
+    validate_config({"evaluation": {"num_answers": 0, "metrics": ["multiple_choice"]}}, where="here")
+    assert "'rouge_l'" in refusal({"evaluation": {"metrics": ["rouge"]}})
+
+
+def test_the_rounds_in_which_models_are_measured():
+    evaluation = EvaluationConfig(every=2)
+    assert evaluation.rounds(5) == {0, 2, 4, 5}
+    assert evaluation.lm_eval.rounds(5) == set()
+    tasks = evaluation.model_copy(update={"lm_eval": LmEvalConfig(tasks=("arc_easy",), every=3)})
+    assert tasks.lm_eval.rounds(5) == {0, 3, 5}
+    assert tasks.rounds(5) == {0, 2, 3, 4, 5}
+
+
+def test_tasks_of_lm_eval_are_names_or_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = validate_config({"evaluation": {"lm_eval": {"tasks": ["arc_easy", "mine.yaml", "./b"]}}}, where="here")
+    assert config.evaluation.lm_eval.tasks == ("arc_easy", str(tmp_path / "mine.yaml"), str(tmp_path / "b"))
+    assert "evaluation.lm_eval.limit 3 has no effect: it needs evaluation.lm_eval.tasks" in refusal(
+        {"evaluation": {"lm_eval": {"limit": 3}}}
+    )
+    shared = {"evaluation": {"lm_eval": {"limit": 3}}}
+    assert validate_config(shared, where="here", shared=shared).evaluation == EvaluationConfig()
+    divided = {"resources": {"fleet": "ray"}, "sharding": {"models": {ModelConfig().name: 2}}}
+    assert "evaluation.lm_eval.tasks needs models that are whole" in refusal(
+        {**divided, "evaluation": {"lm_eval": {"tasks": ["arc_easy"]}}}
+    )
 
 
 def test_more_answers_than_test_examples():

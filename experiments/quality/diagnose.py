@@ -100,10 +100,14 @@ def mixtures(run: Path, models: dict[str, LanguageModel]) -> dict[str, float]:
     model = models[key]
     pairs = [Pair(example.prompt, example.response) for example in read_split(run / "data.parquet").test]
     adapters = [read_adapter(folder) for folder in sorted((run / "adapters").glob("client_*"))]
-    both = np.array([[model.negative_log_likelihood(adapter, [pair], 1)[:2] for pair in pairs] for adapter in adapters])
-    mean, mixed = mixture(both[:, :, 0], both[0, :, 1])
-    nll, num_tokens, *_ = model.negative_log_likelihood(weighted_mean(adapters, [1.0] * len(adapters)), pairs, 32)
-    return {"mean_nll": mean, "mixture_nll": mixed, "averaged_nll": nll / num_tokens}
+    scores = [model.negative_log_likelihood(adapter, pairs, 32) for adapter in adapters]
+    mean, mixed = mixture(np.array([score.nll for score in scores]), np.array(scores[0].num_tokens))
+    averaged = model.negative_log_likelihood(weighted_mean(adapters, [1.0] * len(adapters)), pairs, 32)
+    return {
+        "mean_nll": mean,
+        "mixture_nll": mixed,
+        "averaged_nll": averaged.nll_sum / sum(averaged.num_tokens),
+    }
 
 
 def main() -> None:

@@ -219,6 +219,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "Print a run's result table, and write its report.html again.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Measure a finished run's base models and adapters by tasks of lm-eval, into its metrics and report.",
+    )
+    sub.add_argument("folder", metavar="RUN", help="the run's folder, or its URL")
+    sub.add_argument(
+        "--tasks",
+        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        required=True,
+        metavar="TASKS",
+        help="tasks, groups or tags of lm-eval or YAML files, separated by commas: arc_challenge,ifeval,./my_task.yaml",
+    )
+    sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -274,7 +289,8 @@ def _compare(args: argparse.Namespace) -> int:
     wanted = load_comparison(args.config, args.overrides)
     done, failed = run_comparison(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
     if done:
-        print(render_summary(done.summary, wanted.name, reference=wanted.reference, baseline=wanted.baseline))
+        reference, baseline = wanted.reference, wanted.baseline
+        print(render_summary(done.summary, wanted.name, reference=reference, baseline=baseline, metrics=done.metrics))
         print(f"table and figure: {args.out / 'table.md'}, {args.out / 'pareto.svg'}")
     return 1 if failed else 0
 
@@ -296,6 +312,20 @@ def _sweep(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     with _run_folder(args.folder) as (folder, _):
         return _finish(folder)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from semcons_ray.runs.tasks import evaluate_run
+
+    with _run_folder(args.folder) as (folder, _):
+        evaluate_run(folder, args.tasks, args.limit, lambda line: print(f"{line} ...", file=sys.stderr, flush=True))
+        return _finish(folder)
+
+
+def _positive(words: str) -> int:
+    if not words.isdecimal() or int(words) < 1:
+        raise argparse.ArgumentTypeError(f"{words} is not a number above 0")
+    return int(words)
 
 
 def _local(place: str) -> Path:

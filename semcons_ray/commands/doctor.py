@@ -76,7 +76,8 @@ def diagnose() -> list[Check]:
         *check_packaged_files(),
         *check_architectures(),
         check_vllm(bool(gpus)),
-        check_deepspeed(),
+        check_optional("DeepSpeed", "deepspeed"),
+        check_optional("lm-eval", "lm-eval"),
         check_rapl(RAPL_ROOT),
         check_nvml_energy(gpus, pynvml),
         check_hub(os.environ),
@@ -268,12 +269,12 @@ def check_vllm(has_gpu: bool) -> Check:
     return Check("vLLM", "missing", "not installed (optional)", advice)
 
 
-def check_deepspeed() -> Check:
-    """Whether DeepSpeed, the optional engine for models divided among devices, is installed."""
-    if find_spec("deepspeed") is None:
-        advice = "pip install --no-deps -r requirements-deepspeed.lock"
-        return Check("DeepSpeed", "missing", "not installed (optional)", advice)
-    return Check("DeepSpeed", "ok", package_versions(("deepspeed",)).get("deepspeed", "installed"))
+def check_optional(name: str, package: str) -> Check:
+    """Whether an optional package that has a lock of its own is installed."""
+    if find_spec(package.replace("-", "_")) is None:
+        advice = f"pip install --no-deps -r requirements-{package}.lock"
+        return Check(name, "missing", "not installed (optional)", advice)
+    return Check(name, "ok", package_versions((package,)).get(package, "installed"))
 
 
 def check_rapl(root: Path) -> Check:

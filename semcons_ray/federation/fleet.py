@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from semcons_ray.errors import ClientError, QuorumError, UserError
+from semcons_ray.evaluation.harness import TaskScore
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter
 from semcons_ray.metering.ledger import LedgerRow, Place
 
@@ -27,16 +28,25 @@ class Evaluation(msgspec.Struct, frozen=True):
     """How a client's model does on the test set: a measurement by the simulator, not a message of the protocol.
 
     Attributes:
-        nll_sum: Negative log-likelihood (nats), summed over the tokens of the reference answers.
-        num_tokens: How many tokens those are.
-        num_bytes: Length of the reference answers as UTF-8, which does not depend on the tokenizer.
+        nll: Negative log-likelihood (nats) of the reference answer to each of N test prompts, summed over its tokens.
+        num_tokens: How many tokens each of those has, (N,).
+        num_bytes: Length of each as UTF-8, which does not depend on the tokenizer, (N,).
         answers: Generated answers to the first `evaluation.num_answers` test prompts.
+        option_nll: Negative log-likelihood (nats) of each option of each test prompt, (N,); empty if not asked for.
+        tasks: Scores in tasks of lm-eval, if they were asked for.
     """
 
-    nll_sum: float
-    num_tokens: int
-    num_bytes: int
+    nll: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    num_bytes: tuple[int, ...]
     answers: tuple[str, ...]
+    option_nll: tuple[tuple[float, ...], ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+
+    @property
+    def nll_sum(self) -> float:
+        """The sum of `nll`."""
+        return sum(self.nll)
 
 
 class Reply(msgspec.Struct, frozen=True):

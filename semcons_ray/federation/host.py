@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
+from semcons_ray.evaluation.harness import Harness
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, check_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
@@ -54,6 +55,8 @@ class HostSpec:
         mark: Name of the file by which the driver marked that folder; see `store.mark`.
         sharding: How the model is divided among ranks, of which this process is one; None: the model is whole here.
         engine: The engine that generates the clients' answers; None: the worker's own model does.
+        scores_options: Whether the options of test prompts are scored at an evaluation.
+        harness: Runs tasks of lm-eval; None: there are none.
     """
 
     worker: str
@@ -73,6 +76,8 @@ class HostSpec:
     mark: str
     sharding: ShardingConfig | None = None
     engine: Engine | None = None
+    scores_options: bool = False
+    harness: Harness | None = None
 
     def build(self) -> ClientHost:
         """Load the model and make the clients.
@@ -115,7 +120,7 @@ class HostSpec:
             prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
-            duties = Duties(prompts, self.test, self.num_answers, self.seed)
+            duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
             clients = {
                 client_id: Client(
                     client_id,

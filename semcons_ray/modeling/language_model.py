@@ -11,6 +11,7 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import tempfile
 from bisect import bisect_left, insort
@@ -36,7 +37,8 @@ from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.chat import ChatFormat, Encoded
+from semcons_ray.modeling.chat import Encoded
+from semcons_ray.modeling.choices import ChoiceFormat
 from semcons_ray.modeling.decoding import Decoding
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
@@ -93,19 +95,24 @@ class FineTuned:
 
 
 class Score(NamedTuple):
-    """How likely responses are.
+    """How likely the responses of N pairs are.
 
     Attributes:
-        nll_sum: Negative log-likelihood (nats), summed over response tokens, including those that end answers.
-        num_tokens: How many tokens those are.
-        num_bytes: Length as UTF-8 of the text of these tokens, which does not depend on the tokenizer.
+        nll: Negative log-likelihood (nats) of each pair's response tokens, including those that end answers, (N,).
+        num_tokens: How many tokens those are, (N,).
+        num_bytes: Length as UTF-8 of the text of these tokens, which does not depend on the tokenizer, (N,).
         processed_tokens: Tokens that went through the model, prompts included.
     """
 
-    nll_sum: float
-    num_tokens: int
-    num_bytes: int
+    nll: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    num_bytes: tuple[int, ...]
     processed_tokens: int
+
+    @property
+    def nll_sum(self) -> float:
+        """The sum of `nll`."""
+        return sum(self.nll)
 
 
 class Segment(NamedTuple):
@@ -194,7 +201,7 @@ class LanguageModel:
             how = f" with model.quantization {quantization}" if quantization != "none" else ""
             how += f" with model.attn_implementation {attn_implementation}" if attn_implementation else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
-        self.chat = ChatFormat(
+        self.chat = ChoiceFormat(
             self.tokenizer,
             name=name,
             max_length=max_length,
@@ -307,6 +314,13 @@ class LanguageModel:
             if parameter.shape != adapter[key].shape:
                 parameter.zero_()
             _part(parameter, adapter[key]).copy_(adapter[key])
+
+    @contextmanager
+    def holding(self, adapter: Adapter, frozen: Adapter | None = None) -> Iterator[Any]:
+        """The transformers model with an adapter in it, for what asks such a model; see `fine_tune` for `frozen`."""
+        self.load_adapter(adapter)
+        with torch.no_grad(), self._beside(frozen):
+            yield self.model
 
     def export_adapter(self, adapter: Adapter, folder: Path) -> None:
         """Write an adapter of any rank to an existing folder, in PEFT's format."""
@@ -528,20 +542,49 @@ class LanguageModel:
     ) -> Score:
         """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
         self.load_adapter(adapter)
-        texts = [text for pair in pairs for text in self._encoded(pair)]
-        segments = [Segment(text.ids, text.learnt) for text in texts]
-        order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        texts = [self._encoded(pair) for pair in pairs]
+        segments = [[Segment(text.ids, text.learnt) for text in parts] for parts in texts]
         with self._beside(frozen):
-            for start in range(0, len(order), batch_size):
-                mine, counts = self._share(order[start : start + batch_size])
-                total += counts * self._token_nll(self._collate([[segments[i]] for i in mine])).double().sum()
+            nll = iter(self._segment_nll([*itertools.chain(*segments)], batch_size))
         return Score(
-            nll_sum=self._reduced(total, {}),
-            num_tokens=sum(segment.num_learnt for segment in segments),
-            num_bytes=sum(text.num_bytes for text in texts),
-            processed_tokens=sum(len(text.ids) for text in texts),
+            nll=tuple(sum(itertools.islice(nll, len(parts))) for parts in segments),
+            num_tokens=tuple(sum(segment.num_learnt for segment in parts) for parts in segments),
+            num_bytes=tuple(sum(text.num_bytes for text in parts) for parts in texts),
+            processed_tokens=sum(len(text.ids) for parts in texts for text in parts),
         )
+
+    @torch.no_grad()
+    def option_nll(
+        self,
+        adapter: Adapter,
+        questions: Sequence[tuple[Prompt, Sequence[str]]],
+        batch_size: int,
+        *,
+        frozen: Adapter | None = None,
+    ) -> tuple[list[tuple[float, ...]], int]:
+        """Score the options of multiple-choice questions as lm-eval does; see `choices` and, for `frozen`, `fine_tune`.
+
+        Returns:
+            The NLL (nats) of each option of each question, and the number of tokens that went through the model.
+        """
+        self.load_adapter(adapter)
+        texts = [[self.chat.option(prompt, option) for option in options] for prompt, options in questions]
+        segments = [Segment(text.ids, text.learnt) for options in texts for text in options]
+        with self._beside(frozen):
+            nll = iter(self._segment_nll(segments, batch_size))
+        scored = [tuple(itertools.islice(nll, len(options))) for options in texts]
+        return scored, sum(len(segment.ids) for segment in segments)
+
+    def _segment_nll(self, segments: Sequence[Segment], batch_size: int) -> list[float]:
+        """NLL (nats) of the responses of each segment, summed over its tokens in float64, (N,)."""
+        order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
+        nll = torch.zeros(len(segments), dtype=torch.float64, device=self.device)
+        for start in range(0, len(order), batch_size):
+            mine, counts = self._share(order[start : start + batch_size])
+            losses = self._token_nll(self._collate([[segments[i]] for i in mine])).double()
+            rows = torch.split(losses, [segments[i].num_learnt for i in mine])
+            nll[mine] += counts * torch.stack([row.sum() for row in rows])
+        return self._gathered(nll)
 
     # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
 
@@ -570,6 +613,11 @@ class LanguageModel:
     def _reduced(self, total: Tensor, masters: Parameters) -> float:
         """The sum of `total` over all ranks; gradients of `masters` are summed in place."""
         return total.item()
+
+    def _gathered(self, nll: Tensor) -> list[float]:
+        """The values of all segments, (N,), of which this rank has those of its own, and 0 for the others."""
+        values: list[float] = nll.tolist()
+        return values
 
     def _goes_on(self, unfinished: bool) -> bool:
         """Whether any rank has unfinished answers in the batch, so that all must generate another token."""

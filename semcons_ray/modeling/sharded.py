@@ -162,6 +162,10 @@ class ShardedLanguageModel(LanguageModel):
             grad.copy_(summed.view_as(grad))
         return flat[0].item()
 
+    def _gathered(self, nll: Tensor) -> list[float]:
+        dist.all_reduce(nll)
+        return super()._gathered(nll)
+
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationConfig, draws: NDArray[np.float64]
     ) -> list[list[int]]:

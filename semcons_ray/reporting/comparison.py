@@ -15,11 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
+from semcons_ray.evaluation.metrics import metrics_of
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.reporting.tables import STAGES, columns_of, energy, held_by_round, mean_by_round, read_table
-from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
+from semcons_ray.reporting.intervals import arm_intervals, mean_and_half_width
+from semcons_ray.reporting.tables import (
+    STAGES,
+    columns_of,
+    energy,
+    held_by_round,
+    mean_by_round,
+    read_items,
+    read_metrics,
+    read_table,
+)
+from semcons_ray.runs.run_folder import Loss, RoundRow, RunFolder, comparable_loss
 
 NOT_COUNTED = ("evaluate", "idle")
 LOSS_COLUMNS: Mapping[Loss, tuple[str, str]] = {
@@ -39,11 +49,13 @@ class Comparison:
         rounds: A row for each arm, seed and evaluated round: columns arm, algorithm, seed and those of
         `costs_by_round`. summary: A row for each arm, see `summarize`.
         stages: Index arm and stage (all stages); columns seconds and joules, means over seeds.
+        metrics: A row for each arm and metric, see `arm_intervals`; none if there are runs without items.
     """
 
     rounds: pd.DataFrame
     summary: pd.DataFrame
     stages: pd.DataFrame
+    metrics: pd.DataFrame
 
 
 def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference: str, baseline: str) -> Comparison:
@@ -53,21 +65,38 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
         RunFolderError: A table is missing or damaged; the message names the file.
     """
     rounds, stages, models = [], [], set()
+    settings, items, questions = dict[str, None](), dict[tuple[str, int], pd.DataFrame](), dict[tuple[str, str], int]()
     for (arm, seed), folder in runs.items():
         ledger = read_table(folder / "ledger.parquet", columns_of(LedgerRow))
-        metrics = read_table(folder / "metrics.parquet", columns_of(MetricsRow))
+        metrics = read_metrics(folder)
         rounds_done = read_table(folder / "rounds.parquet", columns_of(RoundRow))
         table = costs_by_round(metrics, rounds_done, ledger).reset_index()
         models |= set(metrics["model"])
-        table = table.assign(arm=arm, algorithm=RunFolder(folder).read_config().algorithm.name, seed=seed)
+        config = RunFolder(folder).read_config()
+        settings |= dict.fromkeys(config.evaluation.metrics)
+        _, items[arm, seed] = read_items(folder, metrics, config.evaluation.metrics)
+        items[arm, seed] = _named(items[arm, seed], folder, questions)
+        table = table.assign(arm=arm, algorithm=config.algorithm.name, seed=seed)
         rounds.append(table[[*LABELS, *table.columns.drop(LABELS)]])
         stages.append(_work(ledger).assign(arm=arm, seed=seed))
-    together = pd.concat(rounds, ignore_index=True)
+    together, loss = pd.concat(rounds, ignore_index=True), comparable_loss(models)
+    keys = [key for key in metrics_of(settings) if key != "nll" or loss == "nll"]
     return Comparison(
         rounds=together,
-        summary=summarize(together, loss=comparable_loss(models), first=first, reference=reference, baseline=baseline),
+        summary=summarize(together, loss=loss, first=first, reference=reference, baseline=baseline),
         stages=mean_work(pd.concat(stages, ignore_index=True)),
+        metrics=arm_intervals({run: table for run, table in items.items() if len(table)}, keys, first),
     )
+
+
+def _named(items: pd.DataFrame, folder: Path, questions: dict[tuple[str, str], int]) -> pd.DataFrame:
+    """Items whose questions are numbered as in all runs; `questions` has those seen so far."""
+    data = read_table(folder / "data.parquet", {"role": "str", "prompt": "str", "response": "str"})
+    test = data[data["role"] == "test"]
+    numbers = [
+        questions.setdefault(pair, len(questions)) for pair in zip(test["prompt"], test["response"], strict=True)
+    ]
+    return items.assign(question=np.array(numbers)[items["question"]])
 
 
 def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataFrame) -> pd.DataFrame:
@@ -138,7 +167,7 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
     for arm in dict.fromkeys(rounds["arm"]):
         of_arm = last.loc[arm]
         seeds = of_arm.index.intersection(of_first.index)
-        difference = mean_and_half_width(of_arm.loc[seeds, mean_loss] - of_first.loc[seeds, mean_loss])
+        difference = mean_and_half_width((of_arm.loc[seeds, mean_loss] - of_first.loc[seeds, mean_loss]).to_numpy())
         mean = of_arm.mean(numeric_only=True, skipna=False)
         rows[arm] = {
             "algorithm": of_arm["algorithm"].iloc[0],
@@ -147,7 +176,7 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
             "loss": loss,
         }
         for name, (column, worst) in LOSS_COLUMNS.items():
-            rows[arm][name], rows[arm][f"{name}_half_width"] = mean_and_half_width(of_arm[column])
+            rows[arm][name], rows[arm][f"{name}_half_width"] = mean_and_half_width(of_arm[column].to_numpy())
             rows[arm][worst] = mean[worst]
         rows[arm] |= {
             **{name: mean[name] for name in ("rouge_l", "similarity")},
@@ -170,16 +199,6 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
         gap = reached[baseline] - reached[reference]
         table["gap_closed"] = (reached[baseline] - table[loss]) / (gap if gap > 0 else math.nan)
     return table
-
-
-def mean_and_half_width(values: pd.Series[float]) -> tuple[float, float]:
-    """Mean of independent values and the half width of its 95% t-interval, which is NaN for fewer than two."""
-    count = len(values)
-    if count < 2:
-        return float(values.mean()), math.nan
-    with np.errstate(invalid="ignore"):  # infinite values have a mean, and no spread
-        spread = float(np.std(values.to_numpy(), ddof=1))
-        return float(np.mean(values.to_numpy())), float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
 
 
 def _work(ledger: pd.DataFrame) -> pd.DataFrame:

@@ -23,19 +23,26 @@ from semcons_ray.metering.ledger import split_gpus
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.drawing import client_colours
 from semcons_ray.reporting.figures import draw_figures
+from semcons_ray.reporting.intervals import INTERVALS
 from semcons_ray.reporting.prompts import prompt_table
 from semcons_ray.reporting.tables import (
+    INTERVAL_NOTE,
     SHORT_NAMES,
+    TASKS_NOTE,
     UNITS,
     Run,
     as_of,
     describe_measured,
+    format_error,
+    format_interval,
     format_number,
     format_seconds,
     mean_by_round,
+    metric_table,
     quality,
     read_run,
     short_model_name,
+    task_table,
     totals,
     work_by_stage,
 )
@@ -75,6 +82,11 @@ def render_report(run: Run) -> str:
         loss=run.loss,
         loss_name=SHORT_NAMES[run.loss],
         as_of=as_of,
+        metrics=metric_table(run).to_dict("records"),
+        intervals=INTERVALS,
+        interval_note=INTERVAL_NOTE,
+        tasks=task_table(run.metrics).reset_index().to_dict("records"),
+        tasks_note=TASKS_NOTE,
         colours=client_colours(sorted(clients.index)),
         rounds=run.rounds.to_dict("records"),
         stages=work_by_stage(run.ledger).reset_index().to_dict("records"),
@@ -101,7 +113,12 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=format_number, quantity=format_quantity, seconds=format_seconds, short=short_model_name
+        number=format_number,
+        interval=format_interval,
+        error=format_error,
+        quantity=format_quantity,
+        seconds=format_seconds,
+        short=short_model_name,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     return environment

@@ -5,21 +5,28 @@ from __future__ import annotations
 import io
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.comparison import LOSS_COLUMNS
-from semcons_ray.reporting.tables import format_number, format_seconds
+from semcons_ray.reporting.intervals import ARM_COLUMNS
+from semcons_ray.reporting.tables import format_interval, format_number, format_seconds
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 WIDTH = 120
+NO_METRICS = pd.DataFrame(columns=list(ARM_COLUMNS))
+INTERVALS_NOTE = (
+    "±: half of the 95% t-interval over seeds. [95% intervals]: over test questions, by "
+    f"{NUM_RESAMPLES:,} bootstrap draws of as many. vs first is paired by seed and question."
+)
 LEFT_OUT = ("worst client", "similarity", "a client and round")
 """Columns of `summary_cells` left out on a terminal for want of room; so is the loss by which arms are not compared."""
 
@@ -54,6 +61,23 @@ def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def metric_cells(metrics: pd.DataFrame, parts: Sequence[str] = ("value", "difference")) -> pd.DataFrame:
+    """Metrics of arms with their intervals as texts, a row for each arm; see `arm_intervals`.
+
+    Args:
+        metrics: The metrics.
+        parts: Which of them: the values, the differences to the first arm, or both.
+    """
+    cells = pd.DataFrame(index=pd.Index(metrics["arm"].unique(), name="arm"))
+    for label, rows in metrics.groupby("label", sort=False):
+        of_arm = rows.set_index("arm")
+        for part in parts:
+            signed = part == "difference"
+            texts = {arm: format_interval(row, part, signed=signed) for arm, row in of_arm.iterrows()}
+            cells[f"{label} vs first" if signed else str(label)] = pd.Series(texts).reindex(cells.index, fill_value="–")
+    return cells.reset_index()
 
 
 def compared_by(summary: pd.DataFrame) -> Loss:
@@ -99,35 +123,59 @@ def notes(summary: pd.DataFrame, *, reference: str, baseline: str) -> list[str]:
 
 
 def render_summary(
-    summary: pd.DataFrame, title: str, *, reference: str, baseline: str, width: int | None = None
+    summary: pd.DataFrame,
+    title: str,
+    *,
+    reference: str,
+    baseline: str,
+    metrics: pd.DataFrame = NO_METRICS,
+    width: int | None = None,
 ) -> str:
-    """The summary as plain text; by default as wide as the terminal, or `WIDTH` columns where there is none."""
+    """The summary, and what each metric differs by, as plain text.
+
+    By default it is as wide as the terminal, or `WIDTH` columns where there is none.
+    """
     loss = compared_by(summary)
     others = [name for kind, name in LOSS_NAMES.items() if kind != loss]
     cells = summary_cells(summary).drop(columns=[*LEFT_OUT, *others])
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                  padding=(0, 1), collapse_padding=True)  # fmt: skip
+    parts: list[RenderableType] = [_table(cells, title), Text()]
+    parts += [Text(line) for line in notes(summary, reference=reference, baseline=baseline)]
+    if metrics["difference"].notna().any():
+        differences = metric_cells(metrics[metrics["difference"].notna()], ("difference",))
+        in_two_lines = differences.map(lambda text: text.replace(" [", "\n["))
+        parts += [Text(), _table(in_two_lines, ""), Text(), Text(INTERVALS_NOTE)]
+    stream = io.StringIO()
+    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    Console(file=stream, width=width, color_system=None).print(Group(*parts))
+    return stream.getvalue()
+
+
+def _table(cells: pd.DataFrame, title: str) -> Table:
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
+                  pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
     for name in cells:
         # In two lines, else the heading would make the column wider than its numbers need.
         heading = str(name).replace("at equal", "at\nequal").replace("gap closed", "gap\nclosed")
         table.add_column(heading, justify="left" if name == "arm" else "right", overflow="fold", vertical="bottom")
     for row in cells.to_numpy().tolist():
         table.add_row(*map(Text, row))
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    lines = [Text(line) for line in notes(summary, reference=reference, baseline=baseline)]
-    Console(file=stream, width=width, color_system=None).print(Group(table, Text(), *lines))
-    return stream.getvalue()
+    return table
 
 
-def summary_markdown(summary: pd.DataFrame, title: str, *, reference: str, baseline: str) -> str:
-    """The summary as a Markdown table with all columns of `summary_cells`."""
-    cells = summary_cells(summary)
+def summary_markdown(
+    summary: pd.DataFrame, title: str, *, reference: str, baseline: str, metrics: pd.DataFrame = NO_METRICS
+) -> str:
+    """The summary as a Markdown table with all columns of `summary_cells`, and one of all metrics."""
+    said = [f"- {note}" for note in notes(summary, reference=reference, baseline=baseline)]
+    lines = [f"# {title}", "", *_markdown(summary_cells(summary)), "", *said, ""]
+    if len(metrics):
+        lines += ["## Metrics", "", *_markdown(metric_cells(metrics)), "", f"- {INTERVALS_NOTE}", ""]
+    return "\n".join(lines)
 
+
+def _markdown(cells: pd.DataFrame) -> list[str]:
     def line(values: Iterable[object]) -> str:
         return "| " + " | ".join(str(value).replace("|", "\\|") for value in values) + " |"
 
-    rows = [line(row) for row in cells.to_numpy().tolist()]
     rule = line(["---"] + ["---:"] * (len(cells.columns) - 1))
-    said = [f"- {note}" for note in notes(summary, reference=reference, baseline=baseline)]
-    return "\n".join([f"# {title}", "", line(cells.columns), rule, *rows, "", *said, ""])
+    return [line(cells.columns), rule, *(line(row) for row in cells.to_numpy().tolist())]

@@ -9,28 +9,37 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pandas as pd
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from semcons_ray.config import DEFAULT_METRICS
 from semcons_ray.data.losses import Tally
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
+from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
+from semcons_ray.evaluation.harness import PREFIX, STDERR
+from semcons_ray.evaluation.metrics import METRICS, metrics_of
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
-from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
+from semcons_ray.reporting.intervals import INTERVALS, changes
+from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, column_names, comparable_loss
 
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
-METRICS = ("nll", "bits_per_byte", "rouge_l", "similarity")
 SHORT_NAMES: Mapping[Loss, str] = {"nll": "NLL", "bits_per_byte": "bits/byte"}
 UNITS: Mapping[Loss, str] = {"nll": "nats a token", "bits_per_byte": "of the reference text"}
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+INTERVAL_NOTE = (
+    f"[95% intervals]: bootstrap, {NUM_RESAMPLES:,} draws of as many test questions, the same for all clients and for "
+    "both models of a change. A change of less than half of its interval, the least that is seen, could be none."
+)
+TASKS_NOTE = "± 1.96 standard errors of one model over the items of the task, as lm-eval computes them."
 
 _DTYPES = {int: "int64", float: "float64", str: "str"}
 _DATA = {"role": "str", "client_id": "int64", "prompt": "str", "response": "str", "category": "str"}
@@ -56,6 +65,8 @@ class Run:
         ledger: A row for each piece of work.
         consensus: Every answer to every public prompt with its `round`; no rows if the algorithm forms no consensus.
         data: Who holds which example.
+        base_items: What each test item gave for the base model of each client; see `read_items`.
+        last_items: The same for the client's model, as last measured.
         config: Every setting, nested.
         environment: Versions and machine.
         placement: Workers and energy meters.
@@ -68,6 +79,8 @@ class Run:
     ledger: pd.DataFrame
     consensus: pd.DataFrame
     data: pd.DataFrame
+    base_items: pd.DataFrame
+    last_items: pd.DataFrame
     config: dict[str, Any]
     environment: dict[str, Any]
     placement: dict[str, Any]
@@ -117,13 +130,17 @@ def read_run(folder: Path) -> Run:
         if round in labelled or path.is_file()
     ]
     empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**_CONSENSUS, "round": "int64"}.items()})
+    metrics = read_metrics(folder)
+    base_items, last_items = read_items(folder, metrics, config.evaluation.metrics)
     return Run(
         folder=folder,
-        metrics=read_table(folder / "metrics.parquet", columns_of(MetricsRow)),
+        metrics=metrics,
         rounds=rounds,
         ledger=read_table(folder / "ledger.parquet", columns_of(LedgerRow)),
         consensus=pd.concat(answers, ignore_index=True) if answers else empty,
         data=read_table(folder / "data.parquet", _DATA),
+        base_items=base_items,
+        last_items=last_items,
         config=config.model_dump(mode="json"),
         environment=_read_json(folder / "environment.json"),
         placement=_read_json(folder / "placement.json"),
@@ -133,11 +150,53 @@ def read_run(folder: Path) -> Run:
 
 def columns_of(row: type[msgspec.Struct]) -> dict[str, str]:
     """Types of the columns of a table whose rows are of this class, by name."""
-    return {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
+    types = {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
+    return {name: types[name] for name in column_names(row)}
 
 
-def read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """metrics.parquet of a run: the columns of `MetricsRow`, and one for each further metric.
+
+    Raises:
+        RunFolderError: See `read_table`.
+    """
+    return read_table(folder / "metrics.parquet", columns_of(MetricsRow), others="float64")
+
+
+def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What each test item gave for the base model of each client, and for its model as last measured.
+
+    Args:
+        folder: The run folder.
+        metrics: The run's metrics.
+        settings: Its `evaluation.metrics`.
+
+    Returns:
+        Two tables with columns client_id, question (the item's number) and those that `metrics_of(settings)` are
+        computed from. Without rows if the run is of a time before items were written.
+
+    Raises:
+        RunFolderError: See `read_table`.
+    """
+    columns = dict.fromkeys(("client_id", "item", "num_tokens", "num_bytes"), "int64") | {"nats": "float64"}
+    columns |= {key: "float64" for key in metrics_of(settings) if not METRICS[key].over}
+    last = metrics.groupby("client_id")["round"].max()
+    tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**columns, "round": "int64"}.items()})]
+    if (folder / "items").is_dir():
+        rounds = sorted(set(last) | ({0} & set(metrics["round"])))
+        files = {round: folder / f"items/round_{round:03d}.parquet" for round in rounds}
+        tables = [read_table(path, columns).assign(round=round) for round, path in files.items()] or tables
+    items = pd.concat(tables, ignore_index=True).rename(columns={"item": "question"})
+    return items[items["round"] == 0], items[items["round"] == items["client_id"].map(last)]
+
+
+def read_table(path: Path, columns: Mapping[str, str], *, others: str = "") -> pd.DataFrame:
     """Read columns of a parquet file and convert them to the given types.
+
+    Args:
+        path: The file.
+        columns: Types by name.
+        others: The type of all further columns; "": they are left out.
 
     Raises:
         RunFolderError: The file is missing, damaged or lacks a column; the message names it.
@@ -150,6 +209,8 @@ def read_table(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
         raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
     if absent := [name for name in columns if name not in frame]:
         raise RunFolderError(f"{path} lacks column {', '.join(absent)}: another version wrote it, or it is damaged")
+    if others:
+        columns = {**{str(name): others for name in frame}, **columns}
     texts = {name: "" for name, kind in columns.items() if kind == "str"}
     try:
         return frame[list(columns)].astype(dict(columns)).fillna(texts)
@@ -220,17 +281,55 @@ def quality(metrics: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Index client_id; columns model, last_round (the round of the last measurement, 0 for a client that was never
         measured after training, whose last is then the base model's), base_M, last_M and change_M (last - base) for M
-        in `METRICS`; NaN where there is no measurement, or it is no number.
+        in `DEFAULT_METRICS`; NaN where there is no measurement, or it is no number.
     """
     clients = metrics.sort_values("round")
     last = clients.drop_duplicates("client_id", keep="last").set_index("client_id").sort_index()
     base = clients[clients["round"] == 0].set_index("client_id").reindex(last.index)
     table = last[["model", "round"]].rename(columns={"round": "last_round"})
-    for metric in METRICS:
+    for metric in DEFAULT_METRICS:
         table[f"base_{metric}"] = base[metric]
         table[f"last_{metric}"] = last[metric]
         table[f"change_{metric}"] = last[metric] - base[metric]
     return table
+
+
+def metric_table(run: Run) -> pd.DataFrame:
+    """Each metric of the base models and the clients' models as last measured, with intervals; see `changes`."""
+    keys = [key for key in metrics_of(run.config["evaluation"]["metrics"]) if key != "nll" or run.loss == "nll"]
+    return changes(run.base_items, run.last_items, keys)
+
+
+def task_table(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Means over clients of scores in tasks of lm-eval, where there are any.
+
+    Returns:
+        Index TASK/METRIC; columns base, last (each client's last) and change, and the errors base_error and last_error,
+        1.96 standard errors of one model over the items of the task: half of its 95% interval.
+    """
+    rows = {}
+    for column in [name for name in map(str, metrics) if name.startswith(PREFIX) and not name.endswith(STDERR)]:
+        known = metrics[metrics[column].notna()].sort_values("round")
+        last = known[known["round"] > 0].drop_duplicates("client_id", keep="last")
+        row: dict[str, float] = {}
+        for name, part in (("base", known[known["round"] == 0]), ("last", last)):
+            row |= {name: part[column].mean(), f"{name}_error": 1.96 * part[column + STDERR].mean()}
+        rows[column.removeprefix(PREFIX)] = {**row, "change": row["last"] - row["base"]}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+
+
+def format_interval(row: pd.Series[Any], name: str, *, signed: bool = False) -> str:
+    """A number of a table with its intervals, as 1.200 ± 0.030 [1.100, 1.300], without those that are not known."""
+    value, spread, *ends = (row[f"{name}{part}"] for part in ("", "_half_width", "_low", "_high"))
+    text = format_number(value, signed=signed) + ("" if math.isnan(spread) else f" ± {format_number(spread)}")
+    shown = ", ".join(format_number(end, signed=signed) for end in ends)
+    return text if math.isnan(ends[0]) else f"{text} [{shown}]"
+
+
+def format_error(row: pd.Series[Any], name: str) -> str:
+    """A number of `task_table` with its error, as 0.310 ± 0.045."""
+    value, error = format_number(row[name]), row[f"{name}_error"]
+    return value if math.isnan(error) else f"{value} ± {format_number(error)}"
 
 
 def as_of(last_round: int, num_rounds: int) -> str:
@@ -390,7 +489,37 @@ def _result(run: Run) -> Group:
         f"energy       {joules if cost.energy_source != 'unavailable' else 'unavailable'}",
         *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
     )
-    return Group(table, Text(), *(Text(line) for line in lines))
+    return Group(table, *_metric_lines(run), *_task_lines(run), Text(), *(Text(line) for line in lines))
+
+
+def _metric_lines(run: Run) -> list[RenderableType]:
+    """The table of metrics with their intervals; nothing if no item was measured."""
+    measured = metric_table(run)
+    if measured.empty:
+        return []
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("mean over clients")
+    for heading in (*INTERVALS, "least that is seen", "questions"):
+        table.add_column(heading, justify="right")
+    for _, row in measured.iterrows():
+        cells = [format_interval(row, name, signed=name == "change") for name in INTERVALS]
+        table.add_row(row["label"], *cells, format_number(row["smallest"]), str(row["num_items"]))
+    return [Text(), table, Text(INTERVAL_NOTE)]
+
+
+def _task_lines(run: Run) -> list[RenderableType]:
+    """The table of scores in tasks of lm-eval; nothing if there are none."""
+    scores = task_table(run.metrics)
+    if scores.empty:
+        return []
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("lm-eval, mean over clients", overflow="fold")
+    for heading in INTERVALS:
+        table.add_column(heading, justify="right")
+    for task, row in scores.iterrows():
+        cells = (format_error(row, "base"), format_error(row, "last"), format_number(row["change"], signed=True))
+        table.add_row(Text(str(task)), *cells)
+    return [Text(), table, Text(TASKS_NOTE)]
 
 
 def _quality_cells(row: pd.Series[Any], loss: Loss, behind: str = "") -> tuple[str, ...]:

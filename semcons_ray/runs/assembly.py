@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from math import ceil
+from math import ceil, isnan
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from semcons_ray.config import AlgorithmConfig, ExperimentConfig, GenerationConfig, TrainingConfig
+from semcons_ray.config import AlgorithmConfig, EvaluationConfig, ExperimentConfig, GenerationConfig, TrainingConfig
 from semcons_ray.consensus import Election
-from semcons_ray.data.examples import DataSet
+from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.data.sources import is_files, load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
@@ -37,6 +37,8 @@ from semcons_ray.distributed.placement import (
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.errors import ConfigError
+from semcons_ray.evaluation.harness import Harness
+from semcons_ray.evaluation.scores import numeric_match
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
@@ -243,6 +245,39 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
     texts = [text for example in split.examples() for text in (text_of(example.prompt), example.response)]
     for name, folder in folders.items():
         check_model(folder, config.model.model_copy(update={"name": name}), *_own_settings(config, name), texts)
+
+
+def check_test_set(evaluation: EvaluationConfig, test: Sequence[Example]) -> None:
+    """Check that the test set has what the metrics need.
+
+    Raises:
+        ConfigError: It has not; the message names the metric.
+    """
+    if "multiple_choice" in evaluation.metrics and not any(example.options for example in test):
+        raise ConfigError(
+            "evaluation.metrics multiple_choice needs options, and no example of the test set has any; "
+            "name their column in data.columns, or leave multiple_choice out"
+        )
+    answered = [example.response for example in test[: evaluation.num_answers]]
+    if "numeric_match" in evaluation.metrics and all(isnan(numeric_match("", text)) for text in answered):
+        raise ConfigError(
+            f"evaluation.metrics numeric_match needs references with numbers, and none of the first {len(answered)} of "
+            "the test set has one; leave numeric_match out"
+        )
+
+
+def harness_of(config: ExperimentConfig) -> Harness:
+    """What runs the tasks of `evaluation.lm_eval` on models of the run."""
+    wanted, model = config.evaluation.lm_eval, config.model
+    return Harness(
+        tasks=wanted.tasks,
+        limit=wanted.limit,
+        rounds=wanted.rounds(config.num_rounds),
+        batch_size=config.generation.batch_size,
+        system_prompt=model.system_prompt,
+        template_kwargs=model.chat_template_kwargs,
+        template_date=model.template_date,
+    )
 
 
 @contextlib.contextmanager
@@ -556,4 +591,6 @@ def _host_spec(
         mark=shared,
         sharding=config.sharding if worker.ranks > 1 else None,
         engine=engine,
+        scores_options="multiple_choice" in config.evaluation.metrics,
+        harness=harness_of(config) if config.evaluation.lm_eval.tasks else None,
     )

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.config import ExperimentConfig
+from semcons_ray.config import DEFAULT_METRICS, ExperimentConfig
 from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
 from semcons_ray.errors import ModelError
-from semcons_ray.evaluation.scores import mean_rouge_l
+from semcons_ray.evaluation.metrics import metrics_of, score_items, value
 from semcons_ray.federation.algorithms import build_algorithm
-from semcons_ray.federation.fleet import Algorithm, Fleet, Reply, RoundOutcome
+from semcons_ray.federation.fleet import Algorithm, Evaluation, Fleet, Reply, RoundOutcome
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol, Verdict
 from semcons_ray.messages import PseudoLabels
@@ -34,10 +34,12 @@ from semcons_ray.runs.assembly import (
     CUT,
     Placement,
     check_models,
+    check_test_set,
     cluster,
     count_cut_texts,
     engines,
     find_models,
+    harness_of,
     parts,
     pin_revisions,
     place,
@@ -120,6 +122,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
     split = prepare_data(config, folder, revisions)
+    check_test_set(config.evaluation, split.test)
+    harness_of(config).check("evaluation.lm_eval.tasks")
     of_data = tuple(tally for tally in folder.tallies() if not tally.what.startswith(CUT))
     _tell_losses(of_data, observer)
     if config.algorithm.name == "centralized":
@@ -201,7 +205,7 @@ class Rounds:
         if round == 0:
             outcome = self._measure_base(visitor, state)
         else:
-            evaluate = round % config.evaluation.every == 0 or round == config.num_rounds
+            evaluate = round in config.evaluation.rounds(config.num_rounds)
             outcome = self.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
         verdict = outcome.verdict
         if verdict:
@@ -244,33 +248,52 @@ class Rounds:
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
     def _metrics(self, round: int, outcome: RoundOutcome) -> Iterator[MetricsRow]:
+        """A row for each client that was measured; what each test item gave is written to the run's folder."""
         config = self.placement.config
-        references = [example.response for example in self.split.test[: config.evaluation.num_answers]]
         replies = {reply.client_id: reply for reply in outcome.replies}
-        scores: dict[int, tuple[float, float]] = {}  # by identity, since clients may share one evaluation
+        tables: dict[int, pd.DataFrame] = {}  # by identity, since clients may share one evaluation
+        items: dict[int, pd.DataFrame] = {}
         for client_id, measured in sorted(outcome.evaluations.items()):
-            if measured is None:
-                continue
-            if id(measured) not in scores:
-                cosines = self.server.similarity(round, measured.answers, references)
-                mean_cosine = sum(cosines) / len(cosines) if cosines else math.nan
-                scores[id(measured)] = mean_rouge_l(measured.answers, references), mean_cosine
-            rouge_l, similarity = scores[id(measured)]
-            nll = measured.nll_sum / max(measured.num_tokens, 1)
+            if measured is not None:
+                if id(measured) not in tables:
+                    tables[id(measured)] = self._items(round, measured)
+                items[client_id] = tables[id(measured)]
+        if items:
+            whole = pd.concat([table.assign(client_id=client) for client, table in items.items()], ignore_index=True)
+            self.folder.write_table(f"items/round_{round:03d}.parquet", whole)
+        tasks = {client: one.tasks for client, one in outcome.evaluations.items() if one and one.tasks}
+        self.folder.add_scores(round, tasks)
+        for client_id, table in items.items():
             reply = replies.get(client_id)
+            others = {key: value(table, key) for key in metrics_of(config.evaluation.metrics)}
+            columns = {key: others.pop(key, math.nan) for key in DEFAULT_METRICS}
             yield MetricsRow(
                 round=round,
                 client_id=client_id,
                 model=config.client_models()[client_id],
-                nll=nll,
-                perplexity=math.exp(min(nll, 700.0)),
-                bits_per_byte=measured.nll_sum / math.log(2) / max(measured.num_bytes, 1),
-                rouge_l=rouge_l,
-                similarity=similarity,
+                **columns,
+                perplexity=math.exp(min(columns["nll"], 700.0)),
                 train_loss=reply.train_loss if reply else math.nan,
                 num_private=len(self.split.private[client_id]),
                 num_pseudo_labels=reply.num_pseudo_labels if reply else 0,
+                others=others,
             )
+
+    def _items(self, round: int, measured: Evaluation) -> pd.DataFrame:
+        wanted, test = self.placement.config.evaluation.metrics, self.split.test
+        references = [example.response for example in test]
+        answered = references[: len(measured.answers)]
+        return score_items(
+            wanted,
+            nll=measured.nll,
+            num_tokens=measured.num_tokens,
+            num_bytes=measured.num_bytes,
+            answers=measured.answers,
+            references=references,
+            similarity=self.server.similarity(round, measured.answers, answered) if "similarity" in wanted else (),
+            options=[example.options for example in test],
+            option_nll=measured.option_nll,
+        )
 
     def _ledger(self, round: int, outcome: RoundOutcome, started_at: float, ended_at: float) -> list[LedgerRow]:
         rows = [row for reply in outcome.replies for row in reply.rows]

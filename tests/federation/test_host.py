@@ -167,7 +167,7 @@ def test_a_model_that_scores_no_number_has_failed_but_for_the_base_model(
 ) -> None:
     spec = make_spec()
     host = spec.build()
-    scored = Evaluation(nll_sum=math.nan, num_tokens=1, num_bytes=1, answers=())
+    scored = Evaluation(nll=(1.0, math.nan), num_tokens=(1, 1), num_bytes=(1, 1), answers=())
     monkeypatch.setattr(host.clients[0], "evaluate", lambda round: scored)
     assert host.measure(0, 0, b"").evaluation is scored  # of which the driver says what to change
     with pytest.raises(NotFiniteError, match=r"^client 0, round 1: its test NLL is nan; "):

@@ -14,6 +14,10 @@ from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, check_mark, mark
 from semcons_ray.metering.ledger import LedgerRow
 
+EVALUATION = Evaluation(
+    nll=(1.5, 0.25), num_tokens=(4, 1), num_bytes=(9, 2), answers=("a", "ü"), option_nll=((0.5, 1.5), ())
+)
+
 
 def reply(round: int, client_id: int = 0) -> Reply:
     row = LedgerRow(
@@ -26,7 +30,7 @@ def reply(round: int, client_id: int = 0) -> Reply:
         train_loss=0.25,
         num_private=3,
         num_pseudo_labels=2,
-        evaluation=Evaluation(nll_sum=1.5, num_tokens=4, num_bytes=9, answers=("a", "ü")),
+        evaluation=EVALUATION,
         rows=(row,),
     )
 
@@ -38,7 +42,7 @@ def test_a_visit_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     saved = ClientStore(tmp_path).reply(0, 1)
     assert saved is not None
     assert saved.uplink == b"\x00\xff"
-    assert saved.evaluation == Evaluation(nll_sum=1.5, num_tokens=4, num_bytes=9, answers=("a", "ü"))
+    assert saved.evaluation == EVALUATION
     assert saved.rows[0].stage == "generate"
     loaded = store.load(0, before=2)
     assert set(loaded) == set(tensors)
@@ -89,7 +93,7 @@ def whole(path: Path) -> bytes:
     [
         lambda data: b"half",
         lambda data: data[:-1],
-        lambda data: data.replace(b"nll_sum", b"nul_sum"),
+        lambda data: data.replace(b"num_tokens", b"nul_tokens"),
         lambda data: data.replace(b"\xc3\xbc", b"\xff\xff"),
         lambda data: save({"x": torch.zeros(1)}),
     ],

@@ -110,7 +110,7 @@ class FakeFleet:
             yield self.reply(client, round, b"", 10.0 + client)
 
     def reply(self, client: int, round: int, uplink: bytes, nll: float | None) -> Reply:
-        evaluation = None if nll is None else Evaluation(nll_sum=nll, num_tokens=1, num_bytes=1, answers=())
+        evaluation = None if nll is None else Evaluation(nll=(nll,), num_tokens=(1,), num_bytes=(1,), answers=())
         return Reply(
             client_id=client, round=round, uplink=uplink, train_loss=0.0, num_private=1, num_pseudo_labels=0,
             evaluation=evaluation, rows=(),

@@ -162,7 +162,7 @@ def test_a_base_model_whose_score_is_not_finite_is_refused_before_training(
 ) -> None:
     score = LanguageModel.negative_log_likelihood
     monkeypatch.setattr(
-        LanguageModel, "negative_log_likelihood", lambda *a, **k: score(*a, **k)._replace(nll_sum=math.nan)
+        LanguageModel, "negative_log_likelihood", lambda *a, **k: score(*a, **k)._replace(nll=(math.nan,) * 6)
     )
     with pytest.raises(ModelError, match=r"the base model .* has a test NLL of nan in float32: set model\.dtype"):
         run_experiment(tiny_config(), tmp_path / "run", Silent())

@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM
 from semcons_ray.config import ExperimentConfig, LoraConfig
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.errors import ModelError
-from semcons_ray.evaluation.scores import mean_rouge_l
+from semcons_ray.evaluation.scores import rouge_l
 from semcons_ray.federation.client import Client
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
@@ -90,7 +90,7 @@ def test_a_run_folder_holds_what_it_should(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "placement.json", "data.parquet", "data_report.json", "ledger.parquet"),
-        *("metrics.parquet", "rounds.parquet", "consensus", "adapters", "state", "report.html"),
+        *("metrics.parquet", "rounds.parquet", "consensus", "items", "adapters", "state", "report.html"),
     }
     answered = [path.name for path in sorted((run / "consensus").iterdir())]
     assert answered == ["round_001.parquet", "round_002.parquet"]  # nobody would learn the last round's labels
@@ -368,17 +368,18 @@ def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_
                 round=round,
                 client_id=client,
                 model=config.model.name,
-                nll=of.nll_sum / of.num_tokens,
-                perplexity=math.exp(of.nll_sum / of.num_tokens),
-                bits_per_byte=of.nll_sum / math.log(2) / of.num_bytes,
-                rouge_l=mean_rouge_l(of.answers, references),
+                nll=of.nll_sum / sum(of.num_tokens),
+                perplexity=math.exp(of.nll_sum / sum(of.num_tokens)),
+                bits_per_byte=of.nll_sum / math.log(2) / sum(of.num_bytes),
+                rouge_l=fmean(map(rouge_l, of.answers, references)),
                 similarity=fmean(cosine if text else 0.0 for cosine, text in zip(cosines, of.answers, strict=True)),
                 train_loss=reply.train_loss if round else math.nan,
                 num_private=12,
                 num_pseudo_labels=len(labels[round - 1].prompt_ids) if round else 0,
             )
         )
-    pd.testing.assert_frame_equal(metrics, pd.DataFrame([msgspec.structs.asdict(row) for row in wanted]))
+    expected = pd.DataFrame([msgspec.structs.asdict(row) for row in wanted]).drop(columns="others")
+    pd.testing.assert_frame_equal(metrics, expected)
 
     # Prometheus is told the same; by the second process, what the first had done as well.
     by_round = metrics.groupby("round")
@@ -461,7 +462,7 @@ def test_each_architecture_is_measured_once_before_training(
 
     def overflowing(client: Client, round: int) -> Evaluation:
         found = evaluate(client, round)
-        return found if client.model.name == names[0] else msgspec.structs.replace(found, nll_sum=math.inf)
+        return found if client.model.name == names[0] else msgspec.structs.replace(found, nll=(math.inf,) * 6)
 
     monkeypatch.setattr(Client, "evaluate", overflowing)
     says = f"^the base model {names[1]} has a test NLL of inf in float32: set model.dtype to bfloat16 or float32$"

@@ -96,8 +96,8 @@ def test_an_adapter_trained_on_ranks_scores_in_plain_peft_what_was_measured(
     plain.model = PeftModel.from_pretrained(plain.model.unload(), undisturbed / "adapters" / "client_000").eval()
     plain._parameters = {}
     test = [Pair(example.prompt, example.response) for example in read_split(undisturbed / "data.parquet").test]
-    nll, tokens, *_ = plain.negative_log_likelihood({}, test, GenerationConfig().batch_size)
-    assert nll / tokens == pytest.approx(metrics.nll[(2, 0)], rel=1e-5)
+    score = plain.negative_log_likelihood({}, test, GenerationConfig().batch_size)
+    assert score.nll_sum / sum(score.num_tokens) == pytest.approx(metrics.nll[(2, 0)], rel=1e-5)
 
 
 def test_a_run_stopped_in_mid_round_resumes_to_the_same_numbers(

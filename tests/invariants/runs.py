@@ -33,11 +33,13 @@ class Silent:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics, answers, votes, bytes on the wire and adapters are equal to the last bit."""
-    votes = [sorted(path.name for path in run.glob("consensus/*.parquet")) for run in (one, other)]
-    assert votes[0] == votes[1]
-    tables = ["metrics.parquet", *(f"consensus/{name}" for name in votes[0])]
-    for name in tables:
+    """Metrics and what they are made of, answers, votes, bytes on the wire and adapters are equal to the last bit."""
+    tables = [
+        sorted(str(path.relative_to(run)) for part in ("consensus", "items") for path in run.glob(f"{part}/*.parquet"))
+        for run in (one, other)
+    ]
+    assert tables[0] == tables[1]
+    for name in ("metrics.parquet", *tables[0]):
         pd.testing.assert_frame_equal(pd.read_parquet(one / name), pd.read_parquet(other / name), check_exact=True)
     times = ["started_at", "duration_seconds"]
     rounds = [pd.read_parquet(run / "rounds.parquet").drop(columns=times) for run in (one, other)]

@@ -489,8 +489,8 @@ def test_an_answer_stops_at_the_end_of_its_turn_in_either_engine(tmp_path: Path)
     assert request.ends == [tokenizer.eos_token_id, end]
     assert request.prompts == [own_ids(tokenizer, ("user", QUESTION), add_generation_prompt=True)]
     score = model.negative_log_likelihood(adapter, [Pair(QUESTION, ANSWER)], 1)
-    assert score.num_bytes == len(ANSWER)
-    assert score.num_tokens == len(tokenizer(ANSWER)["input_ids"]) + 1
+    assert score.num_bytes == (len(ANSWER),)
+    assert score.num_tokens == (len(tokenizer(ANSWER)["input_ids"]) + 1,)
 
 
 def test_a_model_s_format_needs_its_tokenizer_only(tmp_path: Path) -> None:

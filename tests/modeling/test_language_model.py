@@ -45,7 +45,7 @@ def trained(model: LanguageModel, **training: object) -> dict[str, torch.Tensor]
 def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    total, tokens = 0.0, 0
+    expected, tokens = list[float](), list[int]()
     for pair in PAIRS:
         turns = [{"role": "user", "content": pair.prompt}]
         prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))[
@@ -54,10 +54,16 @@ def test_nll_equals_that_of_plain_transformers(model: LanguageModel, tiny_llama:
         response = [*tokenizer(pair.response)["input_ids"], tokenizer.eos_token_id]
         labels = torch.tensor([[-100] * len(prompt) + response])
         loss = plain(input_ids=torch.tensor([[*prompt, *response]]), labels=labels).loss.detach()
-        total, tokens = total + float(loss) * len(response), tokens + len(response)
-    nll, scored, *_ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
-    assert scored == tokens
-    assert nll == pytest.approx(total, rel=1e-5)
+        expected.append(float(loss) * len(response))
+        tokens.append(len(response))
+    score = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, batch_size=2)
+    assert list(score.num_tokens) == tokens
+    assert list(score.num_bytes) == [len(pair.response) for pair in PAIRS]
+    assert list(score.nll) == pytest.approx(expected, rel=1e-5)
+    assert score.nll_sum == pytest.approx(sum(expected), rel=1e-5)
+    # Whatever is scored beside it, in the order of the pairs.
+    backwards = model.negative_log_likelihood(model.fresh_adapter(), PAIRS[::-1], batch_size=3)
+    assert list(backwards.nll) == pytest.approx(expected[::-1], rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 30])
@@ -233,9 +239,9 @@ def test_training_learns_what_it_is_shown(model: LanguageModel) -> None:
     adapter = trained(model, local_epochs=30)
     other = [Pair("what is it?", "zzz qqq")]
     for pairs, falls in ((PAIRS, True), (other, False)):
-        fresh, *_ = model.negative_log_likelihood(model.fresh_adapter(), pairs, 4)
-        learnt, *_ = model.negative_log_likelihood(adapter, pairs, 4)
-        assert (learnt < fresh) == falls
+        fresh = model.negative_log_likelihood(model.fresh_adapter(), pairs, 4)
+        learnt = model.negative_log_likelihood(adapter, pairs, 4)
+        assert (learnt.nll_sum < fresh.nll_sum) == falls
 
 
 def test_a_pair_of_weight_zero_is_not_learnt(model: LanguageModel) -> None:
@@ -289,10 +295,10 @@ def test_plain_peft_loads_an_exported_adapter(model: LanguageModel, tmp_path: Pa
 @pytest.mark.parametrize("architecture", ["gemma3", "qwen2"])
 def test_other_architectures_train_and_answer(tmp_path: Path, architecture: str) -> None:
     model = load(write_model(tmp_path / "m", architecture))
-    fresh, *_ = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
-    learnt, *_ = model.negative_log_likelihood(trained(model, local_epochs=20), PAIRS, 4)
+    fresh = model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 4)
+    learnt = model.negative_log_likelihood(trained(model, local_epochs=20), PAIRS, 4)
     answers, tokens = model.generate(model.fresh_adapter(), [PAIRS[0].prompt], GREEDY, rng())
-    assert learnt < fresh
+    assert learnt.nll_sum < fresh.nll_sum
     assert len(answers) == 1
     assert 1 <= tokens <= 8
 
@@ -315,9 +321,9 @@ def test_attention_that_does_not_work_here_is_named_with_its_setting(lacks: str,
 def test_long_examples_are_cut_and_keep_their_response(tiny_llama: Path) -> None:
     model = load(tiny_llama, max_length=16)
     long = Pair("add one and two " * 20, "it is 3")
-    _, scored, _, processed = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
-    assert processed == 16
-    assert 1 <= scored <= 8
+    score = model.negative_log_likelihood(model.fresh_adapter(), [long], 1)
+    assert score.processed_tokens == 16
+    assert 1 <= score.num_tokens[0] <= 8
 
 
 def write_model_with_bos(folder: Path) -> Path:
@@ -375,9 +381,9 @@ def test_a_prompt_that_fits_to_the_last_token_is_left_as_it_is(tmp_path: Path) -
 def test_losses_a_few_rows_at_a_time_have_the_bits_of_all_at_once(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def trained_and_scored() -> tuple[dict[str, torch.Tensor], float]:
+    def trained_and_scored() -> tuple[dict[str, torch.Tensor], tuple[float, ...]]:
         adapter = trained(model, local_epochs=2)
-        return adapter, model.negative_log_likelihood(adapter, PAIRS, 4)[0]
+        return adapter, model.negative_log_likelihood(adapter, PAIRS, 4).nll
 
     results = []
     for rows in (3, 1000):
@@ -445,23 +451,22 @@ def test_the_loss_of_a_conversation_is_over_all_its_answers_and_nothing_else(tmp
     labels = torch.tensor([[token if learnt else -100 for token, learnt in tokens]])
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     score = model.negative_log_likelihood(model.fresh_adapter(), [Pair(TURNS, "it is 3")], 1)
-    assert score.num_tokens == int((labels >= 0).sum())
-    assert score.num_bytes == len("it is 2it is 3")
+    assert score.num_tokens == (int((labels >= 0).sum()),)
+    assert score.num_bytes == (len("it is 2it is 3"),)
     assert score.processed_tokens == len(tokens)
     loss = plain(input_ids=ids, labels=labels).loss.detach()
-    assert score.nll_sum / score.num_tokens == pytest.approx(float(loss), rel=1e-5)
+    assert score.nll_sum / score.num_tokens[0] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_where_no_text_holds_all_answers_each_is_scored_by_itself(tmp_path: Path) -> None:
     model = load(write_model(tmp_path, "gemma3"), max_length=200)
     assert model.tokenizer.chat_template is None
     adapter, asked = model.fresh_adapter(), "add one and two"
-    alone = model.negative_log_likelihood(adapter, [Pair("add one", "it is 2")], 2)
     behind = Pair(f"add one\nAnswer: it is 2\n\nQuestion: {asked}", "it is 3")  # as base models read a conversation
-    last = model.negative_log_likelihood(adapter, [behind], 2)
+    each = model.negative_log_likelihood(adapter, [Pair("add one", "it is 2"), behind], 2)
     whole = model.negative_log_likelihood(adapter, [Pair(TURNS, "it is 3")], 2)
-    assert whole.nll_sum == pytest.approx(alone.nll_sum + last.nll_sum, rel=1e-5)
-    assert whole[1:] == tuple(one + other for one, other in zip(alone[1:], last[1:], strict=True))
+    assert whole.nll == pytest.approx((each.nll_sum,), rel=1e-5)
+    assert whole[1:] == ((sum(each.num_tokens),), (sum(each.num_bytes),), each.processed_tokens)
 
 
 def test_a_conversation_is_trained_on_and_answered(tmp_path: Path) -> None:

@@ -213,10 +213,10 @@ def test_a_packaged_model_knows_facts_and_learns(key: str, begins: str, ends: li
     answers = ["Tokyo", "Jupiter", "Carbon dioxide", "Eight"]
     right = [Pair(*pair) for pair in zip(questions, answers, strict=True)]
     wrong = [Pair(*pair) for pair in zip(questions, answers[1:] + answers[:1], strict=True)]  # the same tokens
-    before, *_ = model.negative_log_likelihood(adapter, right, 4)
-    assert before < 0.8 * model.negative_log_likelihood(adapter, wrong, 4)[0]
+    before = model.negative_log_likelihood(adapter, right, 4).nll_sum
+    assert before < 0.8 * model.negative_log_likelihood(adapter, wrong, 4).nll_sum
     model.fine_tune(adapter, right, TrainingConfig(local_steps=8), rng)
-    assert model.negative_log_likelihood(adapter, right, 4)[0] < before / 4
+    assert model.negative_log_likelihood(adapter, right, 4).nll_sum < before / 4
 
 
 BATCHES = {"dtype": "float32", "max_length": 8, "batch_size": 2, "generation_batch_size": 3, "max_new_tokens": 4}

@@ -41,8 +41,8 @@ def load(folder: Path | str, bits: str, dtype: str = "float32") -> LanguageModel
 
 
 def nll(model: LanguageModel, adapter: dict[str, torch.Tensor], pairs: list[Pair] = PAIRS) -> float:
-    total, tokens, *_ = model.negative_log_likelihood(adapter, pairs, 4)
-    return total / tokens
+    score = model.negative_log_likelihood(adapter, pairs, 4)
+    return score.nll_sum / sum(score.num_tokens)
 
 
 def weight_bytes(model: LanguageModel) -> int:

@@ -111,9 +111,9 @@ def test_the_adapter_loads_in_plain_peft_and_scores_what_was_measured(
     plain = LanguageModel(str(tiny_llama), **SETTINGS)
     plain.model = PeftModel.from_pretrained(plain.model.unload(), folder / case).eval()
     plain._parameters = {}
-    nll, tokens, *_ = plain.negative_log_likelihood({}, PAIRS, 6)
-    assert tokens == ranks[0][case]["nll"][1]
-    assert nll == pytest.approx(ranks[0][case]["nll"][0], rel=1e-5)
+    score = plain.negative_log_likelihood({}, PAIRS, 6)
+    assert score.num_tokens == ranks[0][case]["nll"][1]
+    assert score.nll == pytest.approx(ranks[0][case]["nll"][0], rel=1e-5)
 
 
 def test_without_deepspeed_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

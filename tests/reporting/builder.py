@@ -1,14 +1,16 @@
 """Run folders made up from numbers, in the format that run_folder.py and experiment.py write."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from semcons_ray.config import dump_config, validate_config
 from semcons_ray.data.examples import Example
-from semcons_ray.data.split import DataSplit, write_split
+from semcons_ray.data.split import DataSplit, read_split, write_split
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> $\\frac{ & \"quoted\" é 漢字"
 
@@ -116,6 +118,36 @@ def write_run(
             }
         )
     )  # fmt: skip
+    return folder
+
+
+def write_items(folder: Path, *, num_questions: int = 40, num_answers: int = 20, seed: int = 0) -> Path:
+    """What each test question gave, whose means are those of the run's metrics (bits per byte are some others).
+
+    Every question is as much harder or easier for all models; the questions are those of `seed`.
+    """
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    hardness = np.linspace(0.5, 1.5, num_questions)
+    answered = np.arange(num_questions) < num_answers
+    (folder / "items").mkdir()
+    for round, rows in metrics.groupby("round"):
+        tables = [
+            pd.DataFrame(
+                {
+                    "client_id": row["client_id"],
+                    "item": range(num_questions),
+                    "nats": 10 * row["nll"] * hardness,
+                    "num_tokens": 10,
+                    "num_bytes": 29,
+                    **{name: np.where(answered, row[name], math.nan) for name in ("rouge_l", "similarity")},
+                    "answer": [f"answer {item}" if answered[item] else None for item in range(num_questions)],
+                }
+            )
+            for _, row in rows.iterrows()
+        ]
+        pd.concat(tables).to_parquet(folder / f"items/round_{round:03d}.parquet", index=False)
+    test = tuple(Example(f"question {seed} {item}?", "test", "qa") for item in range(num_questions))
+    write_split(dataclasses.replace(read_split(folder / "data.parquet"), test=test), folder / "data.parquet")
     return folder
 
 

@@ -2,6 +2,7 @@ import io
 import math
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -9,13 +10,13 @@ from semcons_ray.errors import RunFolderError
 from semcons_ray.reporting.comparison import (
     compare_runs,
     costs_by_round,
-    mean_and_half_width,
     summarize,
 )
+from semcons_ray.reporting.intervals import mean_and_half_width
 from semcons_ray.reporting.pareto import arm_styles, pareto_front, write_pareto
 from semcons_ray.reporting.summary import render_summary, summary_cells, summary_markdown
 from semcons_ray.reporting.tables import read_run
-from tests.reporting.builder import HOSTILE, write_run
+from tests.reporting.builder import HOSTILE, write_items, write_run
 
 T_OF_2 = 4.302652729911275  # 97.5th percentile of Student's t, from a table
 LANDMARKS = {"reference": "averaging", "baseline": "alone"}
@@ -169,8 +170,8 @@ def test_what_needs_an_arm_that_is_not_there_is_nan(rounds):
 
 
 def test_one_value_has_no_interval_and_two_have_a_wide_one():
-    assert mean_and_half_width(pd.Series([3.0])) == (3.0, pytest.approx(math.nan, nan_ok=True))
-    assert mean_and_half_width(pd.Series([1.0, 3.0])) == pytest.approx((2.0, 12.706204736))
+    assert mean_and_half_width(np.array([3.0])) == (3.0, pytest.approx(math.nan, nan_ok=True))
+    assert mean_and_half_width(np.array([1.0, 3.0])) == pytest.approx((2.0, 12.706204736))
 
 
 def test_costs_by_round_leave_out_evaluation_and_idling(tmp_path):
@@ -347,3 +348,38 @@ def test_markdown_has_a_row_an_arm_and_escapes_bars(summary):
 def test_the_frames_survive_csv(summary):
     read = pd.read_csv(io.StringIO(summary.to_csv()), index_col="arm")
     pd.testing.assert_frame_equal(read, summary, check_dtype=False)
+
+
+def test_arms_have_intervals_paired_by_seed_and_question(tmp_path):
+    runs = {
+        (name, seed): write_items(write_run(tmp_path / f"{name}{seed}", num_rounds=rounds), seed=seed)
+        for name, rounds in (("short", 1), ("a|b", 2))
+        for seed in (0, 1)
+    }
+    result = compare_runs(runs, first="short", **LANDMARKS)
+    table = result.metrics.set_index(["arm", "metric"])
+    assert table.loc[("short", "nll"), ["value", "num_items"]].tolist() == pytest.approx([1.8, 80])
+    row = table.loc[("a|b", "nll")]
+    assert row["difference"] == pytest.approx(-0.2)
+    assert row["difference_low"] < -0.2 < row["difference_high"] < 0
+    assert row["difference_half_width"] == pytest.approx(0.0, abs=1e-9)
+    assert math.isnan(table.loc[("short", "nll"), "difference"])
+    text = summary_markdown(result.summary, "title", metrics=result.metrics, **LANDMARKS)
+    rows = [line for line in text.split("## Metrics")[1].splitlines() if line.startswith("| ")]
+    assert rows[0].startswith("| arm | NLL | NLL vs first | bits/byte | bits/byte vs first | ROUGE-L |")
+    assert rows[2].startswith("| short | 1.800 ± 0.000 [")
+    assert rows[3].startswith("| a\\|b | 1.600 ± 0.000 [")
+    assert "| −0.200 ± 0.000 [−0.2" in rows[3]
+    shown = render_summary(result.summary, "title", metrics=result.metrics, **LANDMARKS, width=120)
+    assert "−0.200 ± 0.000" in shown
+    assert "[−0.2" in shown
+    assert "paired by seed and question" in shown
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_runs_of_a_time_before_items_were_written_have_no_intervals(tmp_path):
+    result = compare_runs({("a", 0): write_run(tmp_path / "a")}, first="a", **LANDMARKS)
+    assert result.metrics.empty
+    text = summary_markdown(result.summary, "title", metrics=result.metrics, **LANDMARKS)
+    assert "## Metrics" not in text
+    assert text == summary_markdown(result.summary, "title", **LANDMARKS)

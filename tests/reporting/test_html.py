@@ -14,7 +14,7 @@ from semcons_ray.reporting import read_run, write_report
 from semcons_ray.reporting.html import describe_setting, energy_note, headlines, render_report
 from semcons_ray.reporting.prompts import MAX_TEXT_CHARS, prompt_table
 from semcons_ray.runs.run_folder import RunFolder
-from tests.reporting.builder import HOSTILE, forget_rounds_after, write_run
+from tests.reporting.builder import HOSTILE, forget_rounds_after, write_items, write_run
 
 
 class Page(HTMLParser):
@@ -73,6 +73,29 @@ def test_hostile_text_stays_text(tmp_path):
     assert HOSTILE in json.loads(page.scripts["prompt-data"])["texts"]
 
 
+def section(html, name):
+    begin = html.index(f'id="{name}"')
+    return html[begin : html.index("</section>", begin)]
+
+
+def test_metrics_have_their_intervals_and_tasks_their_errors_in_the_page(tmp_path):
+    folder = write_run(tmp_path / "run")
+    without = render_report(read_run(folder))
+    assert 'id="metrics"' not in without
+    assert 'id="tasks"' not in without
+    write_items(folder)
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    column = f"lm_eval/{HOSTILE}/acc"
+    metrics = metrics.assign(**{column: 0.25 + metrics["round"] / 8, f"{column}_stderr": 0.1})
+    metrics.to_parquet(folder / "metrics.parquet", index=False)
+    html = render_report(read_run(folder))
+    assert "<script>document" not in html
+    known = section(html, "metrics")
+    for said in ('<td class="text">NLL</td><td>2.000 [1.', "<td>−0.400 [−0.", "<td>40</td>", "not what another"):
+        assert said in known
+    assert "<td>0.250 ± 0.196</td><td>0.500 ± 0.196</td><td>+0.250</td>" in section(html, "tasks")
+
+
 def test_what_of_the_data_is_not_used_is_in_the_page_by_reason(tmp_path):
     folder = write_run(tmp_path / "run")
     assert 'id="losses"' not in render_report(read_run(folder))  # a folder of before it was counted
@@ -84,11 +107,11 @@ def test_what_of_the_data_is_not_used_is_in_the_page_by_reason(tmp_path):
     RunFolder(folder).write_tallies([Tally.of("data.source a.csv", "rows left out", 1432, counts), few])
     html = render_report(read_run(folder))
     assert "<script>document" not in html
-    section = html[html.index('id="losses"') : html.index("</section>", html.index('id="losses"'))]
+    losses = section(html, "losses")
     for said in ("warning: rows left out", "388 of 432", "89.8%", ">388<", "thinned out, by design", ">1,000<"):
-        assert said in section
-    assert section.count("warning") == 1
-    assert "10 of 1,000" in section
+        assert said in losses
+    assert losses.count("warning") == 1
+    assert "10 of 1,000" in losses
 
 
 def test_nothing_outside_the_page_is_named(tmp_path):

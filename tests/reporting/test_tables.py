@@ -17,16 +17,18 @@ from semcons_ray.reporting.tables import (
     held_by_round,
     mean_by_round,
     metric_by_round,
+    metric_table,
     print_result,
     quality,
     read_run,
     render_result,
     short_model_name,
+    task_table,
     totals,
     wins,
     work_by_stage,
 )
-from tests.reporting.builder import forget_rounds_after, ledger_row, metrics_row, write_run
+from tests.reporting.builder import forget_rounds_after, ledger_row, metrics_row, write_items, write_run
 
 
 @pytest.fixture
@@ -281,6 +283,53 @@ def test_markup_in_a_name_is_only_text(tmp_path):
     text = render_result(run, 120)
     assert "[red]: 2 of 2 rounds" in text
     assert "x]" in text
+
+
+def test_the_result_has_each_metric_with_its_interval_and_the_least_change_that_is_seen(tmp_path):
+    run = read_run(write_items(write_run(tmp_path / "run", lost={2: (1,)})))
+    text = render_result(run, 120)
+    rows = {row[0]: row[1:] for row in table_rows(run)}
+    assert rows["mean over clients"] == ["base", "last", "change", "least that is seen", "questions"]
+    nll = rows["NLL"]
+    assert nll[0].startswith("2.000 [1.8")
+    assert nll[1].startswith("1.667 [1.5")  # client 1 as it was after round 1
+    assert nll[2].startswith("−0.333 [−0.3")
+    assert nll[4] == "40"
+    assert rows["ROUGE-L"] == ["0.000 [0.000, 0.000]", "0.167 [0.167, 0.167]", "+0.167 [+0.167, +0.167]", "0.000", "20"]
+    table = metric_table(run)
+    assert table.index.tolist() == ["nll", "bits_per_byte", "rouge_l", "similarity"]
+    # All models find the same questions hard, so their difference is known better than either.
+    ratio = table.loc["nll", "smallest"] / (table.loc["nll", "base_high"] - table.loc["nll", "base_low"])
+    assert ratio == pytest.approx(0.5 * 0.333 / 2.0, rel=0.01)
+    assert "2,000 draws" in text
+    assert "mean over clients" not in render_result(read_run(write_run(tmp_path / "older")))
+
+
+def test_nats_a_token_of_several_models_have_no_interval(tmp_path):
+    run = read_run(write_items(write_run(tmp_path / "run", models=("org/one", "org/two"))))
+    assert metric_table(run).index.tolist() == ["bits_per_byte", "rouge_l", "similarity"]
+
+
+def test_items_that_are_missing_or_damaged_are_named_in_one_line(tmp_path):
+    folder = write_items(write_run(tmp_path / "run"))
+    path = folder / "items/round_002.parquet"
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-9]), path.unlink):
+        damage()
+        with pytest.raises(RunFolderError, match=r"items/round_002\.parquet"):
+            read_run(folder)
+
+
+def test_scores_of_tasks_are_beside_those_of_the_base_model(tmp_path):
+    folder = write_run(tmp_path / "run")
+    metrics = pd.read_parquet(folder / "metrics.parquet")
+    scores = {0: 0.25, 1: math.nan, 2: 0.75}
+    metrics["lm_eval/mine/acc"] = metrics["round"].map(scores) + metrics["client_id"] / 100
+    metrics["lm_eval/mine/acc_stderr"] = 0.1
+    metrics.to_parquet(folder / "metrics.parquet", index=False)
+    run = read_run(folder)
+    assert ["mine/acc", "0.260 ± 0.196", "0.760 ± 0.196", "+0.500"] in table_rows(run)
+    row = task_table(run.metrics).loc["mine/acc"]
+    assert (row["base"], row["last"], row["change"]) == pytest.approx((0.26, 0.76, 0.5))
 
 
 def test_the_result_goes_to_the_console_given(run):

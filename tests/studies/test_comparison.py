@@ -216,7 +216,7 @@ def test_two_arms_are_run_on_the_same_data_and_compared(compared: Path) -> None:
     assert base[0] == base[1]
     assert {path.name for path in compared.iterdir()} == {
         *("comparison.yaml", "environment.json", "runs", "rounds.csv", "summary.csv", "stages.csv", "table.md"),
-        *("pareto.svg", "pareto.png"),
+        *("pareto.svg", "pareto.png", "metrics.csv"),
     }
     summary = pd.read_csv(compared / "summary.csv", index_col="arm")
     for arm, table in zip(("semantic consensus", "local only"), metrics, strict=True):
@@ -224,6 +224,12 @@ def test_two_arms_are_run_on_the_same_data_and_compared(compared: Path) -> None:
     ledger = pd.read_parquet(runs[0] / "ledger.parquet")
     assert summary.loc["semantic consensus", "bytes"] == ledger[["uplink_bytes", "downlink_bytes"]].to_numpy().sum()
     assert summary.loc["local only", "bytes"] == 0
+    by_metric = pd.read_csv(compared / "metrics.csv").set_index(["arm", "metric"])
+    both = by_metric["value"].unstack("arm")
+    for name in ("nll", "rouge_l"):
+        assert both.loc[name].to_dict() == pytest.approx(summary[name].to_dict())
+        difference = by_metric.loc[("local only", name), "difference"]
+        assert difference == pytest.approx(both.loc[name, "local only"] - both.loc[name, "semantic consensus"])
     assert (compared / "table.md").read_text(encoding="utf-8").startswith("# tiny\n")
     rounds = pd.read_csv(compared / "rounds.csv")
     assert rounds.groupby("arm", sort=False)["round"].apply(list).to_dict() == {
