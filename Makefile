@@ -6,9 +6,10 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 # A package index to take torch from, for another build of it than the default index has; counts when VENV is made.
 TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
-ENGINE_TESTS = vllm or deepspeed or bitsandbytes or lm_eval
+ENGINE_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers
+ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
 
-.PHONY: run test test-engines test-mutation test-install check setup architectures vllm deepspeed bitsandbytes lm-eval clean
+.PHONY: run test test-engines test-mutation test-install check setup architectures $(ENGINES) clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -18,11 +19,11 @@ help: ## Show this list
 run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines
+test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines and trackers
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(ENGINE_TESTS))"
 
-test-engines: ## Set up a second environment with vLLM, DeepSpeed, bitsandbytes and lm-eval; run the tests that need them
-	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup vllm deepspeed bitsandbytes lm-eval
+test-engines: ## Set up a second environment with engines, lm-eval and trackers, and run the tests that need them
+	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)
 	$(VENV)-engines/bin/python -m pytest -m "$(ENGINE_TESTS)" -p tests.no_skips
 
 test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
@@ -59,6 +60,9 @@ bitsandbytes: $(VENV)/.ready ## Install bitsandbytes, for model.quantization
 
 lm-eval: $(VENV)/.ready ## Install lm-eval, for evaluation.lm_eval and semcons evaluate
 	$(PIP) install --no-deps --requirement requirements-lm-eval.lock
+
+trackers: $(VENV)/.ready ## Install W&B, MLflow, trackio and TensorBoard, for tracking.report_to
+	$(PIP) install --no-deps --requirement requirements-trackers.lock
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'

@@ -706,6 +706,20 @@ class EnergyConfig(Settings):
     )
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class TrackingConfig(Settings):
+    """Where a run can be watched as it goes on, besides TensorBoard, whose files are in its folder."""
+
+    report_to: Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="Trackers that are sent each round's numbers, as [wandb, mlflow]: wandb, mlflow or trackio. Their "
+        "own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI, hold.",
+    )
+
+
 class ShardingConfig(Settings):
     """Models too large for one device: several processes share one of them, by DeepSpeed's ZeRO (`make deepspeed`)."""
 
@@ -764,6 +778,7 @@ class ExperimentConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
     energy: EnergyConfig = EnergyConfig()
+    tracking: TrackingConfig = TrackingConfig()
     sharding: ShardingConfig = ShardingConfig()
     failures: FailuresConfig = FailuresConfig()
 
@@ -1315,6 +1330,7 @@ _ELSEWHERE = {
     "gpus": "resources.gpus_per_worker",
     "local_epochs": "training.local_epochs",
     "lora_alpha": "model.lora.alpha",
+    "loggers": "tracking.report_to",
     "lora_dropout": "model.lora.dropout",
     "lr": "training.learning_rate",
     "max_seq_length": "model.max_length",

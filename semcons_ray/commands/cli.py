@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,13 +24,14 @@ from semcons_ray.config import describe_settings, load_config, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
 
 if TYPE_CHECKING:
-    from semcons_ray.runs.experiment import Observer
+    from semcons_ray.runs.observers import Observer
 
 EXAMPLE = """\
 examples:
   semcons init experiment                              write experiment/config.yaml, every setting, with comments
   semcons run experiment/config.yaml --out runs/first  run it
   semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
+  semcons watch runs/first                             see how far it is, from another terminal
   semcons resume runs/first                            continue after a crash
   semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
   semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
@@ -61,6 +62,7 @@ SWEEP says what is tried:
   name: prompt budget                # title of the table and the report
   experiment:                        # settings of all trials, as for semcons run
     resources: {fleet: local}        # a trial is a process on one core; ray: a core for each client, up to max_workers
+    tracking: {report_to: []}        # each trial is a run of wandb, mlflow or trackio
   space:                             # any settings, by dotted key, each with one of these:
     prompts.budget: {grid: [12, 48]}                 # all of these values, crossed with the other keys
     algorithm.rule: {choice: [medoid, plurality]}    # one of these values is drawn
@@ -73,7 +75,6 @@ SWEEP says what is tried:
   scheduler: none                    # asha stops trials that fall behind:
   asha: {grace_rounds: 1, reduction_factor: 2}    # from this round on, all but the best half
   max_concurrent_trials: 2           # left out: as many as the cluster has room for
-  loggers: []                        # mlflow, wandb; CSV, JSON and TensorBoard are always written
 
 Only space is required. --any.setting changes the experiment. The same command again continues with what is not
 finished; values and samples may be added. Each trial has a run folder below DIR/trials.
@@ -216,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, metavar="SWEEP", help="YAML file")
     sub.add_argument("--out", type=_local, required=True, metavar="DIR", help="folder for all trials and the report")
 
+    sub = command(
+        "watch", _watch, "Show a run that goes on in another process: each round that is done, until it ends."
+    )
+    sub.add_argument("folder", type=_local, metavar="DIR", help="the run's folder")
+
     sub = command("report", _report, "Print a run's result table, and write its report.html again.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
 
@@ -266,9 +272,9 @@ def _run(args: argparse.Namespace) -> int:
     from semcons_ray.commands.progress import Progress
     from semcons_ray.runs.experiment import run_experiment
 
-    with _run_folder(args.out, new=True) as (folder, observed):
+    with _run_folder(args.out, new=True) as (folder, copying):
         with Progress() as progress:
-            run_experiment(config, folder, observed(progress))
+            run_experiment(config, folder, *copying, progress)
         return _finish(folder)
 
 
@@ -276,9 +282,9 @@ def _resume(args: argparse.Namespace) -> int:
     from semcons_ray.commands.progress import Progress
     from semcons_ray.runs.experiment import resume_experiment
 
-    with _run_folder(args.folder) as (folder, observed):
+    with _run_folder(args.folder) as (folder, copying):
         with Progress() as progress:
-            resume_experiment(folder, observed(progress))
+            resume_experiment(folder, *copying, progress)
         return _finish(folder)
 
 
@@ -309,6 +315,12 @@ def _sweep(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _watch(args: argparse.Namespace) -> int:
+    from semcons_ray.commands.watch import watch
+
+    return watch(args.folder)
+
+
 def _report(args: argparse.Namespace) -> int:
     with _run_folder(args.folder) as (folder, _):
         return _finish(folder)
@@ -335,10 +347,10 @@ def _local(place: str) -> Path:
 
 
 @contextlib.contextmanager
-def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, Callable[[Observer], Observer]]]:
-    """A run's local folder, and a function that wraps an observer so that, for a URL, each round is copied there."""
+def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, list[Observer]]]:
+    """A run's local folder, and, for a URL, the observer that copies each round there."""
     if "://" not in place:
-        yield Path(place), lambda observer: observer
+        yield Path(place), []
         return
     from semcons_ray.runs.remote_folder import Copying, RemoteFolder
 
@@ -347,7 +359,7 @@ def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, Callab
         remote.check_free()
     else:
         remote.fetch()
-    yield remote.folder, lambda observer: Copying(remote, observer)
+    yield remote.folder, [Copying(remote)]
     remote.copy()
 
 
@@ -392,7 +404,9 @@ def _quiet() -> None:
     """Turn off libraries' progress bars and notices, among which this command's own lines would be lost."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and tables hold what the terminal's encoding may lack
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    told = logging.StreamHandler(sys.stderr)
+    told.setLevel(logging.WARNING)  # a run's own log has more
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[told])
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE", "RAY_DEDUP_LOGS"):

@@ -45,7 +45,7 @@ FLAT_MEMORY = {
 PASSED_ON = (
     *("SEMCONS_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "SENTENCE_TRANSFORMERS_", "XDG_CACHE_HOME"),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_"),
-    *("WANDB_", "MLFLOW_"),
+    *("WANDB_", "MLFLOW_", "TRACKIO_"),
 )
 """Beginnings of the names, in either case, of environment variables that workers need: where models, data and trackers
 are, and the credentials for them."""

@@ -21,6 +21,7 @@ from semcons_ray.errors import EngineError, PlacementError, first_line
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
+from semcons_ray.tracking.run_log import join_run_log
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class EngineActor:
 
     def load(self) -> None:
         """Load the model. The constructor does not, since its errors do not reach the caller."""
+        join_run_log(self._spec.name)
         self._loaded()
 
     def generate(self, request: EngineRequest) -> EngineReply:

@@ -10,7 +10,6 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Self
 from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
@@ -40,7 +39,7 @@ REPEAT_SECONDS = 1.0
 
 
 class RunMetrics:
-    """Exports a run's metrics. Use it as a context: a thread sets the gauges again and again, since Ray drops stale
+    """Exports a run's metrics from `start` to `stop`; a thread sets the gauges again and again, since Ray drops stale
     ones.
 
     Args:
@@ -58,11 +57,12 @@ class RunMetrics:
         self._stop = threading.Event()
         self._repeater = threading.Thread(target=self._repeat, name="metrics", daemon=True)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Begin to export."""
         self._repeater.start()
-        return self
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
+        """Export no more."""
         self._stop.set()
         self._repeater.join()
 

@@ -201,6 +201,7 @@ class RayFleet:
                         worker.refs.popleft()
                         worker.since = time.monotonic()
                     else:
+                        logger.info("what failed in %s:", worker.plan.name, exc_info=error)
                         replace(worker, str(error.cause))
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from semcons_ray.federation.server import Server, ServerSpec, Verdict
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter, open_meters
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import LedgerRow, Place
+from semcons_ray.tracking.run_log import join_run_log
+
+logger = logging.getLogger(__name__)
 
 
 @ray.remote
@@ -55,6 +59,7 @@ class WorkerActor:
 
     def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
         """Load the model and make the clients; returns `Host.adapter_shapes`."""
+        join_run_log(spec.worker)
         try:
             self._host = spec.build()
             return dict(self._host.adapter_shapes)
@@ -62,6 +67,7 @@ class WorkerActor:
             self._failure = error
             raise
         except Exception as error:
+            logger.error("%s could not load", spec.worker, exc_info=error)
             self._failure = ClientError(f"{spec.worker} could not load: {type(error).__name__}: {error}")
             raise self._failure from error
 
@@ -108,9 +114,11 @@ class ServerActor:
 
     def load(self, spec: ServerSpec) -> None:
         """Load the embedding model."""
+        join_run_log("server")
         try:
             self._server = spec.build()
         except Exception as error:
+            logger.error("the server could not load", exc_info=error)
             self._failure = error
             raise
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +19,7 @@ from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.comparison import LOSS_COLUMNS
 from semcons_ray.reporting.intervals import ARM_COLUMNS
 from semcons_ray.reporting.tables import format_interval, format_number, format_seconds
+from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 WIDTH = 120
@@ -146,7 +147,7 @@ def render_summary(
         parts += [Text(), _table(in_two_lines, ""), Text(), Text(INTERVALS_NOTE)]
     stream = io.StringIO()
     width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    Console(file=stream, width=width, color_system=None).print(Group(*parts))
+    print_whole(Console(file=stream, width=width, color_system=None), *parts)
     return stream.getvalue()
 
 

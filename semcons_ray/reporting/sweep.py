@@ -4,9 +4,9 @@ key."""
 from __future__ import annotations
 
 import io
-import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,7 +26,8 @@ from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
-from semcons_ray.reporting.tables import format_number, format_seconds, short_model_name
+from semcons_ray.reporting.tables import describe_trial, format_number, format_seconds, format_setting, short_keys
+from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import Loss, write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
@@ -83,19 +84,28 @@ class SweepResult:
         losses = -finished[self.metric] if self.higher_is_better else finished[self.metric]
         return {cost: pareto_front(finished[cost], losses) for cost in COSTS}
 
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """The keys in which trials differ, which tell them apart; all keys if there are none."""
+        return tuple(key for key in self.keys if self.trials[key].nunique(dropna=False) > 1) or self.keys
+
+    def describe(self, trial: Mapping[str, Any]) -> str:
+        """The trial of a row, by what tells it apart."""
+        return describe_trial({key: trial[key] for key in self.differing})
+
     def effects(self) -> pd.DataFrame:
         """The metric at each value of each key, over all finished trials with that value, whatever their other keys.
 
         Returns:
-            Columns key, value (as text), trials (how many), mean, std (NaN for one), lowest, highest.
+            Columns key, value (as text, in ascending order), number (the value as a number, the median of several; NaN
+            if it is none), trials (how many), mean, std (NaN for one), lowest, highest.
         """
         rows = []
         for key in self.keys:
-            groups = self.finished.groupby(_grouped(self.finished[key]), sort=False, observed=True)[self.metric]
-            table = groups.agg(["count", "mean", "std", "min", "max"])
-            for value, row in table.iterrows():
-                rows.append((key, str(value), int(row["count"]), row["mean"], row["std"], row["min"], row["max"]))
-        return pd.DataFrame(rows, columns=["key", "value", "trials", "mean", "std", "lowest", "highest"])
+            for text, number, trials in _groups(self.finished[key]):
+                found = self.finished.loc[trials, self.metric]
+                rows.append((key, text, number, len(found), found.mean(), found.std(), found.min(), found.max()))
+        return pd.DataFrame(rows, columns=["key", "value", "number", "trials", "mean", "std", "lowest", "highest"])
 
     def spans(self) -> dict[str, float]:
         """By key, the difference between the highest and the lowest mean of the metric at a value."""
@@ -103,35 +113,57 @@ class SweepResult:
         return {str(key): float(span) for key, span in (by_key.max() - by_key.min()).items()}
 
 
-def _grouped(values: pd.Series[Any]) -> pd.Series[str]:
-    """Values as text, in ascending order; numbers that are more than `MANY` as quarters."""
-    ordered = values.sort_values(kind="stable")
-    if pd.api.types.is_numeric_dtype(ordered) and ordered.nunique() > MANY:
-        bins = pd.qcut(ordered, 4, duplicates="drop")
-        return bins.map(lambda bin: f"{bin.left:.3g} to {bin.right:.3g}").astype(str)
-    return ordered.map(_text)
+def _groups(values: pd.Series[Any]) -> list[tuple[str, float, pd.Index[Any]]]:
+    """Trials by value in ascending order, what is no number last; numbers that are more than `MANY` as quarters.
+
+    Returns:
+        For each group the text of the value, the number (the median of a quarter; NaN for what is none) and the trials.
+    """
+    numbers = _numbers(values)
+    if numbers is None:
+        texts = values.map(format_setting)
+        as_numbers = pd.to_numeric(texts, errors="coerce")
+        order = sorted(set(zip(as_numbers.isna(), as_numbers.fillna(0.0), texts, strict=True)))
+        return [(text, math.nan, values.index[texts == text]) for _, _, text in order]
+    if numbers.nunique() <= MANY:
+        tried = [(number, values.index[numbers == number]) for number in sorted(set(numbers))]
+        return [(format_setting(values[trials[0]]), number, trials) for number, trials in tried]
+    quarters = pd.qcut(numbers, 4, duplicates="drop")
+    groups = [(quarter, quarters == quarter) for quarter in quarters.cat.categories]
+    return [
+        (f"{quarter.left:.3g} to {quarter.right:.3g}", float(numbers[within].median()), values.index[within])
+        for quarter, within in groups
+        if within.any()
+    ]
 
 
-def _text(value: object) -> str:
-    """A value as readable text; a mix of models as shares and names."""
-    if isinstance(value, str) and value.startswith("{"):
-        shares = json.loads(value).items()
-        return ", ".join(f"{share:g} {short_model_name(name)}" for name, share in shares) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _numbers(values: pd.Series[Any]) -> pd.Series[float] | None:
+    """The values, if they can be on an axis of numbers."""
+    kinds = pd.api.types
+    if kinds.is_bool_dtype(values) or not kinds.is_numeric_dtype(values) or values.isna().any():
+        return None
+    return values.astype(float)
+
+
+def _spreads(values: pd.Series[float]) -> bool:
+    """Whether positive values differ so much that they are drawn on a logarithmic axis."""
+    return len(values) > 0 and values.min() > 0 and values.max() > DECADE * values.min()
 
 
 def render_sweep(result: SweepResult, width: int | None = None) -> str:
     """A table of the trials with the fronts they are on, and the effect of each key, as plain text."""
     fronts = result.fronts()
     table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in (*result.keys, *result.shown.values(), "bytes", "time", "energy", "on the front of"):
-        table.add_column(heading, justify="left" if heading in result.keys else "right", overflow="fold")
+    keys = short_keys(result.differing)
+    for heading in (*keys.values(), *result.shown.values(), "bytes", "time", "energy", "on the front of"):
+        is_text = heading in (*keys.values(), "on the front of")
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for _, row in result.trials.iterrows():
         on = [name for name, members in zip(("bytes", "time", "energy"), fronts.values(), strict=True)
               if row["trial"] in members]  # fmt: skip
         remark = ", ".join(on) if row["status"] == "finished" else f"{row['status']} after round {row['rounds']}"
         table.add_row(
-            *(Text(_text(row[key])) for key in result.keys),
+            *(Text(format_setting(row[key])) for key in keys),
             *(format_number(row[column]) for column in result.shown),
             format_quantity(row["total_bytes"], "B"),
             format_seconds(row["seconds"]),
@@ -139,9 +171,8 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
             remark + _failed(row["failed"]),
         )
     stream = io.StringIO()
-    Console(file=stream, width=width or max(100, shutil.get_terminal_size((120, 24)).columns), color_system=None).print(
-        table
-    )
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    print_whole(Console(file=stream, width=width, color_system=None), table)
     spans = sorted(result.spans().items(), key=lambda item: -item[1])
     effects = ", ".join(f"{key} {format_number(span)}" for key, span in spans if not math.isnan(span))
     return f"{stream.getvalue()}\nbest less worst {METRICS[result.metric]} by key: {effects or '–'}"
@@ -185,7 +216,8 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
             trials=result.trials.to_dict("records"),
             on_front={trial for members in fronts.values() for trial in members},
             energy=energy,
-            text=_text,
+            keys=short_keys(result.differing),
+            text=format_setting,
             failed=_failed,
             config_yaml=config_yaml,
         )
@@ -198,7 +230,7 @@ def _front_figure(result: SweepResult, finished: pd.DataFrame, cost: str, member
     shown = finished[np.isfinite(finished[cost]) & np.isfinite(finished[result.metric])]
 
     def draw(axes: Axes, canvas: Canvas) -> None:
-        logarithmic = len(shown) > 0 and shown[cost].min() > 0 and shown[cost].max() > DECADE * shown[cost].min()
+        logarithmic = _spreads(shown[cost])
         divisor, prefixed = (1.0, unit) if logarithmic else scale(shown[cost].max() if len(shown) else 0.0, unit)
         axes.plot(shown[cost] / divisor, shown[result.metric], "o", color=BLUE, alpha=0.45, label="trial")
         front = shown.loc[members]
@@ -226,13 +258,19 @@ def _front_figure(result: SweepResult, finished: pd.DataFrame, cost: str, member
 
 def _effect_figure(result: SweepResult, key: str, effects: pd.DataFrame) -> Figure:
     def draw(axes: Axes, canvas: Canvas) -> None:
-        places = np.arange(len(effects))
-        points = result.finished[[key, result.metric]]
-        position = {value: place for place, value in enumerate(effects["value"])}
-        each = _grouped(points[key]).map(position)
-        axes.plot(each, points.loc[each.index, result.metric], "o", color=BLUE, alpha=0.35, markersize=4)
-        axes.errorbar(places, effects["mean"], yerr=effects["std"].fillna(0.0), fmt="D-", color=ORANGE, capsize=4)
-        axes.set_xticks(places, [_wrapped(value) for value in effects["value"]])
+        values, found = result.finished[key], result.finished[result.metric]
+        numbers = _numbers(values)
+        places, means = effects["number"], "D-"
+        if numbers is None:
+            means = "D"
+            places = pd.Series(range(len(effects)), index=effects.index)
+            numbers = values.map(format_setting).map(dict(zip(effects["value"], places, strict=True)))
+        elif _spreads(numbers):
+            log_axis(axes, "x")
+        axes.plot(numbers, found, "o", color=BLUE, alpha=0.35, markersize=4)
+        axes.errorbar(places, effects["mean"], yerr=effects["std"].fillna(0.0), fmt=means, color=ORANGE, capsize=4)
+        if values.nunique() <= MANY:
+            axes.set_xticks(places, [_wrapped(value) for value in effects["value"]])
         axes.margins(x=0.12)
         axes.set_xlabel(key)
         axes.set_ylabel(METRICS[result.metric])
@@ -241,8 +279,8 @@ def _effect_figure(result: SweepResult, key: str, effects: pd.DataFrame) -> Figu
     span = effects["mean"].max() - effects["mean"].min()
     title = f"{key} moves the {METRICS[result.metric]} by {format_number(span)} on average"
     caption = (
-        "Dots: finished trials. Diamonds: their mean at each value, with other keys averaged out; bars: ± one standard "
-        "deviation."
+        "Dots: finished trials. Diamonds: their mean at each value, or over each quarter of many values, with other "
+        "keys averaged out; bars: ± one standard deviation."
     )
     name = f"effect-{key.replace('.', '-').replace('_', '-')}"
     return Figure(name, title, caption, render(name, title, draw))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pandas as pd
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +31,7 @@ from semcons_ray.evaluation.metrics import METRICS, metrics_of
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.intervals import INTERVALS, changes
+from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, column_names, comparable_loss
 
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
@@ -450,26 +453,52 @@ def short_model_name(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1] or name
 
 
+def format_setting(value: object) -> str:
+    """The value of a setting as readable text; a mix of models as shares and names."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{share:g} {short_model_name(name)}" for name, share in value.items()) or "none"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "null"
+    if isinstance(value, (bool, np.bool_)):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """By dotted key, its shortest end that no other of the keys has, as learning_rate of training.learning_rate."""
+    ends = {key: [key.split(".", skipped)[-1] for skipped in range(key.count("."), -1, -1)] for key in keys}
+    count = Counter(end for own in ends.values() for end in own)
+    return {key: next((end for end in own if count[end] == 1), key) for key, own in ends.items()}
+
+
+def describe_trial(settings: Mapping[str, object]) -> str:
+    """A trial by its settings, by dotted key, as learning_rate=0.001, budget=12."""
+    short = short_keys(settings)
+    return ", ".join(f"{short[key]}={format_setting(value)}" for key, value in settings.items())
+
+
 def print_result(run: Run, console: Console | None = None) -> None:
     """Print a run's result table; on stdout unless given another console."""
-    (console or Console()).print(_result(run))
+    print_whole(console or Console(), *_result(run))
 
 
 def render_result(run: Run, width: int | None = None) -> str:
-    """What `print_result` prints, as plain text of `width` columns at most; by default the terminal's."""
+    """What `print_result` prints, as plain text of `width` columns; by default the terminal's."""
     stream = io.StringIO()
     print_result(run, Console(file=stream, width=width, color_system=None))
     return stream.getvalue()
 
 
-def _result(run: Run) -> Group:
+def _result(run: Run) -> list[RenderableType]:
     table = Table(title=Text(f"{run.config['name']}: {run.num_rounds} of {run.config['num_rounds']} rounds"),
                   title_justify="left", show_edge=False, pad_edge=False)  # fmt: skip
     table.add_column("client", justify="right")
     table.add_column("model", overflow="fold")
     name = SHORT_NAMES[run.loss]
     for heading in (f"base {name}", f"last {name}", "change", "ROUGE-L", "similarity"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     clients = quality(run.metrics)
     for client_id, row in clients.iterrows():
         known = as_of(row["last_round"], run.num_rounds)
@@ -489,7 +518,7 @@ def _result(run: Run) -> Group:
         f"energy       {joules if cost.energy_source != 'unavailable' else 'unavailable'}",
         *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
     )
-    return Group(table, *_metric_lines(run), *_task_lines(run), Text(), *(Text(line) for line in lines))
+    return [table, *_metric_lines(run), *_task_lines(run), Text(), *map(Text, lines)]
 
 
 def _metric_lines(run: Run) -> list[RenderableType]:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,6 @@ from semcons_ray.config import DEFAULT_METRICS, ExperimentConfig
 from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
-from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.distributed.placement import describe_plan
 from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.metrics import metrics_of, score_items, value
@@ -45,40 +42,19 @@ from semcons_ray.runs.assembly import (
     place,
     prepare_data,
 )
-from semcons_ray.runs.run_folder import Commit, Loss, MetricsRow, RoundRow, RunFolder, comparable_loss
+from semcons_ray.runs.observers import Logged, Observer, Observers
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
+from semcons_ray.runs.trackers import Exported, check_trackers, trackers
+from semcons_ray.tracking.run_log import run_log
 
 
-class Observer(Protocol):
-    """Is told of the progress of a run."""
-
-    def stage(self, text: str) -> None:
-        """Something that takes a while begins."""
-        ...
-
-    def planned(self, text: str) -> None:
-        """Text for the user before work begins: losses of data, and the placement with a line for each worker."""
-        ...
-
-    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
-        """Clients begin to be visited; round 0 measures the base model."""
-        ...
-
-    def client_done(self, reply: Reply) -> None:
-        """A client was visited."""
-        ...
-
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        """A round is committed."""
-        ...
-
-
-def run_experiment(config: ExperimentConfig, out: Path, observer: Observer, *, alone: bool = True) -> RunFolder:
+def run_experiment(config: ExperimentConfig, out: Path, *observers: Observer, alone: bool = True) -> RunFolder:
     """Run an experiment from its beginning, into a new folder.
 
     Args:
         config: What to run.
         out: The folder, which must not exist or be empty.
-        observer: Is told of the progress.
+        observers: Are told of the progress, besides those that `config.tracking` asks for.
         alone: Whether no other run shares its machines. If others do, energy is measured only for GPUs that it has to
             itself, and estimated for the rest, since a counter cannot tell runs apart.
 
@@ -86,18 +62,20 @@ def run_experiment(config: ExperimentConfig, out: Path, observer: Observer, *, a
         UserError: Something in the config, the data, the models, the cluster or the folder must be changed.
         QuorumError: Too few clients answered; `resume_experiment` goes on from the last round.
     """
+    check_trackers(config)
     folder = RunFolder.create(out, config)
-    with folder.locked():
-        _execute(folder, config, observer, alone)
+    with folder.locked(), run_log(folder.log, "driver"):
+        _execute(folder, config, Observers([Logged(), *observers]), alone)
     return folder
 
 
-def resume_experiment(out: Path, observer: Observer, *, alone: bool = True) -> RunFolder:
-    """Continue a run from its last committed round; if it is finished, only its tables are written again.
+def resume_experiment(out: Path, *observers: Observer, alone: bool = True) -> RunFolder:
+    """Continue a run from its last committed round; if it is finished, only its tables are written again, and trackers
+    are sent what they lack.
 
     Args:
         out: The run's folder.
-        observer: See `run_experiment`.
+        observers: See `run_experiment`.
         alone: See `run_experiment`.
 
     Raises:
@@ -108,8 +86,9 @@ def resume_experiment(out: Path, observer: Observer, *, alone: bool = True) -> R
     """
     folder = RunFolder(out)
     config = folder.settings_to_resume(folder.read_config())
-    with folder.locked():
-        _execute(folder, config, observer, alone)
+    check_trackers(config)
+    with folder.locked(), run_log(folder.log, "driver"):
+        _execute(folder, config, Observers([Logged(), *observers]), alone)
     return folder
 
 
@@ -117,7 +96,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     commits = folder.commits()
     if folder.is_finished(config.num_rounds):
         folder.write_tables(commits)
-        return
+        with Observers(trackers(config, folder)).during(commits):
+            return
     observer.stage("reading data")
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
@@ -144,24 +124,22 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
         algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
+        exported = Exported(folder.path.resolve().name, config)
+        observers = Observers([exported, *trackers(config, folder), observer])
         with (
             engines(placement) as serving,
             parts(placement, split, algorithm, folder.state, serving) as (fleet, server),
-            RunMetrics(folder.path.resolve().name, config.num_rounds) as exported,
+            observers.during(commits),
         ):
             _write_placement(folder, placement, fleet, alone)
             folder.drop_adapters()
-            loss = comparable_loss(config.client_models())
-            for commit in commits:
-                _export(exported, commit, loss)
-            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observer, exported, alone)
+            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observers, alone)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
                 folder.commit(commits, state)
-                _export(exported, commit, loss)
-                observer.round_ends(commits[-1].summary, commits[-1].metrics)
-            observer.stage("writing adapters")
+                observers.round_ends(commit)
+            observers.stage("writing adapters")
             last = config.num_rounds + 1
             trained = [client for client, private in enumerate(split.private) if private]
             downlinks = algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
@@ -190,7 +168,6 @@ class Rounds:
     fleet: Fleet
     server: ServerProtocol
     observer: Observer
-    exported: RunMetrics
     alone: bool
 
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
@@ -200,7 +177,7 @@ class Rounds:
         """
         config = self.placement.config
         started_at = time.time() if round else began
-        visitor = _Watched(self.fleet, self.observer, self.exported, config.num_rounds)
+        visitor = _Watched(self.fleet, self.observer, config.num_rounds)
         state = self.folder.server_state(round - 1) if round else self.algorithm.first_state()
         if round == 0:
             outcome = self._measure_base(visitor, state)
@@ -312,12 +289,11 @@ class Rounds:
 
 
 class _Watched:
-    """A fleet that reports every reply to the observer and to Prometheus, and remembers which clients were asked."""
+    """A fleet that reports every reply to the observer, and remembers which clients were asked."""
 
-    def __init__(self, fleet: Fleet, observer: Observer, exported: RunMetrics, num_rounds: int) -> None:
+    def __init__(self, fleet: Fleet, observer: Observer, num_rounds: int) -> None:
         self._fleet = fleet
         self._observer = observer
-        self._exported = exported
         self._num_rounds = num_rounds
         self.asked: tuple[int, ...] = ()
         self.lost: dict[int, str] = {}
@@ -337,27 +313,14 @@ class _Watched:
     def _watch(self, round: int, downlinks: Mapping[int, bytes], replies: Iterator[Reply]) -> Iterator[Reply]:
         self.asked = tuple(downlinks)
         self._observer.round_begins(round, self._num_rounds, len(downlinks))
-        self._exported.round_begins(round, len(downlinks))
         for reply in replies:
             self._observer.client_done(reply)
-            self._exported.client_answered()
             yield reply
         self.lost = dict(self._fleet.lost)
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
         self._fleet.leave_out(round, reasons)
         self.lost = dict(self._fleet.lost)
-
-
-def _export(exported: RunMetrics, commit: Commit, loss: Loss) -> None:
-    rows = commit.metrics
-    exported.round_committed(
-        commit.ledger,
-        num_lost=commit.summary.num_participants - commit.summary.num_answered,
-        bits_per_byte=fmean(row.bits_per_byte for row in rows) if rows else math.nan,
-        nll=fmean(row.nll for row in rows) if rows and loss == "nll" else math.nan,
-        agreement=commit.summary.mean_agreement,
-    )
 
 
 def label_churn(before: PseudoLabels, after: PseudoLabels, num_prompts: int) -> float:

@@ -9,9 +9,9 @@ the URL wherever copying stops: a round's commit after all files that belong to 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -19,8 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from semcons_ray.errors import RunFolderError
 from semcons_ray.modeling.packaged import cache_dir
-from semcons_ray.runs.experiment import Observer
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.observers import Observer
+from semcons_ray.runs.run_folder import Commit
+
+logger = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"(^|/)(\.{0,2}(/|$)|[A-Za-z]:)|[\\\x00-\x1f\x7f]")
 """What a key may not have: an empty part, a part that is . or .., a drive, a backslash, or a control character."""
@@ -139,18 +141,16 @@ class RemoteFolder:
         return RunFolderError(f"cannot {verb} {self.url}: {str(error) or type(error).__name__}")
 
 
-class Copying:
-    """An observer that copies each committed round to the URL before it tells another observer."""
+class Copying(Observer):
+    """Copies each committed round to the URL. If it cannot be written to, that is tried again after the next round."""
 
-    def __init__(self, remote: RemoteFolder, observer: Observer) -> None:
+    def __init__(self, remote: RemoteFolder) -> None:
+        self.name = f"copying to {remote.url}"
         self._remote = remote
-        self._observer = observer
-        self.stage = observer.stage
-        self.planned = observer.planned
-        self.round_begins = observer.round_begins
-        self.client_done = observer.client_done
 
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        """See `Observer.round_ends`."""
-        self._remote.copy()
-        self._observer.round_ends(summary, metrics)
+    def round_ends(self, commit: Commit) -> None:
+        """Copy what changed."""
+        try:
+            self._remote.copy()
+        except RunFolderError as error:
+            logger.warning("%s; it is tried again after the next round", error)

@@ -9,14 +9,17 @@
     state/round_NNN.msgpack the commit of a round: if it is there, the round is done; if not, it is run (again)
     state/server_NNN        the server's state after a round; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py)
+    state/TRACKER.json      the run of a tracker that goes on after a resume, and the last round that was sent to it
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
     consensus/round_NNN.parquet                       every answer to every prompt, and which was elected
     items/round_NNN.parquet                           what each test item gave for each client that was measured
     lm_eval/round_NNN.parquet                         scores of clients' models in tasks of lm-eval, if there are any
     adapters/client_NNN/    each client's last adapter, in PEFT's format
     report.html             the report
+    tensorboard/            each round's numbers for TensorBoard
+    run.log                 what all processes of the run logged
 
-Every file is written under another name and then renamed, so a reader never sees half of one.
+Every file but the last two is written under another name and then renamed, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import fcntl
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import msgspec
 import pandas as pd
@@ -133,7 +137,7 @@ SCORES = "lm_eval"
 BEGUN = "state/config.yaml"
 """File in a run's folder with the settings with which the run began."""
 
-DECIDE_NO_NUMBER = ("name", "resources", "energy", "failures")
+DECIDE_NO_NUMBER = ("name", "resources", "energy", "tracking", "failures")
 """Settings and sections that decide none of a run's numbers but seconds and joules. They may be changed before a
 resume."""
 
@@ -179,6 +183,7 @@ class RunFolder:
         self.data = path / "data.parquet"
         self.data_report = path / "data_report.json"
         self.adapters = path / "adapters"
+        self.log = path / "run.log"
 
     @classmethod
     def create(cls, path: Path, config: ExperimentConfig) -> RunFolder:
@@ -212,6 +217,22 @@ class RunFolder:
         """
         with held(self.state / "lock", self.path):
             yield
+
+    def is_in_use(self) -> bool:
+        """Whether a process has locked the run, which it has as long as it works on it."""
+        lock = self.state / "lock"
+        if not lock.is_file():
+            return False
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def count_visits(self, round: int) -> int:
+        """Number of clients whose visit of a round is done; of the last rounds only, as older states are removed."""
+        return sum(1 for _ in self.state.glob(f"client_*/round_{round:03d}.safetensors"))
 
     def is_finished(self, num_rounds: int) -> bool:
         """Whether nothing is left to do. Adapters are written last, and appear all at once."""
@@ -340,14 +361,14 @@ class RunFolder:
                 f"cannot read {path}: {error.strerror}; start the run again in a new folder"
             ) from error
 
-    def commits(self) -> list[Commit]:
-        """Commits of the rounds done, from 0 on.
+    def commits(self, first: int = 0) -> list[Commit]:
+        """Commits of the rounds done, from the first one asked for on.
 
         Raises:
             RunFolderError: One is damaged.
         """
         commits: list[Commit] = []
-        while (path := self.state / f"round_{len(commits):03d}.msgpack").is_file():
+        while (path := self.state / f"round_{first + len(commits):03d}.msgpack").is_file():
             try:
                 commits.append(msgspec.msgpack.decode(path.read_bytes(), type=Commit))
             except msgspec.MsgspecError as error:
@@ -383,17 +404,24 @@ class RunFolder:
             before = [pd.read_parquet(self.path / name)] if (self.path / name).is_file() else []
             self.write_table(name, pd.concat([*before, pd.DataFrame(rows)]).drop_duplicates(key, keep="last"))
 
+    def scores(self, round: int) -> pd.DataFrame:
+        """What clients' models score in tasks of lm-eval after a round: columns of metrics.parquet, by client id."""
+        path = self.path / f"{SCORES}/round_{round:03d}.parquet"
+        if not path.is_file():
+            return pd.DataFrame()
+        scores = pd.read_parquet(path)
+        scores["column"] = PREFIX + scores["task"] + "/" + scores["metric"]
+        values, errors = (scores.pivot(index="client_id", columns="column", values=name) for name in ("value", "stderr"))
+        return values.join(errors.add_suffix(STDERR)).sort_index(axis="columns")
+
     def _with_scores(self, metrics: pd.DataFrame) -> pd.DataFrame:
         """metrics.parquet with columns for scores in tasks of lm-eval."""
-        files = {int(path.stem.removeprefix("round_")): path for path in (self.path / SCORES).glob("round_*.parquet")}
-        if not files:
+        by_round = {round: self.scores(round) for round in metrics["round"].unique()}
+        found = {round: scores for round, scores in by_round.items() if len(scores)}
+        if not found:
             return metrics
-        scores = pd.concat([pd.read_parquet(path).assign(round=round) for round, path in sorted(files.items())])
-        scores["column"] = PREFIX + scores["task"] + "/" + scores["metric"]
-        key = ["round", "client_id"]
-        values, errors = (scores.pivot(index=key, columns="column", values=name) for name in ("value", "stderr"))
-        wide = values.join(errors.add_suffix(STDERR)).sort_index(axis="columns")
-        return metrics.join(wide, on=key)
+        wide = pd.concat(found, names=["round"]).sort_index(axis="columns")
+        return metrics.join(wide, on=["round", "client_id"])
 
     def _write(self, name: str, content: bytes) -> None:
         path = self.path / name
@@ -434,9 +462,17 @@ def held(lock: Path, folder: Path, *, wait: bool = False) -> Iterator[None]:
         file = lock.open("w")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise RunFolderError(f"{folder} is in use by another process") from error
         except OSError as error:
             raise RunFolderError(f"cannot lock {lock}: {error.strerror}; let --out lie elsewhere") from error
         yield
+
+
+def _lock(file: IO[str], how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        time.sleep(0.1)  # `is_in_use` may have looked in, which takes no time
+        fcntl.flock(file, how)

@@ -31,6 +31,7 @@ from semcons_ray.distributed.placement import in_steps
 from semcons_ray.errors import ConfigError, SemconsError
 from semcons_ray.metering.environment import usable_cpus
 from semcons_ray.metering.gpus import cuda_fault, visible_gpus
+from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.run_folder import RunFolder
 
 
@@ -168,27 +169,17 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-class Silent:
-    """An `experiment.Observer` that says nothing, for one run among many."""
-
-    def stage(self, *_: Any, **__: Any) -> None:
-        """Say nothing."""
-
-    planned = round_begins = client_done = round_ends = stage
-
-
-def perform(job: Job, observer: Silent | None = None, *, alone: bool = True) -> float:
+def perform(job: Job, *observers: Observer, alone: bool = True) -> float:
     """Run or resume a job, see `run_experiment`; returns the seconds that it took."""
     from semcons_ray.runs.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
-    observer = observer or Silent()
     if job.folder.exists():
         folder = RunFolder(job.folder)
         folder.write_config(folder.settings_to_resume(job.config))
-        resume_experiment(job.folder, observer, alone=alone)
+        resume_experiment(job.folder, *observers, alone=alone)
     else:
-        run_experiment(job.config, job.folder, observer, alone=alone)
+        run_experiment(job.config, job.folder, *observers, alone=alone)
     return time.monotonic() - began
 
 

@@ -36,6 +36,7 @@ from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, comparable_loss, write_file
+from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug, warn_of_losses
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
@@ -170,6 +171,7 @@ def run_comparison(
     """
     runs = plan_runs(comparison, out)
     _check_folder(out, runs)
+    check_trackers(*(run.config for run in runs))
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "comparison.yaml", dump_comparison(comparison))
     todo = [run for run in runs if not run.finished]

@@ -30,6 +30,7 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.reporting.tables import describe_trial
 from semcons_ray.runs.run_folder import comparable_loss
 from semcons_ray.studies.batch import slug
 
@@ -124,7 +125,6 @@ class SweepConfig(Settings):
         scheduler: asha stops trials that fall behind; none lets all finish.
         asha: Settings of the scheduler asha.
         max_concurrent_trials: Most trials at a time; None: as many as the cluster has room for.
-        loggers: Loggers besides CSV, JSON and TensorBoard, which are always written.
     """
 
     name: str = "sweep"
@@ -137,7 +137,6 @@ class SweepConfig(Settings):
     scheduler: Literal["none", "asha"] = "none"
     asha: AshaConfig = AshaConfig()
     max_concurrent_trials: int | None = Field(None, ge=1)
-    loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
 
     @field_validator("space", mode="before")
     @classmethod
@@ -239,7 +238,8 @@ class SweepConfig(Settings):
             shared = merge_settings(shared, {})
             if isinstance(shared.get("clients"), dict):
                 shared["clients"] = {key: value for key, value in shared["clients"].items() if key != "mix"}
-        return shared, {**own, "name": describe_point(point)}
+        differing = {key: value for key, value in point.items() if len(self.space[key].values) != 1}
+        return shared, {**own, "name": describe_trial(differing or point)}
 
     def _idle(self, point: Point) -> Iterator[str]:
         """Shared settings that have no effect in a trial."""

@@ -7,7 +7,7 @@ A sweep's folder:
     trials.csv, trials.parquet    a row for each trial
     report.html             Pareto fronts, effects of the keys
     stopped.json            trials that the scheduler stopped early
-    tune/                   what Tune's loggers write: CSV, JSON and TensorBoard, in a folder for each trial
+    tune/                   what Tune's loggers write: CSV and JSON, in a folder for each trial
 
 The same command again continues with what is not finished. What is done is read from the run folders and not from
 Tune's own state: a folder's name follows from the trial's settings, so a sweep that was killed at any time, or was
@@ -18,7 +18,6 @@ and its clients' actors are placed in the bundles of that group (see distributed
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -32,21 +31,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from ray import tune
+from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
 from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
-from semcons_ray.errors import ConfigError, PlacementError, RunFolderError, SemconsError, StorageError, writing
+from semcons_ray.errors import PlacementError, RunFolderError, SemconsError, StorageError, writing
 from semcons_ray.federation.store import check_mark, mark
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_table
 from semcons_ray.runs.assembly import find_models
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
-from semcons_ray.studies.batch import Job, Silent, gpu_share, perform, warn_of_losses
+from semcons_ray.runs.observers import Observer
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
+from semcons_ray.runs.trackers import check_trackers
+from semcons_ray.studies.batch import Job, gpu_share, perform, warn_of_losses
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
@@ -55,6 +57,7 @@ _TUNE_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new kind prints what cannot be turned off
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # nothing is written to where a process happens to be
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends it at once: nothing is lost
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # TensorBoard's files are written by each run
 }
 
 
@@ -99,7 +102,7 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
         StorageError: The disk is full, or cannot be written to.
     """
     out = out.resolve()
-    _check_loggers(sweep)
+    check_trackers(sweep.configure(sweep.first()))
     trials = _trials(sweep, out)
     if out.exists() and not (out / "trials").is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no sweep; choose another --out")
@@ -146,6 +149,7 @@ def _tune(
         find_models(config)  # before trials start, lest two convert the same model at once
     os.environ |= _TUNE_VARIABLES
     progress = _Progress(sweep, out, len(done), total, say)
+    callbacks: list[tune.Callback] = [progress, *(kind() for kind in (CSVLoggerCallback, JsonLoggerCallback))]
     with connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
         room = _Room(list_nodes())
@@ -166,9 +170,7 @@ def _tune(
                 trial_name_creator=lambda trial: _name(sweep, trial),
                 trial_dirname_creator=lambda trial: _name(sweep, trial),
             ),
-            run_config=tune.RunConfig(
-                name="tune", storage_path=str(out), verbose=0, callbacks=[progress, *_loggers(sweep, out)]
-            ),
+            run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, callbacks=callbacks),
         )
         with warnings.catch_warnings(), writing(out):
             warnings.simplefilter("ignore")
@@ -248,10 +250,12 @@ def _perform_trial(
         for round, row in rounds.iterrows():
             tune.report({ROUND: round, **row.to_dict()})
 
-    class Reporter(Silent):
-        def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-            if metrics and summary.round < last:
-                report(trial.rounds().loc[[summary.round]])
+    class Reporter(Observer):
+        name = "Ray Tune"
+
+        def round_ends(self, commit: Commit) -> None:
+            if commit.metrics and commit.summary.round < last:
+                report(trial.rounds().loc[[commit.summary.round]])
 
     # Waits for the process of a killed sweep, which may take a moment to end, and for a trial with equal settings.
     with held(out / "trials" / f".{trial.name}.lock", trial.folder, wait=True):
@@ -324,26 +328,6 @@ def _scheduler(sweep: SweepConfig, done: Sequence[Trial]) -> TrialScheduler | No
             result = {ROUND: round, sweep.metric: row[sweep.metric]}
             scheduler.on_trial_result(None, past, result)  # type: ignore[arg-type]
     return scheduler
-
-
-def _check_loggers(sweep: SweepConfig) -> None:
-    for name in sweep.loggers:
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"loggers: {name} is not installed: pip install 'semcons_ray[{name}]'")
-
-
-def _loggers(sweep: SweepConfig, out: Path) -> list[tune.Callback]:
-    callbacks: list[tune.Callback] = []
-    if "mlflow" in sweep.loggers:
-        from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-        tracking = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{out / 'mlflow.db'}")
-        callbacks.append(MLflowLoggerCallback(tracking_uri=tracking, experiment_name=sweep.name))
-    if "wandb" in sweep.loggers:
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        callbacks.append(WandbLoggerCallback(project=sweep.name, dir=str(out)))
-    return callbacks
 
 
 class _Progress(tune.Callback):

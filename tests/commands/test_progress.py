@@ -2,10 +2,13 @@ import math
 from typing import Any
 
 import pytest
+from rich.progress import Task, TaskID
 
-from semcons_ray.commands.progress import Progress
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
-from tests.reporting.builder import metrics_row
+from semcons_ray.commands.progress import Progress, about, time_left
+from semcons_ray.federation.fleet import Reply
+from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow
+from tests.reporting.builder import ledger_row, metrics_row
 
 
 def summary(**values: Any) -> RoundRow:
@@ -17,7 +20,7 @@ def summary(**values: Any) -> RoundRow:
 
 
 def line(capsys: pytest.CaptureFixture[str], round_row: RoundRow, *rows: MetricsRow) -> str:
-    Progress().round_ends(round_row, rows)
+    Progress().round_ends(Commit(summary=round_row, metrics=rows, ledger=()))
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -50,3 +53,43 @@ def test_a_plan_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress() as progress:
         progress.planned("warning: data[b].jsonl: 3 of 9 rows left out")
     assert "warning: data[b].jsonl: 3 of 9 rows left out\n" in capsys.readouterr().err
+
+
+def test_a_rounds_line_says_how_fast_it_was_and_how_long_the_others_will_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = LedgerRow(**ledger_row(1, 0, "worker-0", "fine_tune", 0.0, 2.0, tokens=10_000))
+    progress = Progress()
+    progress.begins([Commit(summary=summary(round=round), metrics=(), ledger=(work,)) for round in (0, 1)])
+    progress.round_begins(2, 42, 4)
+    progress.round_ends(Commit(summary=summary(round=2, duration_seconds=5.0), metrics=(), ledger=(work, work)))
+    assert " ".join(capsys.readouterr().err.split()) == "round 2 (5 s, 4,000 tokens/s, about 4 min left)"
+
+
+def test_of_the_first_round_the_time_left_is_told_by_the_clients_that_are_done() -> None:
+    progress = Progress()
+    progress.begins([Commit(summary=summary(round=0, duration_seconds=99.0), metrics=(), ledger=())])
+    progress.round_begins(1, 3, 4)
+    task = Task(TaskID(0), "", total=4, completed=0, _get_time=lambda: 50.0)
+    task.start_time = 40.0
+    assert progress._note(task) == ""
+    row = LedgerRow(**ledger_row(1, 0, "worker-0", "generate", 0.0, 2.0, tokens=120))
+    progress.client_done(Reply(0, 1, b"", 0.0, 1, 0, None, (row,)))
+    task.completed = 1
+    assert progress._note(task) == "12 tokens/s, about 2 min left"  # 40 s a round, 10 of them gone
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(math.nan, ""), (0.0, "about 5 s left"), (41.0, "about 45 s left"), (89.0, "about 90 s left"),
+     (91.0, "about 2 min left"), (3600.0, "about 60 min left"), (9000.0, "about 2.5 h left")],
+)  # fmt: skip
+def test_an_estimate_is_as_rough_as_it_is(seconds: float, text: str) -> None:
+    assert about(seconds) == text
+
+
+def test_time_left_is_that_of_the_rounds_before() -> None:
+    assert time_left([10.0, 20.0], 3, elapsed=5.0) == 40.0
+    assert time_left([10.0], 2, elapsed=60.0) == 10.0  # it takes longer than the one before
+    assert math.isnan(time_left([], 3))
+    assert math.isnan(time_left([10.0], 0))

@@ -1,5 +1,6 @@
 """Hosts without models, for fleets: they answer at once, or misbehave as told."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from semcons_ray.errors import ModelError, NotFiniteError
 from semcons_ray.federation.fleet import Reply
+
+logger = logging.getLogger("semcons_ray.fakes")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class FakeHost:
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))
         (self.spec.folder / f"{client_id}-{round}-{attempts}").touch()
+        logger.info("visits client %d, attempt %d", client_id, attempts)
         if attempts < self.spec.times:
             match self.spec.troubles.get(client_id):
                 case "die":

@@ -4,7 +4,7 @@ import json
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +14,7 @@ import ray
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.metrics import METRICS
 from semcons_ray.runs.experiment import run_experiment
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.run_folder import Commit
 from tests.invariants.runs import Silent
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "semcons.json"
@@ -28,9 +28,10 @@ class Scraped(Silent):
         super().__init__()
         self.samples: list[tuple[str, dict[str, str], float]] = []
 
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        if summary.round < 2:
+    def round_ends(self, commit: Commit) -> None:
+        if commit.summary.round < 2:
             return
+        metrics = commit.metrics
         urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in ray.nodes()]
         deadline = time.monotonic() + 60
         names = EXPORTED - {"ray_semcons_clients_lost_total"}  # none was

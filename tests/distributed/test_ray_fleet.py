@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ClientError, ModelError, QuorumError
 from semcons_ray.metering.ledger import Place
+from semcons_ray.tracking.run_log import run_log
 from tests.distributed.fakes import FakeSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -176,3 +178,16 @@ def test_a_worker_that_dies_whenever_it_starts_is_left_out_in_time(
     assert sorted(uplinks(fleet, round=2)) == [0]
     with pytest.raises(ClientError, match="worker-1 did not start"):
         fleet.export_adapters(3, {0: b"zero", 1: b"one"}, tmp_path / "adapters")
+
+
+def test_what_workers_log_is_in_the_runs_log_even_if_they_die(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    with run_log(tmp_path / "run.log", "driver"):
+        uplinks(make_fleet((0, 1), (2,), troubles={0: "die", 2: "fail"}))
+    log = (tmp_path / "run.log").read_text()
+    said = re.findall(r"INFO (worker-\d)@\S+ semcons_ray.fakes: visits client (\d), attempt (\d)", log)
+    assert sorted(said) == [
+        ("worker-0", "0", "0"), ("worker-0", "0", "1"), ("worker-0", "1", "0"), ("worker-1", "2", "0"),
+        ("worker-1", "2", "1"),
+    ]  # fmt: skip
+    assert "RuntimeError: out of luck" in log
+    assert 'raise RuntimeError("out of luck")' in log  # its traceback

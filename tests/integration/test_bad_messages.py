@@ -18,7 +18,7 @@ MakeConfig = Callable[..., ExperimentConfig]
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-class LostError(Exception):
+class LostError(BaseException):
     pass
 
 

@@ -14,7 +14,6 @@ from semcons_ray.reporting import read_run
 from semcons_ray.reporting.html import energy_note
 from semcons_ray.runs import assembly
 from semcons_ray.runs.experiment import run_experiment
-from semcons_ray.studies.batch import Silent
 
 pytestmark = pytest.mark.real
 
@@ -37,7 +36,7 @@ def test_joules_of_a_counter_that_other_runs_share_are_not_said_to_be_measured(
     meters: dict[str, EnergyMeter] = {CPU: Clock()}
     monkeypatch.setattr(assembly, "open_meters", lambda uses_gpu: meters)
     out = tmp_path / "run"
-    run_experiment(tiny_config(num_rounds=1), out, Silent(), alone=alone)
+    run_experiment(tiny_config(num_rounds=1), out, alone=alone)
     run = read_run(out)
     assert json.loads((out / "placement.json").read_text())["alone"] is alone
     busy = run.ledger[(run.ledger["stage"] != "idle") & (run.ledger["round"] > 0)]

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -30,10 +30,10 @@ from semcons_ray.modeling.embedding import Embedder
 from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.reporting import read_run, render_result, write_report
-from semcons_ray.runs import experiment
+from semcons_ray.runs import experiment, trackers
 from semcons_ray.runs.experiment import Rounds, label_churn, resume_experiment, run_experiment
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
-from tests.invariants.runs import Silent
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow
+from tests.invariants.runs import Silent, StoppedError
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -90,7 +90,8 @@ def test_a_run_folder_holds_what_it_should(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "placement.json", "data.parquet", "data_report.json", "ledger.parquet"),
-        *("metrics.parquet", "rounds.parquet", "consensus", "items", "adapters", "state", "report.html"),
+        *("metrics.parquet", "rounds.parquet", "consensus", "items", "adapters", "state", "report.html", "run.log"),
+        "tensorboard",
     }
     answered = [path.name for path in sorted((run / "consensus").iterdir())]
     assert answered == ["round_001.parquet", "round_002.parquet"]  # nobody would learn the last round's labels
@@ -203,10 +204,6 @@ def test_local_only_sends_nothing(tiny_config: MakeConfig, tmp_path: Path) -> No
     assert write_report(tmp_path / "out").stat().st_size > 0
 
 
-class StoppedError(Exception):
-    """The user's Ctrl-C."""
-
-
 class Notes(Silent):
     """Keeps all that it is told; stops the run after a round, if asked to."""
 
@@ -229,9 +226,9 @@ class Notes(Silent):
         self.told.append(reply.client_id)
         self.replies.append(reply)
 
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        self.told.append((summary, metrics))
-        if summary.round == self.stop_after:
+    def round_ends(self, commit: Commit) -> None:
+        self.told.append((commit.summary, commit.metrics))
+        if commit.summary.round == self.stop_after:
             raise StoppedError
 
 
@@ -246,10 +243,10 @@ class Exported:
         self.rows: list[int] = []
         Exported.made.append(self)
 
-    def __enter__(self) -> "Exported":
-        return self
+    def start(self) -> None:
+        assert not self.told
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
         self.told.append("closed")
 
     def round_begins(self, round: int, num_clients: int) -> None:
@@ -266,7 +263,7 @@ class Exported:
 @pytest.fixture
 def exported(monkeypatch: pytest.MonkeyPatch) -> list[Exported]:
     Exported.made = []
-    monkeypatch.setattr(experiment, "RunMetrics", Exported)
+    monkeypatch.setattr(trackers, "RunMetrics", Exported)
     return Exported.made
 
 
@@ -489,6 +486,6 @@ def test_beside_other_runs_only_the_counters_of_whole_gpus_are_its_own() -> None
     )
     placement = SimpleNamespace(workers=(worker("worker-0", 1.0), worker("worker-1", 0.5)))
     of = {"placement": placement, "fleet": fleet}
-    others = dict.fromkeys(("folder", "split", "algorithm", "server", "observer", "exported"))
+    others = dict.fromkeys(("folder", "split", "algorithm", "server", "observer"))
     for alone, own in ((True, windows), (False, windows[:1])):
         assert Rounds(**cast(Any, of | others), alone=alone)._windows() == own

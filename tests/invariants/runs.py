@@ -1,35 +1,33 @@
 """Run an experiment in a test, and compare what two runs wrote."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 from semcons_ray.federation.fleet import Reply
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.observers import Observer
 
 
-class Silent:
-    """An observer; `on_client` is called after each reply."""
+class StoppedError(BaseException):
+    """What a test raises in an observer to stop a run, as Ctrl-C does: an Exception would only be a warning."""
+
+
+class Silent(Observer):
+    """Keeps the plan; `on_client` is called after each reply, and fails the test if it fails."""
 
     def __init__(self, on_client: Callable[[Reply], None] = lambda reply: None) -> None:
         self.on_client = on_client
         self.plan = ""
 
-    def stage(self, text: str) -> None:
-        pass
-
     def planned(self, text: str) -> None:
         self.plan = text
 
-    def round_begins(self, round: int, num_rounds: int, num_participants: int) -> None:
-        pass
-
     def client_done(self, reply: Reply) -> None:
-        self.on_client(reply)
-
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        pass
+        try:
+            self.on_client(reply)
+        except Exception as error:
+            raise StoppedError from error
 
 
 def assert_same_run(one: Path, other: Path) -> None:

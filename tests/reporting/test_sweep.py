@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from semcons_ray.reporting.sweep import SweepResult, render_sweep, write_sweep_report
+from semcons_ray.reporting.tables import short_keys
 
 MIX = json.dumps({"packaged:one": 1, "org/two": 2})
 
@@ -54,6 +55,63 @@ def test_effects_average_the_other_keys_out() -> None:
     assert effects.loc[("prompts.budget", "12"), ["trials", "lowest", "highest"]].tolist() == [2, 1.0, 3.0]
     assert effects.loc[("prompts.budget", "12"), "std"] == pytest.approx(math.sqrt(2))
     assert result().spans() == {"prompts.budget": 0.25, "clients.mix": 0.75}
+
+
+def test_values_are_in_ascending_order_and_numbers_where_they_belong() -> None:
+    table = trials(**{"prompts.budget": [12, 6, 100, 12, 6], "clients.mix": ["true", "10", "9", "b", "a"]})
+    table["threshold"] = [0.5, None, 0.25, 0.5, None]
+    table["own"] = [True, False, True, False, True]
+    effects = result(keys=("prompts.budget", "clients.mix", "threshold", "own"), trials=table).effects()
+    by_key = {key: rows["value"].tolist() for key, rows in effects.groupby("key")}
+    assert by_key == {
+        "prompts.budget": ["6", "12", "100"],
+        "clients.mix": ["9", "10", "b", "true"],
+        "threshold": ["0.25", "0.5", "null"],
+        "own": ["false", "true"],
+    }
+    numbers = effects.set_index(["key", "value"])["number"].dropna()
+    assert numbers.to_dict() == {("prompts.budget", str(number)): number for number in (6, 12, 100)}
+
+
+def marks(page: str, figure: str, axis: int = 1) -> list[tuple[str, float]]:
+    """Labels on an axis of a figure, and where they are."""
+    drawn = page[page.index(f'id="figure-{figure}"') :].split("</figure>")[0]
+    of_axis = drawn[drawn.index(f'id="{figure}-matplotlib.axis_{axis}"') :].split("matplotlib.axis_")[1]
+    found = re.findall(r'<text[^>]*?x="([\d.]+)"[^>]*>([^<]+)</text>|translate\(([\d.]+) [^>]*>([^<]+)</text>', of_axis)
+    return [(second or fourth, float(first or third)) for first, second, third, fourth in found]
+
+
+def test_numbers_are_drawn_at_their_distance_on_an_ascending_axis(tmp_path: Path) -> None:
+    table = trials(**{"prompts.budget": [16, 2, 4, 16, 2]}, bits_per_byte=[1.0, 3.0, 2.0, 1.5, 9.0])
+    write_sweep_report(result(trials=table.iloc[[0, 3, 2, 1]]), "space: {}", tmp_path / "report.html")
+    places = dict(marks((tmp_path / "report.html").read_text(encoding="utf-8"), "effect-prompts-budget"))
+    assert (places["16"] - places["2"]) / (places["4"] - places["2"]) == pytest.approx(7.0, rel=1e-3)
+
+
+def test_trials_are_named_by_what_differs(tmp_path: Path) -> None:
+    table = trials(**{"training.batch_size": [4] * 5, "generation.batch_size": [8, 16, 8, 16, 8], "seed": [0] * 5})
+    swept = result(keys=("training.batch_size", "generation.batch_size", "seed", "prompts.budget"), trials=table)
+    assert swept.describe(table.iloc[0]) == "batch_size=8, budget=6"
+    heading = render_sweep(swept, 160).splitlines()[1]
+    assert heading.split()[:2] == ["batch_size", "budget"]
+    assert short_keys(swept.keys) == {
+        "training.batch_size": "training.batch_size",
+        "generation.batch_size": "generation.batch_size",
+        "seed": "seed",
+        "prompts.budget": "budget",
+    }
+    write_sweep_report(swept, "space: {}", tmp_path / "report.html")
+    assert "Best by mean bits per byte: batch_size=8, budget=6; 2.000" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_no_number_and_no_last_column_is_cut_however_narrow_the_terminal(width: int) -> None:
+    table = trials(**{f"section.a_rather_long_key_{index}": [index, 1, 2, 3, 4] for index in range(6)})
+    swept = result(keys=tuple(name for name in table if str(name).startswith("section.")), trials=table)
+    lines = render_sweep(swept, width).splitlines()
+    assert not any("…" in line for line in lines)
+    (row,) = [line.split() for line in lines if line.startswith("0 ")]
+    assert row == ["0", "1", "2", "3", "4", "5", "2.000", "0.100", "100", "B", "4.0", "s", "10", "J", "bytes"]
 
 
 def test_many_numbers_are_put_into_quarters() -> None:

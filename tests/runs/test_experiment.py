@@ -1,7 +1,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import _Watched
 from tests.invariants.runs import Silent
@@ -25,7 +24,7 @@ class FailingFleet:
 
 def test_a_client_that_fails_is_known_whether_it_was_visited_or_measured() -> None:
     for round in (0, 1):
-        watched = _Watched(cast(Any, FailingFleet()), Silent(), RunMetrics("run", 1), 1)
+        watched = _Watched(cast(Any, FailingFleet()), Silent(), 1)
         downlinks = dict.fromkeys(range(3), b"")
         replies = watched.visit(1, downlinks, evaluate=True) if round else watched.measure(0, downlinks)
         assert [reply.client_id for reply in replies] == [0, 2]

@@ -15,7 +15,7 @@ from semcons_ray.errors import RunFolderError
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.remote_folder import Copying, RemoteFolder
-from tests.invariants.runs import Silent, assert_same_run
+from tests.invariants.runs import Silent, StoppedError, assert_same_run
 
 MakeConfig = Callable[..., ExperimentConfig]
 
@@ -136,21 +136,18 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_url_to_the_same_numbers
 ) -> None:
     run_experiment(tiny_config(), tmp_path / "undisturbed", Silent())
 
-    class LostError(Exception):
-        pass
-
     def lose(reply: Reply) -> None:
         if reply.round == 2:
-            raise LostError
+            raise StoppedError
 
     remote = RemoteFolder(url)
     remote.check_free()
-    with pytest.raises(LostError):
-        run_experiment(tiny_config(), remote.folder, Copying(remote, Silent(lose)))
+    with pytest.raises(StoppedError):
+        run_experiment(tiny_config(), remote.folder, Copying(remote), Silent(lose))
     shutil.rmtree(cache)
     again = RemoteFolder(url)
     again.fetch()
-    resume_experiment(again.folder, Copying(again, Silent()))
+    resume_experiment(again.folder, Copying(again))
     again.copy()
     assert_same_run(tmp_path / "undisturbed", again.folder)
     assert {"adapters/client_000/adapter_model.safetensors", "metrics.parquet"} <= names(url)

@@ -17,7 +17,7 @@ from semcons_ray.runs.assembly import pin_revisions
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.run_folder import RunFolder
 from tests.hub import Hub
-from tests.invariants.runs import Silent, assert_same_run
+from tests.invariants.runs import Silent, StoppedError, assert_same_run
 from tests.tiny import examples, write_model
 
 MakeConfig = Callable[..., ExperimentConfig]
@@ -100,14 +100,11 @@ def test_a_run_goes_on_with_the_commits_that_it_began_with(
                     [hub.push("models/org/tiny", tmp_path / "other"), push_data(hub, tmp_path / "data", "new")]
                 )
 
-    class LostError(Exception):
-        pass
-
     def lose(reply: Reply) -> None:
         if reply.round == 2:
-            raise LostError
+            raise StoppedError
 
-    with pytest.raises(LostError):
+    with pytest.raises(StoppedError):
         run_experiment(config, tmp_path / "run", PushedMeanwhile(lose))
     shutil.rmtree(tmp_path / "hub")  # as on another machine, which has to download what it needs
     resume_experiment(tmp_path / "run", Silent())

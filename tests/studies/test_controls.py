@@ -9,7 +9,6 @@ import yaml
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.runs.experiment import run_experiment
-from semcons_ray.studies.batch import Silent
 from semcons_ray.studies.comparison import ComparisonConfig, load_comparison, plan_runs, run_comparison
 from semcons_ray.studies.search_space import load_sweep
 from semcons_ray.studies.sweep import run_sweep
@@ -75,7 +74,7 @@ def test_an_arm_has_the_same_bits_through_run_compare_and_sweep(tiny_config: Mak
     names = ["semantic_consensus", "fedavg_lora", "scaffold"]
     values = tiny_config().model_dump(mode="json", exclude_defaults=True)
     for name in names:
-        run_experiment(tiny_config(algorithm={"name": name}), tmp_path / name, Silent())
+        run_experiment(tiny_config(algorithm={"name": name}), tmp_path / name)
     arms = {name: {"algorithm": {"name": name}} for name in names}
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump({"seeds": [0], "experiment": values, "arms": arms}))
     assert run_comparison(load_comparison(tmp_path / "compare.yaml"), tmp_path / "compared", print)[1] == 0

@@ -13,7 +13,6 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,8 @@ from semcons_ray.config import validate_config
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.runs.experiment import run_experiment
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow
+from semcons_ray.runs.observers import Observer
+from semcons_ray.runs.run_folder import Commit
 
 HERE = Path(__file__).parent
 GIB = 1 << 30
@@ -49,8 +49,8 @@ def tree_bytes() -> int:
     return total
 
 
-class Clock:
-    """An observer that records when clients are ready, and prints the progress."""
+class Clock(Observer):
+    """Records when clients are ready, and prints the progress."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -70,8 +70,8 @@ class Clock:
     def client_done(self, reply: Reply) -> None:
         self.visits += reply.round > 0
 
-    def round_ends(self, summary: RoundRow, metrics: Sequence[MetricsRow]) -> None:
-        self.stage(f"round {summary.round} ends")
+    def round_ends(self, commit: Commit) -> None:
+        self.stage(f"round {commit.summary.round} ends")
 
 
 def main() -> None:

@@ -1,0 +1,59 @@
+"""Prints tables on a terminal whole: where it is too narrow, texts and headings are broken, and no number is cut."""
+
+from __future__ import annotations
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.table import Column, Table
+
+LONGEST_WORD = 24
+"""Words of texts and headings that have more characters than this may be broken."""
+BETWEEN = 3
+"""Characters between two columns, at most."""
+
+
+def print_whole(console: Console, *parts: RenderableType) -> None:
+    """Print tables, whose right-justified columns hold numbers, and what stands between and below them.
+
+    If even broken texts do not fit the console, lines are longer than it, which a terminal shows in several. rich by
+    itself would leave out the last columns.
+    """
+    width = console.width
+    tables = [part for part in parts if isinstance(part, Table)]
+    console.width = max([width, *(sum(map(_least_width, table.columns)) + _between(table) for table in tables)])
+    for table in tables:
+        _set_widths(table, console.width)
+    try:
+        console.print(Group(*parts))
+    finally:
+        console.width = width
+
+
+def _set_widths(table: Table, width: int) -> None:
+    """Give the columns that want little all of it, and the others equal parts of what is left."""
+    least = [_least_width(column) for column in table.columns]
+    spare = width - sum(least) - _between(table)
+    wanted = [_width(column) - taken for column, taken in zip(table.columns, least, strict=True)]
+    in_turn = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    for position, index in enumerate(in_turn):
+        given = max(min(wanted[index], spare // (len(in_turn) - position)), 0)
+        spare -= given
+        table.columns[index].width = least[index] + given
+
+
+def _between(table: Table) -> int:
+    return BETWEEN * len(table.columns)
+
+
+def _width(column: Column) -> int:
+    """Width of a column that breaks nothing."""
+    cells = [str(column.header), *map(str, column.cells)]
+    return max(cell_len(line) for cell in cells for line in cell.split("\n"))
+
+
+def _least_width(column: Column) -> int:
+    """Width of a column that breaks no number, and no word that is not long."""
+    cells, words = [line for cell in column.cells for line in str(cell).split("\n")], str(column.header).split()
+    if column.justify != "right":
+        cells, words = [], [*words, *(word for cell in cells for word in cell.split())]
+    return max([*map(cell_len, cells), *(min(cell_len(word), LONGEST_WORD) for word in words)], default=1)
