@@ -10,8 +10,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -788,7 +790,7 @@ class ExperimentConfig(Settings):
             self._check_own_keys(client, own)
         shared = (info.context or {}).get("shared", {})
         for key, needs in without_effect(self):
-            if not _has(shared, key):
+            if not _has(shared, key.split(".")):
                 raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
         # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
@@ -1054,20 +1056,73 @@ def setting_value(config: ExperimentConfig, key: str) -> Any:
     return value
 
 
-def _has(values: Any, key: str) -> bool:
-    first, _, rest = key.partition(".")
+def is_chosen(config: ExperimentConfig, key: str) -> bool:
+    """Whether a setting was given, and not left to its default, which it may be equal to."""
+    section: Any = config
+    *sections, name = key.split(".")
+    for part in sections:
+        section = getattr(section, part)
+    return name in section.model_fields_set
+
+
+def _has(values: Any, place: Sequence[str]) -> bool:
+    first, *rest = place
     found = [name for name in values if str(name) == first] if isinstance(values, dict) else []
     return bool(found) and (not rest or _has(values[found[0]], rest))
 
 
-def load_config(path: Path | None, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
-    """Read a YAML file (None: the defaults) and lay nested `overrides` over it.
+Paths = Path | Sequence[Path] | None
+"""YAML files, each of which is laid over those before it; None: no file, so that everything has its default."""
+
+
+def load_config(paths: Paths, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+    """Read YAML files, and lay nested `overrides` over them.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; the line names the key.
+        ConfigError: A file is missing or not YAML, or a key or value is refused; the line names the file and the key.
     """
-    values = read_yaml(path) if path else {}
-    return validate_config(merge_settings(values, overrides or {}), where=str(path) if path else "command line")
+    layers = Layers.read(paths, overrides)
+    return validate_config(layers.merged(), where=layers.where)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Nested settings from several places, each laid over those before it.
+
+    Attributes:
+        parts: The name of each place, for messages, and its settings.
+    """
+
+    parts: tuple[tuple[str, dict[str, Any]], ...]
+
+    @classmethod
+    def read(cls, paths: Paths, overrides: dict[str, Any] | None = None) -> Layers:
+        """Those of YAML files, and over them those of the command line.
+
+        Raises:
+            ConfigError: See `read_yaml`.
+        """
+        parts = [(str(path), read_yaml(path)) for path in ([paths] if isinstance(paths, Path) else paths or ())]
+        if overrides or not parts:
+            parts.append(("command line", overrides or {}))
+        return cls(tuple(parts))
+
+    def merged(self) -> dict[str, Any]:
+        """The settings as they are together."""
+        values: dict[str, Any] = {}
+        for _, over in self.parts:
+            values = merge_settings(values, over)
+        return values
+
+    def where(self, place: Sequence[str | int]) -> str:
+        """The name of the part from which the value at a place is taken; for an empty place, the names of all."""
+        keys = [str(key) for key in takewhile(lambda key: isinstance(key, str), place)]  # not into a list
+        holding = [name for name, values in self.parts if keys and _has(values, keys)]
+        return holding[-1] if holding else ", ".join(name for name, _ in self.parts)
+
+
+Where = str | Callable[[Sequence[str | int]], str]
+"""Where settings came from, for messages: a name, or a function that gives the name for the place of a value."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -1206,7 +1261,7 @@ def typed(key: str, value: Any) -> Any:
         return value
 
 
-def validate_config(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+def validate_config(values: dict[str, Any], *, where: Where, shared: dict[str, Any] | None = None) -> ExperimentConfig:
     """Check nested settings and fill in the defaults.
 
     Args:
@@ -1243,17 +1298,39 @@ def _without(config: ExperimentConfig, key: str) -> dict[int, Any]:
     return left
 
 
-def validate_shared(values: dict[str, Any], *, where: str, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+def validate_shared(values: dict[str, Any], *, where: Where, shared: dict[str, Any] | None = None) -> ExperimentConfig:
     """The same as `validate_config`, but shared settings without effect keep their values."""
     try:
         return ExperimentConfig.model_validate(values, context={"shared": shared or {}})
     except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+        raise refusal(error, where) from error
+
+
+def refusal(error: ValidationError, where: Where) -> ConfigError:
+    """All mistakes in one line, after the name of the place in which each was made."""
+    told: dict[str, list[str]] = {}
+    for item in error.errors():
+        place = where if isinstance(where, str) else where(_place(item))
+        told.setdefault(place, []).append(describe_error(item))
+    return ConfigError("; ".join(f"{place}: {'; '.join(words)}" for place, words in told.items()))
 
 
 def dump_config(config: ExperimentConfig) -> str:
     """The config as YAML, with every default written out."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def changed_settings(config: Settings) -> dict[str, Any]:
+    """Nested settings of an experiment, or of a section, that differ from their defaults, as plain values."""
+    plain, changed = config.model_dump(mode="json"), {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Settings):
+            if inner := changed_settings(value):
+                changed[name] = inner
+        elif value != field.get_default(call_default_factory=True):
+            changed[name] = plain[name]
+    return changed
 
 
 def describe_settings(*, as_yaml: bool = False) -> str:
@@ -1292,33 +1369,58 @@ def _choices(kind: Any) -> list[str]:
     return [str(one).lower() if isinstance(one, bool) else one for one in choices if isinstance(one, str | bool)]
 
 
-def merge_settings(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested settings in which those of `over` replace those of `base`."""
+def merge_settings(base: dict[str, Any], over: dict[str, Any], within: type[Settings] | None = None) -> dict[str, Any]:
+    """A copy of nested settings in which those of `over` replace those of `base`.
+
+    Sections are merged, and one without settings changes nothing. A mapping that is the value of one setting, as of
+    `clients.mix`, is replaced as a whole: it could not be emptied otherwise.
+
+    Args:
+        base: Settings.
+        over: Settings that are laid over them.
+        within: The section that they are of; None: an experiment.
+    """
     result = dict(base)
     for key, value in over.items():
-        old = result.get(key)
-        result[key] = merge_settings(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        section, old = _section(within, key), result.get(key)
+        if section and isinstance(old, dict) and isinstance(value, dict | None):
+            result[key] = merge_settings(old, value or {}, section)
+        else:
+            result[key] = value
     return result
 
 
-def without_settings(base: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested settings without the keys that `others` has as well."""
+def without_settings(
+    base: dict[str, Any], others: dict[str, Any], within: type[Settings] | None = None
+) -> dict[str, Any]:
+    """A copy of nested settings without those that `others` has as well; see `merge_settings` for `within`."""
     result = {}
     for key, value in base.items():
+        section, other = _section(within, key), others.get(key)
         if key not in others:
             result[key] = value
-        elif isinstance(value, dict) and isinstance(others[key], dict):
-            result[key] = without_settings(value, others[key])
+        elif section and isinstance(value, dict) and isinstance(other, dict):
+            result[key] = without_settings(value, other, section)
     return result
+
+
+def _section(within: type[Settings] | None, key: str) -> type[Settings] | None:
+    """The class of the section `key` of an experiment, or of the section `within`; None if it is no section."""
+    field = (within or ExperimentConfig).model_fields.get(key)
+    return type(field.default) if field and isinstance(field.default, Settings) else None
 
 
 def describe_error(item: Any) -> str:
     """A few words on one entry of a pydantic ValidationError's `errors()`, naming the key."""
-    key = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # not the branches of a union
+    key = ".".join(map(str, _place(item)))
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}'{_suggestion(key, item['input'])}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{key}: {message} (got {item['input']!r})" if key else message
+
+
+def _place(item: Any) -> tuple[str | int, ...]:
+    return tuple(part for part in item["loc"] if "[" not in str(part))  # not the branches of a union
 
 
 _ELSEWHERE = {

@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -19,13 +20,16 @@ from semcons_ray.config import (
     ModelConfig,
     RuleName,
     Settings,
+    changed_settings,
     describe_settings,
     dump_config,
     dump_yaml,
+    is_chosen,
     load_config,
     merge_settings,
     parse_setting,
     parse_yaml,
+    setting_keys,
     typed,
     validate_config,
     without_effect,
@@ -90,7 +94,58 @@ def test_overrides_go_before_the_file_and_leave_the_rest_of_it(tmp_path):
     path = write(tmp_path, "seed: 1\ntraining: {batch_size: 2, local_epochs: 5}\nclients: {mix: {a: 1, b: 1}}\n")
     config = load_config(path, {"training": {"batch_size": 3}, "clients": {"mix": {"c": 2}}})
     assert (config.seed, config.training.batch_size, config.training.local_epochs) == (1, 3, 5)
-    assert config.clients.mix == {"a": 1.0, "b": 1.0, "c": 2.0}
+    assert config.clients.mix == {"c": 2.0}
+
+
+def layers(folder, *texts):
+    paths = [folder / f"{number}.yaml" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    return paths
+
+
+def test_of_several_files_each_is_laid_over_those_before_it(tmp_path):
+    paths = layers(
+        tmp_path,
+        "seed: 1\nmodel: {max_length: 32, lora: {rank: 4, alpha: 8}}\ndata: {columns: {prompt: a}}\n",
+        "model: {lora: {rank: 6}}\ndata: {columns: {}}\ntraining:\n",
+        "model:\nnum_rounds: 7\n",
+    )
+    config = load_config(paths, {"model": {"lora": {"dropout": 0.5}}})
+    assert (config.seed, config.num_rounds, config.model.max_length) == (1, 7, 32)
+    assert (config.model.lora.rank, config.model.lora.alpha, config.model.lora.dropout) == (6, 8, 0.5)
+    assert config.data.columns == {}
+    assert load_config([]) == ExperimentConfig()
+
+
+@pytest.mark.parametrize(
+    ("texts", "overrides", "said"),
+    [
+        (("seed: 1", "sede: 1"), {}, "{1}: unknown setting 'sede'; did you mean seed?"),
+        (("model: {lora: {rank: x}}", "model: {lora: {alpha: 1}}"), {}, "{0}: model.lora.rank: Input should be"),
+        (("num_rounds: 0", "num_rounds: 1", "num_rounds: x"), {}, "{2}: num_rounds: Input should be"),
+        (("num_rounds: 0", "prompts: {budget: 0}"), {},
+         "{0}: num_rounds: Input should be greater than or equal to 1 (got 0); {1}: prompts.budget: "),
+        (("seed: 1", "num_rounds: 2"), {"seed": "x"}, "command line: seed: Input should be"),
+        (("clients: {lora_ranks: [2, 0]}", "seed: 1"), {}, "{0}: clients.lora_ranks.1: Input should be"),
+        (("data: {num_test: 3}", "evaluation: {num_answers: 4}"), {}, "{0}, {1}: evaluation.num_answers is 4"),
+        (("seed: 1", "- 1"), {}, "{1} holds a list"),
+    ],
+)  # fmt: skip
+def test_of_several_files_the_one_with_the_mistake_is_named(tmp_path, texts, overrides, said):
+    paths = layers(tmp_path, *texts)
+    with pytest.raises(ConfigError) as caught:
+        load_config(paths, overrides)
+    assert str(caught.value).startswith(said.format(*paths))
+
+
+def test_a_setting_is_chosen_if_it_is_given_even_as_its_default(tmp_path):
+    config = load_config(layers(tmp_path, "model: {max_length: 96}\n", "seed: 1\n"), {"generation": {"batch_size": 1}})
+    chosen = [key for key in setting_keys() if is_chosen(config, key)]
+    assert chosen == ["seed", "model.max_length", "generation.batch_size"]
+    again = pickle.loads(pickle.dumps(config))
+    assert [key for key in setting_keys() if is_chosen(again, key)] == chosen
+    assert changed_settings(config) == {"seed": 1, "generation": {"batch_size": 1}}
 
 
 def test_overrides_alone():

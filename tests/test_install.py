@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_each_test_of_an_engine_runs_in_an_environment_with_it_and_only_there(tm
     assert left_out == taken == "vllm or deepspeed or bitsandbytes or lm_eval or trackers"
     for name in taken.split(" or "):
         assert f"--requirement requirements-{name.replace('_', '-')}.lock" in engines
+
+
+def test_a_wheel_has_every_file_of_the_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    package = ROOT / "semcons_ray"
+    patterns = settings["tool"]["setuptools"]["package-data"][package.name]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    there = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert shipped == there
 
 
 SKIPPING = """

@@ -2,7 +2,6 @@
 
 import json
 import struct
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -109,31 +108,31 @@ def build_model(architecture: str, **config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config))
 
 
-def write_llama_8b(folder: Path) -> Path:
-    """Llama 3.1 8B as far as its size goes: names and shapes of its weights, in bfloat16, over a hole in the disk."""
+def write_hollow(folder: Path, architecture: str, **config: Any) -> Path:
+    """A model as far as its size goes: configuration, and names and shapes of its weights, in bfloat16, over a hole in
+    the disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    width, feed_forward, vocabulary, layers, key_values = 4096, 14336, 128256, 32, 1024
-    shapes = {"model.embed_tokens.weight": [vocabulary, width], "lm_head.weight": [vocabulary, width]}
-    for layer in range(layers):
-        name = f"model.layers.{layer}"
-        shapes |= {f"{name}.self_attn.{key}_proj.weight": [width, width] for key in "qo"}
-        shapes |= {f"{name}.self_attn.{key}_proj.weight": [key_values, width] for key in "kv"}
-        shapes |= {f"{name}.mlp.{key}_proj.weight": [feed_forward, width] for key in ("gate", "up")}
-        shapes |= {f"{name}.mlp.down_proj.weight": [width, feed_forward]}
-        shapes |= {f"{name}.{key}_layernorm.weight": [width] for key in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": [width]}
+    settings = AutoConfig.for_model(architecture, **config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
     header, end = {}, 0
-    for key, shape in shapes.items():
-        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * prod(shape)]}
+    for key, weight in model.named_parameters():
+        begin, end = end, end + 2 * weight.numel()
+        header[key] = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+    settings.architectures = [type(model).__name__]
+    settings.save_pretrained(folder)
+    return folder
+
+
+def write_llama_8b(folder: Path) -> Path:
+    """Llama 3.1 8B as far as its size goes."""
+    write_hollow(
+        folder, "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
     (folder / "tokenizer.json").write_bytes(bytes(9_085_657))
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": width,
-        "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": vocabulary, "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    }))  # fmt: skip
     return folder

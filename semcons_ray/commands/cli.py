@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 examples:
   semcons init experiment                              write experiment/config.yaml, every setting, with comments
+  semcons run experiment/config.yaml --dry-run         what it would do and need
   semcons run experiment/config.yaml --out runs/first  run it
   semcons run --num_rounds 5 --out runs/second         the default experiment with one setting changed
   semcons watch runs/first                             see how far it is, from another terminal
@@ -50,8 +51,9 @@ CONFIG says what is compared; every part of it may be left out:
     semantic consensus: {}
     local only: {algorithm: {name: local_only}}
 
-A CONFIG of semcons run is taken as the experiment, and --any.setting changes the experiment. The same command again
-continues with what is not finished; arms and seeds may be added. Each run has a folder below DIR/runs.
+A CONFIG of semcons run is taken as the experiment, and --any.setting changes the experiment. Of several files each is
+laid over those before it. The same command again continues with what is not finished; arms and seeds may be added. Each
+run has a folder below DIR/runs.
 
 example:
   semcons compare quality.yaml --num_rounds 2 --resources.fleet local --out runs/quality
@@ -76,12 +78,16 @@ SWEEP says what is tried:
   asha: {grace_rounds: 1, reduction_factor: 2}    # from this round on, all but the best half
   max_concurrent_trials: 2           # left out: as many as the cluster has room for
 
-Only space is required. --any.setting changes the experiment. The same command again continues with what is not
-finished; values and samples may be added. Each trial has a run folder below DIR/trials.
+Only space is required. --any.setting changes the experiment. Of several files each is laid over those before it; one of
+semcons run is taken as the experiment. The same command again continues with what is not finished; values and samples
+may be added. Each trial has a run folder below DIR/trials.
 
 example:
   semcons sweep sweep.yaml --num_rounds 2 --out runs/sweep
 """
+
+
+FILES = "YAML files, each laid over those before it; without one, the defaults"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_text(words)
         words, overrides = _split_settings(words) if words[:1] in (["run"], ["compare"], ["sweep"]) else (words, {})
-        args = _parser().parse_args(words)
+        args = _parser(needs_out="--dry-run" not in words).parse_args(words)
         args.overrides = overrides
         _quiet()
         with _terminable(came):
@@ -152,8 +158,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"semcons: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from semcons_ray.commands import cost
+def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
+    from semcons_ray.commands import cost, init, schema
 
     parser = _Parser(
         prog="semcons",
@@ -177,8 +183,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("init", _init, "Write DIR/config.yaml, with every setting, its default and a comment.")
+    def add_out(sub: argparse.ArgumentParser, summary: str, kind: Any = str) -> None:
+        sub.add_argument("--out", type=kind, required=needs_out, metavar="DIR", help=summary)
+        told = "only print what would be done: data, placement, bytes, tokens, hours"
+        sub.add_argument("--dry-run", action="store_true", help=told)
+
+    sub = command("init", init.run, "Write DIR/config.yaml: every setting with its default and a comment, or a preset.")
     sub.add_argument("folder", type=_local, metavar="DIR")
+    init.add_arguments(sub)
+
+    sub = command("schema", schema.run, "Print the JSON Schema of YAML files, by which editors complete them.")
+    schema.add_arguments(sub)
 
     command("doctor", _doctor, "Check what this machine has, what works on it, and what to do about the rest.")
 
@@ -186,11 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "Run an experiment; everything that it writes goes to a new folder.",
-        usage="semcons run [CONFIG] [--any.setting value ...] --out DIR",
+        usage="semcons run [CONFIG ...] [--any.setting value ...] (--out DIR | --dry-run)",
         epilog=f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}",
     )
-    sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
-    sub.add_argument("--out", required=True, metavar="DIR", help="new folder for the run's files, or a URL")
+    sub.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=FILES)
+    add_out(sub, "new folder for the run's files, or a URL")
 
     sub = command("resume", _resume, "Continue a run that was stopped or failed; its numbers stay the same.")
     sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
@@ -199,23 +214,21 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         _compare,
         "Run algorithms on the same data, seeds, models and budget: quality against bytes, seconds and joules.",
-        usage="semcons compare [CONFIG] [--any.setting value ...] --out DIR",
+        usage="semcons compare [CONFIG ...] [--any.setting value ...] (--out DIR | --dry-run)",
         epilog=COMPARE,
     )
-    sub.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file; without one, the defaults")
-    sub.add_argument(
-        "--out", type=_local, required=True, metavar="DIR", help="folder for all runs, tables and the figure"
-    )
+    sub.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=FILES)
+    add_out(sub, "folder for all runs, tables and the figure", _local)
 
     sub = command(
         "sweep",
         _sweep,
         "Try many settings with Ray Tune: quality against bytes, seconds and joules, and the effect of each.",
-        usage="semcons sweep SWEEP [--any.setting value ...] --out DIR",
+        usage="semcons sweep SWEEP ... [--any.setting value ...] (--out DIR | --dry-run)",
         epilog=SWEEP,
     )
-    sub.add_argument("config", type=Path, metavar="SWEEP", help="YAML file")
-    sub.add_argument("--out", type=_local, required=True, metavar="DIR", help="folder for all trials and the report")
+    sub.add_argument("config", type=Path, nargs="+", metavar="SWEEP", help="YAML files, each laid over those before it")
+    add_out(sub, "folder for all trials and the report", _local)
 
     sub = command(
         "watch", _watch, "Show a run that goes on in another process: each round that is done, until it ends."
@@ -245,20 +258,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _init(args: argparse.Namespace) -> int:
-    path: Path = args.folder / "config.yaml"
-    if path.exists():
-        raise RunFolderError(f"{path} exists; remove it, or choose another folder")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "# An experiment of semcons: every setting with its default. Change what you like; what you delete keeps its\n"
-        f"# default. Run it with: semcons run {path} --out runs/first\n\n{describe_settings(as_yaml=True)}\n",
-        encoding="utf-8",
-    )
-    print(path)
-    return 0
-
-
 def _doctor(args: argparse.Namespace) -> int:
     from semcons_ray.commands.doctor import diagnose, exit_code, render
 
@@ -269,6 +268,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        from semcons_ray.commands import dry_run
+
+        if args.out:
+            _check_free(args.out)
+        dry_run.run(config)
+        return 0
     from semcons_ray.commands.progress import Progress
     from semcons_ray.runs.experiment import run_experiment
 
@@ -290,9 +296,15 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from semcons_ray.reporting.summary import render_summary
-    from semcons_ray.studies.comparison import load_comparison, run_comparison
+    from semcons_ray.studies.comparison import load_comparison, plan_runs, run_comparison
 
     wanted = load_comparison(args.config, args.overrides)
+    if args.dry_run:
+        from semcons_ray.commands import dry_run
+
+        runs = plan_runs(wanted, args.out or Path())
+        dry_run.run_many([(run.arm, run.config) for run in runs[: len(wanted.arms)]], times=len(wanted.seeds))
+        return 0
     done, failed = run_comparison(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
     if done:
         reference, baseline = wanted.reference, wanted.baseline
@@ -302,9 +314,16 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from semcons_ray.studies.search_space import load_sweep
+    from semcons_ray.studies.search_space import describe_point, load_sweep
 
     wanted = load_sweep(args.config, args.overrides)
+    if args.dry_run:
+        from semcons_ray.commands import dry_run
+
+        points = wanted.points()  # none if they are chosen as the sweep goes: then the first stands for all
+        labelled = [(describe_point(point), wanted.configure(point)) for point in points or [wanted.first()]]
+        dry_run.run_many(labelled, times=1 if points else wanted.num_samples)
+        return 0
     from semcons_ray.reporting.sweep import render_sweep
     from semcons_ray.studies.sweep import run_sweep
 
@@ -346,6 +365,17 @@ def _local(place: str) -> Path:
     return Path(place)
 
 
+def _check_free(place: str) -> None:
+    if "://" in place:
+        from semcons_ray.runs.remote_folder import RemoteFolder
+
+        RemoteFolder(place).check_free()
+    else:
+        from semcons_ray.runs.run_folder import RunFolder
+
+        RunFolder.check_free(Path(place))
+
+
 @contextlib.contextmanager
 def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, list[Observer]]]:
     """A run's local folder, and, for a URL, the observer that copies each round there."""
@@ -374,16 +404,21 @@ def _finish(folder: Path) -> int:
 def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Separate `--a.b value` and `--a.b=value` from the other words; returns those, and the nested settings.
 
-    argparse cannot do it: it would take the value of an option that it does not know for an argument.
+    argparse cannot do it: it would take the value of an option that it does not know for an argument. Nor does it take
+    files on both sides of an option, so its own options are moved behind them.
     """
     others: list[str] = []
+    options: list[str] = []
     nested: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, text = word[2:].partition("=")
-        if not word.startswith("--") or key in ("", "out", "help"):
+        if not word.startswith("--"):
             others.append(word)
+            continue
+        if key in ("", "out", "help", "dry-run"):
+            options += [word, *([rest.pop(0)] if word == "--out" and rest else [])]
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -397,7 +432,7 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             if not isinstance(place, dict):
                 raise ConfigError(f"--{key}: {parent} was given a value itself")
         place[last] = value
-    return others, nested
+    return [*others, *options], nested
 
 
 def _quiet() -> None:

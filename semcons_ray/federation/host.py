@@ -8,12 +8,11 @@ replaced by any other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
@@ -97,25 +96,14 @@ class HostSpec:
         place = this_place(uses_gpu=self.device == "cuda")
         ledger = Ledger(self.worker, place.node)
         with ledger.stage("load", round=0):
-            make: Callable[..., LanguageModel] = LanguageModel
+            kind: type[LanguageModel] = LanguageModel
+            more = dict[str, Any]()
             if self.sharding is not None:
                 from semcons_ray.modeling.sharded import ShardedLanguageModel
 
-                make = partial(ShardedLanguageModel, sharding=self.sharding)
-            model = make(
-                resolve_model(self.model.name),
-                lora=self.model.lora,
-                dtype=self.model.dtype,
-                device=self.device,
-                max_length=self.model.max_length,
-                attn_implementation=self.model.attn_implementation,
-                quantization=self.model.quantization,
-                system_prompt=self.model.system_prompt,
-                chat_template_kwargs=self.model.chat_template_kwargs,
-                template_date=self.model.template_date,
-                seed=self.seed,
-                trainings=self.training.values(),
-            )
+                kind, more = ShardedLanguageModel, {"sharding": self.sharding}
+            folder, trainings = resolve_model(self.model.name), self.training.values()
+            model = kind.of(self.model, folder, device=self.device, seed=self.seed, trainings=trainings, **more)
             ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus
             prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:

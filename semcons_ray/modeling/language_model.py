@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TopKLogitsWarper, TopPLogitsWarper, get_scheduler
 
-from semcons_ray.config import TEMPLATE_DATE, Attention, LoraConfig, Quantization, TrainingConfig
+from semcons_ray.config import TEMPLATE_DATE, Attention, LoraConfig, ModelConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
@@ -235,6 +235,13 @@ class LanguageModel:
         self._lora = lora
         self._scaling = lora.alpha / alpha_of(1.0, lora.rank, lora)
         self._rehearse({(training.gradient_checkpointing, training.packing) for training in trainings})
+
+    @classmethod
+    def of(cls, settings: ModelConfig, folder: str, **more: Any) -> Self:
+        """A model with the settings of a run, from the folder of one of its models; `more` are further arguments."""
+        same = ("lora", "dtype", "max_length", "attn_implementation", "quantization", "system_prompt",
+                "chat_template_kwargs", "template_date")  # fmt: skip
+        return cls(folder, **{name: getattr(settings, name) for name in same}, **more)
 
     @property
     def writes(self) -> bool:

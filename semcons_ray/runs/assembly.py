@@ -8,13 +8,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
-from math import ceil, isnan
+from math import ceil, isnan, prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from semcons_ray.config import AlgorithmConfig, EvaluationConfig, ExperimentConfig, GenerationConfig, TrainingConfig
+from semcons_ray.config import (
+    AlgorithmConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    GenerationConfig,
+    TrainingConfig,
+    is_chosen,
+    setting_value,
+)
 from semcons_ray.consensus import Election
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.losses import Reason, Tally
@@ -36,7 +44,7 @@ from semcons_ray.distributed.placement import (
 )
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
-from semcons_ray.errors import ConfigError
+from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.evaluation.scores import numeric_match
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
@@ -50,12 +58,19 @@ from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.fit import check_model
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
+from semcons_ray.modeling.model_folder import read_config, read_shapes
 from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 from semcons_ray.runs.run_folder import RunFolder
 
 CUT = "texts cut at model.max_length"
+LENGTHS = ("model.max_length", "generation.max_new_tokens", "data.max_response_chars")
+"""Settings whose defaults are for small models on CPUs."""
+
+LARGE_PARAMETERS = 500_000_000
+"""Size of a model from which on `LENGTHS` must be chosen."""
+
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
 NO_REVISIONS: Mapping[str, str] = {}
 
@@ -194,12 +209,40 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
         revisions: See `pin_revisions`.
 
     Raises:
-        ModelError: A model cannot be found, or bitsandbytes is needed and not installed.
+        ModelError: A model cannot be found, bitsandbytes is needed and not installed, or nobody chose the lengths for a
+            large model.
     """
     check_quantization(config.model.quantization)
     names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
     folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
-    return {name: folders[name] for name in config.client_models()}
+    found = {name: folders[name] for name in config.client_models()}
+    _check_lengths(config, found)
+    return found
+
+
+def _check_lengths(config: ExperimentConfig, folders: Mapping[str, Path]) -> None:
+    """Check that lengths were chosen for a large model, even if they are the default ones.
+
+    Raises:
+        ModelError: They were not; the message names them.
+    """
+    left = [f"{key} {setting_value(config, key)}" for key in LENGTHS if not is_chosen(config, key)]
+    for name, folder in folders.items() if left else ():
+        if (parameters := count_parameters(folder)) > LARGE_PARAMETERS:
+            raise ModelError(
+                f"model {name} has {parameters / 1e9:.1f} billion parameters, and {', '.join(left)} "
+                f"{'are defaults' if len(left) > 1 else 'is a default'} for small models on CPUs; set "
+                f"{'them' if len(left) > 1 else 'it'}, if to the same, or begin with semcons init DIR --preset gpu-1b"
+            )
+
+
+def count_parameters(folder: Path) -> int:
+    """Number of weights in a model's files.
+
+    Raises:
+        ModelError: The folder holds no safetensors weights.
+    """
+    return sum(map(prod, read_shapes(folder, read_config(folder)).values()))
 
 
 def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> tuple[Tally, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from semcons_ray.config import DEFAULT_METRICS, ExperimentConfig
 from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
-from semcons_ray.distributed.placement import describe_plan
+from semcons_ray.distributed.placement import Node, describe_plan
 from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.metrics import metrics_of, score_items, value
 from semcons_ray.federation.algorithms import build_algorithm
@@ -98,28 +100,12 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         folder.write_tables(commits)
         with Observers(trackers(config, folder)).during(commits):
             return
-    observer.stage("reading data")
-    revisions = pin_revisions(config, folder.revisions())
-    folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
-    split = prepare_data(config, folder, revisions)
-    check_test_set(config.evaluation, split.test)
-    harness_of(config).check("evaluation.lm_eval.tasks")
-    of_data = tuple(tally for tally in folder.tallies() if not tally.what.startswith(CUT))
-    _tell_losses(of_data, observer)
-    if config.algorithm.name == "centralized":
-        split = pooled(split)
-    observer.stage("finding models")
-    models = find_models(config, revisions)
-    check_models(config, models, split)
-    cut = count_cut_texts(config, models, split)
-    folder.write_tallies((*of_data, *cut))
-    _tell_losses(cut, observer)
+    split, models, revisions = _prepare(folder, config, observer)
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
         config = placement.config
         folder.write_config(config)
-        plan = describe_plan(placement.workers, config.resources.device, placement.demands)
-        observer.planned("\n".join([plan + describe_engines(placement.engines), *placement.warnings]))
+        observer.planned(_describe(placement))
         observer.stage("loading models")
         began = time.time()
         cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
@@ -148,6 +134,73 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             if serving:
                 peaks = {plan.name: serving[plan.model].host_bytes() for plan in placement.engines}
                 folder.write_json("engines.json", {"peak_host_bytes": peaks})
+
+
+def _prepare(
+    folder: RunFolder, config: ExperimentConfig, observer: Observer
+) -> tuple[DataSplit, dict[str, Path], dict[str, str]]:
+    """Divide the data, and find and check the models; returns the split, and folders and commits of models by name."""
+    observer.stage("reading data")
+    revisions = pin_revisions(config, folder.revisions())
+    folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
+    split = prepare_data(config, folder, revisions)
+    check_test_set(config.evaluation, split.test)
+    harness_of(config).check("evaluation.lm_eval.tasks")
+    of_data = tuple(tally for tally in folder.tallies() if not tally.what.startswith(CUT))
+    _tell_losses(of_data, observer)
+    if config.algorithm.name == "centralized":
+        split = pooled(split)
+    observer.stage("finding models")
+    models = find_models(config, revisions)
+    check_models(config, models, split)
+    cut = count_cut_texts(config, models, split)
+    folder.write_tallies((*of_data, *cut))
+    _tell_losses(cut, observer)
+    return split, models, revisions
+
+
+def _describe(placement: Placement) -> str:
+    plan = describe_plan(placement.workers, placement.config.resources.device, placement.demands)
+    return "\n".join([plan + describe_engines(placement.engines), *placement.warnings])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        placement: Where everything would run, with the settings resolved.
+        described: The same as text.
+        split: Who holds which examples.
+        models: Folder of each client model by name.
+        tallies: What part of the data is not used, and why.
+    """
+
+    placement: Placement
+    described: str
+    split: DataSplit
+    models: Mapping[str, Path]
+    tallies: tuple[Tally, ...]
+
+
+def plan_experiment(config: ExperimentConfig, observer: Observer, nodes: Sequence[Node] = ()) -> Plan:
+    """Do all that a run does before it loads models, and keep nothing but downloads; what it refuses is refused here.
+
+    Args:
+        config: What would be run.
+        observer: Is told of the progress.
+        nodes: The nodes; empty: those of the cluster that the settings name, which is joined or started for a moment.
+
+    Raises:
+        UserError: Something in the config, the data, the models or the cluster must be changed.
+    """
+    check_trackers(config)
+    with tempfile.TemporaryDirectory(prefix="semcons-") as made:
+        folder = RunFolder.create(Path(made) / "run", config)
+        split, models, revisions = _prepare(folder, config, observer)
+        with contextlib.nullcontext(tuple(nodes)) if nodes else cluster(config) as found:
+            placement = place(config, found, models, revisions)
+        return Plan(placement, _describe(placement), split, models, folder.tallies())
 
 
 def _tell_losses(tallies: Sequence[Tally], observer: Observer) -> None:

@@ -192,10 +192,7 @@ class RunFolder:
         Raises:
             RunFolderError: There is something at `path` already, or it cannot be written.
         """
-        if (path / BEGUN).is_file():
-            raise RunFolderError(f"{path} holds a run: go on with semcons resume {path}, or choose another --out")
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path} is not empty; choose another --out")
+        cls.check_free(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as made:
@@ -207,6 +204,18 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Check that a run folder can be made at `path`.
+
+        Raises:
+            RunFolderError: There is something at `path` already.
+        """
+        if (path / BEGUN).is_file():
+            raise RunFolderError(f"{path} holds a run: go on with semcons resume {path}, or choose another --out")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(f"{path} is not empty; choose another --out")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -411,8 +420,9 @@ class RunFolder:
             return pd.DataFrame()
         scores = pd.read_parquet(path)
         scores["column"] = PREFIX + scores["task"] + "/" + scores["metric"]
-        values, errors = (scores.pivot(index="client_id", columns="column", values=name) for name in ("value", "stderr"))
-        return values.join(errors.add_suffix(STDERR)).sort_index(axis="columns")
+        by_client = scores.pivot(index="client_id", columns="column", values=["value", "stderr"])
+        wide: pd.DataFrame = by_client["value"].join(by_client["stderr"].add_suffix(STDERR))
+        return wide.sort_index(axis="columns")
 
     def _with_scores(self, metrics: pd.DataFrame) -> pd.DataFrame:
         """metrics.parquet with columns for scores in tasks of lm-eval."""

@@ -44,8 +44,9 @@ class Series:
     def add(self, commit: Commit, scores: pd.DataFrame = _NO_SCORES) -> dict[str, float]:
         """The numbers of the next round; see `RunFolder.scores` for `scores`."""
         rows = {row.client_id: _numbers(row) for row in commit.metrics}
-        for client in rows.keys() & set(scores.index):
-            rows[client] |= _measured(scores.loc[client])
+        in_tasks = scores.to_dict("index")
+        for client in rows.keys() & in_tasks.keys():
+            rows[client] |= _measured(in_tasks[client])
         self._models |= {row.client_id: row.model for row in commit.metrics}
         self._held |= rows
         values = {f"client_{client}/{name}": value for client, row in rows.items() for name, value in row.items()}
@@ -81,7 +82,7 @@ def _numbers(row: msgspec.Struct) -> dict[str, float]:
     return _measured(values | values.pop("others", {}))
 
 
-def _measured(values: Mapping[Any, Any] | pd.Series[Any]) -> dict[str, float]:
+def _measured(values: Mapping[Any, Any]) -> dict[str, float]:
     numbers = {str(name): float(value) for name, value in values.items() if isinstance(value, (int, float))}
     return {name: value for name, value in numbers.items() if name not in _NO_MEASUREMENT and math.isfinite(value)}
 

@@ -19,9 +19,15 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from semcons_ray.config import (
     ExperimentConfig,
+    Layers,
+    Paths,
+    Settings,
     merge_settings,
+    refusal,
     validate_config,
     validate_shared,
     without_effect,
@@ -55,6 +61,44 @@ class Job:
         """
         if self.folder.exists():
             RunFolder(self.folder).settings_to_resume(self.config)
+
+
+Study = TypeVar("Study", bound=Settings)
+
+
+def load_study(kind: type[Study], paths: Paths, overrides: dict[str, Any] | None = None) -> Study:
+    """Read the settings of a comparison or a sweep.
+
+    Args:
+        kind: The class of its settings, one of which is `experiment`.
+        paths: YAML files. One that has none of the study's own settings holds those of the experiment.
+        overrides: Settings of the experiment that are laid over those of the files.
+
+    Raises:
+        ConfigError: A file is missing or not YAML, or a key or value is refused; the message names the file and the
+            key.
+    """
+    own = kind.model_fields.keys() - ExperimentConfig.model_fields.keys()
+    read = Layers.read(paths).parts
+    parts = [(name, values if values.keys() & own else _of_experiment(values)) for name, values in read]
+    if overrides:
+        parts.append(("command line", _of_experiment(overrides)))
+    study = Layers(tuple(parts))
+    values = study.merged()
+    experiments = [(f"{name}, experiment", part.get("experiment") or {}) for name, part in parts]
+    if all(isinstance(settings, dict) for _, settings in experiments):
+        experiment = Layers(tuple(experiments))
+        values["experiment"] = experiment.merged()
+        validate_shared(values["experiment"], where=experiment.where, shared=values["experiment"])
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise refusal(error, study.where) from error
+
+
+def _of_experiment(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a study that has these of an experiment, whose name is the study's."""
+    return {"experiment": values} | {key: values[key] for key in values.keys() & {"name"}}
 
 
 def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, Any]]]) -> list[ExperimentConfig]:

@@ -19,25 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from semcons_ray.config import (
-    Section,
-    Settings,
-    describe_error,
-    dump_yaml,
-    merge_settings,
-    read_yaml,
-    validate_shared,
-)
-from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, StorageError
+from semcons_ray.config import Paths, Section, Settings, dump_yaml, merge_settings, validate_shared
+from semcons_ray.errors import RunFolderError, SemconsError, StorageError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
 from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, comparable_loss, write_file
 from semcons_ray.runs.trackers import check_trackers
-from semcons_ray.studies.batch import Job, configure_runs, run_jobs, slug, warn_of_losses
+from semcons_ray.studies.batch import Job, configure_runs, load_study, run_jobs, slug, warn_of_losses
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
@@ -110,28 +102,17 @@ class ArmRun(Job):
     seed: int
 
 
-def load_comparison(path: Path | None, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
-    """Read a comparison, or the settings of an experiment, for which the default arms are then compared.
+def load_comparison(paths: Paths, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
+    """Read a comparison; settings of an experiment alone are compared over the default arms. See `batch.load_study`.
 
     Args:
-        path: A YAML file; None: the default experiment and arms.
+        paths: YAML files; none: the default experiment and arms.
         overrides: Settings that replace those of the experiment.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; the message names the key.
+        ConfigError: A file is missing or not YAML, or a key or value is refused; the message names the key.
     """
-    values = read_yaml(path) if path else {}
-    if not values.keys() & (ComparisonConfig.model_fields.keys() - {"name"}):
-        values = {"experiment": values} | ({"name": values["name"]} if "name" in values else {})
-    if isinstance(experiment := values.get("experiment") or {}, dict):
-        values = {**values, "experiment": merge_settings(experiment, overrides or {})}
-    if overrides and "name" in overrides:
-        values["name"] = overrides["name"]
-    where = str(path) if path else "command line"
-    try:
-        return ComparisonConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+    return load_study(ComparisonConfig, paths, overrides)
 
 
 def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:

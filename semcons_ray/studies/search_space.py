@@ -7,21 +7,19 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from semcons_ray.config import (
     ExperimentConfig,
+    Paths,
     Section,
     Settings,
-    describe_error,
     dump_yaml,
     find_setting,
     merge_settings,
-    read_yaml,
     setting_value,
     typed,
     validate_config,
@@ -32,7 +30,7 @@ from semcons_ray.config import (
 from semcons_ray.errors import ConfigError
 from semcons_ray.reporting.tables import describe_trial
 from semcons_ray.runs.run_folder import comparable_loss
-from semcons_ray.studies.batch import slug
+from semcons_ray.studies.batch import load_study, slug
 
 Metric = Literal["bits_per_byte", "worst_bits_per_byte", "mean_nll", "worst_nll", "rouge_l", "similarity"]
 
@@ -234,10 +232,6 @@ class SweepConfig(Settings):
         """The settings that a trial shares with the others, and its own."""
         own = nested(point)
         shared = without_settings(self.experiment, own)
-        if "clients.mix" in point:  # replaces the experiment's, and is not laid over it
-            shared = merge_settings(shared, {})
-            if isinstance(shared.get("clients"), dict):
-                shared["clients"] = {key: value for key, value in shared["clients"].items() if key != "mix"}
         differing = {key: value for key, value in point.items() if len(self.space[key].values) != 1}
         return shared, {**own, "name": describe_trial(differing or point)}
 
@@ -248,25 +242,17 @@ class SweepConfig(Settings):
         return (key for key, _ in without_effect(validate_shared(values, where="space", shared=shared)))
 
 
-def load_sweep(path: Path, overrides: dict[str, Any] | None = None) -> SweepConfig:
-    """Read a sweep and check all its points.
+def load_sweep(paths: Paths, overrides: dict[str, Any] | None = None) -> SweepConfig:
+    """Read a sweep and check all its points; see `batch.load_study`.
 
     Args:
-        path: A YAML file.
+        paths: YAML files.
         overrides: Settings that replace those of the experiment.
 
     Raises:
-        ConfigError: The file is missing or not YAML, or a key or value is refused; the message names the key.
+        ConfigError: A file is missing or not YAML, or a key or value is refused; the message names the key.
     """
-    values = read_yaml(path)
-    if isinstance(experiment := values.get("experiment") or {}, dict):
-        values = {**values, "experiment": merge_settings(experiment, overrides or {})}
-    if overrides and "name" in overrides:
-        values["name"] = overrides["name"]
-    try:
-        sweep = SweepConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+    sweep = load_study(SweepConfig, paths, overrides)
     sweep.check()
     return sweep
 

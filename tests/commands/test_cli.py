@@ -19,7 +19,7 @@ def test_init_writes_every_setting_and_run_can_read_it(tmp_path: Path, capsys: p
     assert "# " in path.read_text()
 
 
-@pytest.mark.parametrize("command", ["init", "doctor", "run", "resume", "compare", "sweep", "report", "cost"])
+@pytest.mark.parametrize("command", ["init", "schema", "doctor", "run", "resume", "compare", "sweep", "report", "cost"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
@@ -61,6 +61,8 @@ def test_settings_on_the_command_line_are_parted_from_other_words_and_read_as_th
     ]  # fmt: skip
     others, nested = _split_settings(words)
     assert others == ["run", "my.yaml", "--out", "there"]
+    files = ["run", "a.yaml", "--dry-run", "b.yaml", "--seed", "1", "--out", "there", "c.yaml", "--out=x"]
+    assert _split_settings(files)[0] == ["run", "a.yaml", "b.yaml", "c.yaml", "--dry-run", "--out", "there", "--out=x"]
     assert nested == {
         "training": {"learning_rate": 0.001},
         "name": "2024",

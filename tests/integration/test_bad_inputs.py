@@ -104,7 +104,22 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "no command": (lambda p: [], "required: COMMAND"),
     "run without --out": (lambda p: ["run"], "required: --out"),
     "a setting without its value": (lambda p: p.run("--seed"), "--seed needs a value"),
-    "a stray word": (lambda p: ["run", "a.yaml", "b.yaml", *p.out], "unrecognized arguments: b.yaml"),
+    "a stray word": (lambda p: ["resume", "a", "b"], "unrecognized arguments: b"),
+    "a second file that is not there": (
+        lambda p: ["run", p.write("a.yaml", "seed: 1"), *p.out, "/no/b.yaml"],
+        "cannot read /no/b.yaml",
+    ),
+    "a mistake in the second of two files": (
+        lambda p: ["run", p.write("a.yaml", "seed: 1"), p.write("b.yaml", "num_rounds: 0"), *p.out],
+        "b.yaml: num_rounds",
+    ),
+    "an unknown preset": (lambda p: ["init", str(p.folder / "new"), "--preset", "gpu"], "invalid choice: 'gpu'"),
+    "an unknown schema": (lambda p: ["schema", "report"], "invalid choice: 'report'"),
+    "a dry run of what would be refused": (lambda p: p.run("--prompts.budget", "5000", "--dry-run"), "prompts.budget"),
+    "a dry run into a folder that is not empty": (
+        lambda p: ["run", *p.small, "--out", str(p.folder), "--dry-run"],
+        "is not empty",
+    ),
     "a setting where there are none": (
         lambda p: ["report", str(p.finished), "--seed", "1"],
         "unrecognized arguments: --seed 1",

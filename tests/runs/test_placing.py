@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from semcons_ray.config import validate_config
+from semcons_ray.config import merge_settings, validate_config
 from semcons_ray.distributed.placement import GIB, Node, describe_plan
-from semcons_ray.errors import ConfigError, PlacementError
+from semcons_ray.errors import ConfigError, ModelError, PlacementError
 from semcons_ray.metering.energy import Draw
-from semcons_ray.runs.assembly import SERVER_BYTES, Placement, place
+from semcons_ray.runs.assembly import SERVER_BYTES, Placement, find_models, place
 from tests.tiny import write_llama_8b
 
 H100 = 81_559 << 20
@@ -164,3 +164,26 @@ def test_a_process_of_its_own_uses_one_gpu_and_shares_it_with_the_server(folder:
     assert [(worker.clients, worker.gpus) for worker in plan.workers] == [((0, 1), 0.75)]
     assert plan.server.gpus == 0.25
     assert "0.75 GPU" in describe_plan(plan.workers, "cuda", plan.demands)
+
+
+CHOSEN = {"model": {"max_length": 96}, "generation": {"max_new_tokens": 24}, "data": {"max_response_chars": 400}}
+
+
+def found(model: Path, *chosen: str) -> dict[str, Path]:
+    values: dict[str, Any] = {section: CHOSEN[section] for section in chosen}
+    values = merge_settings(values, {"model": {"name": str(model)}, "server": {"embedding_model": str(model)}})
+    return find_models(validate_config(values, where="test"))
+
+
+def test_lengths_are_chosen_for_a_large_model_even_if_they_are_the_defaults(folder: Path, tiny_llama: Path) -> None:
+    assert found(folder, *CHOSEN) == {str(folder): folder}
+    assert found(tiny_llama) == {str(tiny_llama): tiny_llama}
+    with pytest.raises(ModelError) as caught:
+        found(folder)
+    assert str(caught.value) == (
+        f"model {folder} has 8.0 billion parameters, and model.max_length 96, generation.max_new_tokens 24, "
+        "data.max_response_chars 400 are defaults for small models on CPUs; set them, if to the same, or begin with "
+        "semcons init DIR --preset gpu-1b"
+    )
+    with pytest.raises(ModelError, match=r" and data\.max_response_chars 400 is a default .*; set it, if "):
+        found(folder, "model", "generation")

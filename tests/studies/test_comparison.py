@@ -15,6 +15,7 @@ import yaml
 
 from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, validate_config
+from semcons_ray.errors import ConfigError
 from semcons_ray.runs.run_folder import RunFolder
 from semcons_ray.studies.comparison import (
     DEFAULT_ARMS,
@@ -32,6 +33,28 @@ def write(folder: Path, values: Any) -> Path:
     path = folder / "comparison.yaml"
     path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return path
+
+
+def test_of_several_files_each_is_laid_over_those_before_it(tmp_path: Path) -> None:
+    base, study, more = (tmp_path / name for name in ("base.yaml", "study.yaml", "more.yaml"))
+    base.write_text("name: base\nnum_rounds: 9\ntraining: {batch_size: 2, local_epochs: 5}\n")
+    study.write_text("name: study\nexperiment: {training: {batch_size: 3}}\nseeds: [1, 2]\narms: {a: {}, b: {}}\n")
+    more.write_text("arms: {c: {seeds: 1}}\n")
+    read = load_comparison([base, study], {"model": {"max_length": 32}})
+    assert (read.name, read.seeds, list(read.arms)) == ("study", (1, 2), ["a", "b"])
+    assert read.experiment == {
+        "name": "base", "num_rounds": 9, "training": {"batch_size": 3, "local_epochs": 5}, "model": {"max_length": 32}
+    }  # fmt: skip
+    assert list(load_comparison([study, more]).arms) == ["c"]
+    for wrong, said in (
+        ("experiment: {training: {batch_size: 0}}", f"{more}, experiment: training.batch_size: "),
+        ("seeds: [x]", f"{more}: seeds.0: "),
+        ("training: {batch_size: 0}", f"{more}, experiment: training.batch_size: "),
+    ):
+        more.write_text(wrong)
+        with pytest.raises(ConfigError) as caught:
+            load_comparison([base, study, more])
+        assert str(caught.value).startswith(said)
 
 
 def test_without_a_file_the_defaults_are_compared() -> None:

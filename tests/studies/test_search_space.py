@@ -29,6 +29,14 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
     assert len({trial_name(point) for point in points}) == 4
 
 
+def test_a_sweep_may_vary_the_experiment_of_another_file(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("seed: 4\nnum_rounds: 9\nprompts: {budget: 3}\n")
+    sweep = load_sweep([base, write(tmp_path, {"space": GRID, "seed": 5, "experiment": {"num_rounds": 2}})])
+    config = sweep.configure(sweep.points()[0])
+    assert (sweep.seed, config.seed, config.num_rounds, config.prompts.budget) == (5, 4, 2, 6)
+
+
 def test_a_point_lies_over_the_experiment_and_a_mix_replaces_the_experiments(tmp_path: Path) -> None:
     values = {
         "experiment": {"num_rounds": 9, "clients": {"mix": {"other": 1}, "num_clients": 2}},
@@ -38,6 +46,9 @@ def test_a_point_lies_over_the_experiment_and_a_mix_replaces_the_experiments(tmp
     config = sweep.configure(sweep.points()[0])
     assert (config.num_rounds, config.clients.num_clients, config.training.batch_size) == (7, 2, 2)
     assert config.clients.mix == MIX
+    values = {"experiment": {"data": {"columns": {"prompt": "a"}}}}
+    sweep = load_sweep(write(tmp_path, values | {"space": {"data.columns": {"grid": [{"response": "b"}]}}}))
+    assert sweep.configure(sweep.points()[0]).data.columns == {"response": "b"}
 
 
 def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path) -> None:
