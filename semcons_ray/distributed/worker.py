@@ -41,7 +41,7 @@ class WorkerActor:
 
     def open_rendezvous(self, num_ranks: int) -> str:
         """On the first rank of a group: open the address at which all its ranks are to `join`."""
-        from semcons_ray.modeling.sharded import open_rendezvous
+        from semcons_ray.modeling.ranks import open_rendezvous
 
         host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._rendezvous, address = open_rendezvous(host, num_ranks)
@@ -49,7 +49,7 @@ class WorkerActor:
 
     def join(self, rank: int, num_ranks: int, address: str) -> None:
         """Join a group of ranks, which then load a model together."""
-        from semcons_ray.modeling.sharded import join_ranks
+        from semcons_ray.modeling.ranks import join_ranks
 
         join_ranks(rank, num_ranks, address, self._rendezvous)
 

@@ -16,7 +16,6 @@ Source: S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trill
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
 
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
@@ -35,28 +33,6 @@ from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.language_model import AdamW, LanguageModel, Parameters, Value, schedule
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
-
-
-def open_rendezvous(host: str, num_ranks: int) -> tuple[Store, str]:
-    """A store at a free port of this machine, through which ranks find each other, and its address."""
-    store = TCPStore(host, 0, num_ranks, is_master=True, wait_for_workers=False)
-    return store, f"{host}:{store.port}"
-
-
-def join_ranks(rank: int, num_ranks: int, address: str, store: Store | None) -> None:
-    """Join the process group as one of `num_ranks` ranks.
-
-    Args:
-        rank: This process's rank, from 0.
-        num_ranks: Number of ranks.
-        address: Address of the store; see `open_rendezvous`.
-        store: The store itself, on the rank that opened it; None on the others.
-    """
-    host, _, port = address.rpartition(":")
-    os.environ["LOCAL_RANK"] = "0"  # a rank sees no device but its own
-    store = store or TCPStore(host, int(port), num_ranks, is_master=False)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
 
 
 def import_deepspeed() -> Any:

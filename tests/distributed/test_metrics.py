@@ -62,7 +62,8 @@ def test_the_exporter_says_what_the_ledger_says(
 ) -> None:
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     scraped = Scraped()
-    run_experiment(tiny_config(resources={"fleet": "ray", "device": "cpu"}), tmp_path / "première", scraped)
+    config = tiny_config(resources={"fleet": "ray", "device": "cpu", "max_workers": 1})
+    run_experiment(config, tmp_path / "première", scraped)
     assert {name for name, _, _ in scraped.samples} == EXPORTED - {"ray_semcons_clients_lost_total"}  # none was
     assert {labels["run"] for _, labels, _ in scraped.samples} == {"premi%C3%A8re"}  # Ray takes no other letters
     ledger = pd.read_parquet(tmp_path / "première" / "ledger.parquet")

@@ -30,8 +30,10 @@ def lose(reply: Reply) -> None:
 @pytest.mark.parametrize("fleet", ["local", pytest.param("ray", marks=pytest.mark.ray)])
 @pytest.mark.parametrize("algorithm", ["semantic_consensus", "fedavg_lora"])
 def test_a_garbled_message_costs_its_client_the_round_and_nobody_else(
-    tiny_config: MakeConfig, tmp_path: Path, algorithm: str, fleet: str
+    tiny_config: MakeConfig, tmp_path: Path, algorithm: str, fleet: str, request: pytest.FixtureRequest
 ) -> None:
+    if fleet == "ray":
+        request.getfixturevalue("one_cluster")
     config = tiny_config(algorithm={"name": algorithm}, resources={"fleet": fleet, "max_workers": 1})
     with pytest.raises(LostError):
         run_experiment(config, tmp_path / "run", Silent(lose))

@@ -53,7 +53,8 @@ def test_a_submitted_driver_runs_with_the_token_and_is_refused_without(
     head: tuple[str, dict[str, str]], tiny_config: Callable[..., ExperimentConfig], tmp_path: Path
 ) -> None:
     address, env = head
-    config = tiny_config(num_rounds=1, clients={"num_clients": 2}, resources={"fleet": "ray", "ray_address": "auto"})
+    resources = {"fleet": "ray", "ray_address": "auto", "max_workers": 1}
+    config = tiny_config(num_rounds=1, clients={"num_clients": 2}, resources=resources)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     deadline = time.monotonic() + 120
     while ray_job("list", "--address", address, env=env).returncode:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.u
 
 MakeConfig = Callable[..., ExperimentConfig]
 
-RAY = {"fleet": "ray", "device": "cpu"}
+RAY = {"fleet": "ray", "device": "cpu", "max_workers": 2}
 
 
 @pytest.fixture(scope="module")

@@ -319,7 +319,8 @@ def test_settings_that_say_only_where_it_runs_may_change(compared: Path, values:
 @pytest.mark.real
 @pytest.mark.ray
 def test_on_ray_runs_follow_one_another(values: dict[str, Any], tmp_path: Path) -> None:
-    experiment = {**values["experiment"], "num_rounds": 1, "resources": {"fleet": "ray", "device": "cpu"}}
+    resources = {"fleet": "ray", "device": "cpu", "max_workers": 1}
+    experiment = {**values["experiment"], "num_rounds": 1, "resources": resources}
     comparison = ComparisonConfig.model_validate(
         {"seeds": [0], "experiment": experiment, "arms": {"alone": LOCAL_ONLY}}
     )
