@@ -1042,7 +1042,7 @@ def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         mine = config.of_client(client)
         for keys, matters, needs in _EFFECTS:
             if not matters(mine):
-                yield from ((f"clients.overrides.{client}.{key}", needs) for key in keys if _has(own, key))
+                yield from ((f"clients.overrides.{client}.{key}", needs) for key in keys if _has(own, key.split(".")))
 
 
 _DEFAULTS = ExperimentConfig.model_construct()
@@ -1372,8 +1372,8 @@ def _choices(kind: Any) -> list[str]:
 def merge_settings(base: dict[str, Any], over: dict[str, Any], within: type[Settings] | None = None) -> dict[str, Any]:
     """A copy of nested settings in which those of `over` replace those of `base`.
 
-    Sections are merged, and one without settings changes nothing. A mapping that is the value of one setting, as of
-    `clients.mix`, is replaced as a whole: it could not be emptied otherwise.
+    Sections are merged, those of single clients as well, and one without settings changes nothing. A mapping that is
+    the value of one setting, as of `clients.mix`, is replaced as a whole: it could not be emptied otherwise.
 
     Args:
         base: Settings.
@@ -1385,8 +1385,18 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any], within: type[Sett
         section, old = _section(within, key), result.get(key)
         if section and isinstance(old, dict) and isinstance(value, dict | None):
             result[key] = merge_settings(old, value or {}, section)
+        elif (within, key) == (ClientsConfig, "overrides") and isinstance(old, dict) and isinstance(value, dict):
+            result[key] = _merge_overrides(old, value)
         else:
             result[key] = value
+    return result
+
+
+def _merge_overrides(base: dict[Any, Any], over: dict[Any, Any]) -> dict[str, Any]:
+    """Settings of single clients, whose ids are numbers in YAML and texts in a key of the command line."""
+    result = {str(client): own or {} for client, own in base.items()}
+    for client, own in over.items():
+        result[str(client)] = merge_settings(result.get(str(client), {}), own) if isinstance(own, dict) else own
     return result
 
 

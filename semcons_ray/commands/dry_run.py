@@ -22,6 +22,7 @@ from semcons_ray.commands.progress import Progress
 from semcons_ray.config import ExperimentConfig, changed_settings, dump_yaml
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.tables import format_seconds
+from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.assembly import LARGE_PARAMETERS, cluster
 from semcons_ray.runs.experiment import plan_experiment
 
@@ -65,7 +66,7 @@ def run(config: ExperimentConfig) -> None:
         rows += [(f"round {round}", load) for round, load in enumerate(later, start=1)]
     else:
         rows.append(("a round, on average", sum(later, Load()) * (1 / len(later))))
-    console.print(_table([*rows, ("total", forecast.total)]))
+    print_whole(console, _table([*rows, ("total", forecast.total)]))
     console.print(f"\nExact: {format_quantity(forecast.prompt_bytes, 'B')} of public prompts for a client. {ESTIMATED}")
     console.print(_duration([forecast], speed))
 
@@ -91,7 +92,7 @@ def run_many(runs: Sequence[tuple[str, ExperimentConfig]], times: int) -> None:
     total = sum((load for _, load in rows), Load())
     number = f"{len(rows)} runs" if times == 1 else f"{times} x {len(rows)} runs"
     console = _console()
-    console.print(_table([*rows, (number, total * times)]))
+    print_whole(console, _table([*rows, (number, total * times)]))
     console.print(f"\n{ESTIMATED}")
     console.print(_duration([*forecasts.values()] * times, speed))
 

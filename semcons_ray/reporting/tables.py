@@ -458,12 +458,18 @@ def format_setting(value: object) -> str:
     if isinstance(value, str) and value.startswith("{"):
         value = json.loads(value)
     if isinstance(value, dict):
-        return ", ".join(f"{share:g} {short_model_name(name)}" for name, share in value.items()) or "none"
+        return ", ".join(_format_entry(*entry) for entry in value.items()) or "none"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "null"
     if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _format_entry(name: object, value: object) -> str:
+    if isinstance(value, (int, float)):  # the share of a model
+        return f"{value:g} {short_model_name(str(name))}"
+    return f"{name} {format_setting(value)}"
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:

@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -103,16 +105,18 @@ class TensorBoard:
     """TensorBoard files in RUN/tensorboard. They are written anew when a run goes on, so no step is there twice."""
 
     def __init__(self, subject: Subject, past: Past) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import text
 
         self.past = Past(past.name)
         folder = subject.folder / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        self._file = EventsWriter(str(folder / "events"))
+        self._file = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         settings = json.dumps(subject.config, indent=2, ensure_ascii=False)
-        self._write(0, 0.0, text("config", f"```\n{settings}\n```"))
+        self._write(Event(step=0, wall_time=0.0, summary=text("config", f"```\n{settings}\n```")))
 
     @staticmethod
     def check() -> None:
@@ -120,20 +124,24 @@ class TensorBoard:
 
     def log(self, step: int, at: float, values: Mapping[str, float]) -> None:
         """See `Tracker.log`; numbers are kept as float32."""
+        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
         shown = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(step, at, Summary(value=shown))
+        self._write(Event(step=step, wall_time=at, summary=Summary(value=shown)))
 
     def close(self, *, finished: bool) -> None:
         """See `Tracker.close`."""
         self._file.close()
 
-    def _write(self, step: int, at: float, summary: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._file.write_event(Event(step=step, wall_time=at, summary=summary))
-        self._file.flush()
+    def _write(self, event: Any) -> None:
+        try:
+            self._file.write(event.SerializeToString())
+            self._file.flush()
+        except OSError:  # of a full disk, which a file that is open would keep busy
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise
 
 
 class Wandb:

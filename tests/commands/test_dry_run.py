@@ -122,7 +122,10 @@ def test_a_dry_run_says_everything_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_many_rounds_are_told_on_average(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_rounds_are_told_on_average(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["run", str(config_file), "--num_rounds", "30", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "a round, on average" in text

@@ -25,6 +25,7 @@ from semcons_ray.federation.store import ClientStore, mark
 from semcons_ray.federation.weights import pack
 from semcons_ray.messages import Answers, GlobalAdapter, PseudoLabels, PublicPrompts
 from semcons_ray.metering.ledger import Ledger, Place
+from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.packaged import resolve_model
 from tests.federation.rows import work
 
@@ -193,6 +194,7 @@ class Noted:
     """What a host needs of a language model until a client is visited; it notes what it was made of."""
 
     writes = False
+    of = classmethod(LanguageModel.of.__func__)  # type: ignore[attr-defined]
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name, self.settings = name, settings
