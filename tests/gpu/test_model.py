@@ -70,6 +70,10 @@ def test_texts_are_as_likely_as_on_the_cpu_and_gradients_are_the_same(model: Lan
     assert_near(mine, other)
 
 
+def test_clients_begin_with_the_adapter_of_the_cpu(model: LanguageModel, folder: Path) -> None:
+    assert_equal(model.fresh_adapter(), load(folder, device="cpu").fresh_adapter())
+
+
 @pytest.mark.parametrize(
     "training",
     [

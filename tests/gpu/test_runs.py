@@ -66,6 +66,14 @@ def test_joules_are_those_of_the_counter(finished: Path) -> None:
     assert 0 < measured.energy_joules.sum() <= 1.1 * gpu.power_limit_watts * seconds
 
 
+@pytest.mark.parametrize("name", ["fedprox", "scaffold"])
+def test_what_changes_gradients_works_where_they_are(name: str, make: Make, tmp_path: Path) -> None:
+    config = make(algorithm={"name": name})
+    for out in ("one", "other"):
+        run_experiment(config, tmp_path / out, Silent())
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+
+
 @pytest.mark.ray
 def test_clients_alone_and_packed_agree_to_the_last_bit(make: Make, finished: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
