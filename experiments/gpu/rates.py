@@ -41,7 +41,8 @@ def options(device: str, small: bool, models: Path, tokenizer: str | None = None
                     words += [f"--{option}", str(size)]
                 subprocess.run([sys.executable, str(OPTIONS), *words], check=True, stdout=subprocess.DEVNULL)
                 measured = json.loads(out.read_text(encoding="utf-8"))
-            found[f"{name}, {kind}"] = {key: value for key, value in measured.items() if key != "environment"}
+            del measured["environment"], measured["settings"]["model"]
+            found[f"{name}, {kind}"] = measured
     return found
 
 

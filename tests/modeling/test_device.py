@@ -100,3 +100,16 @@ def test_the_mode_of_a_gpu_ends_with_the_block_however_it_ends() -> None:
     assert torch._C._get_deterministic_fill_uninitialized_memory() == filled
     with repeatable(torch.device("cuda"), wanted=False):
         assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_model_that_cannot_repeat_its_bits_is_trained_and_a_warning_says_so(
+    model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        if model._repeats:  # as torch does on a GPU
+            raise RuntimeError("scan_cuda does not have a deterministic implementation, but you set ...")
+
+    model.model.get_base_model().register_forward_pre_hook(refuse)
+    model._rehearse_training(PAIRS, TrainingConfig(local_steps=1))
+    assert "will not train to the same bits again on a GPU: scan_cuda does not have" in caplog.text
+    assert not model._repeats
