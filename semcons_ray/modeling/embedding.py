@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from semcons_ray.errors import ModelError, first_line
+from semcons_ray.modeling.device import enough_memory
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class Embedder:
     def _compute(self, texts: Sequence[str]) -> None:
         if not texts:
             return
-        vectors = self._computed(texts)
+        with enough_memory(f"embed {self.batch_size} texts at a time", "lower server.embedding_batch_size"):
+            vectors = self._computed(texts)
         is_finite = vectors.isfinite().all(dim=1)
         if not is_finite.all():
             lost = [text for text, finite in zip(texts, is_finite.tolist(), strict=True) if not finite]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import tempfile
 from bisect import bisect_left, insort
@@ -40,10 +41,13 @@ from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import Encoded
 from semcons_ray.modeling.choices import ChoiceFormat
 from semcons_ray.modeling.decoding import Decoding
+from semcons_ray.modeling.device import enough_memory, repeatable, running_sums
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.lora import alpha_of, attach_adapter, measure_sizes
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -65,6 +69,16 @@ may not be in it."""
 
 LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
 """See `LossScale`; the numbers are torch.amp.GradScaler's."""
+
+TRAIN_WITH_LESS = (
+    "lower training.batch_size (with more training.gradient_accumulation_steps a step is as large) or "
+    "model.max_length, or set training.gradient_checkpointing; if workers share a GPU, raise resources.gpus_per_worker"
+)
+ASK_LESS = (
+    "lower generation.batch_size, generation.max_new_tokens or model.max_length; if workers share a GPU, raise "
+    "resources.gpus_per_worker"
+)
+"""What helps where memory does not suffice."""
 
 LENGTH_WINDOW = 8
 """Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
@@ -230,7 +244,10 @@ class LanguageModel:
                 value.data = value.data.float()
             elif SAVED not in key:  # such a module reads what others give it, in their dtype
                 value.data = value.data.to(self._compute_dtype)
-        self.model: Any = model.to(self.device).eval()
+        smaller = "choose a smaller model.name, a narrower model.dtype or model.quantization, or divide it by sharding"
+        with enough_memory(f"hold model {name}", smaller):
+            self.model: Any = model.to(self.device).eval()
+        self._repeats = True
         self._peft_config = model.active_peft_config
         self._lora = lora
         self._scaling = lora.alpha / alpha_of(1.0, lora.rank, lora)
@@ -263,7 +280,7 @@ class LanguageModel:
                 one_step = TrainingConfig(
                     batch_size=2, local_steps=1, gradient_checkpointing=checkpointing, packing=packing
                 )
-                self.fine_tune(self.fresh_adapter(), pairs, one_step, generator)
+                self._rehearse_training(pairs, one_step)
             self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], two_tokens, generator)
         except SemconsError:
             raise
@@ -271,6 +288,17 @@ class LanguageModel:
             how = "".join(f" with model.{key} {value}" for key, value in self._attention.items())
             why = f"{type(error).__name__}: {first_line(error)}"
             raise ModelError(f"model {self.name} cannot be trained and asked here{how}: {why}") from error
+
+    def _rehearse_training(self, pairs: Sequence[Pair], one_step: TrainingConfig) -> None:
+        """Train once; learn whether all that the model does on a GPU gives the same bits each time, as it is to."""
+        try:
+            self.fine_tune(self.fresh_adapter(), pairs, one_step, np.random.default_rng(0))
+        except RuntimeError as error:
+            if not self._repeats or "deterministic" not in str(error):
+                raise
+            logger.warning("model %s will not train to the same bits again on a GPU: %s", self.name, first_line(error))
+            self._repeats = False
+            self._rehearse_training(pairs, one_step)
 
     @torch.no_grad()
     def _check_packing(self) -> None:
@@ -389,6 +417,8 @@ class LanguageModel:
             self._seeded(generator),
             self._training_attention(training),
             self._beside(frozen),
+            repeatable(self.device, self._repeats),
+            self._room_to("train", f"training.batch_size {training.batch_size}", TRAIN_WITH_LESS),
         ):
             for step in _steps([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
                 chosen = [segment for i in step for segment in rows[i]]
@@ -472,7 +502,7 @@ class LanguageModel:
         draws = generator.random((len(prompts), generation.max_new_tokens))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
         written: dict[int, list[int]] = {}
-        with self._beside(frozen):
+        with self._beside(frozen), self._room_to("answer", f"generation.batch_size {generation.batch_size}", ASK_LESS):
             for batch in self._decoding.batches(order, [len(ids) for ids in prompt_ids], generation.batch_size):
                 rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
                 written |= zip(batch, rows, strict=True)
@@ -586,11 +616,12 @@ class LanguageModel:
         """NLL (nats) of the responses of each segment, summed over its tokens in float64, (N,)."""
         order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
         nll = torch.zeros(len(segments), dtype=torch.float64, device=self.device)
-        for start in range(0, len(order), batch_size):
-            mine, counts = self._share(order[start : start + batch_size])
-            losses = self._token_nll(self._collate([[segments[i]] for i in mine])).double()
-            rows = torch.split(losses, [segments[i].num_learnt for i in mine])
-            nll[mine] += counts * torch.stack([row.sum() for row in rows])
+        with self._room_to("score answers", f"generation.batch_size {batch_size}", ASK_LESS):
+            for start in range(0, len(order), batch_size):
+                mine, counts = self._share(order[start : start + batch_size])
+                losses = self._token_nll(self._collate([[segments[i]] for i in mine])).double()
+                rows = torch.split(losses, [segments[i].num_learnt for i in mine])
+                nll[mine] += counts * torch.stack([row.sum() for row in rows])
         return self._gathered(nll)
 
     # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
@@ -712,6 +743,11 @@ class LanguageModel:
                 parameter.grad = None
 
     # Determinism and speed --------------------------------------------------------------------------------------
+
+    def _room_to(self, work: str, size: str, remedy: str) -> AbstractContextManager[None]:
+        """See `enough_memory`."""
+        lengths = f"model.max_length {self._max_length}"
+        return enough_memory(f"{work} with model {self.name} at {size} and {lengths}", remedy)
 
     @contextmanager
     def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
@@ -850,7 +886,7 @@ def _chosen(logits: Tensor, generation: GenerationSettings, draws: NDArray[np.fl
     if generation.top_p < 1:
         logits = TopPLogitsWarper(generation.top_p)(None, logits)
     # torch.multinomial would draw a number for each token of the vocabulary, which takes longer than the softmax.
-    quantiles = torch.softmax(logits, dim=1).cumsum(dim=1)
+    quantiles = running_sums(torch.softmax(logits, dim=1))
     last = quantiles[:, -1:]
     # A draw that rounds to 1 would lie behind all quantiles, and the last token may be one that was left out.
     below = last.nextafter(torch.zeros_like(last))

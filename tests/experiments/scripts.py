@@ -2,11 +2,15 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 
 def load_script(name: str, file: str = "run.py") -> ModuleType:
-    """The module experiments/NAME/FILE."""
+    """The module experiments/NAME/FILE, which may import others of its folder."""
     path = Path(__file__).parents[2] / "experiments" / name / file
     spec = importlib.util.spec_from_file_location(f"experiments_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(module)
     return module

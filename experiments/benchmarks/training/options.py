@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="packaged:smollm2-135m-instruct")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attention", help="model.attn_implementation; left to transformers by default.")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--examples", type=int, default=96)
@@ -99,6 +100,7 @@ def main() -> None:
         dtype="bfloat16",
         device=args.device,
         max_length=args.max_length,
+        attn_implementation=args.attention,
         trainings=[TrainingConfig(packing=True, gradient_checkpointing=True)],
     )
     generator = np.random.default_rng(0)

@@ -33,6 +33,7 @@ class FedProx(FedAvgLora):
         def pull_back(parameters: Parameters) -> None:
             for key, parameter in parameters.items():
                 if parameter.grad is not None:
-                    parameter.grad += self.mu * (parameter - start[key].to(parameter.device))
+                    start[key] = start[key].to(parameter.device)  # stays there for the steps to come
+                    parameter.grad += self.mu * (parameter - start[key])
 
         return pull_back

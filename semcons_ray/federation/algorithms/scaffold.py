@@ -73,8 +73,11 @@ class Scaffold(FedAvgLora):
             steps += 1
             for key, parameter in parameters.items():
                 if parameter.grad is not None:
-                    memory["mean." + key] += (parameter.grad.cpu() - memory["mean." + key]) / steps
-                    parameter.grad += correction[key].to(parameter.device)
+                    # Both stay where the parameter is until all steps are done: nothing waits for a GPU.
+                    mean = memory["mean." + key] = memory["mean." + key].to(parameter.device)
+                    mean += (parameter.grad - mean) / steps
+                    correction[key] = correction[key].to(parameter.device)
+                    parameter.grad += correction[key]
 
         return correct
 
@@ -83,7 +86,7 @@ class Scaffold(FedAvgLora):
         memory = client.memory
         changes = {}
         for key, value in client.adapter.items():
-            new = memory.pop("mean." + key)
+            new = memory.pop("mean." + key).cpu()
             changes[_CONTROL + key] = new - memory.get("own." + key, torch.zeros_like(value))
             memory["own." + key] = new
             del memory["common." + key]

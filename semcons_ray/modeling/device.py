@@ -1,0 +1,78 @@
+"""What computing on a device asks for: the same bits every time, and a plain word where its memory does not suffice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from semcons_ray.errors import ModelError, first_line
+
+# cuBLAS may choose another kernel for the same product while its workspace is one that streams share. It is read at the
+# first product of a process, so it is set before there is one; a choice of the user's is kept.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+SAYS_SO = ("DefaultCPUAllocator: can't allocate memory", "ALLOC_FAILED", "out of memory")
+"""Parts of what torch says where memory does not suffice and the error is of no kind of its own."""
+
+
+@contextmanager
+def repeatable(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """While the block runs, operations on a GPU give the same bits each time.
+
+    Left to themselves, the backward passes of fused attention add up in the order in which threads come. On the CPU
+    nothing changes.
+
+    Args:
+        device: Where the block computes.
+        wanted: Whether to do this.
+
+    Raises:
+        RuntimeError: An operation cannot; torch says which, and that it is not deterministic.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    # Warned only, attention would stay as it is. Nothing here reads what it has not written, so nothing is filled.
+    mode, fills = torch.get_deterministic_debug_mode(), torch._C._get_deterministic_fill_uninitialized_memory()
+    torch.set_deterministic_debug_mode("error")
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch._C._set_deterministic_fill_uninitialized_memory(fills)
+
+
+def running_sums(rows: Tensor) -> Tensor:
+    """Sums of the first 1, 2, ... values of each row of (B, V), the same bits each time.
+
+    A GPU adds up a single row with all its threads, in an order that differs from time to time; of two rows, each in
+    order.
+    """
+    if rows.is_cuda and len(rows) == 1:
+        return rows.expand(2, -1).cumsum(dim=1)[:1]
+    return rows.cumsum(dim=1)
+
+
+@contextmanager
+def enough_memory(work: str, remedy: str) -> Iterator[None]:
+    """Say in one line what to change where the block runs out of memory, which no other try would mend.
+
+    Args:
+        work: What the memory is for, as in "not enough memory to ...".
+        remedy: Which settings to change, and how.
+
+    Raises:
+        ModelError: Memory did not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in SAYS_SO):
+            raise
+        said = ". ".join(first_line(error).split(". ")[:3])  # further ones are about torch's allocator
+        raise ModelError(f"not enough memory to {work}: {remedy} ({said})") from error

@@ -1,0 +1,50 @@
+"""Votes and embeddings on a GPU are those of the CPU."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from semcons_ray.config import RuleName
+from semcons_ray.consensus import Election, form_consensus
+from semcons_ray.modeling.embedding import Embedder
+from tests.gpu import NEEDS_GPU
+from tests.modeling.test_embedding_kinds import write_bert
+from tests.tiny import examples
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.mark.parametrize("rule", sorted({*get_args(RuleName)} - {"reference", "own_answer"}))
+@pytest.mark.parametrize("chunk_bytes", [None, 1 << 14])
+def test_a_gpu_elects_what_the_cpu_elects(rule: str, chunk_bytes: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(60, 25, 48, generator=generator) + 1, dim=2)
+    present = torch.rand(60, 25, generator=generator) < 0.8
+    present[:2] = False
+    given = {
+        "weights": torch.rand(25, generator=generator),
+        "lengths": torch.randint(1, 100, (60, 25), generator=generator),
+    }
+    priority = torch.rand(60, 25, generator=generator)
+    found = [
+        form_consensus(
+            embeddings.to(device), present, Election(rule, threshold=0.4), priority, chunk_bytes=chunk_bytes, **given
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for name in ("winner", "abstained"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name).cpu())
+    for name in ("agreement", "similarity"):
+        torch.testing.assert_close(
+            getattr(found[0], name), getattr(found[1], name).cpu(), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
+
+
+def test_texts_have_the_vectors_of_the_cpu_the_same_each_time(tmp_path: Path) -> None:
+    folder = write_bert(tmp_path, positions=64)
+    texts = [f"{row['prompt']} {row['response']}" for row in examples()[:100]]
+    on_cpu, on_gpu, again = (Embedder(folder, device=device).embed(texts).cpu() for device in ("cpu", "cuda", "cuda"))
+    assert (on_cpu * on_gpu).sum(dim=1).min() > 0.999
+    assert torch.equal(on_gpu, again)

@@ -1,0 +1,115 @@
+"""Where memory does not suffice, one line says what to lower. tests/gpu has the same on a GPU, and its bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
+from semcons_ray.errors import ModelError
+from semcons_ray.modeling.device import enough_memory, repeatable, running_sums
+from semcons_ray.modeling.embedding import Embedder
+from semcons_ray.modeling.language_model import LanguageModel, Pair
+from tests.modeling.test_embedding_kinds import write_bert
+
+PAIRS = [Pair("one", "two")] * 4
+WORKS: dict[str, tuple[Callable[[LanguageModel], object], tuple[str, ...]]] = {
+    "train": (
+        lambda model: model.fine_tune(
+            model.fresh_adapter(), PAIRS, TrainingConfig(batch_size=3), np.random.default_rng(0)
+        ),
+        ("training.batch_size 3", "training.gradient_checkpointing"),
+    ),
+    "answer": (
+        lambda model: model.generate(
+            model.fresh_adapter(), ["one"], GenerationConfig(batch_size=2), np.random.default_rng(0)
+        ),
+        ("generation.batch_size 2", "generation.max_new_tokens"),
+    ),
+    "score answers": (
+        lambda model: model.negative_log_likelihood(model.fresh_adapter(), PAIRS, 2),
+        ("generation.batch_size 2",),
+    ),
+    "score answers, options": (
+        lambda model: model.option_nll(model.fresh_adapter(), [("one", ("two", "three"))], 2),
+        ("generation.batch_size 2",),
+    ),
+}
+
+
+def ask_for_too_much(*_: object) -> None:
+    torch.empty(1 << 50)  # bytes that no machine has
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> LanguageModel:
+    return LanguageModel(str(tiny_llama), lora=LoraConfig(rank=2), dtype="float32", device="cpu", max_length=32)
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_settings_to_lower_are_named(work: str, model: LanguageModel) -> None:
+    do, settings = WORKS[work]
+    handle = model.model.get_base_model().register_forward_pre_hook(ask_for_too_much)
+    with pytest.raises(
+        ModelError, match=rf"^not enough memory to {work.partition(',')[0]} with model [^\n]*$"
+    ) as caught:
+        do(model)
+    for setting in (*settings, "model.max_length 32", "can't allocate memory"):
+        assert setting in str(caught.value)
+    handle.remove()
+    do(model)  # it is left as it was
+
+
+def test_the_server_names_its_batch_size(tmp_path: Path) -> None:
+    embedder = Embedder(write_bert(tmp_path, positions=64), batch_size=5)
+    embedder.model.register_forward_pre_hook(ask_for_too_much)
+    with pytest.raises(ModelError, match=r"^not enough memory to embed 5 texts .*server\.embedding_batch_size"):
+        embedder.embed(["one"])
+
+
+def test_a_gpus_own_error_is_cut_to_what_concerns_the_user() -> None:
+    said = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79.18 GiB of which 1.20 GiB is free. If reserved"
+    with (
+        pytest.raises(ModelError, match=r"of which 1\.20 GiB is free\)$"),
+        enough_memory("do it", "lower that"),
+    ):
+        raise torch.OutOfMemoryError(said)
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("do it", "lower that"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_on_the_cpu_torch_is_left_as_it_is() -> None:
+    with repeatable(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    rows = torch.rand(1, 10)
+    assert torch.equal(running_sums(rows), rows.cumsum(dim=1))
+
+
+def test_the_mode_of_a_gpu_ends_with_the_block_however_it_ends() -> None:
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
+    with pytest.raises(KeyError), repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch._C._get_deterministic_fill_uninitialized_memory() == filled
+    with repeatable(torch.device("cuda"), wanted=False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_model_that_cannot_repeat_its_bits_is_trained_and_a_warning_says_so(
+    model: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        if model._repeats:  # as torch does on a GPU
+            raise RuntimeError("scan_cuda does not have a deterministic implementation, but you set ...")
+
+    model.model.get_base_model().register_forward_pre_hook(refuse)
+    model._rehearse_training(PAIRS, TrainingConfig(local_steps=1))
+    assert "will not train to the same bits again on a GPU: scan_cuda does not have" in caplog.text
+    assert not model._repeats
