@@ -243,11 +243,19 @@ class DataConfig(Settings):
     examples_per_client: int = Field(
         48,
         ge=1,
-        description="Private examples that each client holds; with partition quantity their mean, with natural the "
-        "most.",
+        description="Examples that each client has; with partition quantity their mean, with natural the most. "
+        "It trains on them, but for those of data.client_test_fraction.",
     )
     num_test: int = Field(
         48, ge=1, description="Examples in the held-out test set, the same for all clients and never trained on."
+    )
+    client_test_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of its examples that each client holds out as a test set of its own, on which its model is "
+        "measured as well (column own_nll). 0: none, but with partition natural a client's own test set is what "
+        "data.test_source has of it, up to num_test examples.",
     )
     max_response_chars: int = Field(
         400, ge=1, description="Examples whose response has more characters are left out, and counted in the report."
@@ -1460,6 +1468,7 @@ _ELSEWHERE = {
     "r": "model.lora.rank",
     "rounds": "num_rounds",
     "strategy": "algorithm.name",
+    "test_size": "data.client_test_fraction",
     "stop_strings": "generation.stop",
     "torch_dtype": "model.dtype",
     "train_batch_size": "training.batch_size",

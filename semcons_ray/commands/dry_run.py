@@ -152,6 +152,8 @@ def _sections(forecast: Forecast) -> Iterator[tuple[str, str]]:
         shares.append(f"client {clients[0]}: {size}" if len(clients) == 1 else
                       f"clients {clients[0]} to {clients[-1]}: {size} each")  # fmt: skip
     numbers = [*shares, f"public prompts: {len(plan.split.public)}", f"test set: {len(plan.split.test)}"]
+    if plan.split.client_test:
+        numbers.append(f"clients' own test sets: {sum(map(len, plan.split.client_test))}")
     yield "data", "\n".join([*map(str, plan.tallies), f"examples of {'; '.join(numbers)}"])
     yield "placement", plan.described
 

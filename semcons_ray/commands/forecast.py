@@ -245,14 +245,26 @@ class Forecast:
 
     def _base(self) -> dict[int, Load]:
         first = {model: client for client, model in reversed([*enumerate(self.models)])}
-        return {client: self._evaluation(client) for client in first.values()}
+        loads = {client: self._evaluation(client) for client in first.values()}
+        return self._with_own_tests(loads, range(len(self.models)))
 
     def _round(self, round: int) -> dict[int, Load]:
         loads = {
             client: self._training(client, round) + self._traffic(client, round) for client in self.participants[round]
         }
-        for client in self._measured(round):
+        measured = self._measured(round)
+        for client in measured:
             loads[client] = loads.get(client, Load()) + self._evaluation(client)
+        # One model is measured for all that have it, but each on its own test set.
+        everyone = self._sends_weights(round) or self.config.algorithm.name == "centralized"
+        return self._with_own_tests(loads, (range(len(self.models)) if everyone else measured) if measured else ())
+
+    def _with_own_tests(self, loads: dict[int, Load], clients: Sequence[int]) -> dict[int, Load]:
+        """Loads with those of scoring clients' own test sets."""
+        own = dict(enumerate(self.plan.split.client_test))
+        for client in clients:
+            scored = len(own.get(client, ())) * self._lengths[client].test
+            loads[client] = loads.get(client, Load()) + Load(scored=scored)
         return loads
 
     def _measured(self, round: int) -> Sequence[int]:

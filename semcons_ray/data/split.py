@@ -6,6 +6,7 @@ public prompts may come from sources of their own, each shuffled by itself):
 - The test set has the data's own category mix. It depends on the data, `num_test` and the seed only.
 - Private shares are taken from the front of what is left. They do not depend on the public prompts. With partitions
   `iid` and `dirichlet`, a client's share stays the same when clients are added.
+- A client that has a test set of its own (`client_test_fraction`) holds out the end of its share.
 - Public prompts are taken from the back of what is then left, ordered by the selection. The prompts of a budget are
   the first of any larger budget's.
 """
@@ -55,15 +56,19 @@ class DataSplit:
         private: Examples of each client, by client id.
         public: Public prompts, by prompt id. No client sees their responses, but for the control rule `reference`.
         test: The held-out test set, the same for all clients.
+        client_test: Examples of each client's own test set, by client id; none is trained on. A client may have none,
+            and the tuple is empty if all have none.
     """
 
     private: tuple[tuple[Example, ...], ...]
     public: tuple[Example, ...]
     test: tuple[Example, ...]
+    client_test: tuple[tuple[Example, ...], ...] = ()
 
     def examples(self) -> list[Example]:
-        """All examples: private, public and test."""
-        return [*(example for share in self.private for example in share), *self.public, *self.test]
+        """All examples, whatever they are for."""
+        shares = (*self.private, self.public, self.test, *self.client_test)
+        return [example for share in shares for example in share]
 
 
 def divide(
@@ -93,14 +98,14 @@ def divide(
         DataError: There are too few examples, or too few categories or owners for the partition.
     """
     budget = {f"prompts.budget {prompts.budget}": prompts.budget}
-    held_out = {f"data.num_test {data.num_test}": data.num_test}
+    tests = {f"data.num_test {data.num_test}": data.num_test}
     size = data.examples_per_client
     shares = {f"{num_clients} clients x data.examples_per_client {size}": num_clients * size}
     if data.partition == "natural":  # of which each owner has as many as it has
         shares = {}
-    _check_enough(source, ({} if public else budget) | ({} if test else held_out) | shares)
+    _check_enough(source, ({} if public else budget) | ({} if test else tests) | shares)
     if test:
-        _check_enough(test, held_out)
+        _check_enough(test, tests)
     if public:
         _check_enough(public, budget)
     examples = _Coded.of(source.examples)
@@ -110,7 +115,8 @@ def divide(
         order, tested = _without(order, first), examples.chosen(first)
     else:
         others = _Coded.of(test.examples)
-        tested = others.chosen(proportional(_shuffled(others, seed, _TEST), others.category)[: data.num_test])
+        offered = _shuffled(others, seed, _TEST)
+        tested = others.chosen(proportional(offered, others.category)[: data.num_test])
     private = private_shares(
         order,
         examples.category,
@@ -138,9 +144,27 @@ def divide(
         selection=prompts.selection,
         embed=lambda indices: embed([text_of(example.prompt) for example in asked.chosen(indices)]),
     )
+    sizes = [_num_held_out(len(share), data.client_test_fraction) for share in private]
+    trained = [examples.chosen(share[: len(share) - size]) for share, size in zip(private, sizes, strict=True)]
+    held_out = [examples.chosen(share[len(share) - size :]) for share, size in zip(private, sizes, strict=True)]
+    if test is not None and data.partition == "natural" and not data.client_test_fraction:
+        found = others.chosen(offered)
+        held_out = [_of_owner(found, share[0].owner)[: data.num_test] for share in trained]
     return DataSplit(
-        private=tuple(examples.chosen(share) for share in private), public=asked.chosen(chosen), test=tested
+        private=tuple(trained),
+        public=asked.chosen(chosen),
+        test=tested,
+        client_test=tuple(held_out) if any(held_out) else (),
     )
+
+
+def _of_owner(examples: Sequence[Example], owner: str) -> tuple[Example, ...]:
+    return tuple(example for example in examples if example.owner == owner)
+
+
+def _num_held_out(size: int, fraction: float) -> int:
+    """How many examples of a share are held out: at least one, where there is one left to train on."""
+    return min(max(int(fraction * size + 0.5), 1), size - 1) if fraction else 0
 
 
 def _check_enough(source: DataSet, wanted: Mapping[str, int]) -> None:
@@ -185,8 +209,8 @@ def pooled(split: DataSplit) -> DataSplit:
 
 
 def write_split(split: DataSplit, path: Path) -> None:
-    """Write data.parquet: columns role (private, public or test), client_id (-1 unless private), and those of
-    `Example`; the prompt is there as one text, and, if it is a conversation, as its turns.
+    """Write data.parquet: columns role (private, public, test or client_test), client_id (-1 for public and test), and
+    those of `Example`; the prompt is there as one text, and, if it is a conversation, as its turns.
 
     It is written under another name and renamed, so the file is either whole or not there.
 
@@ -196,6 +220,7 @@ def write_split(split: DataSplit, path: Path) -> None:
     rows = [("private", client, example) for client, share in enumerate(split.private) for example in share]
     rows += [("public", -1, example) for example in split.public]
     rows += [("test", -1, example) for example in split.test]
+    rows += [("client_test", client, example) for client, share in enumerate(split.client_test) for example in share]
     columns: dict[str, list[Any]] = {"role": [row[0] for row in rows], "client_id": [row[1] for row in rows]}
     for name in ("response", "category", "options", "owner"):
         columns[name] = [getattr(example, name) for _, _, example in rows]
@@ -232,10 +257,17 @@ def read_split(path: Path) -> DataSplit:
         example = Example(prompt, response, category, tuple(options), owner)
         groups.setdefault((role, client), []).append(example)
     public, test = groups.pop(("public", -1), []), groups.pop(("test", -1), [])
-    if not (public and test and groups) or set(groups) != {("private", client) for client in range(len(groups))}:
+    own = {client: groups.pop((role, client)) for role, client in [*groups] if role == "client_test"}
+    clients = range(len(groups))
+    unknown = {*own} - {*clients}
+    if not (public and test and groups) or unknown or {*groups} != {("private", client) for client in clients}:
         raise RunFolderError(f"{path} is not a whole split; start the run again in a new folder")
-    private = tuple(tuple(groups["private", client]) for client in range(len(groups)))
-    return DataSplit(private=private, public=tuple(public), test=tuple(test))
+    return DataSplit(
+        private=tuple(tuple(groups["private", client]) for client in clients),
+        public=tuple(public),
+        test=tuple(test),
+        client_test=tuple(tuple(own.get(client, ())) for client in clients) if own else (),
+    )
 
 
 def _without(order: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:

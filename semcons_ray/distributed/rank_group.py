@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from semcons_ray.data.examples import Example
 from semcons_ray.distributed.cluster import actor_options
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.worker import WorkerActor
@@ -65,9 +66,9 @@ class RankGroup:
         reply: bytes = self._all("visit", client_id, round, downlink, evaluate)
         return reply
 
-    def measure(self, client_id: int, round: int, downlink: bytes) -> bytes:
+    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> bytes:
         """See `WorkerActor.measure`."""
-        reply: bytes = self._all("measure", client_id, round, downlink)
+        reply: bytes = self._all("measure", client_id, round, downlink, examples)
         return reply
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:

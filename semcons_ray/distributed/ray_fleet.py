@@ -23,6 +23,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from semcons_ray.data.examples import Example
 from semcons_ray.distributed.cluster import actor_options, passed_on
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
@@ -150,6 +151,16 @@ class RayFleet:
         """See `Fleet.measure`."""
         return self._ask(
             round, downlinks, lambda actor, client, downlink: actor.measure.remote(client, round, downlink)
+        )
+
+    def measure_on(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    ) -> Iterator[Reply]:
+        """See `Fleet.measure_on`."""
+        return self._ask(
+            round,
+            downlinks,
+            lambda actor, client, downlink: actor.measure.remote(client, round, downlink, examples[client]),
         )
 
     def _ask(self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]) -> Iterator[Reply]:

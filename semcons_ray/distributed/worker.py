@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import ray
 
+from semcons_ray.data.examples import Example
 from semcons_ray.distributed.cluster import see_booked_gpus
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol
@@ -75,9 +76,9 @@ class WorkerActor:
         """See `Host.visit`; the `Reply` is returned as MessagePack, which is faster than pickling."""
         return msgspec.msgpack.encode(self._loaded().visit(client_id, round, downlink, evaluate))
 
-    def measure(self, client_id: int, round: int, downlink: bytes) -> bytes:
+    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> bytes:
         """See `Host.measure`; the `Reply` is encoded as in `visit`."""
-        return msgspec.msgpack.encode(self._loaded().measure(client_id, round, downlink))
+        return msgspec.msgpack.encode(self._loaded().measure(client_id, round, downlink, examples))
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         """See `Host.export_adapter`."""

@@ -59,6 +59,8 @@ METRICS: dict[str, Metric] = {
 }
 ALWAYS = ("nll", "bits_per_byte")
 """What is measured whatever is asked for, since arms and clients are compared by it."""
+OWN_METRICS = {f"own_{key}": key for key in ALWAYS}
+"""Columns of metrics.parquet for clients' own test sets, where there are some, and what they measure on them."""
 
 
 def metrics_of(settings: Iterable[str]) -> list[str]:

@@ -204,6 +204,16 @@ class Client:
                     tasks = self.harness.scores(model, self.model.name)
         return Evaluation(score.nll, score.num_tokens, score.num_bytes, tuple(answers), tuple(options), tasks)
 
+    def score(self, round: int, examples: Sequence[Example]) -> Evaluation:
+        """Score the reference answers of examples."""
+        pairs = [Pair(example.prompt, example.response) for example in examples]
+        with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
+            score = self.model.negative_log_likelihood(
+                self.adapter, pairs, self.generation.batch_size, frozen=self.frozen
+            )
+            work.tokens = score.processed_tokens
+        return Evaluation(score.nll, score.num_tokens, score.num_bytes, ())
+
     def check_finite(self, evaluation: Evaluation | None) -> None:
         """Check that training loss, adapter and test score are finite.
 

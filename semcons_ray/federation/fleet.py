@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, QuorumError, UserError
 from semcons_ray.evaluation.harness import TaskScore
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter
@@ -200,6 +201,12 @@ class Fleet(Visitor, Protocol):
         """How much each energy counter of each metered node went up since the last call."""
         ...
 
+    def measure_on(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    ) -> Iterator[Reply]:
+        """Score `examples` by client instead of the test set, and nothing else; in all else as `measure`."""
+        ...
+
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """Write, for PEFT, the adapter with which each client in `downlinks` would start `round` to folder/client_NNN.
 
@@ -237,7 +244,7 @@ class Host(Protocol):
         """Visit one client."""
         ...
 
-    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
         """Evaluate the model that a client has once it gets `downlink` after a round; see `ClientHost.measure`."""
         ...
 
@@ -291,6 +298,16 @@ class LocalFleet:
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
         """See `Fleet.measure`."""
         return self._ask(round, downlinks, lambda host, client, downlink: host.measure(client, round, downlink))
+
+    def measure_on(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    ) -> Iterator[Reply]:
+        """See `Fleet.measure_on`."""
+        return self._ask(
+            round,
+            downlinks,
+            lambda host, client, downlink: host.measure(client, round, downlink, examples[client]),
+        )
 
     def _ask(
         self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Host, int, bytes], Reply]

@@ -8,7 +8,7 @@ replaced by any other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,18 +181,18 @@ class ClientHost:
         self.store.save(client.state(), reply)
         return reply
 
-    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
+    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
         """Evaluate the model with which the client would start the round after `round`; its stored state is not
         changed.
 
-        For round 0 that is the base model.
+        For round 0 that is the base model. Where there are `examples`, they alone are scored, and nothing is answered.
 
         Raises:
             ClientError: The client failed; the message says which, in which round, and why.
         """
         with self._failures(client_id, round):
             client = self._before(client_id, round + 1, downlink)
-            evaluation = client.evaluate(round)
+            evaluation = client.score(round, examples) if examples else client.evaluate(round)
             if round:
                 client.check_finite(evaluation)
         return self._reply(client, round, b"", evaluation)

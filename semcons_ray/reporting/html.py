@@ -79,6 +79,7 @@ def render_report(run: Run) -> str:
         setting=describe_setting(run.config),
         headlines=headlines(run),
         clients=clients.reset_index().to_dict("records"),
+        has_own_tests=f"own_{run.loss}" in run.metrics,
         loss=run.loss,
         loss_name=SHORT_NAMES[run.loss],
         as_of=as_of,

@@ -27,7 +27,7 @@ from semcons_ray.data.losses import Tally
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.evaluation.harness import PREFIX, STDERR
-from semcons_ray.evaluation.metrics import METRICS, metrics_of
+from semcons_ray.evaluation.metrics import METRICS, OWN_METRICS, metrics_of
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.intervals import INTERVALS, changes
@@ -284,13 +284,14 @@ def quality(metrics: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Index client_id; columns model, last_round (the round of the last measurement, 0 for a client that was never
         measured after training, whose last is then the base model's), base_M, last_M and change_M (last - base) for M
-        in `DEFAULT_METRICS`; NaN where there is no measurement, or it is no number.
+        in `DEFAULT_METRICS`, and for own_nll and own_bits_per_byte where clients have test sets of their own; NaN where
+        there is no measurement, or it is no number.
     """
     clients = metrics.sort_values("round")
     last = clients.drop_duplicates("client_id", keep="last").set_index("client_id").sort_index()
     base = clients[clients["round"] == 0].set_index("client_id").reindex(last.index)
     table = last[["model", "round"]].rename(columns={"round": "last_round"})
-    for metric in DEFAULT_METRICS:
+    for metric in [*DEFAULT_METRICS, *(name for name in OWN_METRICS if name in metrics)]:
         table[f"base_{metric}"] = base[metric]
         table[f"last_{metric}"] = last[metric]
         table[f"change_{metric}"] = last[metric] - base[metric]

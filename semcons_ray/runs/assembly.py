@@ -168,8 +168,18 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     split = divide(
         source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed, test=test, public=public
     )
+    folder.write_tallies([*tallies, *_held_out(split)])
     write_split(split, folder.data)
     return split
+
+
+def _held_out(split: DataSplit) -> Iterator[Tally]:
+    """How many of the clients' examples are their own test sets."""
+    if split.client_test:
+        trained, tested = (sum(map(len, shares)) for shares in (split.private, split.client_test))
+        alone = sum(not share for share in split.client_test)
+        why = Reason(words="in clients' own test sets" + (f", of which {alone} clients have none" if alone else ""))
+        yield Tally.of("clients", "examples left out of training", trained + tested, {why: tested})
 
 
 def _load_sources(

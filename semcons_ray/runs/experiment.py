@@ -20,7 +20,7 @@ from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.placement import Node, describe_plan
 from semcons_ray.errors import ModelError
-from semcons_ray.evaluation.metrics import metrics_of, score_items, value
+from semcons_ray.evaluation.metrics import OWN_METRICS, metrics_of, score_items, value
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Fleet, Reply, RoundOutcome
 from semcons_ray.federation.randomness import Cohort
@@ -237,6 +237,7 @@ class Rounds:
         else:
             evaluate = round in config.evaluation.rounds(config.num_rounds)
             outcome = self.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
+        own, own_rows = self._measure_own(round, outcome)
         verdict = outcome.verdict
         if verdict:
             self.folder.write_table(f"consensus/round_{round:03d}.parquet", _consensus_table(verdict))
@@ -256,8 +257,8 @@ class Rounds:
                 if verdict
                 else math.nan,
             ),
-            metrics=tuple(self._metrics(round, outcome)),
-            ledger=tuple(self._ledger(round, outcome, started_at, ended_at)),
+            metrics=tuple(self._metrics(round, outcome, own)),
+            ledger=tuple(self._ledger(round, outcome, own_rows, started_at, ended_at)),
         )
         return commit, outcome.next_state
 
@@ -277,8 +278,48 @@ class Rounds:
         evaluations = {client: measured.get(model) for client, model in enumerate(models)}
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
-    def _metrics(self, round: int, outcome: RoundOutcome) -> Iterator[MetricsRow]:
-        """A row for each client that was measured; what each test item gave is written to the run's folder."""
+    def _measure_own(self, round: int, outcome: RoundOutcome) -> tuple[dict[int, dict[str, float]], list[LedgerRow]]:
+        """Measure the clients that were measured on test sets of their own as well, where they have some.
+
+        Returns:
+            Further metrics by client, and the ledger's rows of that work.
+        """
+        tests = dict(enumerate(self.split.client_test))
+        alone = self.placement.config.algorithm.name == "centralized"  # client 0 has the model of all
+        asked: dict[int, list[int]] = {}
+        for client in sorted(outcome.evaluations):
+            if outcome.evaluations[client] and tests.get(client):
+                asked.setdefault(0 if alone else client, []).append(client)
+        own: dict[int, dict[str, float]] = {}
+        rows: list[LedgerRow] = []
+        if asked:
+            examples = {who: [one for client in clients for one in tests[client]] for who, clients in asked.items()}
+            downlinks: Mapping[int, bytes] = dict.fromkeys(asked, b"")
+            if round:
+                downlinks = self.algorithm.downlinks(round + 1, outcome.next_state, [*asked])
+            for reply in self.fleet.measure_on(round, downlinks, examples):
+                rows += reply.rows
+                if scored := reply.evaluation:
+                    items = pd.DataFrame(
+                        {"nats": scored.nll, "num_tokens": scored.num_tokens, "num_bytes": scored.num_bytes}
+                    )
+                    clients = asked[reply.client_id]
+                    whose = np.repeat(clients, [len(tests[client]) for client in clients])
+                    for client in clients:
+                        mine = items[whose == client]
+                        own[client] = {column: value(mine, key) for column, key in OWN_METRICS.items()}
+        return own, rows
+
+    def _metrics(
+        self, round: int, outcome: RoundOutcome, own: Mapping[int, Mapping[str, float]]
+    ) -> Iterator[MetricsRow]:
+        """A row for each client that was measured; what each test item gave is written to the run's folder.
+
+        Args:
+            round: The round.
+            outcome: Its outcome.
+            own: Metrics on clients' own test sets.
+        """
         config = self.placement.config
         replies = {reply.client_id: reply for reply in outcome.replies}
         tables: dict[int, pd.DataFrame] = {}  # by identity, since clients may share one evaluation
@@ -306,7 +347,7 @@ class Rounds:
                 train_loss=reply.train_loss if reply else math.nan,
                 num_private=len(self.split.private[client_id]),
                 num_pseudo_labels=reply.num_pseudo_labels if reply else 0,
-                others=others,
+                others={**others, **own.get(client_id, {})},
             )
 
     def _items(self, round: int, measured: Evaluation) -> pd.DataFrame:
@@ -325,9 +366,11 @@ class Rounds:
             option_nll=measured.option_nll,
         )
 
-    def _ledger(self, round: int, outcome: RoundOutcome, started_at: float, ended_at: float) -> list[LedgerRow]:
+    def _ledger(
+        self, round: int, outcome: RoundOutcome, own_rows: Sequence[LedgerRow], started_at: float, ended_at: float
+    ) -> list[LedgerRow]:
         rows = [row for reply in outcome.replies for row in reply.rows]
-        rows += [*outcome.rows, *(outcome.verdict.rows if outcome.verdict else ())]
+        rows += [*outcome.rows, *own_rows, *(outcome.verdict.rows if outcome.verdict else ())]
         rows += self.server.take_rows()
         rows += idle_rows(rows, round, started_at, ended_at, self.fleet.workers)
         return apportion(rows, self._windows(), self.placement.draws)

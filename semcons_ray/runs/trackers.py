@@ -18,7 +18,7 @@ from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, write_file
 from semcons_ray.tracking.trackers import TRACKERS, Past, Subject, Tracker
 
-_OF_TOKENS = ("nll", "perplexity", "train_loss")
+_OF_TOKENS = ("nll", "own_nll", "perplexity", "train_loss")
 """Columns in nats a token, which have a mean only over clients of one model."""
 _COUNTS = ("num_private", "num_pseudo_labels")
 _NO_MEASUREMENT = ("round", "client_id", "started_at")

@@ -201,6 +201,43 @@ def test_more_clients_add_to_the_owners_that_were_drawn(num_clients, seed):
     assert all(shares[share[0].owner] == share for share in few.private)
 
 
+@given(
+    partition=st.sampled_from(PARTITIONS),
+    fraction=st.sampled_from([0.01, 0.25, 0.5, 0.99]),
+    examples_per_client=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_clients_own_test_sets_are_parts_of_their_shares_and_change_nothing_else(
+    partition, fraction, examples_per_client, seed
+):
+    settings = {"partition": partition, "examples_per_client": examples_per_client, "seed": seed}
+    whole, own = split(**settings), split(client_test_fraction=fraction, **settings)
+    assert (own.test, own.public) == (whole.test, whole.public)
+    tested = own.client_test or ((),) * 3
+    assert tuple((*mine, *held) for mine, held in zip(own.private, tested, strict=True)) == whole.private
+    for share, held in zip(whole.private, tested, strict=True):
+        most = max(len(share) - 1, 0)
+        assert len(held) == min(max(int(fraction * len(share) + 0.5), 1), most)
+    more = split(client_test_fraction=fraction, budget=40, **settings)
+    assert (more.private, more.client_test, more.public[:20]) == (own.private, own.client_test, own.public)
+
+
+def test_a_client_is_tested_on_what_the_test_source_has_of_it():
+    examples = [*owned({"ann": 30, "bob": 20, "cem": 9}), *(Example(f"nobody {n}", "r") for n in range(20))]
+    test = [*(Example(f"{name} asks {n}", "r", owner=name) for name in ("bob", "ann", "dan") for n in range(8))]
+    settings = {"partition": "natural", "num_clients": 3, "examples_per_client": 8, "test": test}
+    one = split(examples, num_test=6, **settings)
+    assert [{example.owner for example in share} for share in one.client_test] == [{"ann"}, {"bob"}, set()]
+    assert [len(share) for share in one.client_test] == [6, 6, 0]
+    assert {example for share in one.client_test for example in share} <= set(test)
+    fewer = split(examples, num_test=3, **settings)
+    assert [share[:3] for share in one.client_test] == list(fewer.client_test)
+    held_out = split(examples, num_test=6, client_test_fraction=0.25, **settings)
+    assert [{example.owner for example in share} for share in held_out.client_test] == [{"ann"}, {"bob"}, {"cem"}]
+    assert not split(examples, num_test=6, **{**settings, "partition": "iid"}).client_test
+    assert not split(examples, num_test=6, **{**settings, "test": [Example("x", "r") for _ in range(6)]}).client_test
+
+
 def test_all_examples_can_be_used():
     one = split(num_clients=10, examples_per_client=20, num_test=50, budget=50)
     assert set(members(one)) == set(EXAMPLES)
@@ -224,10 +261,12 @@ def test_data_without_categories_can_be_divided_but_not_by_category():
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_what_is_written_is_read_again(tmp_path, partition):
-    one = split(partition=partition)
-    write_split(one, tmp_path / "data.parquet")
-    assert read_split(tmp_path / "data.parquet") == one
-    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
+    for fraction in (0.0, 0.25):
+        one = split(partition=partition, client_test_fraction=fraction)
+        assert any(one.client_test) == (fraction > 0)
+        write_split(one, tmp_path / "data.parquet")
+        assert read_split(tmp_path / "data.parquet") == one
+        assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
 
 
 def test_columns_of_the_file(tmp_path):
@@ -278,6 +317,12 @@ def test_a_missing_or_cut_off_file_is_an_error_of_the_run_folder(tmp_path):
         lambda table: table.filter(pa.compute.not_equal(table["role"], "private")),
         lambda table: table.filter(pa.compute.not_equal(table["client_id"], 1)),
         lambda table: table.set_column(0, "role", pa.array(["secret"] * len(table))),
+        lambda table: pa.concat_tables(
+            [
+                table,
+                table[:1].set_column(0, "role", pa.array(["client_test"])).set_column(1, "client_id", pa.array([3])),
+            ]
+        ),
         lambda table: table.set_column(1, "client_id", pa.array([0.0] * len(table))),
         lambda table: table.set_column(3, "response", pa.array([None] * len(table), pa.string())),
     ],

@@ -3,10 +3,11 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from semcons_ray.data.examples import Example
 from semcons_ray.errors import ModelError, NotFiniteError
 from semcons_ray.federation.fleet import Reply
 
@@ -56,8 +57,9 @@ class FakeHost:
             num_pseudo_labels=0, evaluation=None, rows=(),
         )  # fmt: skip
 
-    def measure(self, client_id: int, round: int, downlink: bytes) -> Reply:
-        return self.visit(client_id, round, b"measured " + downlink, True)
+    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
+        scored = "".join(f"{example.prompt} " for example in examples).encode()
+        return self.visit(client_id, round, b"measured " + scored + downlink, True)
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

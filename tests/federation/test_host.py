@@ -113,8 +113,11 @@ def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(m
         assert (reply.client_id, reply.round, reply.uplink, reply.num_private) == (0, round, b"", 3)
         assert math.isnan(reply.train_loss)
         assert work(reply.rows, *COLUMNS) == [("evaluate", round, 0, *HERE, 0, 0)]
+        of_test = reply.evaluation.nll, reply.evaluation.num_tokens, reply.evaluation.num_bytes
     assert base.evaluation is not None
     assert base.evaluation == host.measure(0, 0, b"").evaluation
+    other = host.measure(0, 2, b"", spec.test[1:]).evaluation
+    assert (other, len(spec.test)) == (Evaluation(*(values[1:] for values in of_test), ()), 2)
     assert base.evaluation.nll_sum > (first.evaluation or base.evaluation).nll_sum
     assert stored == {path: path.read_bytes() for path in spec.state.rglob("*") if path.is_file()}
 

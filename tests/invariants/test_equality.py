@@ -36,6 +36,7 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
     [
         {
             "clients": {"num_clients": 4, "participation": 0.75},
+            "data": {"client_test_fraction": 0.25},
             "algorithm": {"rule": "random_client", "agreement_threshold": 0.3},
             "training": {"keep_optimizer": True},
             "generation": {"temperature": 1.0},

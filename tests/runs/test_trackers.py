@@ -31,7 +31,7 @@ def commit(round: int, *metrics: MetricsRow, ledger: tuple[LedgerRow, ...] = ())
     return Commit(summary=summary, metrics=metrics, ledger=ledger)
 
 
-def row(round: int, client: int, model: str = "m", **values: float) -> MetricsRow:
+def row(round: int, client: int, model: str = "m", **values: Any) -> MetricsRow:
     return MetricsRow(**metrics_row(round, client, model, **values))
 
 
@@ -50,10 +50,12 @@ def test_a_mean_counts_a_client_that_was_not_measured_with_its_last_measurement(
 
 
 def test_nats_a_token_of_several_models_have_no_mean() -> None:
-    values = Series().add(commit(0, row(0, 0, "m", bits_per_byte=1.0), row(0, 1, "n", bits_per_byte=2.0)))
-    assert values["mean/bits_per_byte"] == 1.5
-    assert {"client_0/nll", "client_1/perplexity", "mean/rouge_l"} <= values.keys()
-    assert not {"mean/nll", "mean/perplexity", "mean/train_loss"} & values.keys()
+    own = [{"own_nll": 3.0, "own_bits_per_byte": bits} for bits in (4.0, 5.0)]
+    rows = (row(0, 0, "m", bits_per_byte=1.0, others=own[0]), row(0, 1, "n", bits_per_byte=2.0, others=own[1]))
+    values = Series().add(commit(0, *rows))
+    assert (values["mean/bits_per_byte"], values["mean/own_bits_per_byte"]) == (1.5, 4.5)
+    assert {"client_0/nll", "client_1/perplexity", "client_0/own_nll", "mean/rouge_l"} <= values.keys()
+    assert not {"mean/nll", "mean/own_nll", "mean/perplexity", "mean/train_loss"} & values.keys()
 
 
 def test_what_was_not_measured_is_left_out_and_so_is_its_mean() -> None:
