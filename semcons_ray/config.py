@@ -487,6 +487,12 @@ class GenerationConfig(Settings):
     top_k: int = Field(
         0, ge=0, description="Answers to public prompts are sampled from this many likeliest tokens; 0: from all."
     )
+    num_samples: int = Field(
+        1,
+        ge=1,
+        description="Answers that a client draws to each public prompt. All are sent and are in the vote, in which the "
+        "client's weight is divided evenly over them. More than 1 need a temperature over 0.",
+    )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
         description="Texts at which an answer ends, as [Question:]; it is cut before the first of them. Empty: there "
@@ -873,6 +879,12 @@ class ExperimentConfig(Settings):
                 f"{where}: generation.{min(differs)} is the same for all clients with algorithm.name {name}, which "
                 "measures one model for all"
             )
+        mine = self.of_client(client).generation
+        if "temperature" in own.get("generation", {}) and mine.temperature == 0 and mine.num_samples > 1:
+            raise ValueError(
+                f"{where}: generation.num_samples {mine.num_samples} needs a generation.temperature over 0, since "
+                "greedy answers are all the same"
+            )
         common = self.model_dump(mode="json")
         common["clients"]["overrides"] = {}
         try:  # what has no effect is told with the whole key, by `without_effect`
@@ -988,6 +1000,16 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         lambda config: config.algorithm.learns_prompts and config.generation.temperature > 0,
         "answers that are sampled: generation.temperature over 0, and algorithm.name semantic_consensus or "
         "algorithm.self_labels",
+    ),
+    (
+        ("generation.num_samples",),
+        lambda config: (
+            config.algorithm.name == "semantic_consensus"
+            and config.algorithm.rule != "own_answer"
+            and config.generation.temperature > 0
+        ),
+        "answers that are sampled and sent: generation.temperature over 0, and algorithm.name semantic_consensus with "
+        "an algorithm.rule other than own_answer",
     ),
     (
         ("generation.stop",),
@@ -1467,6 +1489,7 @@ _ELSEWHERE = {
     "per_device_eval_batch_size": "generation.batch_size",
     "r": "model.lora.rank",
     "rounds": "num_rounds",
+    "num_return_sequences": "generation.num_samples",
     "strategy": "algorithm.name",
     "test_size": "data.client_test_fraction",
     "stop_strings": "generation.stop",

@@ -56,8 +56,10 @@ def text_of(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base class of all messages: encoding and decoding.
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="type"
+):
+    """Base class of all messages: encoding and decoding. A field that has its default is not encoded.
 
     Attributes:
         max_bytes: Length of the longest MessagePack map that is encoded or decoded.
@@ -124,13 +126,24 @@ class PublicPrompts(Message, frozen=True, kw_only=True, tag="public_prompts"):
 class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     """Client to server, once a round: P answers, one for each public prompt; an empty text is a missing answer.
 
-    `num_examples` is the client's number of private examples, by which weighted rules weigh clients, as FedAvg does.
+    `num_examples` is the client's number of private examples, by which weighted rules weigh clients, as FedAvg does. If
+    a client draws several answers to each prompt, `answers` has the first ones, and `further` P of each other draw.
     """
 
     round_number: Natural
     client_id: Natural
     num_examples: Positive
     answers: tuple[Text, ...]
+    further: tuple[tuple[Text, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(len(sample) != len(self.answers) for sample in self.further):
+            raise MessageError("Answers: samples of different numbers of prompts")
+
+    @property
+    def samples(self) -> tuple[tuple[str, ...], ...]:
+        """All of the client's answers: for each draw, P of them."""
+        return (self.answers, *self.further)
 
 
 class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):

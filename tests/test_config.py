@@ -197,6 +197,9 @@ def test_what_was_probably_meant(key, meant):
         ({"algorithm": {"name": "fedavg_lora", "first_exchange": 3}}, ("first_exchange 3", "algorithm.self_labels")),
         ({"algorithm": {"name": "centralized"}, "clients": {"participation": 0.5}}, ("participation", "centralized")),
         ({"algorithm": {"name": "flora"}, "generation": {"temperature": 0.5}}, ("generation.temperature", "algorithm")),
+        ({"generation": {"temperature": 0, "num_samples": 2}}, ("generation.num_samples 2", "generation.temperature")),
+        ({"algorithm": {"name": "flora"}, "generation": {"num_samples": 2}}, ("generation.num_samples 2", "algorithm")),
+        ({"algorithm": {"rule": "own_answer"}, "generation": {"num_samples": 2}}, ("num_samples 2", "own_answer")),
         ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),
         (
@@ -274,6 +277,16 @@ def test_settings_of_clients_come_from_files_and_command_lines(tmp_path):
         ({-1: {}}, {}, "clients.overrides.-1"),
         ({True: {}}, {}, "clients.overrides.1: Input should be a valid integer (got True)"),
         ({"two": {}}, {}, "clients.overrides.two"),
+        (
+            {1: {"generation": {"temperature": 0}}},
+            {"generation": {"num_samples": 4}},
+            "clients.overrides.1: generation.num_samples 4 needs a generation.temperature over 0",
+        ),
+        (
+            {1: {"generation": {"num_samples": 4}}},
+            {"algorithm": {"rule": "own_answer"}},
+            "clients.overrides.1.generation.num_samples 4 has no effect",
+        ),
         ({1: {"generation": {"engine": "vllm"}}}, {}, "generation.engine is the same for all clients"),
         (
             {1: {"training": {"local_steps": 3, "local_epochs": 2}}},
@@ -425,6 +438,7 @@ RANGES = {
     "generation.temperature": (0, -0.1),
     "generation.top_p": (0.1, 0),
     "generation.top_k": (0, -1),
+    "generation.num_samples": (1, 0),
     "generation.batch_size": (1, 0),
     "algorithm.agreement_threshold": (-1, 1.1),
     "algorithm.plurality_similarity": (1, -1.1),

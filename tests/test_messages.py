@@ -142,6 +142,24 @@ def test_size_of_adapter_updates(message):
     assert len(message.encode()) == 66 + sum(size_of_int(value) for value in integers) + size_of_bytes(message.tensors)
 
 
+def test_one_draw_is_written_as_if_there_were_never_more():
+    several = Answers(round_number=1, client_id=2, num_examples=64, answers=("Paris", ""), further=(("", "Rome"),))
+    assert several.samples == (("Paris", ""), ("", "Rome"))
+    assert EXAMPLE.samples == (("Paris", ""),)
+    assert len(several.encode()) == len(EXAMPLE.encode()) + 8 + 1 + 1 + 1 + 5
+    for compression in ("none", "zstd"):
+        assert Answers.decode(several.encode(compression)) == several
+    body = bytearray(EXAMPLE.encode())
+    body[1] += 1
+    with pytest.raises(MessageError, match="longer than need be"):
+        Answers.decode(bytes(body) + b"\xa7further\x90")
+    for bad in ((("Rome",),), (("", "Rome"), ()), (("a", "b", "c"),)):
+        with pytest.raises(MessageError, match="samples of different numbers of prompts"):
+            Answers(round_number=1, client_id=2, num_examples=64, answers=("Paris", ""), further=bad)
+    with pytest.raises(MessageError, match="Answers: samples of different numbers"):
+        Answers.decode(bytes(body) + b"\xa7further\x91\x91\xa1a")
+
+
 @given(global_adapters)
 def test_size_of_global_adapters(message):
     assert len(message.encode()) == 43 + size_of_int(message.round_number) + size_of_bytes(message.tensors)

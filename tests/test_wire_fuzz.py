@@ -53,6 +53,7 @@ EXAMPLES: dict[type[Message], Message] = {
     AdapterUpdate: AdapterUpdate(round_number=3, client_id=0, num_examples=200, tensors=TENSORS),
     GlobalAdapter: GlobalAdapter(round_number=2, tensors=TENSORS),
 }
+SEVERAL = structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS))
 
 packb = msgspec.msgpack.encode
 LONG_HEADS = (b"\xdb", b"\xc6", b"\xdd", b"\xdf", b"\xc9")  # text, bytes, array, map, extension, of 32-bit lengths
@@ -189,8 +190,9 @@ def check_right(message: Message) -> None:
 def test_a_mutant_is_refused_or_right(kind: type[Message]) -> None:
     rng = random.Random(kind.__name__)
     right = 0
+    further = [SEVERAL] * 9 if kind is Answers else []
     for _ in range(NUM_MUTANTS):
-        data = mutant(rng, rng.choice([EXAMPLES[kind]] * 9 + list(EXAMPLES.values())))
+        data = mutant(rng, rng.choice([EXAMPLES[kind]] * 9 + list(EXAMPLES.values()) + further))
         try:
             decoded = kind.decode(data)
         except MessageError as error:

@@ -293,13 +293,15 @@ class Forecast:
         if training.local_steps:
             passes = training.local_steps * training.step_size / max(examples * lengths.texts + labels, 1)
         answers = prompts if self._sends_answers(round) or (self._labels_itself and self._learns(round)) else 0
+        if self._sends_answers(round):
+            answers *= self._generation_of[client].num_samples
         return Load(trained=passes * tokens, generated=answers * lengths.answer)
 
     def _traffic(self, client: int, round: int) -> Load:
         algorithm = self.config.algorithm
         up, down = 0.0, 0.0
         if algorithm.learns_prompts and not self._labels_itself:
-            up += self._answer_bytes if self._sends_answers(round) else 0
+            up += self._answer_bytes * self._generation_of[client].num_samples if self._sends_answers(round) else 0
             down += self._label_bytes if self._learns(round) else len(NO_LABELS.encode(algorithm.compression))
         if self._sends_weights(round):
             up += self._weight_bytes(self._ranks[client])

@@ -1,6 +1,7 @@
 """Forms the consensus: elects an answer to each prompt by a rule, many prompts at a time.
 
-Legend: C clients, P prompts, D embedding dimension.
+Legend: C answers to a prompt, each a ballot: one of each client, or several samples of each; P prompts, D embedding
+dimension.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Election:
     Attributes:
         rule: A name of `config.RuleName`; `consensus.rules` says what each does.
         threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: no threshold.
-        min_votes: Least number of answers for a prompt to give a pseudo-label.
+        min_votes: Least number of clients that answered for a prompt to give a pseudo-label.
         plurality_similarity: For plurality: cosine, in [-1, 1], from which on two answers are the same opinion.
         trim: For trimmed: share of answers dropped, in [0, 0.5).
         num_byzantine: For multi_krum: number of faulty clients to tolerate.
@@ -77,11 +78,11 @@ class Consensus:
     """The elected answers, on the device of the embeddings.
 
     Attributes:
-        winner: Client whose answer was elected, (P,) int64; -1 where nobody answered.
-        agreement: Similarity of the winner's answer, whatever the rule, (P,) float32; NaN where fewer than two
+        winner: Index of the elected answer, (P,) int64; -1 where there is none.
+        agreement: Similarity of the elected answer, whatever the rule, (P,) float32; NaN where fewer than two clients
             answered.
-        similarity: Mean cosine of an answer to the other answers to its prompt, (P, C) float32; NaN where it is missing
-            or the only one.
+        similarity: Mean cosine of an answer to the other clients' answers to its prompt, (P, C) float32, in which each
+            client has the same weight, evenly over its samples; NaN where it is missing or no other client answered.
         abstained: Whether a prompt gives no pseudo-label, (P,) bool: too few clients answered it, or there is a
             threshold and its agreement is below that or undefined.
     """
@@ -99,6 +100,7 @@ def form_consensus(
     election: Election,
     priority: Tensor,
     *,
+    voters: Tensor | None = None,
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
     chunk_bytes: int | None = None,
@@ -120,7 +122,9 @@ def form_consensus(
         election: The rule and its settings.
         priority: Decides ties, (P, C), all different; the highest wins. It is to be drawn at random, so that no client
             is favoured, and is all that decides for the rule random_client.
-        weights: For weighted_medoid: weight of each client, (C,), not negative.
+        voters: The client of each answer as a number from 0, (C,) int64, a client's samples in their order: a client
+            has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
+        weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
         chunk_bytes: Memory that a chunk of prompts may take. None: 256 MiB on a GPU; on a CPU 2 MiB for each thread,
             which stays in the cache, so that a chunk is read from memory once, however often a rule goes over it.
@@ -130,26 +134,35 @@ def form_consensus(
     """
     chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**28)
     score = election.scores(chunk_bytes)
-    _check(embeddings, mask, election.rule, priority, weights, lengths)
-    num_prompts, num_clients, dimension = embeddings.shape
+    _check(embeddings, mask, election.rule, priority, voters, weights, lengths)
+    num_prompts, num_answers, dimension = embeddings.shape
     device = embeddings.device
     mask = mask.to(device)
+    of_clients = torch.arange(num_answers, device=device) if voters is None else voters.to(device)
+    shares = _shares(mask, of_clients)
     if weights is not None:
         weights = weights.to(device, torch.float32)
     priority = priority.to(device)
 
-    num_together = max(1, chunk_bytes // max(4 * num_clients * dimension, 1))
+    num_together = max(1, chunk_bytes // max(4 * num_answers * dimension, 1))
     chunks = [slice(start, start + num_together) for start in range(0, num_prompts, num_together)]
-    norms = torch.empty(num_prompts, num_clients, device=device)
-    to_all = torch.empty_like(norms)
+    norms = torch.empty(num_prompts, num_answers, device=device)
+    to_all, to_own = torch.empty_like(norms), torch.empty_like(norms)
     for here in chunks:
         vectors = _vectors(embeddings[here], mask[here])
         # The norms first: row after row is how a chunk comes into the cache fastest.
         norms[here] = torch.linalg.vector_norm(vectors, dim=2)
-        to_all[here] = rules.products(vectors.sum(dim=1, keepdim=True), vectors)
+        if voters is None:
+            to_all[here] = rules.products(vectors.sum(dim=1, keepdim=True), vectors)
+            to_own[here] = norms[here].square()
+        else:
+            votes = shares[here, :, None] * vectors
+            to_all[here] = rules.products(votes.sum(dim=1, keepdim=True), vectors)
+            centres = torch.zeros_like(votes).index_add_(1, of_clients, votes)
+            to_own[here] = (centres[:, of_clients] * vectors).sum(dim=2)
     _check_norms(norms, mask)
-    num_others = mask.sum(dim=1, keepdim=True) - 1
-    similarity = ((to_all - norms.square()) / num_others.clamp(min=1)).where(num_others > 0, 1.0).where(mask, torch.nan)
+    num_clients = shares.sum(dim=1, keepdim=True).round()
+    similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
     winner = torch.full((num_prompts,), -1, device=device)
     needs_vectors = election.rule not in rules.WITHOUT_VECTORS
@@ -158,20 +171,29 @@ def form_consensus(
             vectors=_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
             present=mask[here],
             similarity=similarity[here],
+            shares=shares[here],
+            voters=of_clients,
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
             priority=priority[here],
         )
-        elected = rules.elect(score(ballots).where(mask[here], -torch.inf), priority[here])
-        winner[here] = elected.where(mask[here].any(dim=1), -1)
+        scores = score(ballots).where(mask[here], -torch.inf)
+        winner[here] = rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
 
-    # The agreement of a single answer is undefined; it was 1 so far because rules need a score for it.
-    similarity = similarity.where(num_others > 0, torch.nan)
-    agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1)
-    abstained = mask.sum(dim=1) < election.min_votes
+    # The agreement of a client with itself is undefined; it was a number so far because rules need a score.
+    similarity = similarity.where(num_clients > 1, torch.nan)
+    agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1).where(winner >= 0, torch.nan)
+    abstained = (num_clients[:, 0] < election.min_votes) | (winner < 0)
     if election.threshold is not None:
         abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
     return Consensus(winner, agreement, similarity, abstained)
+
+
+def _shares(mask: Tensor, voters: Tensor) -> Tensor:
+    """Each answer's share of its client's vote, (P, C) float32; 0 where it is missing."""
+    present = mask.float()
+    counts = torch.zeros_like(present).index_add_(1, voters, present)
+    return present / counts[:, voters].clamp(min=1)
 
 
 def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
@@ -183,9 +205,9 @@ def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
 def _check_norms(norms: Tensor, mask: Tensor) -> None:
     off = ~((norms - 1).abs() <= NORM_TOLERANCE) & mask  # NaN is off, too
     if bool(off.any()):
-        prompt, client = off.nonzero()[0].tolist()
+        prompt, answer = off.nonzero()[0].tolist()
         raise ValueError(
-            f"embedding of prompt {prompt}, client {client} has length {float(norms[prompt, client]):.3g}, not 1"
+            f"embedding of prompt {prompt}, answer {answer} has length {float(norms[prompt, answer]):.3g}, not 1"
         )
 
 
@@ -194,6 +216,7 @@ def _check(
     mask: Tensor,
     rule: str,
     priority: Tensor,
+    voters: Tensor | None,
     weights: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
@@ -203,6 +226,10 @@ def _check(
         raise ValueError(f"mask must be bool of shape {tuple(embeddings.shape[:2])}, not {_describe(mask)}")
     if priority.shape != mask.shape:
         raise ValueError(f"priority must be of shape {tuple(mask.shape)}, not {_describe(priority)}")
+    if voters is not None and (voters.shape != embeddings.shape[1:2] or voters.dtype != torch.int64):
+        raise ValueError(f"voters must be int64 of shape ({embeddings.shape[1]},), not {_describe(voters)}")
+    if voters is not None and not bool(((voters >= 0) & (voters < len(voters))).all()):
+        raise ValueError("voters must be numbers from 0, and less than there are")
     if rule == "weighted_medoid":
         if weights is None or weights.shape != embeddings.shape[1:2]:
             raise ValueError(f"rule {rule} needs weights of shape ({embeddings.shape[1]},), not {_describe(weights)}")

@@ -1,7 +1,10 @@
 """The consensus rules: each scores the answers to a prompt, and the answer with the highest score is elected.
 
-Legend: p prompts at once; C clients, of which n answered a prompt; D embedding dimension; e_i the unit vector of
-answer i, zero where it is missing.
+Legend: p prompts at once; C answers, each a ballot, of which n are there for a prompt; D embedding dimension; e_i the
+unit vector of answer i, zero where it is missing. By default each ballot is of a client of its own. Where clients have
+several (samples), each client has one vote, which is shared evenly among those of its ballots that are there: wherever
+answers are counted or averaged below, they are by these shares; the others of an answer are other clients', since a
+client with many samples could vouch for itself by them.
 
 For unit vectors the answer nearest to a point z is the one with the greatest e_i . z. So the medoid and its relatives
 differ only in their centre z, cost O(C D) a prompt, and need no C x C matrix. Plurality and multi-Krum do compare all
@@ -34,9 +37,11 @@ class Ballots:
     Attributes:
         vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. Rules in `WITHOUT_VECTORS` get none.
         present: Which answers are there, (p, C) bool.
-        similarity: Mean cosine of an answer to the other answers to its prompt, (p, C); 1 where it is the only one, NaN
-            where it is missing.
-        weights: Weight of each client, (C,), not negative; for `weighted_medoid`.
+        similarity: Mean cosine of an answer to the other clients' answers, (p, C); 1 where there are none, NaN where
+            it is missing.
+        shares: Each ballot's share of its client's vote, (p, C) float32; 0 where it is missing.
+        voters: The client of each, as a number from 0, (C,); a client's samples are in their order.
+        weights: Weight of each one's client, (C,), not negative; for `weighted_medoid`.
         lengths: Length of each answer in characters, (p, C); for `longest` and `shortest`.
         priority: Decides ties, (p, C), all different; the highest wins.
     """
@@ -44,6 +49,8 @@ class Ballots:
     vectors: Tensor
     present: Tensor
     similarity: Tensor
+    shares: Tensor
+    voters: Tensor
     weights: Tensor | None
     lengths: Tensor | None
     priority: Tensor
@@ -81,8 +88,8 @@ def weighted_medoid(ballots: Ballots) -> Tensor:
     """
     if ballots.weights is None:
         raise ValueError("rule weighted_medoid needs the weights of the clients")
-    weights = ballots.weights * ballots.present
-    weights = weights.where(weights.any(dim=1, keepdim=True), ballots.present.float())
+    weights = ballots.weights * ballots.shares
+    weights = weights.where(weights.any(dim=1, keepdim=True), ballots.shares)
     shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
     return _only(weights > 0, ballots.nearness(shares))
 
@@ -93,12 +100,12 @@ def geometric_median(ballots: Ballots) -> Tensor:
     Weiszfeld's iteration from the mean, with a fixed number of steps and distances no smaller than a smoothing constant
     (K. Pillutla, S. Kakade, Z. Harchaoui, "Robust Aggregation for Federated Learning", arXiv:1912.13445, algorithm 2).
     """
-    vectors, present = ballots.vectors, ballots.present
-    shares = present / present.sum(dim=1, keepdim=True).clamp(min=1)
+    vectors = ballots.vectors
+    shares = ballots.shares / ballots.shares.sum(dim=1, keepdim=True).clamp(min=1)
     for _ in range(WEISZFELD_STEPS):
         median = torch.bmm(shares[:, None, :], vectors)
         squared_distances = 1 - 2 * products(median, vectors) + median.square().sum(dim=2)
-        pulls = squared_distances.clamp(min=WEISZFELD_SMOOTHING**2).rsqrt() * present
+        pulls = squared_distances.clamp(min=WEISZFELD_SMOOTHING**2).rsqrt() * ballots.shares
         shares = pulls / pulls.sum(dim=1, keepdim=True).clamp(min=1e-30)
     return ballots.nearness(shares)
 
@@ -106,71 +113,80 @@ def geometric_median(ballots: Ballots) -> Tensor:
 def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
     """The medoid of the answers that are left when the share `trim`, those least similar to the others, is dropped.
 
-    The number to drop is rounded down, so of few answers none may be dropped. Among equals, those of lowest priority
-    are dropped.
+    The number of votes to drop is rounded down, so of few answers none may be dropped. Among equals, those of lowest
+    priority are dropped.
     """
-    counts = ballots.present.sum(dim=1, keepdim=True)
-    num_kept = (counts - (trim * counts + 1e-9).long()).clamp(min=1)
     similarity = _only(ballots.present, ballots.similarity)
+    votes = ballots.shares.double()
+    num_dropped = (trim * votes.sum(dim=1, keepdim=True) + 1e-9).floor()
+    up_to_each = votes.gather(1, similarity.argsort(dim=1)).cumsum(dim=1)
+    num_kept = (up_to_each > num_dropped + TOLERANCE).sum(dim=1, keepdim=True).clamp(min=1)
     lowest_kept = similarity.sort(dim=1, descending=True).values.gather(1, num_kept - 1)
     above = similarity > lowest_kept + TOLERANCE
     equal = (similarity >= lowest_kept - TOLERANCE) & ~above
     by_priority = ballots.priority.argsort(dim=1, descending=True)
     places = equal.gather(1, by_priority).cumsum(dim=1).gather(1, by_priority.argsort(dim=1))
     kept = above | (equal & (places <= num_kept - above.sum(dim=1, keepdim=True)))
-    return _only(kept, ballots.nearness(kept / num_kept))
+    return _only(kept, ballots.nearness(_parts(kept * ballots.shares)))
 
 
 def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tensor:
     """The medoid of the most common opinion: a plurality vote for free text.
 
-    An answer's opinion is the set of answers whose cosine to it is `min_cosine` or more. The largest such set wins; of
-    equally large ones, that of the answer most similar to all others, then that of highest priority. This is the first
+    An answer's opinion is the set of answers whose cosine to it is `min_cosine` or more. The set of most votes wins; of
+    equal ones, that of the answer most similar to all others, then that of highest priority. This is the first
     cluster of the greedy scheme of X. Daura et al., "Peptide Folding: When Simulation Meets Experiment", Angew. Chem.
     Int. Ed. 38 (1999), which needs no seeds and no number of clusters; its further clusters cannot win. When no two
     answers agree, the medoid is elected.
     """
     least = min_cosine - TOLERANCE
+    votes = ballots.shares.double()[:, :, None]
     sizes = torch.cat(
-        [((block >= least) & ballots.present[:, None, :]).sum(dim=2) for _, block in _cosines(ballots, block_bytes)],
-        dim=1,
+        [torch.bmm((block >= least).double(), votes).squeeze(2) for _, block in _cosines(ballots, block_bytes)], dim=1
     )
-    sizes = sizes.where(ballots.present, 0)
-    largest = (sizes == sizes.amax(dim=1, keepdim=True)) & ballots.present
+    sizes = _only(ballots.present, sizes)
+    largest = (sizes >= sizes.amax(dim=1, keepdim=True) - TOLERANCE) & ballots.present
     centre = elect(_only(largest, ballots.similarity), ballots.priority)[:, None]
     at_centre = ballots.vectors.gather(1, centre[:, :, None].expand(-1, -1, ballots.vectors.shape[2]))
     around = products(at_centre.double(), ballots.vectors.double())
     members = ((around >= least) & ballots.present).scatter(1, centre, True)
-    return _only(members, ballots.nearness(members / members.sum(dim=1, keepdim=True)))
+    return _only(members, ballots.nearness(_parts(members * ballots.shares)))
 
 
 def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Tensor:
     """The answer with the lowest Krum score: the sum of squared distances to its n - f - 2 nearest.
 
     P. Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, with
-    f = `num_byzantine`. For unit vectors the lowest sum is the greatest mean cosine to those neighbours, which is the
-    score here. Multi-Krum averages the best few; texts have no average, so the best one is taken. The guarantee needs
-    n >= 2 f + 3. With fewer answers the rule still elects one, by its n - f - 2 nearest, at least one.
+    f = `num_byzantine` and n the number of clients that answered. For unit vectors the lowest sum is the greatest mean
+    cosine to those neighbours, which is the score here. Multi-Krum averages the best few; texts have no average, so the
+    best one is taken. The guarantee needs n >= 2 f + 3. With fewer answers the rule still elects one, by its n - f - 2
+    nearest, at least one.
     """
-    num_others = ballots.present.sum(dim=1, keepdim=True) - 1
+    votes, voters = ballots.shares.double(), ballots.voters
+    num_others = (votes.sum(dim=1, keepdim=True) - 1).clamp(min=0)
     num_farthest = (num_others - 1).clamp(min=0, max=num_byzantine + 1)
-    most = torch.arange(min(num_byzantine + 1, ballots.present.shape[1]), device=ballots.present.device)
+    most = min((num_byzantine + 1) * int(voters.bincount().max()), len(voters))
     scores = []
     for rows, block in _cosines(ballots, block_bytes):
-        itself = block[:, torch.arange(len(rows), device=rows.device), rows]
-        totals = block.sum(dim=2) - itself
+        own = (voters[rows, None] == voters).expand_as(block)
+        totals = torch.bmm(block.masked_fill_(own, 0.0), votes[:, :, None]).squeeze(2)
         # The farthest are few: leaving them out of the sum is much cheaper than sorting out the nearest.
-        block.masked_fill_(~ballots.present[:, None, :], torch.inf)
-        block[:, torch.arange(len(rows), device=rows.device), rows] = torch.inf
-        farthest = block.topk(len(most), dim=2, largest=False).values
-        left_out = farthest.where(most < num_farthest[:, :, None], 0.0).sum(dim=2)
+        farthest = block.masked_fill_(own | ~ballots.present[:, None, :], torch.inf).topk(most, dim=2, largest=False)
+        theirs = votes[:, None, :].expand_as(block).gather(2, farthest.indices)
+        before = theirs.cumsum(dim=2) - theirs
+        taken = (num_farthest[:, :, None] - before).clamp(min=0).minimum(theirs)
+        left_out = (farthest.values.where(farthest.values < torch.inf, 0.0) * taken).sum(dim=2)
         scores.append((totals - left_out) / (num_others - num_farthest).clamp(min=1))
     return torch.cat(scores, dim=1)
 
 
 def random_client(ballots: Ballots) -> Tensor:
-    """A control: any of the answers, all equally likely. All scores are equal, so the random priority decides."""
-    return torch.zeros_like(ballots.similarity)
+    """A control: the first sample of any of the clients, all equally likely. All scores are equal, so the random
+    priority decides."""
+    earliest = torch.full_like(ballots.voters, len(ballots.voters))
+    columns = torch.arange(len(ballots.voters), device=ballots.voters.device)
+    earliest = earliest.scatter_reduce(0, ballots.voters, columns, "amin")
+    return _only(columns == earliest[ballots.voters], torch.zeros_like(ballots.similarity))
 
 
 def longest(ballots: Ballots) -> Tensor:
@@ -187,6 +203,11 @@ def _lengths(ballots: Ballots) -> Tensor:
     if ballots.lengths is None:
         raise ValueError("rules longest and shortest need the lengths of the answers")
     return ballots.lengths.double()
+
+
+def _parts(votes: Tensor) -> Tensor:
+    """Votes, (p, C), as parts of their sum."""
+    return votes / votes.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def _only(eligible: Tensor, scores: Tensor) -> Tensor:

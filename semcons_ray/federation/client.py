@@ -175,11 +175,15 @@ class Client:
         self.num_pseudo_labels = len(pairs) - len(self.private)
 
     def answer(self, round: int, compression: str = "none") -> bytes:
-        """Answer every public prompt, and return the encoded `Answers` message."""
+        """Answer every public prompt, `generation.num_samples` times, and return the encoded `Answers` message."""
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            answers = self._answers(self.prompts, round, "generate", self.generation, work)
+            first, *further = self._samples(self.prompts, round, "generate", self.generation, work)
             uplink = Answers(
-                round_number=round, client_id=self.client_id, num_examples=len(self.private), answers=tuple(answers)
+                round_number=round,
+                client_id=self.client_id,
+                num_examples=len(self.private),
+                answers=tuple(first),
+                further=tuple(map(tuple, further)),
             ).encode(compression)
             work.uplink_bytes = len(uplink)
         return uplink
@@ -192,12 +196,12 @@ class Client:
                 self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
             )
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
-            greedy = self.generation.model_copy(update={"temperature": 0.0})
+            greedy = self.generation.model_copy(update={"temperature": 0.0, "num_samples": 1})
             options, tokens = self.model.option_nll(
                 self.adapter, self.questions, self.generation.batch_size, frozen=self.frozen
             )
             work.tokens = score.processed_tokens + tokens
-            answers = self._answers(prompts, round, "evaluate", greedy, work)
+            (answers,) = self._samples(prompts, round, "evaluate", greedy, work)
             tasks: tuple[TaskScore, ...] = ()
             if self.harness and round in self.harness.rounds:
                 with self.model.holding(self.adapter, self.frozen) as model:
@@ -230,8 +234,9 @@ class Client:
 
     def label_prompts(self, round: int) -> PseudoLabels:
         """The client's own answers to the public prompts, as pseudo-labels for itself; nothing is sent."""
+        once = self.generation.model_copy(update={"num_samples": 1})
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            answers = self._answers(self.prompts, round, "generate", self.generation, work)
+            (answers,) = self._samples(self.prompts, round, "generate", once, work)
         given = [prompt for prompt, answer in enumerate(answers) if answer]
         return PseudoLabels(
             round_number=round - 1, prompt_ids=tuple(given), responses=tuple(answers[prompt] for prompt in given)
@@ -258,14 +263,18 @@ class Client:
         both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
         self.model.export_adapter(both, folder)
 
-    def _answers(
+    def _samples(
         self, prompts: Sequence[Prompt], round: int, stage: Stage, generation: GenerationConfig, work: Work
-    ) -> list[str]:
+    ) -> list[list[str]]:
+        """Answers to all prompts, `num_samples` times; the first are those of a client that draws no more."""
         generator = stream(self.seed, round, self.client_id, stage)
         if self.engine is None:
-            answers, tokens = self.model.generate(self.adapter, prompts, generation, generator, frozen=self.frozen)
-            work.tokens += tokens
-            return answers
+            samples = []
+            for _ in range(generation.num_samples):  # batches of all draws together would round otherwise
+                answers, tokens = self.model.generate(self.adapter, prompts, generation, generator, frozen=self.frozen)
+                work.tokens += tokens
+                samples.append(answers)
+            return samples
         request = self.model.engine_request(self.adapter, prompts, generation, generator)
         asked = time.perf_counter()
         reply = self.engine.generate(request)
@@ -283,4 +292,5 @@ class Client:
                 gpus=reply.gpus,
             )
         )
-        return self.model.decode(reply.answers, generation.stop)
+        answers, size = self.model.decode(reply.answers, generation.stop), len(prompts)
+        return [answers[sample * size :][:size] for sample in range(generation.num_samples)]

@@ -1,6 +1,7 @@
 """The server: embeds answers as they arrive, forms a consensus per prompt, and hands out pseudo-labels.
 
-Legend: C clients whose answers were awaited, P public prompts, D embedding dimension.
+Legend: C clients whose answers were awaited; B ballots, the answers to a prompt that were awaited: one of each client,
+or as many samples as it draws; P public prompts; D embedding dimension.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Verdict:
     """The consensus of a round, with all that led to it.
 
     Attributes:
-        client_ids: Clients whose answers were awaited, ascending, shape (C,).
-        answers: Their answers, shape (C, P); an empty text where one is missing.
-        similarity: Mean cosine of an answer to the others of its prompt, (P, C); NaN where it is missing or alone.
+        client_ids: The client of each ballot, ascending, shape (B,).
+        samples: Which of its client's samples each is, from 0, (B,).
+        answers: The answers, shape (B, P); an empty text where one is missing.
+        similarity: Mean cosine of an answer to the others of its prompt, (P, B); see `Consensus.similarity`.
         winner: Id of the client whose answer was elected, (P,); -1 where none was.
+        winning_sample: Which of that client's samples it was, (P,); -1 where none was.
         agreement: Similarity of the elected answer, (P,); NaN where fewer than two clients answered.
         abstained: Whether a prompt gave no pseudo-label, (P,).
         labels: The pseudo-labels, as they are sent to clients.
@@ -39,9 +42,11 @@ class Verdict:
     """
 
     client_ids: tuple[int, ...]
+    samples: tuple[int, ...]
     answers: tuple[tuple[str, ...], ...]
     similarity: npt.NDArray[np.float32]
     winner: npt.NDArray[np.int64]
+    winning_sample: npt.NDArray[np.int64]
     agreement: npt.NDArray[np.float32]
     abstained: npt.NDArray[np.bool_]
     labels: PseudoLabels
@@ -94,10 +99,14 @@ class TextEmbedder(Protocol):
 class Server:
     """The server's part of the protocol, in this process.
 
+    During a round it holds the embeddings of all ballots, P B D float32 values: with n samples of each client n times
+    as many as with one.
+
     Args:
         embedder: Turns texts into unit vectors.
         num_prompts: Number P of public prompts.
         election: Consensus rule and its settings.
+        num_samples: How many answers a client gives to each prompt, by client id; empty: one.
         prompts: Public prompts to embed together with their answers, (P,); empty: answers are embedded alone.
         references: For rule `reference`, the data's own answers, (P,), which become the pseudo-labels instead of
             elected ones: an upper bound. Empty for every other rule.
@@ -111,6 +120,7 @@ class Server:
         *,
         num_prompts: int,
         election: Election,
+        num_samples: Sequence[int] = (),
         prompts: Sequence[str] = (),
         references: Sequence[str] = (),
         seed: int,
@@ -119,6 +129,7 @@ class Server:
         self._embedder = embedder
         self._num_prompts = num_prompts
         self._election = election
+        self._samples_of = num_samples
         self._prompts = prompts
         self._references = references
         self._seed = seed
@@ -131,8 +142,13 @@ class Server:
         # depends on their order, and a client's id must change no result.
         draws = priorities(self._seed, round, client_ids, self._num_prompts)
         order = np.lexsort((client_ids, draws[0])).tolist()
-        self._column = {client_ids[place]: column for column, place in enumerate(order)}
-        self._priority = torch.from_numpy(draws[:, order])
+        ordered = [client_ids[place] for place in order]
+        self._num_samples = {client: self._samples_of[client] if self._samples_of else 1 for client in ordered}
+        self._ballots = [(client, sample) for client, count in self._num_samples.items() for sample in range(count)]
+        # Among equals a client is drawn, so that more samples are no more chances, and then its first sample wins.
+        ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat([*self._num_samples.values()], axis=1)
+        most = max(self._num_samples.values(), default=1)
+        self._priority = torch.from_numpy(ranks - np.array([sample / most for _, sample in self._ballots]))
         self._answers: dict[int, Answers] = {}
         self._refused: dict[int, str] = {}
         self._embeddings: Tensor | None = None
@@ -147,22 +163,27 @@ class Server:
             except MessageError as error:
                 self._refused[client_id] = str(error)
                 return
-            vectors = self._embedder.embed(self._embedded(message.answers))
+            texts = [text for sample in message.samples for text in self._embedded(sample)]
+            vectors = self._embedder.embed(texts)
             if self._embeddings is None:
-                shape = (self._num_prompts, len(self._column), self._embedder.dimension)
+                shape = (self._num_prompts, self._priority.shape[1], self._embedder.dimension)
                 self._embeddings = vectors.new_zeros(shape)
-            self._embeddings[:, self._column[client_id]] = vectors
+            by_sample = vectors.reshape(len(message.samples), self._num_prompts, -1)
+            column = self._ballots.index((client_id, 0))
+            self._embeddings[:, column : column + len(message.samples)] = by_sample.transpose(0, 1)
             self._answers[client_id] = message
             self._refused.pop(client_id, None)
-            work.tokens = sum(len(answer.split()) for answer in message.answers)
+            work.tokens = sum(len(answer.split()) for sample in message.samples for answer in sample)
 
     def _decoded(self, client_id: int, uplink: bytes) -> Answers:
         message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
         with naming(client_id, self._round):
-            if client_id not in self._column:
+            if client_id not in self._num_samples:
                 raise MessageError("Answers: from a client that was not asked")
             if len(message.answers) != self._num_prompts:
                 raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
+            if (found := len(message.samples)) != (asked := self._num_samples[client_id]):
+                raise MessageError(f"Answers: {found} samples of each answer, not {asked}")
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
@@ -173,11 +194,14 @@ class Server:
     def conclude(self) -> Verdict:
         """See `ServerProtocol.conclude`."""
         with self._ledger.stage("consensus", round=self._round):
-            client_ids = tuple(self._column)
+            client_ids = [client for client, _ in self._ballots]
             nothing = ("",) * self._num_prompts
-            answers = tuple(self._answers[c].answers if c in self._answers else nothing for c in client_ids)
+            sent = self._answers
+            answers = [sent[c].samples[sample] if c in sent else nothing for c, sample in self._ballots]
+            weights = [float(sent[c].num_examples) if c in sent else 0.0 for c in client_ids]
+            numbers = {client: number for number, client in enumerate(self._num_samples)}
+            has_several = len(self._ballots) > len(numbers)
             lengths = torch.tensor([[len(answer) for answer in row] for row in answers]).T
-            weights = [float(self._answers[c].num_examples) if c in self._answers else 0.0 for c in client_ids]
             embeddings = self._embeddings
             if embeddings is None:
                 embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
@@ -187,6 +211,7 @@ class Server:
                 (lengths > 0).to(device),
                 self._election,
                 self._priority,
+                voters=torch.tensor([numbers[c] for c in client_ids]) if has_several else None,
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
             )
@@ -202,12 +227,15 @@ class Server:
                 responses=tuple(elected[prompt] for prompt in labelled),
             )
         self._embeddings = None
-        ascending = np.argsort(client_ids).tolist()
+        ascending = sorted(range(len(client_ids)), key=self._ballots.__getitem__)
+        of_winner = np.array([*self._ballots, (-1, -1)])[winner]
         return Verdict(
             client_ids=tuple(client_ids[column] for column in ascending),
+            samples=tuple(self._ballots[column][1] for column in ascending),
             answers=tuple(answers[column] for column in ascending),
             similarity=consensus.similarity.cpu().numpy()[:, ascending],
-            winner=np.where(winner >= 0, np.asarray(client_ids)[winner], -1),
+            winner=of_winner[:, 0],
+            winning_sample=of_winner[:, 1],
             agreement=consensus.agreement.cpu().numpy(),
             abstained=abstained,
             labels=labels,
@@ -247,6 +275,7 @@ class ServerSpec:
     prompts: tuple[str, ...]
     references: tuple[str, ...]
     seed: int
+    num_samples: tuple[int, ...] = ()
 
     def build(self) -> Server:
         """Load the embedding model and make the server.
@@ -268,6 +297,7 @@ class ServerSpec:
             embedder,
             num_prompts=self.num_prompts,
             election=self.election,
+            num_samples=self.num_samples,
             prompts=self.prompts,
             references=self.references,
             seed=self.seed,

@@ -17,7 +17,7 @@ class EngineRequest:
     """Prompts of one client.
 
     Attributes:
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt; where several answers are wanted, all of them are there again for each.
         adapter: Contents of the adapter's files in PEFT's format, by file name.
         max_new_tokens: Longest answer, in tokens.
         temperature: Sampling temperature; 0 is greedy.

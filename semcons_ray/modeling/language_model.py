@@ -517,13 +517,13 @@ class LanguageModel:
         generation: GenerationSettings,
         generator: np.random.Generator,
     ) -> EngineRequest:
-        """The request with which an engine answers `prompts` as `generate` would; `decode` turns its answers into
-        text."""
+        """The request with which an engine answers `prompts` as `generate` would, `num_samples` times; `decode` turns
+        its answers into text."""
         with tempfile.TemporaryDirectory() as folder:
             self.export_adapter(adapter, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         return EngineRequest(
-            prompts=[self.chat.prompt_ids(prompt) for prompt in prompts],
+            prompts=[self.chat.prompt_ids(prompt) for prompt in prompts] * generation.num_samples,
             adapter=files,
             max_new_tokens=generation.max_new_tokens,
             temperature=generation.temperature,
@@ -531,7 +531,7 @@ class LanguageModel:
             top_k=generation.top_k,
             ends=self._ends(generation),
             stop=self.chat.stops(generation.stop),
-            seeds=generator.integers(2**62, size=len(prompts)).tolist(),
+            seeds=generator.integers(2**62, size=len(prompts) * generation.num_samples).tolist(),
         )
 
     def decode(self, answers: Sequence[Sequence[int]], stop: Sequence[str] = ()) -> list[str]:

@@ -75,7 +75,7 @@ def _answers(group: pd.DataFrame, index: Callable[[str], int]) -> list[list[Any]
                 index(str(text)),
                 _rounded(same["similarity"].mean()),
                 int(chosen.iloc[0]) if len(chosen) else -1,
-                [int(client) for client in same["client_id"]],
+                [int(client) for client in same["client_id"].unique()],
             ]
         )
     return sorted(entries, key=lambda entry: (entry[2] < 0, -(entry[1] if entry[1] is not None else -2.0)))

@@ -556,6 +556,7 @@ def parts(
         prompts=tuple(text_of(example.prompt) for example in split.public) if config.server.embed != "answer" else (),
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
+        num_samples=tuple(own.num_samples for own in config.client_generation()),
     )
     public_prompts = b""
     if algorithm.uses_public_prompts:

@@ -438,19 +438,21 @@ def _mean(agreement: npt.NDArray[np.float32]) -> float:
 
 
 def _consensus_table(verdict: Verdict) -> pd.DataFrame:
+    elected = [*zip(verdict.winner, verdict.winning_sample, strict=True)]
     return pd.DataFrame(
         [
             {
                 "prompt_id": prompt,
                 "client_id": client,
+                "sample": sample,
                 "answer": verdict.answers[column][prompt],
                 "similarity": verdict.similarity[prompt, column],
-                "chosen": bool(verdict.winner[prompt] == client and not verdict.abstained[prompt]),
+                "chosen": bool(elected[prompt] == (client, sample) and not verdict.abstained[prompt]),
                 "agreement": verdict.agreement[prompt],
                 "abstained": bool(verdict.abstained[prompt]),
             }
             for prompt in range(len(verdict.winner))
-            for column, client in enumerate(verdict.client_ids)
+            for column, (client, sample) in enumerate(zip(verdict.client_ids, verdict.samples, strict=True))
         ]
     )
 

@@ -41,6 +41,7 @@ def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", *
         "weights": torch.arange(1.0, clients + 1),
         "lengths": torch.arange(clients).expand(embeddings.shape[:2]),
         "chunk_bytes": None,
+        "voters": None,
     }
     given = of_clients | {key: value for key, value in more.items() if key in of_clients}
     election = Election(rule, **{key: value for key, value in more.items() if key not in of_clients})
@@ -154,6 +155,92 @@ def test_one_answer_is_no_consensus_unless_it_is_to_be() -> None:
     assert form(answers, one, min_votes=1, threshold=-1.0).abstained.tolist() == [True]
     assert form(answers, two, min_votes=3).abstained.tolist() == [True]
     assert form(answers, two, min_votes=2).abstained.tolist() == [False]
+
+
+# Clients with several answers -----------------------------------------------------------------------------------------
+
+
+def test_samples_share_a_vote_by_hand() -> None:
+    """Client 0 at 0 and 60 degrees, client 1 at 60 and 90: each answer is compared with the other client's two."""
+    third = 3**0.5 / 2
+    answers = torch.tensor([[[1.0, 0.0], [0.5, third], [0.5, third], [0.0, 1.0]]])
+    found = form(answers, voters=torch.tensor([0, 0, 1, 1]))
+    expected = torch.tensor([[0.5, 1 + third, 1.5, third]]) / 2
+    torch.testing.assert_close(found.similarity, expected)
+    assert found.winner.tolist() == [1]
+    assert found.agreement.item() == pytest.approx(expected[0, 1].item())
+    # Without its second sample, client 1 has a whole vote for the first.
+    here = torch.tensor([[True, True, True, False]])
+    found = form(answers, here, voters=torch.tensor([0, 0, 1, 1]))
+    expected = torch.tensor([[0.5, 1.0, 0.75, NAN]])
+    torch.testing.assert_close(found.similarity, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SELECTING if rule != "medoid"])
+def test_a_client_never_outweighs_others_by_more_samples(rule: str) -> None:
+    """Client 0 gives one text six times; three others are near each other elsewhere."""
+    angles = torch.deg2rad(torch.tensor([90.0] * 6 + [0.0, 4.0, 8.0]))
+    answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    more = {"plurality_similarity": 0.99, "trim": 0.3, "weights": torch.ones(9)}
+    assert form(answers, rule=rule, **more).winner.item() < 6  # as six clients
+    found = form(answers, rule=rule, voters=torch.tensor([0] * 6 + [1, 2, 3]), **more)
+    assert found.winner.item() >= 6
+
+
+def test_who_answers_alone_agrees_with_nobody() -> None:
+    answers = unit([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+    here, voters = torch.tensor([[True, True, False]]), torch.tensor([0, 0, 1])
+    found = form(answers, here, voters=voters)
+    assert found.abstained.tolist() == [True]
+    assert bool(found.agreement.isnan()) and bool(found.similarity.isnan().all())
+    assert form(answers, here, voters=voters, min_votes=1).abstained.tolist() == [False]
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), clients=st.integers(1, 7), missing=st.sampled_from([0.0, 0.4]))
+@pytest.mark.parametrize("rule", EVERY)
+def test_samples_that_say_the_same_are_as_one(rule: str, seed: int, clients: int, missing: float) -> None:
+    embeddings, mask = random_case(seed, 4, clients, missing)
+    counts = torch.from_numpy(np.random.default_rng(seed).integers(1, 4, clients))
+    voters = torch.arange(clients).repeat_interleave(counts)
+    weights, lengths = torch.arange(1.0, clients + 1), torch.arange(clients).expand(4, clients)
+    priority = drawn(4, clients, seed)
+    ranks = priority.argsort(dim=1).argsort(dim=1)[:, voters] - torch.arange(len(voters)) / len(voters)
+    once = form(embeddings, mask, rule, weights=weights, lengths=lengths, priority=priority, num_byzantine=2, trim=0.3)
+    often = form(
+        embeddings[:, voters], mask[:, voters], rule, voters=voters, weights=weights[voters], priority=ranks,
+        lengths=lengths[:, voters], num_byzantine=2, trim=0.3,
+    )  # fmt: skip
+    elected = [int(voters[winner]) if winner >= 0 else -1 for winner in often.winner]
+    for prompt in range(4):
+        if rule != "geometric_median" or mask[prompt].sum() != 2:  # of two answers any point between is a median
+            assert elected[prompt] == once.winner[prompt]
+    assert torch.equal(often.abstained, once.abstained)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("rule", ["geometric_median", "weighted_medoid"])
+def test_shares_count_as_if_each_answer_were_there_as_often(rule: str, seed: int) -> None:
+    """Clients with 1, 2 and 3 samples: as if there were 6, 3 and 2 copies of each, of so many clients."""
+    embeddings, _ = random_case(seed, 4, 6)
+    voters = torch.tensor([0, 1, 1, 2, 2, 2])
+    copies = torch.arange(6).repeat_interleave(torch.tensor([6, 3, 3, 2, 2, 2]))
+    shared = form(embeddings, rule=rule, voters=voters, weights=torch.ones(6)).winner
+    copied = form(embeddings[:, copies], rule=rule, weights=torch.ones(18)).winner
+    assert shared.tolist() == copies[copied].tolist()
+
+
+def test_random_client_is_a_client_and_its_first_sample() -> None:
+    voters = torch.tensor([0, 0, 0, 0, 1, 2])
+    embeddings, mask = random_case(9, 3000, 6)
+    priority = drawn(3000, 3).argsort(dim=1).argsort(dim=1)[:, voters] - torch.arange(6) / 6
+    assert_uniform(form(embeddings, mask, "random_client", voters=voters, priority=priority).winner, [0, 4, 5], 6)
+    mask[:, 0] = False  # as without its later samples
+    assert_uniform(form(embeddings, mask, "random_client", voters=voters, priority=priority).winner, [4, 5], 6)
+    mask[:, 4:] = False
+    nobody = form(embeddings, mask, "random_client", voters=voters, priority=priority)
+    assert bool((nobody.winner == -1).all()) and bool(nobody.abstained.all())
 
 
 # Against the reference, and properties --------------------------------------------------------------------------------
@@ -368,8 +455,14 @@ ONES, THERE, MISSING = torch.ones(1, 2, 1), torch.ones(1, 2) > 0, {"weights": No
         (ONES, torch.ones(1, 3) > 0, {}, "mask must be bool of shape (1, 2), not (1, 3) bool"),
         (ONES, torch.ones(1, 2), {}, "mask must be bool of shape (1, 2), not (1, 2) float32"),
         (ONES, THERE, {"priority": torch.ones(1, 3)}, "priority must be of shape (1, 2), not (1, 3) float32"),
-        (3 * ONES, THERE, {}, "embedding of prompt 0, client 0 has length 3, not 1"),
-        (NAN * ONES, THERE, {}, "embedding of prompt 0, client 0 has length nan, not 1"),
+        (ONES, THERE, {"voters": torch.zeros(2)}, "voters must be int64 of shape (2,), not (2,) float32"),
+        (ONES, THERE, {"voters": torch.tensor([0])}, "voters must be int64 of shape (2,), not (1,) int64"),
+        *(
+            (ONES, THERE, {"voters": torch.tensor([0, bad])}, "voters must be numbers from 0, and less than there are")
+            for bad in (-1, 2)
+        ),
+        (3 * ONES, THERE, {}, "embedding of prompt 0, answer 0 has length 3, not 1"),
+        (NAN * ONES, THERE, {}, "embedding of prompt 0, answer 0 has length nan, not 1"),
         (
             ONES,
             THERE,
@@ -412,7 +505,7 @@ def test_weights_count_in_relation_to_each_other() -> None:
 
 def test_a_rule_says_what_it_lacks() -> None:
     nothing = torch.zeros(1, 1)
-    ballots = rules.Ballots(nothing[..., None], nothing > 0, nothing, None, None, nothing)
+    ballots = rules.Ballots(nothing[..., None], nothing > 0, nothing, nothing, nothing[0].long(), None, None, nothing)
     with pytest.raises(ValueError, match=r"^rule weighted_medoid needs the weights of the clients$"):
         rules.weighted_medoid(ballots)
     for rule in (rules.longest, rules.shortest):

@@ -277,6 +277,27 @@ def test_answers_and_scores_are_the_models_and_their_tokens_are_counted(
     ]
 
 
+def test_the_first_of_several_samples_is_the_answer_of_one(make_client: MakeClient) -> None:
+    client = make_client()
+    client.generation = GenerationConfig(max_new_tokens=6)
+    client.fine_tune(1, NO_LABELS)
+    client.ledger.take()
+    sent, labels, evaluation = client.answer(3), client.label_prompts(3), client.evaluate(3)
+    (row, *_) = client.ledger.take()
+    one = Answers.decode(sent)
+    assert one.further == ()
+    client.generation = GenerationConfig(max_new_tokens=6, num_samples=3)
+    sent = client.answer(3)
+    several = Answers.decode(sent)
+    assert several.answers == one.answers
+    assert len(several.further) == 2
+    assert len({one.answers, *several.further}) == 3  # each is drawn anew
+    assert (client.label_prompts(3), client.evaluate(3)) == (labels, evaluation)
+    ((*_, tokens, num_bytes), *_) = work(client.ledger.take(), "tokens", "uplink_bytes")
+    assert 2 * row.tokens < tokens <= 3 * 2 * 6
+    assert num_bytes == len(sent)
+
+
 class OneWord:
     """An engine that answers every prompt but the last with the first letters of its own name, and takes 5 seconds."""
 
@@ -326,6 +347,19 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
         (stage, 2, 1, "engine-3", "there", "GPU-4", 9, 1.5) for stage in ("generate", "generate", "evaluate")
     ]
     assert [row.duration_seconds for row in rows[::2]] == [0.25] * 3
+
+
+def test_an_engine_is_asked_for_all_samples_at_once(model: LanguageModel, make_client: MakeClient) -> None:
+    client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
+    client.engine = engine
+    for count in (1, 2):
+        client.generation = GenerationConfig(max_new_tokens=4, num_samples=count)
+        sent = Answers.decode(client.answer(2))
+        assert sent.samples == (("engine", ""),) if count == 1 else (("engine", "engine"), ("engine", ""))
+    one, two = engine.asked
+    assert two.prompts == [*one.prompts] * 2
+    assert two.seeds[:2] == one.seeds
+    assert len(set(two.seeds)) == 4
 
 
 def test_what_is_exported_is_the_frozen_adapter_and_the_clients_own(make_client: MakeClient, tmp_path: Path) -> None:

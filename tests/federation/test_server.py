@@ -31,9 +31,11 @@ class Compass:
         return torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-def server(rule: str = "medoid", prompts: Sequence[str] = (), **settings: Any) -> Server:
+def server(
+    rule: str = "medoid", prompts: Sequence[str] = (), num_samples: Sequence[int] = (), **settings: Any
+) -> Server:
     return Server(
-        Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, seed=0,
+        Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, num_samples=num_samples, seed=0,
         ledger=Ledger("server", "n"),
     )  # fmt: skip
 
@@ -69,6 +71,76 @@ def test_answers_are_embedded_with_their_prompts_if_there_are_any() -> None:
     judge.collect(2, uplink(2, "middle", ""))
     verdict = judge.conclude()
     assert verdict.labels.responses == ("left",)  # alone, "middle" would win; empty ones have no vote
+
+
+def samples(client_id: int, *draws: Sequence[str], num_examples: int = 1) -> bytes:
+    first, *further = map(tuple, draws)
+    return Answers(
+        round_number=1, client_id=client_id, num_examples=num_examples, answers=first, further=tuple(further)
+    ).encode()
+
+
+def test_samples_are_ballots_that_share_their_clients_vote() -> None:
+    """Client 0 says "left" in all of its four samples; clients 2 and 5 say "right" in one of two, and once."""
+    words = {0: ["left"] * 4, 2: ["right", "middle"], 5: ["right"]}
+    judge = server("plurality", plurality_similarity=0.99, num_samples=(4, 1, 2, 1, 1, 1))
+    judge.begin(1, [0, 2, 5])
+    for client, said in words.items():
+        judge.collect(client, samples(client, *([word, "left"] for word in said)))
+    verdict = judge.conclude()
+    assert verdict.client_ids == (0, 0, 0, 0, 2, 2, 5)
+    assert verdict.samples == (0, 1, 2, 3, 0, 1, 0)
+    assert [answer for answer, _ in verdict.answers] == [*["left"] * 4, "right", "middle", "right"]
+    # For "right" are half of client 2 and client 5: more than client 0, though that has four ballots.
+    assert verdict.labels.responses == ("right", "left")
+    assert (verdict.winner[0], verdict.winning_sample[0]) in ((2, 0), (5, 0))
+    assert verdict.winning_sample[1] == 0
+    assert verdict.similarity.shape == (2, 7)
+
+
+def test_two_clients_with_two_samples_by_hand() -> None:
+    """At 0 and 40, and 40 and 90 degrees: an answer's similarity is its mean cosine to the other client's."""
+    judge = server(num_samples=(2, 2))
+    judge.begin(1, [0, 1])
+    judge.collect(0, samples(0, ["left", "left"], ["middle", ""]))
+    judge.collect(1, samples(1, ["middle", ""], ["right", ""]))
+    verdict = judge.conclude()
+    cos40, cos50 = 0.766044, 0.642788
+    expected = [cos40 / 2, (1 + cos50) / 2, (cos40 + 1) / 2, cos50 / 2]
+    assert verdict.similarity[0] == pytest.approx(expected, abs=1e-5)
+    assert verdict.agreement[0] == pytest.approx(expected[2], abs=1e-5)
+    assert verdict.labels.responses == ("middle",)
+    assert (verdict.winner[0], verdict.winning_sample[0]) == (1, 0)
+    assert verdict.winner[1] == 0  # alone, which is one vote of the two that are needed
+    assert verdict.abstained.tolist() == [False, True]
+
+
+def test_more_samples_are_no_more_chances_in_a_tie() -> None:
+    """Of two clients the one with eight samples wins half of the ties, as it would with one."""
+    wins = []
+    for count in (1, 8):
+        judge = Server(
+            Compass(), num_prompts=40, election=Election("random_client"), num_samples=(count, 1), seed=0,
+            ledger=Ledger("server", "n"),
+        )  # fmt: skip
+        judge.begin(1, [0, 1])
+        judge.collect(0, samples(0, *[["left"] * 40, *[["middle"] * 40] * (count - 1)]))
+        judge.collect(1, samples(1, ["right"] * 40))
+        verdict = judge.conclude()
+        assert set(verdict.labels.responses) == {"left", "right"}  # never a later sample
+        wins.append(verdict.winner.tolist())
+    assert wins[0] == wins[1]
+
+
+def test_as_many_samples_are_taken_as_a_client_draws() -> None:
+    judge = server(num_samples=(2, 1))
+    judge.begin(1, [0, 1])
+    judge.collect(0, uplink(0, "left", "left"))
+    judge.collect(1, samples(1, ["left", "left"], ["left", "left"]))
+    assert judge.conclude().refused == {
+        0: "client 0, round 1: Answers: 1 samples of each answer, not 2",
+        1: "client 1, round 1: Answers: 2 samples of each answer, not 1",
+    }
 
 
 def test_order_of_arrival_and_repetition_change_nothing() -> None:

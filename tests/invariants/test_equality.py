@@ -39,7 +39,7 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
             "data": {"client_test_fraction": 0.25},
             "algorithm": {"rule": "random_client", "agreement_threshold": 0.3},
             "training": {"keep_optimizer": True},
-            "generation": {"temperature": 1.0},
+            "generation": {"temperature": 1.0, "num_samples": 2},
             "model": {"lora": {"dropout": 0.2}},
         },
         {"clients": {"num_clients": 4, "participation": 0.75}, "algorithm": {"name": "scaffold", "self_labels": True}},

@@ -109,9 +109,13 @@ class TestTiny:
         self, engine: VllmEngine, model: LanguageModel
     ) -> None:
         adapter, sampled = trained(model, 0, 0.5), GREEDY.model_copy(update={"temperature": 1.0})
+        several = sampled.model_copy(update={"num_samples": 2})
         requests = [model.engine_request(adapter, PROMPTS, sampled, np.random.default_rng(s)) for s in (1, 1, 2)]
         first, again, other = (engine.generate(request).answers for request in requests)
         assert first == again != other
+        twice = model.engine_request(adapter, PROMPTS, several, np.random.default_rng(1))
+        samples = engine.generate(twice).answers
+        assert samples[: len(PROMPTS)] == first != samples[len(PROMPTS) :]
         in_company = ask_all(engine, [requests[0], requests[2]])[0].answers
         assert in_company == first  # float32 on a tiny model: no draw is near enough to a boundary
 

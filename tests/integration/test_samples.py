@@ -1,0 +1,91 @@
+"""Runs in which clients draw several answers to each prompt."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from semcons_ray.commands.forecast import Forecast
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.messages import Answers
+from semcons_ray.reporting import write_report
+from semcons_ray.runs.experiment import plan_experiment, resume_experiment, run_experiment
+from tests.invariants.runs import Silent, StoppedError, assert_same_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+Make = Callable[..., ExperimentConfig]
+
+
+def votes(run: Path, round: int = 1) -> pd.DataFrame:
+    return pd.read_parquet(run / f"consensus/round_{round:03d}.parquet")
+
+
+def settings(rule: str = "plurality", **generation: Any) -> dict[str, Any]:
+    return {
+        "algorithm": {"rule": rule, "first_exchange": 1, "compression": "none"},
+        "generation": {"max_new_tokens": 8, **generation},
+        "evaluation": {"num_answers": 0, "every": 1},
+    }
+
+
+def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make) -> None:
+    own = {"num_clients": 3, "overrides": {2: {"generation": {"num_samples": 3}}}}
+    config = tiny_config(num_rounds=2, clients=own, **settings(num_samples=2))
+    forecast = Forecast(plan_experiment(config, Silent()))
+    run = tmp_path / "run"
+    run_experiment(config, run, Silent())
+    table = votes(run)
+    assert [*table] == ["prompt_id", "client_id", "sample", "answer", "similarity", "chosen", "agreement", "abstained"]
+    assert table.groupby("client_id")["sample"].unique().map(list).to_dict() == {0: [0, 1], 1: [0, 1], 2: [0, 1, 2]}
+    assert len(table) == 6 * 7
+    assert table.groupby("prompt_id")["chosen"].sum().max() == 1
+
+    ledger = pd.read_parquet(run / "ledger.parquet")
+    wrote = ledger[(ledger["round"] == 1) & (ledger["stage"] == "generate")].set_index("client_id")
+    private = pd.read_parquet(run / "data.parquet").query("role == 'private'").groupby("client_id").size()
+    for client, rows in table.sort_values(["sample", "prompt_id"]).groupby("client_id"):
+        first, *further = [tuple(one) for _, one in rows.groupby("sample")["answer"]]
+        message = Answers(
+            round_number=1, client_id=client, num_examples=int(private[client]), answers=first, further=tuple(further)
+        )
+        assert wrote.loc[client, "uplink_bytes"] == len(message.encode())
+    once = Forecast(plan_experiment(tiny_config(num_rounds=2, **settings()), Silent()))
+    for name in ("generated", "uplink_bytes"):
+        assert getattr(forecast.rounds[1], name) * 3 == pytest.approx(getattr(once.rounds[1], name) * 7)
+
+    # Its first samples are the answers of a run without further ones, and so is a random client's label.
+    single = tmp_path / "single"
+    run_experiment(tiny_config(num_rounds=2, **settings()), single, Silent())
+    first = table[table["sample"] == 0]
+    assert first["answer"].tolist() == votes(single)["answer"].tolist()
+    assert first["client_id"].tolist() == votes(single)["client_id"].tolist()
+    assert set(votes(single)["sample"]) == {0}
+    write_report(run)
+
+
+def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:
+    for count in (1, 3):
+        config = tiny_config(num_rounds=2, **settings("random_client", **({"num_samples": 3} if count == 3 else {})))
+        run_experiment(config, tmp_path / str(count), Silent())
+    chosen = [votes(tmp_path / name).query("chosen")[["prompt_id", "client_id", "answer"]] for name in ("1", "3")]
+    assert chosen[0].to_numpy().tolist() == chosen[1].to_numpy().tolist()
+    nll = [pd.read_parquet(tmp_path / name / "metrics.parquet")["nll"].tolist() for name in ("1", "3")]
+    assert nll[0] == nll[1]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path, tiny_config: Make) -> None:
+    config = tiny_config(num_rounds=3, **settings("medoid", num_samples=2))
+    run_experiment(config, tmp_path / "whole", Silent())
+    seen: list[int] = []
+
+    def stop(reply: Any) -> None:
+        seen.append(reply.client_id)
+        assert len(seen) < 6  # in the midst of round 2
+
+    with pytest.raises(StoppedError):
+        run_experiment(config, tmp_path / "stopped", Silent(stop))
+    resume_experiment(tmp_path / "stopped", Silent())
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
