@@ -363,11 +363,11 @@ class ModelConfig(Settings):
         "none",
         description="Bits of the frozen base weights, by bitsandbytes, to save memory; adapters are not quantised.",
     )
-    max_length: int = Field(
+    max_length: int | None = Field(
         96,
         ge=8,
         description="Most tokens of a prompt with its response; the response gets at most half. Longer examples are "
-        "cut and counted; memory and time grow with it.",
+        "cut and counted; memory and time grow with it. null: all that the model can read beside an answer.",
     )
     system_prompt: str = Field(
         "",
@@ -385,6 +385,13 @@ class ModelConfig(Settings):
         "same numbers on any day.",
     )
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def num_tokens(self) -> int:
+        """`max_length`, of settings in which it is resolved."""
+        if self.max_length is None:
+            raise ConfigError("model.max_length null is not resolved yet")
+        return self.max_length
 
 
 class ClientsConfig(Settings):

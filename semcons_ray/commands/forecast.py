@@ -132,7 +132,7 @@ class Forecast:
         model = self.config.model
         formats = read_formats(
             plan.models,
-            max_length=model.max_length,
+            max_length=model.num_tokens,
             system_prompt=model.system_prompt,
             template_kwargs=model.chat_template_kwargs,
             template_date=model.template_date,

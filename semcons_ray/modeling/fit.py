@@ -132,8 +132,17 @@ def _check_packing(base: Any, name: str) -> None:
     raise ModelError(f"training.packing does not fit {name}: a {config.model_type} model {why}; set it to false")
 
 
+def longest(folder: Path) -> int | None:
+    """Most tokens that the model in a folder can read; None: there is no limit.
+
+    Raises:
+        ModelError: Its config.json cannot be read.
+    """
+    return _positions(read_config(folder).get_text_config(decoder=True))
+
+
 def _check_positions(config: Any, model: ModelConfig, max_new_tokens: int) -> None:
-    limit, needed = _positions(config.get_text_config(decoder=True)), model.max_length + max_new_tokens
+    limit, needed = _positions(config.get_text_config(decoder=True)), model.num_tokens + max_new_tokens
     if limit is not None and needed > limit:
         raise ModelError(
             f"model {model.name} has {limit} positions, and model.max_length {model.max_length} + "

@@ -56,7 +56,7 @@ from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_met
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.engine import Engine
-from semcons_ray.modeling.fit import check_model
+from semcons_ray.modeling.fit import check_model, longest
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
 from semcons_ray.modeling.model_folder import read_config, read_shapes
 from semcons_ray.modeling.packaged import pin_model, resolve_model
@@ -246,6 +246,33 @@ def _check_lengths(config: ExperimentConfig, folders: Mapping[str, Path]) -> Non
             )
 
 
+def resolve_max_length(config: ExperimentConfig, folders: Mapping[str, Path]) -> ExperimentConfig:
+    """The settings with a number for `model.max_length` null: as many tokens as all models can read beside an answer.
+
+    Args:
+        config: The settings.
+        folders: Folder of each client model by name.
+
+    Raises:
+        ModelError: No model has a limit, or one has no room beside an answer.
+    """
+    if config.model.max_length is not None:
+        return config
+    room = {}
+    for name, folder in folders.items():
+        if (limit := longest(folder)) is not None:
+            answer = max(own.max_new_tokens for own in _own_settings(config, name)[1])
+            room[name] = limit - answer
+            if room[name] < 8:
+                raise ModelError(
+                    f"model {name} has {limit} positions, and generation.max_new_tokens is {answer}; lower it"
+                )
+    if not room:
+        raise ModelError(f"model.max_length null needs a number: {', '.join(folders)} can read any number of tokens")
+    model = config.model.model_copy(update={"max_length": min(room.values())})
+    return config.model_copy(update={"model": model})
+
+
 def count_parameters(folder: Path) -> int:
     """Number of weights in a model's files.
 
@@ -270,7 +297,7 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
     model = config.model
     formats = read_formats(
         folders,
-        max_length=model.max_length,
+        max_length=model.num_tokens,
         system_prompt=model.system_prompt,
         template_kwargs=model.chat_template_kwargs,
         template_date=model.template_date,
@@ -427,7 +454,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
             use_dora=model.lora.use_dora,
             modules_to_save=model.lora.modules_to_save,
             quantization=model.quantization,
-            max_length=model.max_length,
+            max_length=model.num_tokens,
             batch_size=ceil(training.batch_size / ranks),
             generation_batch_size=ceil(generation.batch_size / ranks),
             max_new_tokens=generation.max_new_tokens,
@@ -507,7 +534,7 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
                 dtype=config.model.dtype,
                 threads=plan.threads,
                 gpus=plan.gpus,
-                max_length=config.model.max_length + max(settings.max_new_tokens for settings in generation),
+                max_length=config.model.num_tokens + max(settings.max_new_tokens for settings in generation),
                 max_rank=max(config.client_ranks()),
                 max_adapters=callers,
                 cache_bytes=int(config.resources.engine_cache_gib * GIB),

@@ -43,6 +43,7 @@ from semcons_ray.runs.assembly import (
     pin_revisions,
     place,
     prepare_data,
+    resolve_max_length,
 )
 from semcons_ray.runs.observers import Logged, Observer, Observers
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
@@ -100,7 +101,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         folder.write_tables(commits)
         with Observers(trackers(config, folder)).during(commits):
             return
-    split, models, revisions = _prepare(folder, config, observer)
+    config, split, models, revisions = _prepare(folder, config, observer)
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
         config = placement.config
@@ -138,8 +139,12 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
 
 def _prepare(
     folder: RunFolder, config: ExperimentConfig, observer: Observer
-) -> tuple[DataSplit, dict[str, Path], dict[str, str]]:
-    """Divide the data, and find and check the models; returns the split, and folders and commits of models by name."""
+) -> tuple[ExperimentConfig, DataSplit, dict[str, Path], dict[str, str]]:
+    """Divide the data, and find and check the models.
+
+    Returns:
+        The settings with `model.max_length` resolved, the split, and folders and commits of models by name.
+    """
     observer.stage("reading data")
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
@@ -152,11 +157,12 @@ def _prepare(
         split = pooled(split)
     observer.stage("finding models")
     models = find_models(config, revisions)
+    config = resolve_max_length(config, models)
     check_models(config, models, split)
     cut = count_cut_texts(config, models, split)
     folder.write_tallies((*of_data, *cut))
     _tell_losses(cut, observer)
-    return split, models, revisions
+    return config, split, models, revisions
 
 
 def _describe(placement: Placement) -> str:
@@ -197,7 +203,7 @@ def plan_experiment(config: ExperimentConfig, observer: Observer, nodes: Sequenc
     check_trackers(config)
     with tempfile.TemporaryDirectory(prefix="semcons-") as made:
         folder = RunFolder.create(Path(made) / "run", config)
-        split, models, revisions = _prepare(folder, config, observer)
+        config, split, models, revisions = _prepare(folder, config, observer)
         with contextlib.nullcontext(tuple(nodes)) if nodes else cluster(config) as found:
             placement = place(config, found, models, revisions)
         return Plan(placement, _describe(placement), split, models, folder.tallies())
