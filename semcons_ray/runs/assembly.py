@@ -177,8 +177,8 @@ def _held_out(split: DataSplit) -> Iterator[Tally]:
     """How many of the clients' examples are their own test sets."""
     if split.client_test:
         trained, tested = (sum(map(len, shares)) for shares in (split.private, split.client_test))
-        alone = sum(not share for share in split.client_test)
-        why = Reason(words="in clients' own test sets" + (f", of which {alone} clients have none" if alone else ""))
+        have = sum(map(bool, split.client_test))
+        why = Reason(words=f"in own test sets of {have} of {len(split.client_test)} clients")
         yield Tally.of("clients", "examples left out of training", trained + tested, {why: tested})
 
 

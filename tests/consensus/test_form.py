@@ -270,6 +270,8 @@ def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, m
         cosines = reference.mean_cosines(vectors[prompt], here)
         for client, cosine in cosines.items() if len(here) > 1 else ():
             assert float(verdict.similarity[prompt, client]) == pytest.approx(cosine, abs=2e-6)
+        if rule == "geometric_median" and len(here) == 2:
+            continue  # all points between them are medians, and rounding decides which one is found
         assert int(verdict.winner[prompt]) == getattr(reference, rule)(
             vectors[prompt], here, **settings_of.get(rule, {})
         )

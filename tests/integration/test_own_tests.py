@@ -114,5 +114,5 @@ def test_what_is_held_out_is_told(tmp_path: Path, files: Path, tiny_config: Make
     own = data(files, examples_per_client=8, client_test_fraction=0.25)
     config = tiny_config(algorithm={"name": "local_only"}, **own)
     plan = plan_experiment(config, Silent())
-    told = "clients: 0 of 18 examples left out of training; by design 6 in clients' own test sets"
+    told = "clients: 0 of 18 examples left out of training; by design 6 in own test sets of 3 of 3 clients"
     assert told in [str(tally) for tally in plan.tallies]
