@@ -80,7 +80,7 @@ def test_a_driver_killed_at_three_random_points_resumes_to_the_same_numbers(
     """Each kill comes 0 to 2 s after the first sign of progress of the driver, or of the one that resumed after it."""
     run_experiment(tiny_config(num_rounds=6), tmp_path / "undisturbed", Silent())
     out, config = tmp_path / "run", tmp_path / "config.yaml"
-    config.write_text(dump_config(tiny_config(num_rounds=6, resources=RAY)))
+    config.write_text(dump_config(tiny_config(num_rounds=6, resources={**RAY, "max_workers": 1})))
     arguments = ["run", str(config), "--out", str(out)]
     draw = random.Random(7)
     for _ in range(3):
