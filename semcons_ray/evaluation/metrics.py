@@ -2,7 +2,7 @@
 
 A metric is a mean over items, or the ratio of two sums over them: so it can be computed again for any choice of items,
 and compared item by item between models. A new score of answers is a function in a file of its own, a line in
-`METRICS`, and its name in `MetricName` of config.py.
+`METRICS`, and its name in `MetricName` of config/sections.py.
 
 Legend: N items of the test set, of which the first A are answered.
 """

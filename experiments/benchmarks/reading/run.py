@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,7 +55,7 @@ def read(file: str) -> dict[str, float]:
     from semcons_ray.data.sources import load_examples
     from semcons_ray.data.split import divide
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     began = time.perf_counter()
     source = load_examples(file)
     loaded = time.perf_counter() - began
@@ -68,17 +68,22 @@ def read_by_datasets(file: str) -> dict[str, float]:
     from datasets import load_dataset
 
     kind = {"jsonl": "json", "gz": "json"}.get(file.rsplit(".", 1)[-1], file.rsplit(".", 1)[-1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         count = len(load_dataset(kind, data_files=file, split="train", cache_dir=cache))
     return measured(before, began) | {"rows": count}
 
 
-def measured(before_kib: int, began: float) -> dict[str, float]:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "peak_mib": peak * 1024 / MIB, "without_imports_mib": (peak - before_kib) * 1024 / MIB}
+def peak_mib() -> float:
+    """Most memory that this process has had; getrusage would count that of the process which started it."""
+    [kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kib) * 1024 / MIB
+
+
+def measured(before: float, began: float) -> dict[str, float]:
+    seconds, peak = time.perf_counter() - began, peak_mib()
+    return {"seconds": seconds, "peak_mib": peak, "without_imports_mib": peak - before}
 
 
 def main() -> None:

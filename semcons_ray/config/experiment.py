@@ -1,0 +1,363 @@
+"""An experiment's settings as a whole: what fits together, what has an effect, and settings by dotted key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
+
+from semcons_ray.config.base import Settings
+from semcons_ray.config.keys import describe_error, merge_settings
+from semcons_ray.config.sections import (
+    ADJUSTS_GRADIENTS,
+    ANY_MODELS,
+    ANY_RANKS,
+    DEFAULT_METRICS,
+    DEFAULT_MIN_VOTES,
+    FACTORS_ONLY,
+    OWN_SECTIONS,
+    POLYNOMIAL_END,
+    AlgorithmConfig,
+    AnswerMetricName,
+    ClientsConfig,
+    DataConfig,
+    EnergyConfig,
+    EvaluationConfig,
+    FailuresConfig,
+    GenerationConfig,
+    ModelConfig,
+    PromptsConfig,
+    ResourcesConfig,
+    ServerConfig,
+    ShardingConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
+
+
+class ExperimentConfig(Settings):
+    """One experiment: everything that decides its numbers."""
+
+    name: str = Field("semantic-consensus", description="A title for tables and the report.")
+    seed: int = Field(0, ge=0, description="All random numbers of the run follow from it.")
+    num_rounds: int = Field(3, ge=1, description="Rounds of federated training; the base model is measured as round 0.")
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: DataConfig = DataConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    clients: ClientsConfig = ClientsConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+    server: ServerConfig = ServerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    energy: EnergyConfig = EnergyConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    failures: FailuresConfig = FailuresConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> ExperimentConfig:
+        for client, own in self.clients.overrides.items():
+            self._check_own_keys(client, own)
+        shared = (info.context or {}).get("shared", {})
+        for key, needs in without_effect(self):
+            if not has_setting(shared, key.split(".")):
+                raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
+        per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
+        # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
+        if self.algorithm.elects and self.algorithm.min_votes > max(per_round, DEFAULT_MIN_VOTES):
+            raise ValueError(
+                f"algorithm.min_votes is {self.algorithm.min_votes}, but {per_round} of clients.num_clients = "
+                f"{self.clients.num_clients} take part in a round, so there would never be a pseudo-label"
+            )
+        if self.evaluation.num_answers > self.data.num_test:
+            raise ValueError(
+                f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
+            )
+        if self.training.lr_scheduler_type == "polynomial" and self.training.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"training.learning_rate is {self.training.learning_rate}; training.lr_scheduler_type polynomial needs "
+                f"one over {POLYNOMIAL_END}, at which it ends"
+            )
+        on_answers = set(get_args(AnswerMetricName)).intersection(self.evaluation.metrics)
+        if not self.evaluation.num_answers and on_answers and self.evaluation.metrics != DEFAULT_METRICS:
+            raise ValueError(
+                f"evaluation.metrics {', '.join(sorted(on_answers))} needs answers, and evaluation.num_answers is 0"
+            )
+        if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
+            raise ValueError(
+                f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
+            )
+        name, ranks = self.algorithm.name, self.clients.lora_ranks
+        if max(ranks, default=0) > self.model.lora.rank:
+            raise ValueError(
+                f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
+            )
+        if name not in ANY_MODELS and len(set(self.client_models())) > 1:
+            raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
+        if name not in ANY_RANKS and len(set(self.client_ranks())) > 1:
+            raise ValueError(
+                f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
+                "flora, flexlora and hetlora take them"
+            )
+        for key in ("use_dora", "modules_to_save"):
+            if getattr(self.model.lora, key):
+                self._check_beside_factors(f"model.lora.{key}")
+        if self.generation.engine == "vllm":
+            self._check_engine()
+        self._check_sharding()
+        for client, own in self.clients.overrides.items():
+            self._check_override(client, own)
+        return self
+
+    def _check_own_keys(self, client: int, own: dict[str, dict[str, Any]]) -> None:
+        """Check that there is the client, and each setting that it has of its own."""
+        where = f"clients.overrides.{client}"
+        if client >= self.clients.num_clients:
+            raise ValueError(f"{where}: clients.num_clients is {self.clients.num_clients}, and ids begin with 0")
+        for section, values in own.items():
+            if section not in OWN_SECTIONS:
+                raise ValueError(f"{where}: {section} is none of {' and '.join(OWN_SECTIONS)}, which a client may have")
+            try:
+                _laid_over(getattr(self, section), values)
+            except ValidationError as error:
+                items = [{**item, "loc": (where, section, *item["loc"])} for item in error.errors()]
+                raise ValueError("; ".join(map(describe_error, items))) from error
+
+    def _check_override(self, client: int, own: dict[str, dict[str, Any]]) -> None:
+        """Check a client's settings as a whole."""
+        where, name = f"clients.overrides.{client}", self.algorithm.name
+        if name == "centralized" and client > 0:
+            raise ValueError(f"{where} has no effect: with algorithm.name centralized only client 0 trains")
+        if "engine" in own.get("generation", {}):
+            raise ValueError(f"{where}: generation.engine is the same for all clients")
+        if self.algorithm.averages_weights and (differs := {"max_new_tokens", "stop"} & {*own.get("generation", {})}):
+            raise ValueError(
+                f"{where}: generation.{min(differs)} is the same for all clients with algorithm.name {name}, which "
+                "measures one model for all"
+            )
+        mine = self.of_client(client).generation
+        if "temperature" in own.get("generation", {}) and mine.temperature == 0 and mine.num_samples > 1:
+            raise ValueError(
+                f"{where}: generation.num_samples {mine.num_samples} needs a generation.temperature over 0, since "
+                "greedy answers are all the same"
+            )
+        common = self.model_dump(mode="json")
+        common["clients"]["overrides"] = {}
+        try:  # what has no effect is told with the whole key, by `without_effect`
+            ExperimentConfig.model_validate(
+                merge_settings(common, own), context={"shared": merge_settings(common, own)}
+            )
+        except ValidationError as error:
+            raise ValueError(f"{where}: {'; '.join(describe_error(item) for item in error.errors())}") from error
+
+    def _check_beside_factors(self, key: str) -> None:
+        """Check that nothing forbids a setting by which an adapter has more tensors than A and B."""
+        if self.algorithm.name in FACTORS_ONLY:
+            raise ValueError(
+                f"algorithm.name {self.algorithm.name} knows A and B alone, and {key} trains more than them"
+            )
+        if self.generation.engine == "vllm":
+            raise ValueError(f"{key} needs generation.engine transformers: vllm adds A and B alone")
+        if self.sharding.models:
+            raise ValueError(f"{key} is not for models of sharding.models")
+        if self.model.quantization != "none":
+            raise ValueError(f"{key} is not for model.quantization {self.model.quantization}")
+
+    def _check_engine(self) -> None:
+        if self.algorithm.name == "flora":
+            raise ValueError("algorithm.name flora needs generation.engine transformers: its stacks outgrow any rank")
+        if self.sharding.models:
+            raise ValueError("sharding.models needs generation.engine transformers: its ranks answer together")
+        if self.model.quantization != "none":
+            raise ValueError(f"model.quantization {self.model.quantization} needs generation.engine transformers")
+
+    def _check_sharding(self) -> None:
+        if not self.sharding.models:
+            return
+        if unknown := [name for name in self.sharding.models if name not in self.client_models()]:
+            raise ValueError(f"sharding.models names {', '.join(unknown)}, which no client has")
+        if self.resources.fleet == "local":
+            raise ValueError("sharding.models needs resources.fleet ray")
+        if self.evaluation.lm_eval.tasks:
+            raise ValueError("evaluation.lm_eval.tasks needs models that are whole, and sharding.models divides them")
+        if self.model.quantization != "none":
+            raise ValueError(f"model.quantization {self.model.quantization} is not for models of sharding.models")
+        if self.sharding.zero_stage == 2 and self.algorithm.name in ADJUSTS_GRADIENTS:
+            raise ValueError(f"algorithm.name {self.algorithm.name} needs sharding.zero_stage 3")
+        if self.sharding.zero_stage == 2 and self.training.keep_optimizer:
+            raise ValueError("training.keep_optimizer needs sharding.zero_stage 3")
+
+    def of_client(self, client: int) -> ExperimentConfig:
+        """The settings as they are for one client: its own of `clients.overrides` in place of the common ones."""
+        own = self.clients.overrides.get(client, {})
+        return self.model_copy(update={name: _laid_over(getattr(self, name), own[name]) for name in own})
+
+    def client_training(self) -> tuple[TrainingConfig, ...]:
+        """Settings of each client's local update, shape (C,)."""
+        return tuple(self.of_client(client).training for client in range(self.clients.num_clients))
+
+    def client_generation(self) -> tuple[GenerationConfig, ...]:
+        """Settings of each client's answers, shape (C,)."""
+        return tuple(self.of_client(client).generation for client in range(self.clients.num_clients))
+
+    def client_ranks(self) -> tuple[int, ...]:
+        """LoRA rank of each client, shape (C,)."""
+        ranks = self.clients.lora_ranks or (self.model.lora.rank,)
+        return tuple(ranks[client % len(ranks)] for client in range(self.clients.num_clients))
+
+    def client_models(self) -> tuple[str, ...]:
+        """Model name of each client, shape (C,): shares rounded by largest remainder, models in the mix's order."""
+        count, mix = self.clients.num_clients, self.clients.mix
+        if not mix:
+            return (self.model.name,) * count
+        total = sum(mix.values())
+        exact = {name: share / total * count for name, share in mix.items()}
+        sizes = {name: int(value) for name, value in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: sizes[name] - exact[name])
+        for name in by_remainder[: count - sum(sizes.values())]:
+            sizes[name] += 1
+        return tuple(name for name in mix for _ in range(sizes[name]))
+
+
+def _laid_over(section: Settings, values: dict[str, Any]) -> Settings:
+    return type(section).model_validate(merge_settings(section.model_dump(), values))
+
+
+def _name_is(*names: str) -> Callable[[ExperimentConfig], bool]:
+    return lambda config: config.algorithm.name in names
+
+
+def _rule_is(rule: str) -> Callable[[ExperimentConfig], bool]:
+    return lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule == rule
+
+
+_EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str], ...] = (
+    (("algorithm.rule",), _name_is("semantic_consensus"), "algorithm.name semantic_consensus"),
+    (
+        ("algorithm.agreement_threshold", "algorithm.min_votes"),
+        lambda config: config.algorithm.elects,
+        "algorithm.name semantic_consensus with an algorithm.rule that elects an answer",
+    ),
+    (("algorithm.plurality_similarity",), _rule_is("plurality"), "algorithm.rule plurality"),
+    (("algorithm.trim",), _rule_is("trimmed"), "algorithm.rule trimmed"),
+    (("algorithm.num_byzantine",), _rule_is("multi_krum"), "algorithm.rule multi_krum"),
+    (
+        ("algorithm.pseudo_label_weight", "algorithm.first_exchange", "generation.temperature"),
+        lambda config: config.algorithm.learns_prompts,
+        "algorithm.name semantic_consensus, or algorithm.self_labels",
+    ),
+    (
+        ("algorithm.answer_last_round", "server.embed"),
+        lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule != "own_answer",
+        "algorithm.name semantic_consensus with an algorithm.rule other than own_answer",
+    ),
+    (
+        ("generation.top_p", "generation.top_k"),
+        lambda config: config.algorithm.learns_prompts and config.generation.temperature > 0,
+        "answers that are sampled: generation.temperature over 0, and algorithm.name semantic_consensus or "
+        "algorithm.self_labels",
+    ),
+    (
+        ("generation.num_samples",),
+        lambda config: (
+            config.algorithm.name == "semantic_consensus"
+            and config.algorithm.rule != "own_answer"
+            and config.generation.temperature > 0
+        ),
+        "answers that are sampled and sent: generation.temperature over 0, and algorithm.name semantic_consensus with "
+        "an algorithm.rule other than own_answer",
+    ),
+    (
+        ("generation.stop",),
+        lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,
+        "answers: evaluation.num_answers over 0, algorithm.name semantic_consensus or algorithm.self_labels",
+    ),
+    (("algorithm.ema_decay",), _name_is(*ANY_MODELS), f"algorithm.name {' or '.join(ANY_MODELS)}"),
+    (
+        ("algorithm.self_labels", "algorithm.weight_dtype"),
+        lambda config: config.algorithm.averages_weights,
+        "an algorithm.name that averages weights; self-training is algorithm.rule own_answer",
+    ),
+    (("algorithm.proximal_mu",), _name_is("fedprox"), "algorithm.name fedprox"),
+    (
+        ("algorithm.compression", "clients.participation"),
+        lambda config: config.algorithm.name != "centralized",
+        "an algorithm.name other than centralized",
+    ),
+    (("data.test_subset",), lambda config: config.data.test_source is not None, "data.test_source"),
+    (("prompts.subset", "prompts.columns"), lambda config: config.prompts.source is not None, "prompts.source"),
+    (
+        ("data.dirichlet_alpha",),
+        lambda config: config.data.partition in ("dirichlet", "quantity"),
+        "data.partition dirichlet or quantity",
+    ),
+    (
+        ("training.local_epochs",),
+        lambda config: config.training.local_steps is None,
+        "training.local_steps to be left out, which takes its place",
+    ),
+    (
+        ("training.warmup_ratio",),
+        lambda config: config.training.lr_scheduler_type != "constant",
+        "a training.lr_scheduler_type with warm-up, such as constant_with_warmup",
+    ),
+    (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
+    (
+        ("evaluation.lm_eval.every", "evaluation.lm_eval.limit"),
+        lambda config: bool(config.evaluation.lm_eval.tasks),
+        "evaluation.lm_eval.tasks",
+    ),
+    (
+        ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),
+        lambda config: config.generation.engine == "vllm",
+        "generation.engine vllm",
+    ),
+    (("resources.ray_address",), lambda config: config.resources.fleet == "ray", "resources.fleet ray"),
+)
+"""Settings that have an effect only under a condition: their keys, the condition, and its words for errors."""
+
+
+def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
+    """Keys of settings that were changed from their defaults, or that a client has of its own, and that have no effect,
+    each with what it would need."""
+    for keys, matters, needs in _EFFECTS:
+        for key in keys:
+            if not matters(config) and setting_value(config, key) != setting_value(DEFAULTS, key):
+                yield key, needs
+    for client, own in config.clients.overrides.items():
+        mine = config.of_client(client)
+        for keys, matters, needs in _EFFECTS:
+            if not matters(mine):
+                yield from (
+                    (f"clients.overrides.{client}.{key}", needs) for key in keys if has_setting(own, key.split("."))
+                )
+
+
+DEFAULTS = ExperimentConfig.model_construct()
+
+
+def setting_value(config: ExperimentConfig, key: str) -> Any:
+    """The value of a setting, by its dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[int(part) if part.isdecimal() else part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+def is_chosen(config: ExperimentConfig, key: str) -> bool:
+    """Whether a setting was given, and not left to its default, which it may be equal to."""
+    section: Any = config
+    *sections, name = key.split(".")
+    for part in sections:
+        section = getattr(section, part)
+    return name in section.model_fields_set
+
+
+def has_setting(values: Any, place: Sequence[str]) -> bool:
+    """Whether nested settings hold one at this place; ids of clients count as texts."""
+    first, *rest = place
+    found = [name for name in values if str(name) == first] if isinstance(values, dict) else []
+    return bool(found) and (not rest or has_setting(values[found[0]], rest))

