@@ -64,10 +64,14 @@ class Decoding:
             for start in range(0, len(texts), size):
                 yield texts[start : start + size]
 
-    def begin(self, config: Any, input_ids: Tensor, attention_mask: Tensor) -> Growing:
+    def begin(self, config: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Growing:
         """Begin to generate after a batch of texts, (B, T), padded on the left where `attention_mask` (B, T) is 0."""
         cache = DynamicCache(config=config) if self.cache else None
-        return Growing(self, input_ids, attention_mask, (attention_mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+        if attention_mask is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        else:
+            positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return Growing(self, input_ids, attention_mask, positions, cache)
 
 
 @dataclass
@@ -77,14 +81,14 @@ class Growing:
     Attributes:
         decoding: How the model is called.
         ids: Tokens that the model has not read yet, (B, T); without a cache, all tokens of the texts.
-        mask: 0 for padding, else 1, (B, number of all tokens).
+        mask: 0 for padding, else 1, (B, number of all tokens); None if there is no padding.
         positions: Positions of `ids` in their texts, (B, T).
         cache: The model's cache of what it has read, if it uses one.
     """
 
     decoding: Decoding
     ids: Tensor
-    mask: Tensor
+    mask: Tensor | None
     positions: Tensor
     cache: DynamicCache | None
 
@@ -95,21 +99,22 @@ class Growing:
             inputs[self.decoding.cache] = self.cache
         if self.decoding.positions:
             inputs["position_ids"] = self.positions
-        if self.decoding.pads:
+        if self.mask is not None:
             inputs["attention_mask"] = self.mask
         return inputs
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows of the batch but these."""
-        kept = torch.tensor(rows, device=self.ids.device)
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows of the batch but these, by index."""
         if self.cache is not None:
-            self.cache.reorder_cache(kept)  # unlike batch_select_indices, all kinds of layers have it
-        self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
+            self.cache.reorder_cache(rows)  # unlike batch_select_indices, all kinds of layers have it
+        self.ids, self.positions = self.ids[rows], self.positions[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
     def append(self, tokens: Tensor) -> None:
         """Append a token to each row; `tokens` is (B,)."""
         ids, positions = tokens[:, None], self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
         if self.cache is None:
             ids, positions = torch.cat([self.ids, ids], dim=1), torch.cat([self.positions, positions], dim=1)
         self.ids, self.positions = ids, positions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +45,36 @@ def repeatable(device: torch.device, wanted: bool = True) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch._C._set_deterministic_fill_uninitialized_memory(fills)
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of CPU tensors of one dtype; to a GPU they go as one, for which nothing waits."""
+    if device.type != "cuda":
+        return [tensor.detach().to(device, copy=True) for tensor in tensors]
+    joined = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, pin_memory=True)
+    torch.cat([tensor.detach().flatten() for tensor in tensors], out=joined)
+    return _divided(joined.to(device, non_blocking=True), tensors)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU of tensors of one dtype and device; from a GPU they come as one."""
+    if not tensors or not tensors[0].is_cuda:
+        return [tensor.detach().cpu().clone() for tensor in tensors]
+    joined = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
+    return [part.clone() for part in _divided(joined, tensors)]  # each with memory of its own, as files want it
+
+
+def moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors by name on a device, all in one transfer; those that are there already are not copied."""
+    there = [*tensors.values()]
+    if there and there[0].device.type != device.type:
+        there = to_host(there) if device.type == "cpu" else to_device(there, device)
+    return dict(zip(tensors, there, strict=True))
+
+
+def _divided(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(joined, [tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def running_sums(rows: Tensor) -> Tensor:

@@ -41,21 +41,20 @@ from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import Encoded
 from semcons_ray.modeling.choices import ChoiceFormat
 from semcons_ray.modeling.decoding import Decoding
-from semcons_ray.modeling.device import enough_memory, repeatable, running_sums
+from semcons_ray.modeling.device import enough_memory, repeatable, running_sums, to_device, to_host
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
+from semcons_ray.modeling.fused import fuse
 from semcons_ray.modeling.lora import alpha_of, attach_adapter, measure_sizes
+from semcons_ray.modeling.masters import Masters, Parameters, load
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-Parameters = Mapping[str, torch.nn.Parameter]
 Adjust = Callable[[Parameters], None]
 """What an algorithm does to the gradients of the float32 master weights, before they are clipped and a step is
 taken."""
-
-IGNORED = -100
 
 MAGNITUDE = "lora_magnitude_vector"
 """Part of the names of DoRA's tensors: the size of each output's weights."""
@@ -79,6 +78,10 @@ ASK_LESS = (
     "resources.gpus_per_worker"
 )
 """What helps where memory does not suffice."""
+
+READ_EVERY = 8
+"""Number of tokens after which a GPU is asked which answers have ended, for which it waits. A CPU, which is never
+waited for, is asked after each."""
 
 LENGTH_WINDOW = 8
 """Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
@@ -150,18 +153,21 @@ class Segment(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Texts as the model reads them; each tensor has shape (B, T).
+    """Texts as the model reads them, with N tokens of responses.
 
     Attributes:
-        inputs: By name, arguments of the model: input_ids, and attention_mask (0 on padding) or, with packing,
-            position_ids, which begin again with each text. Without a mask, transformers finds the texts by them.
-        labels: Tokens of responses; IGNORED elsewhere.
-        weights: Weight of each label in the loss.
+        inputs: By name, arguments of the model, (B, T) each: input_ids, and attention_mask (0 on padding; not where
+            padding would be on the left and there is none) or, with packing, position_ids, which begin again with each
+            text. Without a mask, transformers finds the texts by them.
+        labels: Tokens of responses, (N,), row after row.
+        weights: Weight of each label in the loss, (N,).
+        scored: Where the label's logits are, (N,): the place before it, counted over all rows.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     weights: Tensor
+    scored: Tensor
 
 
 class LanguageModel:
@@ -229,7 +235,7 @@ class LanguageModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = attach_adapter(base, lora, name)
-        self._scored: Tensor | None = None
+        self._scored: Callable[[Tensor], Tensor] | None = None
         # After the adapter, which may be on the output embedding and wrap it.
         base.get_output_embeddings().register_forward_pre_hook(self._only_scored)
         if dtype == "float16":
@@ -247,7 +253,10 @@ class LanguageModel:
         smaller = "choose a smaller model.name, a narrower model.dtype or model.quantization, or divide it by sharding"
         with enough_memory(f"hold model {name}", smaller):
             self.model: Any = model.to(self.device).eval()
+        if self.device.type == "cuda":
+            fuse(self.model)
         self._repeats = True
+        self._read_every = READ_EVERY if self.device.type == "cuda" else 1
         self._peft_config = model.active_peft_config
         self._lora = lora
         self._scaling = lora.alpha / alpha_of(1.0, lora.rank, lora)
@@ -342,13 +351,9 @@ class LanguageModel:
                     adapter[key] = torch.from_numpy(2 * drawn - 1) / inputs**0.5
         return adapter
 
-    @torch.no_grad()
     def load_adapter(self, adapter: Adapter) -> None:
         """Copy an adapter into the model; one of a lower rank is padded with zeros."""
-        for key, parameter in self._parameters.items():
-            if parameter.shape != adapter[key].shape:
-                parameter.zero_()
-            _part(parameter, adapter[key]).copy_(adapter[key])
+        load(self._parameters, to_device([adapter[key] for key in self._parameters], self.device))
 
     @contextmanager
     def holding(self, adapter: Adapter, frozen: Adapter | None = None) -> Iterator[Any]:
@@ -407,11 +412,12 @@ class LanguageModel:
             packed = _packed(lengths, self._max_length, generator)
         rows = [[segments[i] for i in row] for row in packed]
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
-        masters = {key: torch.nn.Parameter(adapter[key].to(self.device, copy=True)) for key in self._parameters}
-        adamw = self._optimizer(list(masters.values()), training, optimizer or {}, _num_steps(len(rows), training))
-        self.load_adapter(adapter)
+        masters = Masters(adapter, self._parameters)
+        masters.hand_over()
+        trained, num_steps = [*masters.parameters.values()], _num_steps(len(rows), training)
+        adamw = self._optimizer(trained, training, optimizer or {}, num_steps)
         scale = LossScale(LOSS_SCALE if self._scales_loss else 1.0)
-        loss_sum, learnt, processed = 0.0, 0, 0
+        losses, learnt, processed = list[Tensor](), list[int](), 0
         with (
             self._training(training),
             self._seeded(generator),
@@ -422,44 +428,44 @@ class LanguageModel:
         ):
             for step in _steps([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
                 chosen = [segment for i in step for segment in rows[i]]
-                responses = sum(segment.num_learnt for segment in chosen)
-                loss_sum += self._step_gradients([rows[i] for i in step], training, masters, scale) * responses
+                losses.append(self._step_gradients([rows[i] for i in step], training, masters, scale))
                 with torch.no_grad():
                     if adjust is not None:
-                        adjust(masters)
+                        adjust(masters.parameters)
                     adamw.step()
-                    for key, parameter in self._parameters.items():
-                        _part(parameter, masters[key]).copy_(masters[key])
-                learnt += responses
+                masters.hand_over()
+                learnt.append(sum(segment.num_learnt for segment in chosen))
                 processed += sum(len(segment.ids) for segment in chosen)
-        for key, master in masters.items():
-            adapter[key] = master.detach().cpu()
+            adapter.update(masters.to_adapter())
+            # Read when all is done: a GPU that is asked after each step waits for the next.
+            means = torch.stack(losses).tolist() if losses else []
+        loss_sum = 0.0
+        for mean, responses in zip(means, learnt, strict=True):
+            loss_sum += mean * responses
         state = adamw.state() if training.keep_optimizer else {}
-        return FineTuned(loss=loss_sum / max(learnt, 1), tokens=processed, optimizer=state)
+        return FineTuned(loss=loss_sum / max(sum(learnt), 1), tokens=processed, optimizer=state)
 
     def _step_gradients(
-        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Parameters, scale: LossScale
-    ) -> float:
+        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Masters, scale: LossScale
+    ) -> Tensor:
         """Put the gradients of an optimizer step into the float32 master weights; returns its loss.
 
         If float16 overflows, they are computed again with half the loss scale, so that no example is left out.
         """
         while True:
-            with torch.no_grad():
-                for master in masters.values():
-                    master.grad = None
+            masters.clear_gradients()
             part = self._accumulate(step, training, masters, scale.factor)
             with torch.no_grad():
-                loss = self._reduced(part, masters)
-                if not self._scales_loss or not math.isfinite(loss):
+                loss = self._reduced(part, masters.parameters)
+                if not self._scales_loss or not math.isfinite(loss.item()):
                     return loss
-                grads = [master.grad for master in masters.values() if master.grad is not None]
+                grads = [master.grad for master in masters.parameters.values() if master.grad is not None]
                 fits = all(bool(torch.isfinite(grad).all()) for grad in grads)
             if scale.keeps(all(self.of_all_ranks(fits))):
                 return loss
 
     def _accumulate(
-        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Parameters, factor: float
+        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Masters, factor: float
     ) -> Tensor:
         """Add up the gradients of an optimizer step a batch at a time; returns its loss.
 
@@ -471,15 +477,10 @@ class LanguageModel:
         for start in range(0, len(step), training.batch_size):
             mine, counts = self._share([*range(start, min(start + training.batch_size, len(step)))])
             batch = self._collate([step[i] for i in mine], packed=training.packing)
-            weights = counts * batch.weights[batch.labels != IGNORED]
-            loss = (self._token_nll(batch) * weights).sum() / max(total, 1e-9)
+            loss = (self._token_nll(batch) * (counts * batch.weights)).sum() / max(total, 1e-9)
             (factor * loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-            for key, parameter in self._parameters.items():
-                grad, parameter.grad = parameter.grad, None
-                if grad is not None:
-                    grad, before = _part(grad, masters[key]).float() / factor, masters[key].grad
-                    masters[key].grad = grad if before is None else before + grad
+            masters.take_gradients(factor)
         return torch.stack(losses).sum()
 
     @torch.no_grad()
@@ -548,30 +549,45 @@ class LanguageModel:
         """Generate the tokens that follow each text, including those that end it; `draws` (B, max_new_tokens) is in
         [0, 1) and decides what is sampled.
 
-        A text that has ended leaves the batch, so that a few long answers don't cost as much as many.
+        A text that has ended leaves the batch, so that a few long answers don't cost as much as many. Whether it has is
+        read after every `_read_every` tokens; what was generated behind an end is dropped.
         """
         batch = self._collate([[Segment(text)] for text in texts], pad_left=True)
         growing = self._decoding.begin(self.model.config, **batch.inputs)
         rows: list[list[int]] = [[] for _ in texts]
         going, ends = [*range(len(texts))], self._ends(generation)
+        (on_device,) = to_device([torch.from_numpy(draws)], self.device)
+        unread: list[Tensor] = []
         for step in range(generation.max_new_tokens):
-            self._scored = torch.zeros_like(growing.ids, dtype=torch.bool)
-            self._scored[:, -1] = True
+            self._scored = lambda hidden: hidden[:, -1]
             output = self.model(**growing.inputs())
-            tokens = _chosen(output.logits[0].float(), generation, draws[:, step])
-            for row, token in zip(going, tokens.tolist(), strict=False):
-                rows[row].append(token)
-            done = [rows[row][-1] in ends or self.chat.is_stopped(rows[row], generation.stop) for row in going]
-            left = [place for place, row_is_done in enumerate(done) if not row_is_done]
-            going = [going[place] for place in left]
-            if not self._goes_on(bool(going)):
-                break
-            left = left or [0]  # a stand-in: a rank that is done must go on in step with the others
-            if len(left) < len(tokens):
-                growing.keep(left)
-                tokens, draws = tokens[left], draws[left]
+            tokens = _chosen(output.logits[0].float(), generation, on_device[:, step])
+            unread.append(tokens)
+            if len(unread) == self._read_every or step == generation.max_new_tokens - 1:
+                read, unread = torch.stack(unread, dim=1).tolist(), []
+                done = [
+                    self._goes_to_its_end(rows[row], new, ends, generation.stop)
+                    for row, new in zip(going, read, strict=False)
+                ]
+                left = [place for place, row_is_done in enumerate(done) if not row_is_done]
+                going = [going[place] for place in left]
+                if not self._goes_on(bool(going)):
+                    break
+                left = left or [0]  # a stand-in: a rank that is done must go on in step with the others
+                if len(left) < len(tokens):
+                    (kept,) = to_device([torch.tensor(left)], self.device)
+                    growing.keep(kept)
+                    tokens, on_device = tokens[kept], on_device[kept]
             growing.append(tokens)
         return rows
+
+    def _goes_to_its_end(self, row: list[int], new: Iterable[int], ends: Sequence[int], stop: Sequence[str]) -> bool:
+        """Append new tokens to an answer as far as one ends it; whether one does."""
+        for token in new:
+            row.append(token)
+            if token in ends or self.chat.is_stopped(row, stop):
+                return True
+        return False
 
     @torch.no_grad()
     def negative_log_likelihood(
@@ -648,9 +664,9 @@ class LanguageModel:
         """This rank's part of a batch, and its weight: 1, or 0 if there is no part for it and it gets a stand-in."""
         return batch, 1.0
 
-    def _reduced(self, total: Tensor, masters: Parameters) -> float:
+    def _reduced(self, total: Tensor, masters: Parameters) -> Tensor:
         """The sum of `total` over all ranks; gradients of `masters` are summed in place."""
-        return total.item()
+        return total
 
     def _gathered(self, nll: Tensor) -> list[float]:
         """The values of all segments, (N,), of which this rank has those of its own, and 0 for the others."""
@@ -670,42 +686,48 @@ class LanguageModel:
     def _collate(self, rows: Sequence[Sequence[Segment]], *, pad_left: bool = False, packed: bool = False) -> Batch:
         """A batch of rows, padded to the longest; only with `packed` may a row have several texts."""
         lengths = [sum(len(segment.ids) for segment in row) for row in rows]
-        ids = torch.full((len(rows), max(lengths)), PADDING)
-        mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, IGNORED), torch.zeros(ids.shape)
-        positions = torch.zeros_like(ids)  # each padding token is a text of its own
+        width = max(lengths)
+        ids = torch.full((len(rows), width), PADDING)
+        mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)  # each padding token is a text of its own
+        labels, scored, weights = list[int](), list[int](), list[float]()
         for row, segments in enumerate(rows):
-            end = max(lengths) - lengths[row] if pad_left else 0
+            end = width - lengths[row] if pad_left else 0
             for tokens, learnt, weight in segments:
                 begin, end = end, end + len(tokens)
                 ids[row, begin:end] = torch.tensor(tokens)
                 mask[row, begin:end] = 1
                 positions[row, begin:end] = torch.arange(len(tokens))
                 for first, last in learnt:
-                    where = slice(begin + first, begin + last)
-                    labels[row, where] = ids[row, where]
-                    weights[row, where] = weight
-        inputs = {"input_ids": ids, "position_ids": positions} if packed else {"input_ids": ids, "attention_mask": mask}
+                    labels += tokens[first:last]
+                    # The logits of a token are at the place before it.
+                    scored += range(row * width + begin + first - 1, row * width + begin + last - 1)
+                    weights += [weight] * (last - first)
+        inputs = {"input_ids": ids}
+        if packed:
+            inputs["position_ids"] = positions
+        elif not pad_left or min(lengths) < width:  # for each token, transformers looks whether anything is masked
+            inputs["attention_mask"] = mask
         if packed and str(self.model.config._attn_implementation).startswith("flash"):
             # transformers tells flash attention of the texts in a batch's row only if the batch has no other.
             inputs = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
-            labels, weights = labels.reshape(1, -1), weights.reshape(1, -1)
-        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        return Batch(on_device, labels.to(self.device), weights.to(self.device))
+        whole = [*inputs.values(), *(torch.tensor(numbers, dtype=torch.long) for numbers in (labels, scored))]
+        *read, on_labels, on_scored = to_device(whole, self.device)
+        (on_weights,) = to_device([torch.tensor(weights, dtype=torch.float32)], self.device)
+        return Batch(dict(zip(inputs, read, strict=True)), on_labels, on_weights, on_scored)
 
     def _token_nll(self, batch: Batch) -> Tensor:
         """NLL (nats) of each label, (N,)."""
-        is_label = batch.labels != IGNORED
-        self._scored = is_label.roll(-1, dims=1)  # the logit of a token is at the position before it
+        self._scored = lambda hidden: hidden.flatten(0, 1).index_select(0, batch.scored)
         logits = self.model(**batch.inputs, use_cache=False).logits
         # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
-        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(batch.labels[is_label], LOSS_ROWS), strict=True)
+        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(batch.labels, LOSS_ROWS), strict=True)
         losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
         return torch.cat(losses)
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Hook before the output embedding, so that only logits of the N scored positions are computed, (1, N, V)."""
         hidden, scored, self._scored = inputs[0], self._scored, None
-        return (hidden if scored is None else hidden[scored][None],)
+        return (hidden if scored is None else scored(hidden)[None],)
 
     @contextmanager
     def _beside(self, frozen: Adapter | None) -> Iterator[None]:
@@ -805,10 +827,16 @@ class AdamW:
     ) -> None:
         self._masters = masters
         self._max_grad_norm = training.max_grad_norm
-        self._adamw = torch.optim.AdamW(masters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        # Of all weights together: on a GPU in one kernel for many, on a CPU with the bits of one after another.
+        together = {"fused": True} if masters[0].is_cuda else {"foreach": True}
+        self._adamw = torch.optim.AdamW(
+            masters, lr=training.learning_rate, weight_decay=training.weight_decay, **together
+        )
         if state:
             groups = self._adamw.state_dict()["param_groups"]
-            self._adamw.load_state_dict({"state": _unflatten(state), "param_groups": groups})
+            values = to_device([*state.values()], masters[0].device)
+            known = _unflatten(dict(zip(state, values, strict=True)))
+            self._adamw.load_state_dict({"state": known, "param_groups": groups})
         self._schedule = schedule(self._adamw, training, num_steps)
 
     def step(self) -> None:
@@ -875,7 +903,7 @@ def _steps(lengths: Sequence[int], training: TrainingConfig, generator: np.rando
                 return
 
 
-def _chosen(logits: Tensor, generation: GenerationSettings, draws: NDArray[np.float64]) -> Tensor:
+def _chosen(logits: Tensor, generation: GenerationSettings, draws: Tensor) -> Tensor:
     """A token for each row of `logits` (B, V): at temperature 0 the likeliest, else the one at the quantile `draws`
     (B,) of those that top_k and then top_p leave."""
     if generation.temperature == 0:
@@ -890,14 +918,8 @@ def _chosen(logits: Tensor, generation: GenerationSettings, draws: NDArray[np.fl
     last = quantiles[:, -1:]
     # A draw that rounds to 1 would lie behind all quantiles, and the last token may be one that was left out.
     below = last.nextafter(torch.zeros_like(last))
-    wanted = torch.minimum(torch.from_numpy(draws).to(quantiles)[:, None] * last, below)
+    wanted = torch.minimum(draws.to(quantiles)[:, None] * last, below)
     return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-
-
-def _part(tensor: Tensor, like: Tensor) -> Tensor:
-    """A view of the first rows and columns of `tensor`, as many as `like` has: the place of an adapter of lower
-    rank."""
-    return tensor[tuple(slice(size) for size in like.shape)]
 
 
 def _adding(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -906,7 +928,8 @@ def _adding(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor
 
 
 def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{index}.{key}": value.detach().cpu() for index, entry in state.items() for key, value in entry.items()}
+    flat = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    return dict(zip(flat, to_host([*flat.values()]), strict=True))
 
 
 def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

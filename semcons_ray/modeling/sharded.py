@@ -30,7 +30,8 @@ from torch import Tensor
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.language_model import AdamW, LanguageModel, Parameters, Value, schedule
+from semcons_ray.modeling.language_model import AdamW, LanguageModel, Value, schedule
+from semcons_ray.modeling.masters import Parameters
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 
@@ -128,7 +129,7 @@ class ShardedLanguageModel(LanguageModel):
         mine = batch[self.rank :: self.num_ranks]
         return (mine, 1.0) if mine else (batch[:1], 0.0)  # all must take part in gathering the weights
 
-    def _reduced(self, total: Tensor, masters: Parameters) -> float:
+    def _reduced(self, total: Tensor, masters: Parameters) -> Tensor:
         grads = [master.grad for master in masters.values() if master.grad is not None]
         if self._sharding.zero_stage == 2:
             grads = []  # the optimizer's work
@@ -136,7 +137,7 @@ class ShardedLanguageModel(LanguageModel):
         dist.all_reduce(flat)
         for grad, summed in zip(grads, torch.split(flat[1:], [grad.numel() for grad in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
-        return flat[0].item()
+        return flat[0]
 
     def _gathered(self, nll: Tensor) -> list[float]:
         dist.all_reduce(nll)

@@ -96,7 +96,7 @@ def is_plain(model: LanguageModel, answer: Answer) -> bool:
     ids = list(answer.prompt)
     for token, draw in zip(answer.ids, answer.draws, strict=False):
         logits = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
-        if _chosen(logits, GenerationConfig(), np.array([draw])).item() != token:
+        if _chosen(logits, GenerationConfig(), torch.tensor([draw], dtype=torch.float64)).item() != token:
             return False
         ids.append(token)
     return True

@@ -117,7 +117,7 @@ def test_a_drawn_answer_does_not_depend_on_what_it_is_batched_with(model: Langua
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
     """Quantiles at equal distances pick each token as often as its probability says, at any temperature."""
     probabilities = torch.tensor([0.5, 0.0, 0.125, 0.375])
-    draws = np.arange(16) / 16
+    draws = torch.arange(16) / 16
     logits = probabilities.log().expand(16, 4)
     for settings, counts in (
         ({}, [8, 0, 2, 6]),
@@ -139,8 +139,8 @@ def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
 
 def test_the_highest_draw_takes_the_last_token_that_is_left() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
-    assert _chosen(logits, GenerationConfig(top_k=2), np.array([1 - 2**-53])).tolist() == [2]
-    assert _chosen(logits, GenerationConfig(top_k=2), np.array([0.0])).tolist() == [1]
+    assert _chosen(logits, GenerationConfig(top_k=2), torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [2]
+    assert _chosen(logits, GenerationConfig(top_k=2), torch.tensor([0.0])).tolist() == [1]
 
 
 def test_an_answer_ends_at_a_stop_text_which_is_cut_off(model: LanguageModel) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.modeling.device import moved
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
@@ -31,9 +34,13 @@ class FedProx(FedAvgLora):
         start = {key: value.clone() for key, value in client.adapter.items()}
 
         def pull_back(parameters: Parameters) -> None:
-            for key, parameter in parameters.items():
-                if parameter.grad is not None:
-                    start[key] = start[key].to(parameter.device)  # stays there for the steps to come
-                    parameter.grad += self.mu * (parameter - start[key])
+            nonlocal start
+            device = next(iter(parameters.values())).device
+            start = moved(start, device)  # stays there for the steps to come
+            grads = {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
+            if grads:
+                away = torch._foreach_sub([parameters[key] for key in grads], [start[key] for key in grads])
+                torch._foreach_mul_(away, self.mu)
+                torch._foreach_add_([*grads.values()], away)
 
         return pull_back

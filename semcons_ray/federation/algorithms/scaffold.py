@@ -23,6 +23,7 @@ from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.weights import Shapes, pack, shapes_of, unpack, weighted_mean
 from semcons_ray.messages import AdapterUpdate
 from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.device import moved
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
@@ -65,19 +66,24 @@ class Scaffold(FedAvgLora):
         memory = client.memory
         zero = {key: torch.zeros_like(value) for key, value in client.adapter.items()}
         correction = {key: memory["common." + key] - memory.get("own." + key, zero[key]) for key in zero}
-        steps = 0
-        memory.update({"mean." + key: value for key, value in zero.items()})
+        mean, steps = zero, 0
+        memory.update({"mean." + key: value for key, value in mean.items()})
 
         def correct(parameters: Parameters) -> None:
-            nonlocal steps
+            nonlocal steps, mean, correction
             steps += 1
-            for key, parameter in parameters.items():
-                if parameter.grad is not None:
-                    # Both stay where the parameter is until all steps are done: nothing waits for a GPU.
-                    mean = memory["mean." + key] = memory["mean." + key].to(parameter.device)
-                    mean += (parameter.grad - mean) / steps
-                    correction[key] = correction[key].to(parameter.device)
-                    parameter.grad += correction[key]
+            if steps == 1:
+                # Both stay where the parameters are until all steps are done: nothing waits for a GPU.
+                device = next(iter(parameters.values())).device
+                mean, correction = moved(mean, device), moved(correction, device)
+                memory.update({"mean." + key: value for key, value in mean.items()})
+            grads = {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
+            if grads:
+                means = [mean[key] for key in grads]
+                away = torch._foreach_sub([*grads.values()], means)
+                torch._foreach_div_(away, steps)
+                torch._foreach_add_(means, away)
+                torch._foreach_add_([*grads.values()], [correction[key] for key in grads])
 
         return correct
 
@@ -85,8 +91,9 @@ class Scaffold(FedAvgLora):
         """The adapter, and the change of c_k."""
         memory = client.memory
         changes = {}
+        mean = moved({key: memory.pop("mean." + key) for key in client.adapter}, torch.device("cpu"))
         for key, value in client.adapter.items():
-            new = memory.pop("mean." + key).cpu()
+            new = mean[key]
             changes[_CONTROL + key] = new - memory.get("own." + key, torch.zeros_like(value))
             memory["own." + key] = new
             del memory["common." + key]
