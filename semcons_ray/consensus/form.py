@@ -6,6 +6,7 @@ dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import rules
+from semcons_ray.consensus.tallies import present_vectors, tallies
 from semcons_ray.errors import ConfigError
 
 NORM_TOLERANCE = 1e-2
@@ -146,20 +148,11 @@ def form_consensus(
 
     num_together = max(1, chunk_bytes // max(4 * num_answers * dimension, 1))
     chunks = [slice(start, start + num_together) for start in range(0, num_prompts, num_together)]
-    norms = torch.empty(num_prompts, num_answers, device=device)
-    to_all, to_own = torch.empty_like(norms), torch.empty_like(norms)
-    for here in chunks:
-        vectors = _vectors(embeddings[here], mask[here])
-        # The norms first: row after row is how a chunk comes into the cache fastest.
-        norms[here] = torch.linalg.vector_norm(vectors, dim=2)
-        if voters is None:
-            to_all[here] = rules.products(vectors.sum(dim=1, keepdim=True), vectors)
-            to_own[here] = norms[here].square()
-        else:
-            votes = shares[here, :, None] * vectors
-            to_all[here] = rules.products(votes.sum(dim=1, keepdim=True), vectors)
-            centres = torch.zeros_like(votes).index_add_(1, of_clients, votes)
-            to_own[here] = (centres[:, of_clients] * vectors).sum(dim=2)
+    if voters is None:
+        norms, to_all = tallies(embeddings, mask, chunks)
+        to_own = norms.square()
+    else:
+        norms, to_all, to_own = _shared_tallies(embeddings, mask, of_clients, shares, chunks)
     _check_norms(norms, mask)
     num_clients = shares.sum(dim=1, keepdim=True).round()
     similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
@@ -168,7 +161,7 @@ def form_consensus(
     needs_vectors = election.rule not in rules.WITHOUT_VECTORS
     for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
         ballots = rules.Ballots(
-            vectors=_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
+            vectors=present_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
             present=mask[here],
             similarity=similarity[here],
             shares=shares[here],
@@ -196,10 +189,20 @@ def _shares(mask: Tensor, voters: Tensor) -> Tensor:
     return present / counts[:, voters].clamp(min=1)
 
 
-def _vectors(embeddings: Tensor, present: Tensor) -> Tensor:
-    """The embeddings in float32 with zeros for missing answers; not copied if there is nothing to change."""
-    vectors = embeddings.to(torch.float32)
-    return vectors if bool(present.all()) else vectors.where(present[:, :, None], 0.0)
+def _shared_tallies(
+    embeddings: Tensor, mask: Tensor, voters: Tensor, shares: Tensor, chunks: Sequence[slice]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where clients have several answers: lengths of the vectors, and their products with the sum of all clients' votes
+    and with their own client's vote, each (P, C) float32."""
+    norms, to_all, to_own = (torch.empty(mask.shape, device=mask.device) for _ in range(3))
+    for here in chunks:
+        vectors = present_vectors(embeddings[here], mask[here])
+        norms[here] = torch.linalg.vector_norm(vectors, dim=2)
+        votes = shares[here, :, None] * vectors
+        to_all[here] = rules.products(votes.sum(dim=1, keepdim=True), vectors)
+        centres = torch.zeros_like(votes).index_add_(1, voters, votes)
+        to_own[here] = (centres[:, voters] * vectors).sum(dim=2)
+    return norms, to_all, to_own
 
 
 def _check_norms(norms: Tensor, mask: Tensor) -> None:

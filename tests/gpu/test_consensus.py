@@ -42,6 +42,22 @@ def test_a_gpu_elects_what_the_cpu_elects(rule: str, chunk_bytes: int | None) ->
         )
 
 
+@pytest.mark.parametrize("shape", [(7, 33, 384), (3, 1, 7), (2, 64, 512), (0, 4, 8)])
+@pytest.mark.parametrize("several", [False, True])
+def test_whatever_the_shape_similarities_are_those_of_the_cpu(shape: tuple[int, int, int], several: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.nn.functional.normalize(torch.randn(shape, generator=generator) + 0.5, dim=2)
+    present = torch.rand(shape[:2], generator=generator) < 0.8
+    voters = torch.arange(shape[1]) // 2 if several else None
+    priority = torch.rand(shape[:2], generator=generator)
+    on_cpu, on_gpu = (
+        form_consensus(embeddings.to(device), present, Election(), priority, voters=voters)
+        for device in ("cpu", "cuda")
+    )
+    assert torch.equal(on_cpu.winner, on_gpu.winner.cpu())
+    torch.testing.assert_close(on_cpu.similarity, on_gpu.similarity.cpu(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_texts_have_the_vectors_of_the_cpu_the_same_each_time(tmp_path: Path) -> None:
     folder = write_bert(tmp_path, positions=64)
     texts = [f"{row['prompt']} {row['response']}" for row in examples()[:100]]

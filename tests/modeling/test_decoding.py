@@ -130,5 +130,5 @@ def test_how_a_family_is_batched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lengths = [len(answer.prompt) for answer in answered(model, monkeypatch, 4)]
     begun = [rows for rows, tokens in shapes if tokens in lengths]
     assert max(begun) == min(4, max(lengths.count(length) for length in lengths) if architecture != "llama" else 4)
-    assert masked == [architecture == "llama"] * len(masked)
+    assert any(masked) == (architecture == "llama")  # only where there is padding
     assert any(tokens == 1 for _, tokens in shapes) == (architecture != "rwkv")
