@@ -51,14 +51,16 @@ def memory(device: str, small: bool, models: Path, tokenizer: str | None = None)
     found: dict[str, Any] = {}
     for name in SHAPES:
         folder = write_shape(name, models, device, small, tokenizer)
-        for length, batch, checkpointing in ((64, 4, False), (64, 4, True)) if small else POINTS:
+        points = ((64, 4, False), (64, 4, True)) if small else POINTS
+        model = _loaded(folder, device, max(length for length, _, _ in points))
+        for length, batch, checkpointing in points:
             planned = measure_footprint(
                 folder, dtype="bfloat16", max_length=length, batch_size=batch, generation_batch_size=1,
                 max_new_tokens=1, gradient_checkpointing=checkpointing, device=device,
             )  # fmt: skip
             training = TrainingConfig(batch_size=batch, gradient_checkpointing=checkpointing)
+            pairs = _full_rows(length, batch)
             empty_memory(device)
-            model, pairs = _loaded(folder, device, length), _full_rows(length, batch)
             model.fine_tune(model.fresh_adapter(), pairs, training, np.random.default_rng(0))
             taken, context = gpu_bytes() if device == "cuda" else (_live_bytes(model, pairs, training), 0)
             bytes_planned = planned.device_bytes if device == "cuda" else planned.activations + planned.logits
@@ -68,7 +70,7 @@ def memory(device: str, small: bool, models: Path, tokenizer: str | None = None)
                 "context_mib": context >> 20,
                 "ratio": round(bytes_planned / taken, 2),
             }
-            del model
+        del model
     return found
 
 

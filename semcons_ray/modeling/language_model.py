@@ -720,7 +720,7 @@ class LanguageModel:
         self._scored = lambda hidden: hidden.flatten(0, 1).index_select(0, batch.scored)
         logits = self.model(**batch.inputs, use_cache=False).logits
         # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
-        parts = zip(torch.split(logits[0], LOSS_ROWS), torch.split(batch.labels, LOSS_ROWS), strict=True)
+        parts = zip(torch.split(logits.squeeze(0), LOSS_ROWS), torch.split(batch.labels, LOSS_ROWS), strict=True)
         losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
         return torch.cat(losses)
 

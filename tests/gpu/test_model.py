@@ -1,7 +1,6 @@
 """A model on a GPU: the numbers of the CPU, the same bits each time, and the memory that was planned."""
 
 import gc
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -141,9 +140,7 @@ def test_sums_of_one_row_are_the_same_each_time_and_those_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_more_memory_is_taken_than_was_planned(
-    large_llama: Path, checkpointing: bool, record_property: Callable[[str, object], None]
-) -> None:
+def test_no_more_memory_is_taken_than_was_planned(large_llama: Path, checkpointing: bool) -> None:
     planned = measure_footprint(
         large_llama, dtype="bfloat16", max_length=2048, batch_size=8, generation_batch_size=8, max_new_tokens=8,
         gradient_checkpointing=checkpointing, device="cuda",
@@ -157,7 +154,6 @@ def test_no_more_memory_is_taken_than_was_planned(
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
     measured = torch.cuda.max_memory_reserved() + context
-    record_property("planned_to_measured", planned / measured)
     parts = f"planned {planned >> 20} MiB, measured {measured >> 20} MiB, of which context {context >> 20}"
     print(f"{parts}: {planned / measured:.2f}")
     assert measured <= planned
@@ -167,11 +163,11 @@ def test_no_more_memory_is_taken_than_was_planned(
 def test_what_is_too_large_for_the_memory_is_said_with_the_settings_to_lower(large_llama: Path) -> None:
     model = load(large_llama, dtype="bfloat16", max_length=2048)
     pairs, adapter = [Pair("one " * 1500, "two " * 1500)] * 64, model.fresh_adapter()
-    ask = GenerationConfig(batch_size=2048, max_new_tokens=4)
+    ask = GenerationConfig(batch_size=512, max_new_tokens=4)
     train, rng = TrainingConfig(batch_size=64), np.random.default_rng(0)
     works = {
         "training.batch_size 64": partial(model.fine_tune, adapter, pairs, train, rng),
-        "generation.batch_size 2048": partial(model.generate, adapter, [pairs[0].prompt] * 2048, ask, rng),
+        "generation.batch_size 512": partial(model.generate, adapter, [pairs[0].prompt] * 512, ask, rng),
         "generation.batch_size 64": partial(model.negative_log_likelihood, adapter, pairs, 64),
     }
     for setting, work in works.items():
@@ -181,4 +177,4 @@ def test_what_is_too_large_for_the_memory_is_said_with_the_settings_to_lower(lar
         assert "model.max_length 2048" in str(caught.value)
         del caught
         gc.collect()
-    model.fine_tune(adapter, pairs[:1], TrainingConfig(batch_size=1), rng)  # it is as it was
+    model.fine_tune(adapter, [Pair("one", "two")], TrainingConfig(batch_size=1), rng)  # it is as it was
