@@ -37,7 +37,8 @@ def lora_linear(module: Any, x: Tensor) -> Tensor:
     result = module.base_layer(rows)
     down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
     result.addmm_(module.lora_dropout["default"](rows) @ down.T, up.T, alpha=module.scaling["default"])
-    return result.view(*x.shape[:-1], -1)
+    whole: Tensor = result.view(*x.shape[:-1], -1)
+    return whole
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight.shape, module.weight, _epsilon(module))
 
 
-def _is_plain_lora(module: torch.nn.Module) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """Whether it is PEFT's layer on a plain one, with one adapter of its dtype, and adds what PEFT says."""
     if type(module) is not LoraLinear or type(module.base_layer) is not torch.nn.Linear or module.lora_variant:
         return False
@@ -62,7 +63,9 @@ def _is_plain_norm(module: Any) -> bool:
     """Whether it gives what torch's own does: some families' add 1 to the weights, or have gates."""
     weight = getattr(module, "weight", None)
     known = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
-    if not known or weight is None or weight.ndim != 1 or not len(weight) or len(signature(module.forward).parameters) > 1:
+    if not known or weight is None or weight.shape[1:] or not len(weight):
+        return False
+    if len(signature(module.forward).parameters) > 1:
         return False
     x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1).to(weight.dtype)
     return torch.allclose(norm(module, x).float(), module(x).float(), rtol=ROUNDING, atol=1e-3)

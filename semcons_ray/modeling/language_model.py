@@ -828,9 +828,9 @@ class AdamW:
         self._masters = masters
         self._max_grad_norm = training.max_grad_norm
         # Of all weights together: on a GPU in one kernel for many, on a CPU with the bits of one after another.
-        together = {"fused": True} if masters[0].is_cuda else {"foreach": True}
+        on_gpu = masters[0].is_cuda
         self._adamw = torch.optim.AdamW(
-            masters, lr=training.learning_rate, weight_decay=training.weight_decay, **together
+            masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=on_gpu, foreach=not on_gpu
         )
         if state:
             groups = self._adamw.state_dict()["param_groups"]

@@ -43,21 +43,25 @@ class Masters:
     @torch.no_grad()
     def take_gradients(self, factor: float) -> None:
         """Add the gradients of the weights that compute, divided by `factor`, and leave those without any."""
-        has = {key: value.grad for key, value in self._computing.items() if value.grad is not None}
-        first = [key for key in has if self.parameters[key].grad is None]
-        taken = {key: self._room[key] if key in first else torch.empty_like(self._room[key]) for key in has}
-        if not has:
+        given = {
+            key: part(value.grad, self.parameters[key])
+            for key, value in self._computing.items()
+            if value.grad is not None
+        }
+        if not given:
             return
-        torch._foreach_copy_([*taken.values()], [part(grad, self.parameters[key]) for key, grad in has.items()])
+        before = {key: grad for key in given if (grad := self.parameters[key].grad) is not None}
+        rooms = {key: self._room[key] for key in given}
+        taken = {key: torch.empty_like(room) if key in before else room for key, room in rooms.items()}
+        torch._foreach_copy_([*taken.values()], [*given.values()])
         if factor != 1:
             torch._foreach_div_([*taken.values()], factor)
-        if later := [key for key in has if key not in first]:
-            grads = [self.parameters[key].grad for key in later]
-            torch._foreach_add_(grads, [taken[key] for key in later])  # type: ignore[arg-type]
-        for key in first:
-            self.parameters[key].grad = taken[key]
-        for computing in self._computing.values():
-            computing.grad = None
+        if before:
+            torch._foreach_add_([*before.values()], [taken[key] for key in before])
+        for key in given:
+            if key not in before:
+                self.parameters[key].grad = taken[key]
+            self._computing[key].grad = None
 
     def hand_over(self) -> None:
         """Round the master weights into those that compute."""
@@ -71,8 +75,9 @@ class Masters:
 @torch.no_grad()
 def load(computing: Parameters, values: list[Tensor]) -> None:
     """Copy values, on the same device, into the weights that compute; those of a lower rank are padded with zeros."""
-    if smaller := [to for to, value in zip(computing.values(), values, strict=True) if to.shape != value.shape]:
-        torch._foreach_zero_(smaller)
+    for to, value in zip(computing.values(), values, strict=True):
+        if to.shape != value.shape:
+            to.zero_()
     torch._foreach_copy_([part(to, value) for to, value in zip(computing.values(), values, strict=True)], values)
 
 

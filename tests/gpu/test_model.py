@@ -96,8 +96,16 @@ def test_packed_texts_have_the_loss_and_the_gradients_of_padded_ones(model: Lang
     assert_near(packed[0], padded[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("training", [{}, {"packing": True}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [
+        ("float32", {}),
+        ("float16", {}),
+        ("bfloat16", {}),
+        ("bfloat16", {"packing": True}),
+        ("bfloat16", {"gradient_checkpointing": True}),
+    ],
+)
 def test_long_texts_train_to_the_same_bits_each_time_whoever_trained_before(
     folder: Path, dtype: str, training: dict[str, object]
 ) -> None:

@@ -25,6 +25,7 @@ from transformers import (
 from semcons_ray.config import LoraConfig
 from semcons_ray.modeling.footprint import (
     CUDA_DEVICE_BYTES,
+    CUDA_GROWTH,
     CUDA_HOST_BYTES,
     PROCESS_BYTES,
     Footprint,
@@ -50,7 +51,8 @@ def test_what_lies_on_a_gpu_is_not_asked_of_the_host(tmp_path: Path) -> None:
     """By hand: 8.03e9 weights of 2 bytes; four matrices of a vocabulary or a feed-forward width are on their way."""
     found = footprint(write_llama_8b(tmp_path), "cuda")
     assert found.weights == 2 * 8_030_261_248
-    assert found.device_bytes == found.weights + found.activations + found.logits + CUDA_DEVICE_BYTES
+    alive = int(CUDA_GROWTH * (found.activations + found.logits))
+    assert found.device_bytes == found.weights + alive + CUDA_DEVICE_BYTES
     loading = 2 * (2 * 128256 * 4096 + 2 * 14336 * 4096)
     assert found.host_bytes == PROCESS_BYTES + CUDA_HOST_BYTES + 10 * 9_085_657 + loading
     assert found.host_bytes < 5 * GIB
@@ -182,6 +184,19 @@ def test_checkpointing_keeps_what_goes_into_layers_and_one_layer_at_work(tmp_pat
     layer = footprint(folder, "cuda", batch_size=16).activations // 32
     checkpointed = footprint(folder, "cuda", batch_size=16, gradient_checkpointing=True)
     assert checkpointed.activations == 16 * 2048 * 32 * 2 * 4096 + 3 * layer // 2
+
+
+def test_with_checkpointing_a_gpu_computes_layers_again_where_the_logits_were(tmp_path: Path) -> None:
+    """One layer at work is larger than the logits of 8 x 2048 tokens, half of them scored, and smaller than of more."""
+    folder = write_llama_8b(tmp_path)
+    for batch_size in (1, 16):
+        plain, again = (
+            footprint(folder, "cuda", batch_size=batch_size, gradient_checkpointing=each) for each in (False, True)
+        )
+        layer = 3 * plain.activations // 32 // 2
+        assert plain.logits - again.logits == min(layer, 2 * 128256 * batch_size * 1024)
+        on_cpu = [footprint(folder, "cpu", gradient_checkpointing=each).logits for each in (False, True)]
+        assert on_cpu[0] == on_cpu[1]
 
 
 def peak_of_training(model: PreTrainedModel, length: int, kernel: SDPBackend) -> int:

@@ -106,6 +106,20 @@ def test_an_answer_that_ends_leaves_its_batch_and_the_others_go_on(
     assert rows[-1] < 3
 
 
+@pytest.mark.parametrize("tokens", [3, 8, 100])
+def test_how_often_ends_are_read_does_not_change_answers(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(model, "ends", [*range(0, 400, 7)])
+    prompts = [f"add {word} and {other}" for word in ("one", "two", "three") for other in ("four", "four and five")]
+    for stop in ([], ["a", "i"]):
+        settings = GenerationConfig(max_new_tokens=20, temperature=1.0, batch_size=4, stop=stop)
+        expected = model.generate(model.fresh_adapter(), prompts, settings, rng())
+        with monkeypatch.context() as patched:
+            patched.setattr(model, "_read_every", tokens)
+            assert model.generate(model.fresh_adapter(), prompts, settings, rng()) == expected
+
+
 def test_a_drawn_answer_does_not_depend_on_what_it_is_batched_with(model: LanguageModel) -> None:
     prompts = [pair.prompt for pair in PAIRS]
     settings = [GREEDY.model_copy(update={"temperature": 1.0, "batch_size": size}) for size in (1, 2, 3)]

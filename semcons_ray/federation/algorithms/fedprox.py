@@ -16,7 +16,8 @@ from semcons_ray.modeling.device import moved
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
-    from semcons_ray.modeling.language_model import Adjust, Parameters
+    from semcons_ray.modeling.language_model import Adjust
+    from semcons_ray.modeling.masters import Parameters
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
-    from semcons_ray.modeling.language_model import Adjust, Parameters
+    from semcons_ray.modeling.language_model import Adjust
+    from semcons_ray.modeling.masters import Parameters
 
 
 @dataclass(frozen=True)
