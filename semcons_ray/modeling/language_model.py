@@ -559,7 +559,7 @@ class LanguageModel:
         (on_device,) = to_device([torch.from_numpy(draws)], self.device)
         unread: list[Tensor] = []
         for step in range(generation.max_new_tokens):
-            self._scored = lambda hidden: hidden[:, -1]
+            self._scored = lambda hidden: hidden[:, -1].contiguous()
             output = self.model(**growing.inputs())
             tokens = _chosen(output.logits[0].float(), generation, on_device[:, step])
             unread.append(tokens)
