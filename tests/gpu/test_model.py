@@ -15,6 +15,7 @@ from semcons_ray.modeling.device import running_sums
 from semcons_ray.modeling.footprint import measure_footprint
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from tests.gpu import NEEDS_GPU
+from tests.modeling.test_fused import changed
 from tests.modeling.test_gradients import PAIRS, gradients, noisy
 from tests.tiny import write_model
 
@@ -67,6 +68,10 @@ def test_texts_are_as_likely_as_on_the_cpu_and_gradients_are_the_same(model: Lan
     assert scores[0] == pytest.approx(scores[1], rel=1e-3)
     (mine,), (other,) = (gradients(each, batch_size=len(PAIRS))[0] for each in (model, on_cpu))
     assert_near(mine, other)
+
+
+def test_layers_are_computed_in_fewer_kernels(model: LanguageModel) -> None:
+    assert changed(model) == {"Linear", "LlamaRMSNorm"}
 
 
 def test_clients_begin_with_the_adapter_of_the_cpu(model: LanguageModel, folder: Path) -> None:
@@ -164,7 +169,7 @@ def test_no_more_memory_is_taken_than_was_planned(large_llama: Path, checkpointi
     measured = torch.cuda.max_memory_reserved() + context
     parts = f"planned {planned >> 20} MiB, measured {measured >> 20} MiB, of which context {context >> 20}"
     print(f"{parts}: {planned / measured:.2f}")
-    assert measured <= planned
+    assert measured <= planned <= 1.25 * measured
 
 
 @pytest.mark.usefixtures("one_gibibyte")
