@@ -128,13 +128,13 @@ def form_consensus(
             has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
         weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
-        chunk_bytes: Memory that a chunk of prompts may take. None: 256 MiB on a GPU; on a CPU 2 MiB for each thread,
+        chunk_bytes: Memory that a chunk of prompts may take. None: 1 GiB on a GPU; on a CPU 2 MiB for each thread,
             which stays in the cache, so that a chunk is read from memory once, however often a rule goes over it.
 
     Raises:
         ValueError: A tensor is missing, has the wrong shape or type, or an embedding is not a unit vector.
     """
-    chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**28)
+    chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**30)
     score = election.scores(chunk_bytes)
     _check(embeddings, mask, election.rule, priority, voters, weights, lengths)
     num_prompts, num_answers, dimension = embeddings.shape

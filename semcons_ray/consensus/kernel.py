@@ -4,8 +4,6 @@ Each program has a prompt: it goes over its answers once for their lengths and s
 adds up in a fixed order, so the same vectors give the same bits.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,10 @@ ANSWERS_AT_ONCE, WARPS = 16, 4
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tallies(
-    vectors: Any, present: Any, norms: Any, to_all: Any, clients: Any, dimension: Any,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # noqa: N803
-) -> None:  # fmt: skip
+def _tallies(  # type: ignore[no-untyped-def]
+    vectors, present, norms, to_all, clients, dimension, ROWS: tl.constexpr, COLUMNS: tl.constexpr  # noqa: N803
+) -> None:
+    # Triton compiles annotations too, and knows no types but its own.
     prompt = tl.program_id(0).to(tl.int64)
     first = vectors + prompt * clients * dimension
     columns = tl.arange(0, COLUMNS)
