@@ -321,7 +321,8 @@ class LanguageModel:
             ModelError: They are not: the model's own code makes no use of `position_ids` to tell texts apart.
         """
         pairs = (Pair("a", "b"), Pair("b", "a"), Pair("a b", "b a"))
-        one, other, last = (Segment(text.ids, text.learnt) for pair in pairs for text in self._encoded(pair))
+        encoded = [self._encode(pair) for pair in pairs]
+        one, other, last = (Segment(ids, ((begin, len(ids)),)) for ids, begin in encoded)
         alone = self._token_nll(self._collate([[one], [last], [other], [last]]))
         together = self._token_nll(self._collate([[one, last], [other, last]], packed=True))
         parts = torch.split(together, [text.num_learnt for text in (one, last, other, last)])
@@ -405,7 +406,7 @@ class LanguageModel:
             frozen: An adapter of any rank that is added to the base model and not trained.
             adjust: Called with the master weights before each step, to change their gradients.
         """
-        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._encoded(pair)]
+        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._texts(pair)]
         lengths = [len(segment.ids) for segment in segments]
         packed = [[i] for i in range(len(segments))]
         if training.packing:
@@ -595,7 +596,7 @@ class LanguageModel:
     ) -> Score:
         """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
         self.load_adapter(adapter)
-        texts = [self._encoded(pair) for pair in pairs]
+        texts = [self._texts(pair) for pair in pairs]
         segments = [[Segment(text.ids, text.learnt) for text in parts] for parts in texts]
         with self._beside(frozen):
             nll = iter(self._segment_nll([*itertools.chain(*segments)], batch_size))
@@ -679,9 +680,15 @@ class LanguageModel:
 
     # Tokens -----------------------------------------------------------------------------------------------------
 
-    def _encoded(self, pair: Pair) -> list[Encoded]:
+    def _texts(self, pair: Pair) -> list[Encoded]:
         """What is learnt or scored of a pair: see `ChatFormat.parts`."""
         return [self.chat.encode(*part) for part in self.chat.parts(pair.prompt, pair.response)]
+
+    def _encode(self, pair: Pair) -> tuple[list[int], int]:
+        """Ids of a question with its answer, and where the answer begins."""
+        [text] = self._texts(pair)
+        [(begin, _)] = text.learnt
+        return text.ids, begin
 
     def _collate(self, rows: Sequence[Sequence[Segment]], *, pad_left: bool = False, packed: bool = False) -> Batch:
         """A batch of rows, padded to the longest; only with `packed` may a row have several texts."""
