@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from semcons_ray.config import GenerationConfig
+from semcons_ray.modeling.device import running_sums
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 PADDED = {DynamicLayer, DynamicSlidingWindowLayer}
@@ -118,3 +121,22 @@ class Growing:
         if self.cache is None:
             ids, positions = torch.cat([self.ids, ids], dim=1), torch.cat([self.positions, positions], dim=1)
         self.ids, self.positions = ids, positions
+
+
+def chosen_tokens(logits: Tensor, generation: GenerationConfig, draws: Tensor) -> Tensor:
+    """A token for each row of `logits` (B, V): at temperature 0 the likeliest, else the one at the quantile `draws`
+    (B,) of those that top_k and then top_p leave."""
+    if generation.temperature == 0:
+        return logits.argmax(dim=1)
+    logits = logits / generation.temperature
+    if generation.top_k:
+        logits = TopKLogitsWarper(generation.top_k)(None, logits)
+    if generation.top_p < 1:
+        logits = TopPLogitsWarper(generation.top_p)(None, logits)
+    # torch.multinomial would draw a number for each token of the vocabulary, which takes longer than the softmax.
+    quantiles = running_sums(torch.softmax(logits, dim=1))
+    last = quantiles[:, -1:]
+    # A draw that rounds to 1 would lie behind all quantiles, and the last token may be one that was left out.
+    below = last.nextafter(torch.zeros_like(last))
+    wanted = torch.minimum(draws.to(quantiles)[:, None] * last, below)
+    return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

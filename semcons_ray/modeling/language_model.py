@@ -15,7 +15,6 @@ import itertools
 import logging
 import math
 import tempfile
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import AutoModelForCausalLM, AutoTokenizer, TopKLogitsWarper, TopPLogitsWarper, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semcons_ray.config import TEMPLATE_DATE, Attention, LoraConfig, ModelConfig, Quantization, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
@@ -40,14 +38,16 @@ from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import Encoded
 from semcons_ray.modeling.choices import ChoiceFormat
-from semcons_ray.modeling.decoding import Decoding
-from semcons_ray.modeling.device import enough_memory, repeatable, running_sums, to_device, to_host
+from semcons_ray.modeling.decoding import Decoding, chosen_tokens
+from semcons_ray.modeling.device import enough_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.fused import fuse
 from semcons_ray.modeling.lora import alpha_of, attach_adapter, measure_sizes
 from semcons_ray.modeling.masters import Masters, Parameters, load
+from semcons_ray.modeling.optimizer import LOSS_SCALE, AdamW, LossScale
 from semcons_ray.modeling.quantization import keep_trainable, loading_options
+from semcons_ray.modeling.steps import Segment, num_steps, pack, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,6 @@ PADDING = 0
 """Id with which batches are padded. It is masked, so any id in the embedding will do; a tokenizer's own padding token
 may not be in it."""
 
-LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000
-"""See `LossScale`; the numbers are torch.amp.GradScaler's."""
-
 TRAIN_WITH_LESS = (
     "lower training.batch_size (with more training.gradient_accumulation_steps a step is as large) or "
     "model.max_length, or set training.gradient_checkpointing; if workers share a GPU, raise resources.gpus_per_worker"
@@ -82,9 +79,6 @@ ASK_LESS = (
 READ_EVERY = 8
 """Number of tokens after which a GPU is asked which answers have ended, for which it waits. A CPU, which is never
 waited for, is asked after each."""
-
-LENGTH_WINDOW = 8
-"""Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
 
 
 @dataclass(frozen=True)
@@ -130,26 +124,6 @@ class Score(NamedTuple):
     def nll_sum(self) -> float:
         """The sum of `nll`."""
         return sum(self.nll)
-
-
-class Segment(NamedTuple):
-    """A text in a row of a batch, which may have several.
-
-    Attributes:
-        ids: Its tokens.
-        learnt: Where its responses are, which are learnt or scored: for each, the first place and the one after the
-            last.
-        weight: Weight of their tokens in the loss.
-    """
-
-    ids: list[int]
-    learnt: tuple[tuple[int, int], ...] = ()
-    weight: float = 1.0
-
-    @property
-    def num_learnt(self) -> int:
-        """How many of its tokens are responses'."""
-        return sum(end - begin for begin, end in self.learnt)
 
 
 class Batch(NamedTuple):
@@ -408,15 +382,14 @@ class LanguageModel:
         """
         segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._texts(pair)]
         lengths = [len(segment.ids) for segment in segments]
-        packed = [[i] for i in range(len(segments))]
-        if training.packing:
-            packed = _packed(lengths, self._max_length, generator)
-        rows = [[segments[i] for i in row] for row in packed]
+        alone = [[i] for i in range(len(segments))]
+        together = pack(lengths, self._max_length, generator) if training.packing else alone
+        rows = [[segments[i] for i in row] for row in together]
         # In the model's order, whatever the adapter's: the optimizer's state goes by index.
         masters = Masters(adapter, self._parameters)
         masters.hand_over()
-        trained, num_steps = [*masters.parameters.values()], _num_steps(len(rows), training)
-        adamw = self._optimizer(trained, training, optimizer or {}, num_steps)
+        trained = [*masters.parameters.values()]
+        adamw = self._optimizer(trained, training, optimizer or {}, num_steps(len(rows), training))
         scale = LossScale(LOSS_SCALE if self._scales_loss else 1.0)
         losses, learnt, processed = list[Tensor](), list[int](), 0
         with (
@@ -427,7 +400,7 @@ class LanguageModel:
             repeatable(self.device, self._repeats),
             self._room_to("train", f"training.batch_size {training.batch_size}", TRAIN_WITH_LESS),
         ):
-            for step in _steps([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
+            for step in steps_of([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
                 chosen = [segment for i in step for segment in rows[i]]
                 losses.append(self._step_gradients([rows[i] for i in step], training, masters, scale))
                 with torch.no_grad():
@@ -562,7 +535,7 @@ class LanguageModel:
         for step in range(generation.max_new_tokens):
             self._scored = lambda hidden: hidden[:, -1].contiguous()
             output = self.model(**growing.inputs())
-            tokens = _chosen(output.logits[0].float(), generation, on_device[:, step])
+            tokens = chosen_tokens(output.logits[0].float(), generation, on_device[:, step])
             unread.append(tokens)
             if len(unread) == self._read_every or step == generation.max_new_tokens - 1:
                 read, unread = torch.stack(unread, dim=1).tolist(), []
@@ -792,156 +765,6 @@ class LanguageModel:
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-@dataclass
-class LossScale:
-    """The factor by which a loss is multiplied before its backward pass, so that small float16 gradients are not 0.
-
-    It is halved when a gradient overflows, and doubled after `GROWTH_STEPS` steps without that, as torch.amp.GradScaler
-    does. Each call of `fine_tune` begins with `LOSS_SCALE`, so that a visit depends on nothing but its arguments.
-
-    Attributes:
-        factor: The factor, a power of 2.
-        steps: Steps since it changed.
-    """
-
-    factor: float
-    steps: int = 0
-
-    def keeps(self, fits: bool) -> bool:
-        """Whether the gradients of a step are to be used; `fits`: no gradient has overflowed.
-
-        Where even a factor of 1 is too large, they are used as they are, and the client is told to have diverged.
-        """
-        used = fits or self.factor <= 1
-        self.steps += 1
-        if not used or self.steps == GROWTH_STEPS:
-            self.factor, self.steps = self.factor * (2 if used else 0.5), 0
-        return used
-
-
-class AdamW:
-    """AdamW with clipped gradients.
-
-    Args:
-        masters: Float32 master weights to update.
-        training: Settings of the local update.
-        state: What `state` returned earlier; empty: a new optimizer.
-        num_steps: Number of steps of this call of `fine_tune`, over which the learning rate changes.
-    """
-
-    def __init__(
-        self, masters: list[torch.nn.Parameter], training: TrainingConfig, state: dict[str, Tensor], num_steps: int
-    ) -> None:
-        self._masters = masters
-        self._max_grad_norm = training.max_grad_norm
-        # Of all weights together: on a GPU in one kernel for many, on a CPU with the bits of one after another.
-        on_gpu = masters[0].is_cuda
-        self._adamw = torch.optim.AdamW(
-            masters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=on_gpu, foreach=not on_gpu
-        )
-        if state:
-            groups = self._adamw.state_dict()["param_groups"]
-            values = to_device([*state.values()], masters[0].device)
-            known = _unflatten(dict(zip(state, values, strict=True)))
-            self._adamw.load_state_dict({"state": known, "param_groups": groups})
-        self._schedule = schedule(self._adamw, training, num_steps)
-
-    def step(self) -> None:
-        """Clip the gradients and take a step."""
-        torch.nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
-        self._adamw.step()
-        self._schedule.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """State on the CPU, by index of the master weight and name."""
-        return _flatten(self._adamw.state_dict()["state"])
-
-
-def schedule(adamw: torch.optim.AdamW, training: TrainingConfig, num_steps: int) -> LRScheduler:
-    """The learning-rate schedule that transformers has under the name `training.lr_scheduler_type`.
-
-    As with transformers, the rate of the first warm-up step is 0. So that something is learnt in a round of one step,
-    the last is no warm-up step.
-    """
-    warmup = max(0, min(math.ceil(training.warmup_ratio * num_steps), num_steps - 1))
-    made: LRScheduler = get_scheduler(
-        training.lr_scheduler_type, adamw, num_warmup_steps=warmup, num_training_steps=num_steps
-    )
-    return made
-
-
-def _packed(lengths: Sequence[int], room: int, generator: np.random.Generator) -> list[list[int]]:
-    """Rows of examples, by index, with at most `room` tokens each.
-
-    Best fit, the longest first: each goes into the fullest row that has room for it. `generator` decides between
-    examples of one length.
-    """
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # room that is left in a row, and the row; ascending
-    for i in sorted(generator.permutation(len(lengths)).tolist(), key=lambda i: -lengths[i]):
-        place = bisect_left(free, (lengths[i], 0))
-        left, row = free.pop(place) if place < len(free) else (room, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        insort(free, (left - lengths[i], row))
-    return rows
-
-
-def _num_steps(num_rows: int, training: TrainingConfig) -> int:
-    """The number of steps that `_steps` yields."""
-    return training.local_steps or training.local_epochs * math.ceil(num_rows / training.step_size)
-
-
-def _steps(lengths: Sequence[int], training: TrainingConfig, generator: np.random.Generator) -> Iterator[list[int]]:
-    """Indices of the rows of each optimizer step, in `local_epochs` passes, or as many as `local_steps` needs."""
-    size, steps = training.step_size, 0
-    epochs = training.local_epochs if training.local_steps is None else training.local_steps
-    for _ in range(epochs):
-        order = generator.permutation(len(lengths))
-        drawn: list[list[int]] = []
-        for start in range(0, len(order), size * LENGTH_WINDOW):
-            window = sorted(order[start : start + size * LENGTH_WINDOW].tolist(), key=lambda i: lengths[i])
-            drawn += [window[i : i + size] for i in range(0, len(window), size)]
-        for index in generator.permutation(len(drawn)):
-            yield drawn[index]
-            steps += 1
-            if steps == training.local_steps:
-                return
-
-
-def _chosen(logits: Tensor, generation: GenerationSettings, draws: Tensor) -> Tensor:
-    """A token for each row of `logits` (B, V): at temperature 0 the likeliest, else the one at the quantile `draws`
-    (B,) of those that top_k and then top_p leave."""
-    if generation.temperature == 0:
-        return logits.argmax(dim=1)
-    logits = logits / generation.temperature
-    if generation.top_k:
-        logits = TopKLogitsWarper(generation.top_k)(None, logits)
-    if generation.top_p < 1:
-        logits = TopPLogitsWarper(generation.top_p)(None, logits)
-    # torch.multinomial would draw a number for each token of the vocabulary, which takes longer than the softmax.
-    quantiles = running_sums(torch.softmax(logits, dim=1))
-    last = quantiles[:, -1:]
-    # A draw that rounds to 1 would lie behind all quantiles, and the last token may be one that was left out.
-    below = last.nextafter(torch.zeros_like(last))
-    wanted = torch.minimum(draws.to(quantiles)[:, None] * last, below)
-    return torch.searchsorted(quantiles, wanted, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-
-
 def _adding(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook that adds `up` (out, r) times `down` (r, in) times the input."""
     return lambda _, inputs, output: output + (inputs[0].to(down.dtype) @ down.T @ up.T).to(output.dtype)
-
-
-def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    flat = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
-    return dict(zip(flat, to_host([*flat.values()]), strict=True))
-
-
-def _unflatten(flat: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in flat.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    return state

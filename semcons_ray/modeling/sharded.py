@@ -30,8 +30,9 @@ from torch import Tensor
 from semcons_ray.config import GenerationConfig, ShardingConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.language_model import AdamW, LanguageModel, Value, schedule
+from semcons_ray.modeling.language_model import LanguageModel, Value
 from semcons_ray.modeling.masters import Parameters
+from semcons_ray.modeling.optimizer import AdamW, schedule
 
 INSTALL = "pip install --no-deps -r requirements-deepspeed.lock"
 

@@ -13,7 +13,8 @@ from semcons_ray.data.split import read_split
 from semcons_ray.errors import ModelError, QuorumError
 from semcons_ray.federation.client import Client
 from semcons_ray.messages import PseudoLabels
-from semcons_ray.modeling.language_model import AdamW, LanguageModel
+from semcons_ray.modeling.language_model import LanguageModel
+from semcons_ray.modeling.optimizer import AdamW
 from semcons_ray.reporting.html import describe_setting, write_report
 from semcons_ray.reporting.tables import read_run
 from semcons_ray.runs.experiment import run_experiment

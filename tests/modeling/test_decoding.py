@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from semcons_ray.config import GenerationConfig, LoraConfig
-from semcons_ray.modeling.language_model import LanguageModel, _chosen
+from semcons_ray.modeling.decoding import chosen_tokens
+from semcons_ray.modeling.language_model import LanguageModel
 from tests.tiny import write_model
 
 PROMPTS = [f"add one and {word}" for word in ("two", "four", "two and five", "ten", "six", "one", "two and eleven")]
@@ -96,7 +97,7 @@ def is_plain(model: LanguageModel, answer: Answer) -> bool:
     ids = list(answer.prompt)
     for token, draw in zip(answer.ids, answer.draws, strict=False):
         logits = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
-        if _chosen(logits, GenerationConfig(), torch.tensor([draw], dtype=torch.float64)).item() != token:
+        if chosen_tokens(logits, GenerationConfig(), torch.tensor([draw], dtype=torch.float64)).item() != token:
             return False
         ids.append(token)
     return True

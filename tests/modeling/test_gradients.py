@@ -16,15 +16,13 @@ from semcons_ray.config import Attention, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.language_model import (
-    GROWTH_STEPS,
     Batch,
     LanguageModel,
-    LossScale,
     Pair,
     Parameters,
-    Segment,
-    _packed,
 )
+from semcons_ray.modeling.optimizer import GROWTH_STEPS, LossScale
+from semcons_ray.modeling.steps import Segment, pack
 from tests.tiny import examples, write_model
 
 # 21 of many lengths: in steps of eight the last has five.
@@ -171,13 +169,13 @@ def test_packing_is_seen_by_the_model_in_fewer_fuller_rows(
 
 def test_packed_rows_are_drawn_by_the_generator_alone(model: LanguageModel) -> None:
     lengths = tokens_of(model)
-    first, again, other = (_packed(lengths, 64, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (pack(lengths, 64, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
 @given(st.lists(st.integers(1, 64), max_size=60), st.integers(0, 5))
 def test_every_example_is_in_one_row_and_no_two_rows_would_fit_in_one(lengths: list[int], seed: int) -> None:
-    rows = _packed(lengths, 64, np.random.default_rng(seed))
+    rows = pack(lengths, 64, np.random.default_rng(seed))
     assert sorted(i for row in rows for i in row) == [*range(len(lengths))]
     loads = sorted(sum(lengths[i] for i in row) for row in rows)
     assert not loads or loads[-1] <= 64

@@ -13,8 +13,11 @@ from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.messages import Turn
 from semcons_ray.modeling import language_model
-from semcons_ray.modeling.language_model import AdamW, LanguageModel, Pair, _chosen
+from semcons_ray.modeling.decoding import chosen_tokens
+from semcons_ray.modeling.language_model import LanguageModel, Pair
+from semcons_ray.modeling.optimizer import AdamW
 from semcons_ray.modeling.packaged import CHATML
+from semcons_ray.modeling.steps import num_steps, steps_of
 from tests.tiny import train_tokenizer, write_model
 
 PAIRS = [Pair("add one and two", "it is 3"), Pair("spell one two", "o n e"), Pair("which is more, one or two?", "two")]
@@ -146,15 +149,16 @@ def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
         ({"temperature": 0.0}, [16, 0, 0, 0]),
     ):
         generation = GenerationConfig.model_validate(settings)
-        assert torch.bincount(_chosen(logits, generation, draws), minlength=4).tolist() == counts, settings
+        assert torch.bincount(chosen_tokens(logits, generation, draws), minlength=4).tolist() == counts, settings
     warm = GenerationConfig(temperature=2.0)
-    assert torch.bincount(_chosen(2 * logits, warm, draws), minlength=4).tolist() == [8, 0, 2, 6]
+    assert torch.bincount(chosen_tokens(2 * logits, warm, draws), minlength=4).tolist() == [8, 0, 2, 6]
 
 
 def test_the_highest_draw_takes_the_last_token_that_is_left() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
-    assert _chosen(logits, GenerationConfig(top_k=2), torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [2]
-    assert _chosen(logits, GenerationConfig(top_k=2), torch.tensor([0.0])).tolist() == [1]
+    highest = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert chosen_tokens(logits, GenerationConfig(top_k=2), highest).tolist() == [2]
+    assert chosen_tokens(logits, GenerationConfig(top_k=2), torch.tensor([0.0])).tolist() == [1]
 
 
 def test_an_answer_ends_at_a_stop_text_which_is_cut_off(model: LanguageModel) -> None:
@@ -239,8 +243,8 @@ def test_a_weight_of_constant_gradient_moves_by_the_learning_rate_of_each_step(
 )
 def test_the_learning_rate_falls_over_as_many_steps_as_there_are(budget: dict[str, int]) -> None:
     training = TrainingConfig.model_validate({"batch_size": 2, **budget})
-    steps = [*language_model._steps([3, 1, 2, 5, 4], training, rng())]
-    assert len(steps) == language_model._num_steps(5, training)
+    steps = [*steps_of([3, 1, 2, 5, 4], training, rng())]
+    assert len(steps) == num_steps(5, training)
 
 
 def test_a_round_of_one_step_is_no_warm_up(model: LanguageModel) -> None:

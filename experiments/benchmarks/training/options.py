@@ -24,7 +24,7 @@ from live_bytes import LiveBytes
 from semcons_ray.config import LoraConfig, TrainingConfig
 from semcons_ray.data.sources import load_examples
 from semcons_ray.metering.environment import describe_environment
-from semcons_ray.modeling import language_model
+from semcons_ray.modeling import steps
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
 
@@ -73,12 +73,12 @@ def peak_bytes(model: LanguageModel, pairs: list[Pair], settings: TrainingConfig
 def tokens_per_second(model: LanguageModel, pairs: list[Pair], way: str, batch_size: int) -> float:
     """Speed of one epoch."""
     settings = TrainingConfig(batch_size=batch_size, packing=way == "packed")
-    window, language_model.LENGTH_WINDOW = language_model.LENGTH_WINDOW, 1 if "unsorted" in way else 8
+    window, steps.LENGTH_WINDOW = steps.LENGTH_WINDOW, 1 if "unsorted" in way else 8
     began = time.perf_counter()
     tokens = model.fine_tune(model.fresh_adapter(), pairs, settings, np.random.default_rng(1)).tokens
     if model.device.type == "cuda":
         torch.cuda.synchronize()
-    language_model.LENGTH_WINDOW = window
+    steps.LENGTH_WINDOW = window
     return tokens / (time.perf_counter() - began)
 
 

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from semcons_ray.config import LoraConfig, TrainingConfig
 from semcons_ray.data.sources import load_examples
 from semcons_ray.metering.environment import describe_environment
-from semcons_ray.modeling.language_model import LanguageModel, Pair, Segment
+from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
+from semcons_ray.modeling.steps import Segment
 
 HERE = Path(__file__).parent
 REPETITIONS, BATCHES, BATCH_SIZE = 5, 4, 4
