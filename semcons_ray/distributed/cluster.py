@@ -80,7 +80,9 @@ def connect(address: str | None) -> Iterator[None]:
 def _start() -> None:
     try:
         wants_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
-        if wants_token and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        tokens = AuthenticationTokenLoader.instance()
+        tokens.reset_cache()  # it may remember a token of an earlier HOME, which Ray's other processes would not find
+        if wants_token and not tokens.has_token(ignore_auth_mode=True):
             # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         ray.init(

@@ -49,7 +49,7 @@ def repeatable(device: torch.device, wanted: bool = True) -> Iterator[None]:
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copies of CPU tensors of one dtype; to a GPU they go as one, for which nothing waits."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not tensors:
         return [tensor.detach().to(device, copy=True) for tensor in tensors]
     joined = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, pin_memory=True)
     torch.cat([tensor.detach().flatten() for tensor in tensors], out=joined)

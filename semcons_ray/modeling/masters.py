@@ -78,7 +78,9 @@ def load(computing: Parameters, values: list[Tensor]) -> None:
     for to, value in zip(computing.values(), values, strict=True):
         if to.shape != value.shape:
             to.zero_()
-    torch._foreach_copy_([part(to, value) for to, value in zip(computing.values(), values, strict=True)], values)
+    places = [part(to, value) for to, value in zip(computing.values(), values, strict=True)]
+    if places:  # a model may be held without an adapter
+        torch._foreach_copy_(places, values)
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ sys.stdin.read()
 TOKEN = "a" * 64
 
 
-def driver(address: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
-    """A process that joins the cluster, or starts one, and runs something there."""
+def driver(address: str = "", *, before: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A process that joins the cluster, or starts one, and runs something there; `before` is code that is run first."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run(
-        [sys.executable, "-c", DRIVER, address],
+        [sys.executable, "-c", before + DRIVER, address],
         env={**inherited, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", **environment},
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
@@ -67,6 +67,20 @@ def test_a_cluster_of_ones_own_needs_nothing_of_home(environment: dict[str, str]
     done = driver(**{name: value.format(tmp_path) for name, value in environment.items()})
     assert done.stdout == "worked\n", done.stderr
     assert not list(tmp_path.iterdir())  # a token that is left there would be asked for by whatever Ray starts next
+
+
+def test_a_token_of_an_earlier_home_is_not_counted_on(tmp_path: Path) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text(TOKEN)
+    before = """
+import os
+from ray._raylet import AuthenticationTokenLoader
+assert AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+os.environ["HOME"] = "/proc/nowhere"
+"""
+    done = driver(before=before, HOME=str(tmp_path))
+    assert done.stdout == "worked\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def measure(model: LanguageModel, case: str, out: Path) -> dict[str, Any]:
         training = training.model_copy(update={"keep_optimizer": True})
         adapter = {key: value[:2] if "lora_A" in key else value[:, :2].clone() for key, value in adapter.items()}
         extras = {"adjust": pull_to_zero, "frozen": {key: value + 0.05 for key, value in model.fresh_adapter().items()}}
-    losses: list[float] = []
+    losses: list[torch.Tensor] = []
     reduced = model._reduced
 
     def watched(total: torch.Tensor, masters: Parameters) -> float:
@@ -64,7 +64,7 @@ def measure(model: LanguageModel, case: str, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model.export_adapter(adapter, out)
     return {
-        "losses": losses,
+        "losses": [float(loss) for loss in losses],
         "loss": tuned.loss,
         "tokens": tuned.tokens,
         "adapter": adapter,

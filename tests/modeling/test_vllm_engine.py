@@ -182,7 +182,7 @@ def tie_gap(model: LanguageModel, adapter: Adapter, prompt: list[int], answer: l
     """How far below the best token, in nats, any token of a greedy answer is by transformers' own logits."""
     model.load_adapter(adapter)
     ids = torch.tensor([prompt + answer])
-    model._scored = torch.ones_like(ids, dtype=torch.bool)
+    model._scored = lambda hidden: hidden.flatten(0, 1)
     logits = model.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     steps = logits[len(prompt) - 1 : -1]
     return float((steps.max(-1).values - steps[range(len(answer)), answer]).max()) if answer else 0.0
