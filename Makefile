@@ -6,7 +6,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 # A package index to take torch from, for another build of it than the default index has; counts when VENV is made.
 TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
-ENGINE_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers
+OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes
 ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
 
 .PHONY: run test test-engines test-mutation test-install check setup architectures $(ENGINES) clean
@@ -19,12 +19,12 @@ help: ## Show this list
 run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of the engines and trackers
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(ENGINE_TESTS))"
+test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of test-engines
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(OTHER_TESTS))"
 
-test-engines: ## Set up a second environment with engines, lm-eval and trackers, and run the tests that need them
+test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)
-	$(VENV)-engines/bin/python -m pytest -m "$(ENGINE_TESTS)" -p tests.no_skips
+	$(VENV)-engines/bin/python -m pytest -m "$(OTHER_TESTS)" -p tests.no_skips
 
 test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
 	$(VENV)-mutation/bin/python tests/mutation/run.py $(ARGS)

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -254,7 +255,7 @@ def _hub_files(name: str, subset: str | None, revision: str | None) -> dict[str,
     base = f"{builder.base_path}/"
     files = {part: [file.removeprefix(base) for file in paths] for part, paths in _files_of(builder).items()}
     note.parent.mkdir(parents=True, exist_ok=True)
-    beside = note.with_name(f".{note.name}.{os.getpid()}")
+    beside = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
     beside.write_text(json.dumps(files), encoding="utf-8")
     beside.replace(note)
     return files

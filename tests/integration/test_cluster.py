@@ -24,7 +24,7 @@ from tests.distributed.fakes import FakeSpec
 from tests.distributed.test_ray_server import FakeServerSpec
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.ray, pytest.mark.nodes, pytest.mark.slow, pytest.mark.real]
 
 MakeConfig = Callable[..., ExperimentConfig]
 

@@ -17,7 +17,7 @@ from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.ray, pytest.mark.nodes, pytest.mark.slow, pytest.mark.real]
 
 RAY = Path(sys.executable).with_name("ray")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,38 +33,45 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("sections", "architectures"),
     [
-        {
-            "clients": {"num_clients": 4, "participation": 0.75},
-            "data": {"client_test_fraction": 0.25},
-            "algorithm": {"rule": "random_client", "agreement_threshold": 0.3},
-            "training": {"keep_optimizer": True},
-            "generation": {"temperature": 1.0, "num_samples": 2},
-            "model": {"lora": {"dropout": 0.2}},
-        },
-        {"clients": {"num_clients": 4, "participation": 0.75}, "algorithm": {"name": "scaffold", "self_labels": True}},
+        (
+            {
+                "clients": {"num_clients": 4, "participation": 0.75},
+                "data": {"client_test_fraction": 0.25},
+                "algorithm": {"rule": "random_client", "agreement_threshold": 0.3},
+                "training": {"keep_optimizer": True},
+                "generation": {"temperature": 1.0, "num_samples": 2},
+                "model": {"lora": {"dropout": 0.2}},
+            },
+            2,
+        ),
+        (
+            {
+                "clients": {"num_clients": 4, "participation": 0.75},
+                "algorithm": {"name": "scaffold", "self_labels": True},
+            },
+            1,
+        ),
     ],
-    ids=["everything that draws random numbers", "weights and what clients remember"],
+    ids=["everything that draws random numbers, mixed architectures", "weights and what clients remember"],
 )
 def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
-    tiny_config: MakeConfig, tmp_path: Path, sections: dict[str, object]
+    tiny_config: MakeConfig,
+    tiny_llama: Path,
+    tiny_qwen: Path,
+    tmp_path: Path,
+    sections: dict[str, Any],
+    architectures: int,
 ) -> None:
-    config = tiny_config(**sections)
-    assert "4 clients on 1 workers" in run(config, tmp_path / "local", fleet="local")
+    mix = {str(model): 1 for model in (tiny_llama, tiny_qwen)} if architectures > 1 else {}
+    config = tiny_config(**{**sections, "clients": {**sections["clients"], "mix": mix}})
+    packed = f"4 clients on {architectures} workers"
+    assert packed in run(config, tmp_path / "local", fleet="local")
     assert "4 clients on 4 workers" in run(config, tmp_path / "own", fleet="ray")
-    assert "4 clients on 1 workers" in run(config, tmp_path / "packed", fleet="ray", max_workers=1)
+    assert packed in run(config, tmp_path / "packed", fleet="ray", max_workers=architectures)
     assert_same_run(tmp_path / "local", tmp_path / "own")
     assert_same_run(tmp_path / "local", tmp_path / "packed")
-
-
-def test_mixed_architectures_agree_too(
-    tiny_config: MakeConfig, tiny_llama: Path, tiny_qwen: Path, tmp_path: Path
-) -> None:
-    config = tiny_config(clients={"num_clients": 4, "mix": {str(tiny_llama): 1, str(tiny_qwen): 1}})
-    assert "4 clients on 2 workers" in run(config, tmp_path / "local", fleet="local")
-    assert "4 clients on 2 workers" in run(config, tmp_path / "ray", fleet="ray", max_workers=2)
-    assert_same_run(tmp_path / "local", tmp_path / "ray")
 
 
 def test_smollm2_agrees_too(tmp_path: Path) -> None:
