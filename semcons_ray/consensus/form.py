@@ -6,7 +6,6 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import rules
-from semcons_ray.consensus.tallies import present_vectors, tallies
+from semcons_ray.consensus.tallies import present_vectors, shared_tallies, tallies
 from semcons_ray.errors import ConfigError
 
 NORM_TOLERANCE = 1e-2
@@ -152,7 +151,7 @@ def form_consensus(
         norms, to_all = tallies(embeddings, mask, chunks)
         to_own = norms.square()
     else:
-        norms, to_all, to_own = _shared_tallies(embeddings, mask, of_clients, shares, chunks)
+        norms, to_all, to_own = shared_tallies(embeddings, mask, of_clients, shares, chunks)
     _check_norms(norms, mask)
     num_clients = shares.sum(dim=1, keepdim=True).round()
     similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
@@ -187,22 +186,6 @@ def _shares(mask: Tensor, voters: Tensor) -> Tensor:
     present = mask.float()
     counts = torch.zeros_like(present).index_add_(1, voters, present)
     return present / counts[:, voters].clamp(min=1)
-
-
-def _shared_tallies(
-    embeddings: Tensor, mask: Tensor, voters: Tensor, shares: Tensor, chunks: Sequence[slice]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where clients have several answers: lengths of the vectors, and their products with the sum of all clients' votes
-    and with their own client's vote, each (P, C) float32."""
-    norms, to_all, to_own = (torch.empty(mask.shape, device=mask.device) for _ in range(3))
-    for here in chunks:
-        vectors = present_vectors(embeddings[here], mask[here])
-        norms[here] = torch.linalg.vector_norm(vectors, dim=2)
-        votes = shares[here, :, None] * vectors
-        to_all[here] = rules.products(votes.sum(dim=1, keepdim=True), vectors)
-        centres = torch.zeros_like(votes).index_add_(1, voters, votes)
-        to_own[here] = (centres[:, voters] * vectors).sum(dim=2)
-    return norms, to_all, to_own
 
 
 def _check_norms(norms: Tensor, mask: Tensor) -> None:

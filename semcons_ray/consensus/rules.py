@@ -90,8 +90,7 @@ def weighted_medoid(ballots: Ballots) -> Tensor:
         raise ValueError("rule weighted_medoid needs the weights of the clients")
     weights = ballots.weights * ballots.shares
     weights = weights.where(weights.any(dim=1, keepdim=True), ballots.shares)
-    shares = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-30)
-    return _only(weights > 0, ballots.nearness(shares))
+    return _only(weights > 0, ballots.nearness(_parts(weights)))
 
 
 def geometric_median(ballots: Ballots) -> Tensor:
@@ -106,7 +105,7 @@ def geometric_median(ballots: Ballots) -> Tensor:
         median = torch.bmm(shares[:, None, :], vectors)
         squared_distances = 1 - 2 * products(median, vectors) + median.square().sum(dim=2)
         pulls = squared_distances.clamp(min=WEISZFELD_SMOOTHING**2).rsqrt() * ballots.shares
-        shares = pulls / pulls.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        shares = _parts(pulls)
     return ballots.nearness(shares)
 
 
@@ -206,7 +205,7 @@ def _lengths(ballots: Ballots) -> Tensor:
 
 
 def _parts(votes: Tensor) -> Tensor:
-    """Votes, (p, C), as parts of their sum."""
+    """Votes, weights or the like, (p, C), as parts of their sum."""
     return votes / votes.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 

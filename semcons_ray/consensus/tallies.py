@@ -37,6 +37,22 @@ def tallies(embeddings: Tensor, mask: Tensor, chunks: Sequence[slice]) -> tuple[
     return norms, to_all
 
 
+def shared_tallies(
+    embeddings: Tensor, mask: Tensor, voters: Tensor, shares: Tensor, chunks: Sequence[slice]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where clients have several answers: lengths of the vectors, and their products with the sum of all clients' votes
+    and with their own client's vote, each (P, C) float32."""
+    norms, to_all, to_own = (torch.empty(mask.shape, device=mask.device) for _ in range(3))
+    for here in chunks:
+        vectors = present_vectors(embeddings[here], mask[here])
+        norms[here] = torch.linalg.vector_norm(vectors, dim=2)
+        votes = shares[here, :, None] * vectors
+        to_all[here] = rules.products(votes.sum(dim=1, keepdim=True), vectors)
+        centres = torch.zeros_like(votes).index_add_(1, voters, votes)
+        to_own[here] = (centres[:, voters] * vectors).sum(dim=2)
+    return norms, to_all, to_own
+
+
 def present_vectors(embeddings: Tensor, present: Tensor) -> Tensor:
     """The embeddings in float32 with zeros for missing answers; not copied if there is nothing to change."""
     vectors = embeddings.to(torch.float32)

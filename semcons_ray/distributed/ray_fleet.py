@@ -29,7 +29,7 @@ from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import ClientError, NotFiniteError, PlacementError, UserError, first_line
-from semcons_ray.federation.fleet import HostSpecProtocol, Reply, check_quorum, client_folder
+from semcons_ray.federation.fleet import NO_EXAMPLES, HostSpecProtocol, Reply, check_quorum, client_folder
 from semcons_ray.metering.energy import EnergyWindow
 from semcons_ray.metering.ledger import Place
 
@@ -147,20 +147,14 @@ class RayFleet:
             round, downlinks, lambda actor, client, downlink: actor.visit.remote(client, round, downlink, evaluate)
         )
 
-    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        """See `Fleet.measure`."""
-        return self._ask(
-            round, downlinks, lambda actor, client, downlink: actor.measure.remote(client, round, downlink)
-        )
-
-    def measure_on(
-        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    def measure(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
     ) -> Iterator[Reply]:
-        """See `Fleet.measure_on`."""
+        """See `Fleet.measure`."""
         return self._ask(
             round,
             downlinks,
-            lambda actor, client, downlink: actor.measure.remote(client, round, downlink, examples[client]),
+            lambda actor, client, downlink: actor.measure.remote(client, round, downlink, examples.get(client, ())),
         )
 
     def _ask(self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]) -> Iterator[Reply]:

@@ -24,7 +24,7 @@ from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Work
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import Engine
-from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair
+from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair, Score
 
 _ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
 
@@ -192,15 +192,16 @@ class Client:
         """Score the reference answers of the test set, and answer its first `num_answers` prompts greedily; score its
         options and run tasks of lm-eval where they are wanted."""
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
-            score = self.model.negative_log_likelihood(
-                self.adapter, self.test, self.generation.batch_size, frozen=self.frozen
-            )
+            score = self._likelihood(self.test)
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
             greedy = self.generation.model_copy(update={"temperature": 0.0, "num_samples": 1})
-            options, tokens = self.model.option_nll(
-                self.adapter, self.questions, self.generation.batch_size, frozen=self.frozen
-            )
-            work.tokens = score.processed_tokens + tokens
+            work.tokens = score.processed_tokens
+            options: list[tuple[float, ...]] = []
+            if self.questions:
+                options, tokens = self.model.option_nll(
+                    self.adapter, self.questions, self.generation.batch_size, frozen=self.frozen
+                )
+                work.tokens += tokens
             (answers,) = self._samples(prompts, round, "evaluate", greedy, work)
             tasks: tuple[TaskScore, ...] = ()
             if self.harness and round in self.harness.rounds:
@@ -212,9 +213,7 @@ class Client:
         """Score the reference answers of examples."""
         pairs = [Pair(example.prompt, example.response) for example in examples]
         with self.ledger.stage("evaluate", round=round, client_id=self.client_id) as work:
-            score = self.model.negative_log_likelihood(
-                self.adapter, pairs, self.generation.batch_size, frozen=self.frozen
-            )
+            score = self._likelihood(pairs)
             work.tokens = score.processed_tokens
         return Evaluation(score.nll, score.num_tokens, score.num_bytes, ())
 
@@ -262,6 +261,10 @@ class Client:
         """Write the adapter, joined with the frozen one if there is one, to an existing folder in PEFT's format."""
         both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
         self.model.export_adapter(both, folder)
+
+    def _likelihood(self, pairs: Sequence[Pair]) -> Score:
+        """How likely the client's model finds the responses."""
+        return self.model.negative_log_likelihood(self.adapter, pairs, self.generation.batch_size, frozen=self.frozen)
 
     def _samples(
         self, prompts: Sequence[Prompt], round: int, stage: Stage, generation: GenerationConfig, work: Work

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
     from semcons_ray.federation.server import ServerProtocol, Verdict
 
 
+NO_EXAMPLES: Mapping[int, Sequence[Example]] = {}
+
+
 class Evaluation(msgspec.Struct, frozen=True):
     """How a client's model does on the test set: a measurement by the simulator, not a message of the protocol.
 
@@ -201,10 +204,11 @@ class Fleet(Visitor, Protocol):
         """How much each energy counter of each metered node went up since the last call."""
         ...
 
-    def measure_on(
-        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    def measure(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
     ) -> Iterator[Reply]:
-        """Score `examples` by client instead of the test set, and nothing else; in all else as `measure`."""
+        """See `Visitor.measure`; where a client has `examples`, they are scored instead of the test set, and nothing
+        else."""
         ...
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
@@ -295,18 +299,14 @@ class LocalFleet:
         """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""
         return self._ask(round, downlinks, lambda host, client, downlink: host.visit(client, round, downlink, evaluate))
 
-    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        """See `Fleet.measure`."""
-        return self._ask(round, downlinks, lambda host, client, downlink: host.measure(client, round, downlink))
-
-    def measure_on(
-        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]]
+    def measure(
+        self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
     ) -> Iterator[Reply]:
-        """See `Fleet.measure_on`."""
+        """See `Fleet.measure`."""
         return self._ask(
             round,
             downlinks,
-            lambda host, client, downlink: host.measure(client, round, downlink, examples[client]),
+            lambda host, client, downlink: host.measure(client, round, downlink, examples.get(client, ())),
         )
 
     def _ask(

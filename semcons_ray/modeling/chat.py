@@ -170,6 +170,21 @@ class ChatFormat:
         asked = self._shortened_prompt(ids[:begin], self._max_length - len(answer))
         return Encoded([*asked, *answer], ((len(asked), len(asked) + len(answer)),), len(text.encode()), lost)
 
+    def option(self, prompt: Prompt, option: str) -> Encoded:
+        """Ids of a prompt with an option as its answer, of which the option's are scored as by lm-eval (0.4.13).
+
+        Unlike an answer, an option is scored without the end of its turn. It follows the prompt, with a space between
+        them where there is no chat template, and white space at the end of the prompt is scored with it.
+
+        It is cut to `max_length` at its beginning; an option gets at most half of it.
+        """
+        asked = self._style.prompt(turns_of(prompt))
+        between = "" if self._tokenizer.chat_template else " "
+        ids, begin = self._ids(asked + between + option), len(self._ids(asked.rstrip()))
+        scored = ids[begin:][: self._max_length // 2]
+        before = self._shortened_prompt(ids[:begin], self._max_length - len(scored))
+        return Encoded([*before, *scored], ((len(before), len(before) + len(scored)),), len(option.encode()))
+
     def ends(self, configured: int | Sequence[int] | None) -> list[int]:
         """Ids that end an answer: the end of turn, the end of sequence, and those of the model's generation config.
 

@@ -36,8 +36,7 @@ from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.chat import Encoded
-from semcons_ray.modeling.choices import ChoiceFormat
+from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.decoding import Decoding, chosen_tokens
 from semcons_ray.modeling.device import enough_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
@@ -195,7 +194,7 @@ class LanguageModel:
             how = f" with model.quantization {quantization}" if quantization != "none" else ""
             how += f" with model.attn_implementation {attn_implementation}" if attn_implementation else ""
             raise ModelError(f"cannot load model {name}{how}: {first_line(error)}") from error
-        self.chat = ChoiceFormat(
+        self.chat = ChatFormat(
             self.tokenizer,
             name=name,
             max_length=max_length,
@@ -589,7 +588,8 @@ class LanguageModel:
         *,
         frozen: Adapter | None = None,
     ) -> tuple[list[tuple[float, ...]], int]:
-        """Score the options of multiple-choice questions as lm-eval does; see `choices` and, for `frozen`, `fine_tune`.
+        """Score the options of multiple-choice questions as lm-eval does (see `ChatFormat.option`); see `fine_tune` for
+        `frozen`.
 
         Returns:
             The NLL (nats) of each option of each question, and the number of tokens that went through the model.

@@ -653,7 +653,7 @@ def _host_spec(
     shared: str,
     engine: Engine | None,
 ) -> HostSpec:
-    config = placement.config
+    config, ranks = placement.config, placement.config.client_ranks()
     return HostSpec(
         worker=worker.name,
         model=config.model.model_copy(update={"name": placement.pinned(worker.model)}),
@@ -661,7 +661,7 @@ def _host_spec(
         threads=worker.threads,
         algorithm=algorithm,
         private={client: split.private[client] for client in worker.clients},
-        ranks={client: config.client_ranks()[client] for client in worker.clients},
+        ranks={client: ranks[client] for client in worker.clients},
         training={client: config.of_client(client).training for client in worker.clients},
         generation={client: config.of_client(client).generation for client in worker.clients},
         public_prompts=public_prompts,

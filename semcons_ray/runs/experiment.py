@@ -303,7 +303,7 @@ class Rounds:
             downlinks: Mapping[int, bytes] = dict.fromkeys(asked, b"")
             if round:
                 downlinks = self.algorithm.downlinks(round + 1, outcome.next_state, [*asked])
-            for reply in self.fleet.measure_on(round, downlinks, examples):
+            for reply in self.fleet.measure(round, downlinks, examples):
                 rows += reply.rows
                 if scored := reply.evaluation:
                     items = pd.DataFrame(
@@ -327,6 +327,7 @@ class Rounds:
             own: Metrics on clients' own test sets.
         """
         config = self.placement.config
+        models = config.client_models()
         replies = {reply.client_id: reply for reply in outcome.replies}
         tables: dict[int, pd.DataFrame] = {}  # by identity, since clients may share one evaluation
         items: dict[int, pd.DataFrame] = {}
@@ -347,7 +348,7 @@ class Rounds:
             yield MetricsRow(
                 round=round,
                 client_id=client_id,
-                model=config.client_models()[client_id],
+                model=models[client_id],
                 **columns,
                 perplexity=math.exp(min(columns["nll"], 700.0)),
                 train_loss=reply.train_loss if reply else math.nan,

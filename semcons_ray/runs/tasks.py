@@ -45,12 +45,12 @@ def evaluate_run(out: Path, tasks: Sequence[str], limit: int | None, say: Callab
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"resources.device is cuda in {out / 'config.yaml'}, and there is no GPU here; set it to cpu")
     with folder.locked():
-        commits = folder.commits()
+        commits, models = folder.commits(), config.client_models()
         last = {row.client_id: row.round for commit in commits for row in commit.metrics}
         scores: dict[int, dict[int, tuple[TaskScore, ...]]] = defaultdict(dict)
         for name, path in find_models(config, folder.revisions()).items():
             base = load_base(str(path), dtype=config.model.dtype, device=device, quantization=config.model.quantization)
-            clients = [client for client in sorted(last) if config.client_models()[client] == name]
+            clients = [client for client in sorted(last) if models[client] == name]
             say(f"{name}: the base model")
             scores[0] |= dict.fromkeys(clients, harness.scores(base, str(path)))
             known: dict[str, tuple[TaskScore, ...]] = {}  # clients may share one adapter

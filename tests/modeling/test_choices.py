@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from semcons_ray.config import LoraConfig
 from semcons_ray.messages import Turn
-from semcons_ray.modeling.choices import ChoiceFormat
+from semcons_ray.modeling.chat import ChatFormat
 from semcons_ray.modeling.language_model import LanguageModel
 from tests.tiny import train_tokenizer, write_model
 
@@ -54,7 +54,7 @@ def test_an_option_is_scored_as_lm_eval_does(tmp_path: Path, kind: str) -> None:
 
 def test_an_option_of_a_conversation_follows_all_of_it(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    chat = ChoiceFormat(tokenizer, name="tiny", max_length=200)
+    chat = ChatFormat(tokenizer, name="tiny", max_length=200)
     turns = (Turn("user", "add one and one"), Turn("assistant", "it is 2"), Turn("user", "add one and two"))
     text = chat.option(turns, "it is 3")
     asked = tokenizer.apply_chat_template(
@@ -67,9 +67,9 @@ def test_an_option_of_a_conversation_follows_all_of_it(tiny_llama: Path) -> None
 
 
 def test_long_questions_lose_their_beginning_and_long_options_their_end(tiny_llama: Path) -> None:
-    chat = ChoiceFormat(AutoTokenizer.from_pretrained(tiny_llama), name="tiny", max_length=16)
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_llama), name="tiny", max_length=16)
     text = chat.option("add one and two " * 20, "it is 3")
     assert len(text.ids) == 16
-    whole = ChoiceFormat(AutoTokenizer.from_pretrained(tiny_llama), name="tiny", max_length=400)
+    whole = ChatFormat(AutoTokenizer.from_pretrained(tiny_llama), name="tiny", max_length=400)
     assert text.ids == whole.option("add one and two " * 20, "it is 3").ids[-16:]
     assert chat.option("add one", "s i x " * 20).learnt == ((8, 16),)
