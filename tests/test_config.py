@@ -1,7 +1,6 @@
 import pickle
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -18,7 +17,6 @@ from semcons_ray.config import (
     LmEvalConfig,
     LoraConfig,
     ModelConfig,
-    RuleName,
     Settings,
     changed_settings,
     describe_settings,
@@ -36,6 +34,7 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.parts import BUILT_IN
 
 
 def write(tmp_path, text):
@@ -641,7 +640,7 @@ def test_a_model_of_the_mix_may_be_divided():
 
 
 def test_every_rule_is_accepted():
-    for rule in get_args(RuleName):
+    for rule in BUILT_IN["rule"]:
         assert validate_config({"algorithm": {"rule": rule}}, where="here").algorithm.rule == rule
 
 

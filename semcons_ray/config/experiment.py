@@ -10,12 +10,8 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from semcons_ray.config.base import Settings
 from semcons_ray.config.keys import describe_error, merge_settings
 from semcons_ray.config.sections import (
-    ADJUSTS_GRADIENTS,
-    ANY_MODELS,
-    ANY_RANKS,
     DEFAULT_METRICS,
     DEFAULT_MIN_VOTES,
-    FACTORS_ONLY,
     OWN_SECTIONS,
     POLYNOMIAL_END,
     AlgorithmConfig,
@@ -34,6 +30,7 @@ from semcons_ray.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from semcons_ray.parts import BUILT_IN, STORED
 
 
 class ExperimentConfig(Settings):
@@ -59,6 +56,8 @@ class ExperimentConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> ExperimentConfig:
+        if (info.context or {}).get(STORED):
+            return self
         for client, own in self.clients.overrides.items():
             self._check_own_keys(client, own)
         shared = (info.context or {}).get("shared", {})
@@ -95,9 +94,9 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
             )
-        if name not in ANY_MODELS and len(set(self.client_models())) > 1:
+        if not self.algorithm.any_models and len(set(self.client_models())) > 1:
             raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
-        if name not in ANY_RANKS and len(set(self.client_ranks())) > 1:
+        if not self.algorithm.is_so("any_ranks") and len(set(self.client_ranks())) > 1:
             raise ValueError(
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
                 "flora, flexlora and hetlora take them"
@@ -155,7 +154,7 @@ class ExperimentConfig(Settings):
 
     def _check_beside_factors(self, key: str) -> None:
         """Check that nothing forbids a setting by which an adapter has more tensors than A and B."""
-        if self.algorithm.name in FACTORS_ONLY:
+        if self.algorithm.is_so("factors_only"):
             raise ValueError(
                 f"algorithm.name {self.algorithm.name} knows A and B alone, and {key} trains more than them"
             )
@@ -185,7 +184,7 @@ class ExperimentConfig(Settings):
             raise ValueError("evaluation.lm_eval.tasks needs models that are whole, and sharding.models divides them")
         if self.model.quantization != "none":
             raise ValueError(f"model.quantization {self.model.quantization} is not for models of sharding.models")
-        if self.sharding.zero_stage == 2 and self.algorithm.name in ADJUSTS_GRADIENTS:
+        if self.sharding.zero_stage == 2 and self.algorithm.is_so("adjusts_gradients"):
             raise ValueError(f"algorithm.name {self.algorithm.name} needs sharding.zero_stage 3")
         if self.sharding.zero_stage == 2 and self.training.keep_optimizer:
             raise ValueError("training.keep_optimizer needs sharding.zero_stage 3")
@@ -231,11 +230,21 @@ def _name_is(*names: str) -> Callable[[ExperimentConfig], bool]:
 
 
 def _rule_is(rule: str) -> Callable[[ExperimentConfig], bool]:
-    return lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule == rule
+    return lambda config: config.algorithm.forms_consensus and config.algorithm.rule == rule
 
 
 _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str], ...] = (
-    (("algorithm.rule",), _name_is("semantic_consensus"), "algorithm.name semantic_consensus"),
+    (("algorithm.rule",), lambda config: config.algorithm.forms_consensus, "algorithm.name semantic_consensus"),
+    (
+        ("algorithm.rule_options",),
+        lambda config: config.algorithm.elects and config.algorithm.rule not in BUILT_IN["rule"],
+        "an algorithm.rule that is not built in",
+    ),
+    (
+        ("algorithm.options",),
+        lambda config: config.algorithm.name not in BUILT_IN["algorithm"],
+        "an algorithm.name that is not built in",
+    ),
     (
         ("algorithm.agreement_threshold", "algorithm.min_votes"),
         lambda config: config.algorithm.elects,
@@ -251,7 +260,7 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     ),
     (
         ("algorithm.answer_last_round", "server.embed"),
-        lambda config: config.algorithm.name == "semantic_consensus" and config.algorithm.rule != "own_answer",
+        lambda config: config.algorithm.forms_consensus and config.algorithm.rule != "own_answer",
         "algorithm.name semantic_consensus with an algorithm.rule other than own_answer",
     ),
     (
@@ -263,7 +272,7 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     (
         ("generation.num_samples",),
         lambda config: (
-            config.algorithm.name == "semantic_consensus"
+            config.algorithm.forms_consensus
             and config.algorithm.rule != "own_answer"
             and config.generation.temperature > 0
         ),
@@ -275,7 +284,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,
         "answers: evaluation.num_answers over 0, algorithm.name semantic_consensus or algorithm.self_labels",
     ),
-    (("algorithm.ema_decay",), _name_is(*ANY_MODELS), f"algorithm.name {' or '.join(ANY_MODELS)}"),
+    (
+        ("algorithm.ema_decay",),
+        lambda config: config.algorithm.any_models,
+        "algorithm.name semantic_consensus or local_only, with which each client keeps a model of its own",
+    ),
     (
         ("algorithm.self_labels", "algorithm.weight_dtype"),
         lambda config: config.algorithm.averages_weights,

@@ -18,6 +18,7 @@ from semcons_ray.config.experiment import DEFAULTS, ExperimentConfig, has_settin
 from semcons_ray.config.keys import describe_error, find_setting, merge_settings, place_of
 from semcons_ray.config.sections import UNIONS
 from semcons_ray.errors import ConfigError
+from semcons_ray.parts import PartName
 
 Paths = Path | Sequence[Path] | None
 """YAML files, each of which is laid over those before it; None: no file, so that everything has its default."""
@@ -172,7 +173,8 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
             _describe_field(lines, key, inner, (*parents, name), as_yaml)
         return
     text = dump_yaml(default, in_a_line=True).removesuffix("...\n").strip()
-    allowed = _choices(field.annotation)
+    allowed = [name for part in field.metadata if isinstance(part, PartName) for name in part.choices()]
+    allowed = allowed or _choices(field.annotation)
     choices = f"One of: {', '.join(allowed)}." if allowed else ""
     help_text = " ".join(filter(None, [field.description, choices]))
     if as_yaml:

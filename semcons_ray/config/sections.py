@@ -18,38 +18,14 @@ from pydantic import (
 from semcons_ray.config.base import Settings
 from semcons_ray.config.keys import Section, merge_settings, typed
 from semcons_ray.errors import ConfigError
+from semcons_ray.parts import PartName, resolve
 
-RuleName = Literal[
-    "medoid",
-    "plurality",
-    "weighted_medoid",
-    "geometric_median",
-    "trimmed",
-    "multi_krum",
-    "random_client",
-    "longest",
-    "shortest",
-    "reference",
-    "own_answer",
-]
-"""The consensus rules. Those from random_client on are controls: `reference` takes the data's own answers instead of a
-client's, and with `own_answer` nothing is exchanged: each client learns its own answers, which is self-training."""
+RuleName = Annotated[str, PartName("rule")]
+"""A consensus rule. Of the built-in ones those from random_client on are controls: `reference` takes the data's own
+answers instead of a client's, and with `own_answer` nothing is exchanged: each client learns its own answers, which is
+self-training."""
 
-
-AlgorithmName = Literal[
-    "semantic_consensus",
-    "local_only",
-    "centralized",
-    "fedavg_lora",
-    "one_shot_fedavg_lora",
-    "fedprox",
-    "scaffold",
-    "ffa_lora",
-    "flora",
-    "flexlora",
-    "hetlora",
-]
-"""The algorithms. Those after centralized average adapter weights."""
+AlgorithmName = Annotated[str, PartName("algorithm")]
 
 Quantization = Literal["none", "8bit", "4bit"]
 Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
@@ -81,12 +57,6 @@ DEFAULT_MIN_VOTES = 2
 
 TEMPLATE_DATE = date(2024, 7, 26)
 """Llama 3.1's own chat template uses this date where it is told none."""
-
-ANY_MODELS = ("semantic_consensus", "local_only")
-ADJUSTS_GRADIENTS = ("fedprox", "scaffold", "ffa_lora")
-FACTORS_ONLY = ("ffa_lora", "flora", "flexlora", "hetlora")
-"""Algorithms that are defined by products of A and B, or by B alone, and know no other tensors of an adapter."""
-ANY_RANKS = (*ANY_MODELS, "centralized", "flora", "flexlora", "hetlora")
 
 
 LOCAL_PATH = ("/", "./", "../", "~")
@@ -463,8 +433,19 @@ class GenerationConfig(Settings):
 class AlgorithmConfig(Settings):
     """The federated algorithm: what clients and server do in a round."""
 
-    name: AlgorithmName = Field("semantic_consensus", description="Semantic consensus, or a baseline.")
-    rule: RuleName = Field("medoid", description="How the server elects one answer for each prompt.")
+    name: AlgorithmName = Field(
+        "semantic_consensus", description="Semantic consensus, a baseline, or module:object for one of your own."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of an algorithm of your own, as {beta: 0.9}."
+    )
+    rule: RuleName = Field(
+        "medoid",
+        description="How the server elects one answer for each prompt; module:object for a rule of your own.",
+    )
+    rule_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of a rule of your own, as {temperature: 0.1}."
+    )
     agreement_threshold: float | None = Field(
         None,
         ge=-1,
@@ -503,7 +484,7 @@ class AlgorithmConfig(Settings):
         ge=0,
         lt=1,
         description=f"Weight of a client's old adapter when it is averaged with the new one after each of its rounds "
-        f"but the first; 0: no average. null: {MOVING_AVERAGE}. Only for semantic_consensus and local_only.",
+        f"but the first; 0: no average. null: {MOVING_AVERAGE}. Only where each client keeps a model of its own.",
     )
     self_labels: bool = Field(
         False,
@@ -530,22 +511,51 @@ class AlgorithmConfig(Settings):
         """`ema_decay` if it is set, else the algorithm's default."""
         if self.ema_decay is not None:
             return self.ema_decay
-        return MOVING_AVERAGE if self.name in ANY_MODELS else 0.0
+        return MOVING_AVERAGE if self.any_models else 0.0
+
+    @property
+    def options_of_algorithm(self) -> dict[str, Any]:
+        """Options of the algorithm: for some of the built-in ones they are settings of their own."""
+        return {"mu": self.proximal_mu} if self.name == "fedprox" else self.options
+
+    @property
+    def options_of_rule(self) -> dict[str, Any]:
+        """The same for the rule."""
+        own: dict[str, dict[str, Any]] = {
+            "plurality": {"min_cosine": self.plurality_similarity},
+            "trimmed": {"trim": self.trim},
+            "multi_krum": {"num_byzantine": self.num_byzantine},
+        }
+        return own.get(self.rule, self.rule_options)
+
+    def is_so(self, trait: str) -> bool:
+        """What the algorithm says of itself; see `federation.algorithms`."""
+        return bool(getattr(resolve("algorithm", self.name), trait, False))
+
+    @property
+    def any_models(self) -> bool:
+        """Whether clients may have models of different architectures."""
+        return self.is_so("any_models")
 
     @property
     def averages_weights(self) -> bool:
         """Whether clients send adapter weights, which the server averages."""
-        return self.name not in (*ANY_MODELS, "centralized")
+        return self.is_so("averages_weights")
+
+    @property
+    def forms_consensus(self) -> bool:
+        """Whether the server elects answers."""
+        return self.is_so("forms_consensus")
 
     @property
     def learns_prompts(self) -> bool:
         """Whether clients train on answers to the public prompts."""
-        return self.name == "semantic_consensus" or self.self_labels
+        return self.forms_consensus or self.self_labels
 
     @property
     def elects(self) -> bool:
-        """Whether the server elects one client's answer for each prompt."""
-        return self.name == "semantic_consensus" and self.rule not in ("reference", "own_answer")
+        """Whether the server elects one client's answer for each prompt, which then is its label."""
+        return self.forms_consensus and self.rule not in ("reference", "own_answer")
 
 
 class ServerConfig(Settings):

@@ -6,8 +6,9 @@ dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from semcons_ray.consensus import rules
 from semcons_ray.consensus.tallies import present_vectors, shared_tallies, tallies
 from semcons_ray.errors import ConfigError
+from semcons_ray.parts import build
 
 NORM_TOLERANCE = 1e-2
 """How far rounding to half precision may move the length of a unit vector from 1."""
@@ -25,53 +27,31 @@ class Election:
     """How an answer is elected, and when a prompt gives no pseudo-label.
 
     Attributes:
-        rule: A name of `config.RuleName`; `consensus.rules` says what each does.
+        rule: A name of a rule, see `parts`; `consensus.rules` says what the built-in ones do.
+        options: The rule's options.
         threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: no threshold.
         min_votes: Least number of clients that answered for a prompt to give a pseudo-label.
-        plurality_similarity: For plurality: cosine, in [-1, 1], from which on two answers are the same opinion.
-        trim: For trimmed: share of answers dropped, in [0, 0.5).
-        num_byzantine: For multi_krum: number of faulty clients to tolerate.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
     """
 
     rule: str = "medoid"
+    options: Mapping[str, Any] = field(default_factory=dict)
     threshold: float | None = None
     min_votes: int = 2
-    plurality_similarity: float = 0.8
-    trim: float = 0.2
-    num_byzantine: int = 1
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not -1 <= self.threshold <= 1:
             raise ConfigError(f"algorithm.agreement_threshold must be in [-1, 1], not {self.threshold}")
         if self.min_votes < 1:
             raise ConfigError(f"algorithm.min_votes must be at least 1, not {self.min_votes}")
-        if not -1 <= self.plurality_similarity <= 1:
-            raise ConfigError(f"algorithm.plurality_similarity must be in [-1, 1], not {self.plurality_similarity}")
-        if not 0 <= self.trim < 0.5:
-            raise ConfigError(f"algorithm.trim must be in [0, 0.5), not {self.trim}")
-        if self.num_byzantine < 0:
-            raise ConfigError(f"algorithm.num_byzantine must not be negative, not {self.num_byzantine}")
-        self.scores(1)
+        self.scores()
 
-    def scores(self, block_bytes: int) -> rules.Rule:
-        """The rule with its settings. Rules that compare all pairs do so in blocks of `block_bytes`."""
-        known: dict[str, rules.Rule] = {
-            "medoid": rules.medoid,
-            "plurality": partial(rules.plurality, min_cosine=self.plurality_similarity, block_bytes=block_bytes),
-            "weighted_medoid": rules.weighted_medoid,
-            "geometric_median": rules.geometric_median,
-            "trimmed": partial(rules.trimmed, trim=self.trim),
-            "multi_krum": partial(rules.multi_krum, num_byzantine=self.num_byzantine, block_bytes=block_bytes),
-            "random_client": rules.random_client,
-            "longest": rules.longest,
-            "shortest": rules.shortest,
-        }
-        if self.rule not in known:
-            raise ConfigError(f"algorithm.rule is {self.rule!r}; known rules: {', '.join(known)}")
-        return known[self.rule]
+    def scores(self) -> rules.Rule:
+        """The rule with its options."""
+        rule: rules.Rule = build("rule", self.rule, self.options, setting="algorithm.rule_options")
+        return rule
 
 
 @dataclass(frozen=True)
@@ -134,7 +114,7 @@ def form_consensus(
         ValueError: A tensor is missing, has the wrong shape or type, or an embedding is not a unit vector.
     """
     chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**30)
-    score = election.scores(chunk_bytes)
+    score = election.scores()
     _check(embeddings, mask, election.rule, priority, voters, weights, lengths)
     num_prompts, num_answers, dimension = embeddings.shape
     device = embeddings.device
@@ -157,7 +137,7 @@ def form_consensus(
     similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
     winner = torch.full((num_prompts,), -1, device=device)
-    needs_vectors = election.rule not in rules.WITHOUT_VECTORS
+    needs_vectors = getattr(score, "needs_vectors", True)
     for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
         ballots = rules.Ballots(
             vectors=present_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
@@ -168,6 +148,7 @@ def form_consensus(
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
             priority=priority[here],
+            block_bytes=chunk_bytes,
         )
         scores = score(ballots).where(mask[here], -torch.inf)
         winner[here] = rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)

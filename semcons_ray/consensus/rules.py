@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, Protocol, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 # Scores and cosines closer than this are equal. Float32 noise is a tenth of it; different answers differ by more.
@@ -26,16 +28,13 @@ TOLERANCE = 1e-6
 WEISZFELD_STEPS = 32
 WEISZFELD_SMOOTHING = 1e-3
 
-# Rules that need no vectors: they go by similarity, lengths or chance.
-WITHOUT_VECTORS = frozenset({"medoid", "random_client", "longest", "shortest"})
-
 
 @dataclass(frozen=True)
 class Ballots:
     """The answers to p prompts.
 
     Attributes:
-        vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. Rules in `WITHOUT_VECTORS` get none.
+        vectors: Unit vectors, zero where an answer is missing, (p, C, D) float32. A rule `without_vectors` gets none.
         present: Which answers are there, (p, C) bool.
         similarity: Mean cosine of an answer to the other clients' answers, (p, C); 1 where there are none, NaN where
             it is missing.
@@ -44,6 +43,7 @@ class Ballots:
         weights: Weight of each one's client, (C,), not negative; for `weighted_medoid`.
         lengths: Length of each answer in characters, (p, C); for `longest` and `shortest`.
         priority: Decides ties, (p, C), all different; the highest wins.
+        block_bytes: Memory that a rule may take for rows of a matrix of all pairs.
     """
 
     vectors: Tensor
@@ -54,14 +54,32 @@ class Ballots:
     weights: Tensor | None
     lengths: Tensor | None
     priority: Tensor
+    block_bytes: int = 2**21
 
     def nearness(self, shares: Tensor) -> Tensor:
         """Scores e_i . z, (p, C), for the centre z = sum of shares_j e_j, where `shares` is (p, C)."""
         return products(torch.bmm(shares[:, None, :], self.vectors), self.vectors)
 
 
-Rule = Callable[[Ballots], Tensor]
-"""A rule gives scores, (p, C), -inf where an answer cannot be elected; scores of missing answers are ignored."""
+class Rule(Protocol):
+    """How answers are scored: a function, or a class whose objects can be called as one.
+
+    Parameters of the class, or of the function besides `ballots`, are its options. If it goes by nothing that needs
+    `Ballots.vectors`, it may say so by an attribute `needs_vectors = False`, and saves the server work.
+    """
+
+    def __call__(self, ballots: Ballots) -> Tensor:
+        """Scores, (p, C), -inf where an answer cannot be elected; scores of missing answers are ignored."""
+        ...
+
+
+RuleFunction = TypeVar("RuleFunction", bound=Callable[[Ballots], Tensor])
+
+
+def without_vectors(rule: RuleFunction) -> RuleFunction:
+    """Say of a rule that it needs no vectors: it goes by similarity, lengths or chance."""
+    rule.needs_vectors = False  # type: ignore[attr-defined]
+    return rule
 
 
 def products(points: Tensor, vectors: Tensor) -> Tensor:
@@ -76,6 +94,7 @@ def elect(scores: Tensor, priority: Tensor) -> Tensor:
     return _only(equal, priority).argmax(dim=1)
 
 
+@without_vectors
 def medoid(ballots: Ballots) -> Tensor:
     """The answer most similar to the others: (e_i . sum_j e_j - 1) / (n - 1), exactly."""
     return ballots.similarity
@@ -109,7 +128,7 @@ def geometric_median(ballots: Ballots) -> Tensor:
     return ballots.nearness(shares)
 
 
-def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
+def trimmed(ballots: Ballots, *, trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2) -> Tensor:
     """The medoid of the answers that are left when the share `trim`, those least similar to the others, is dropped.
 
     The number of votes to drop is rounded down, so of few answers none may be dropped. Among equals, those of lowest
@@ -129,7 +148,7 @@ def trimmed(ballots: Ballots, *, trim: float) -> Tensor:
     return _only(kept, ballots.nearness(_parts(kept * ballots.shares)))
 
 
-def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tensor:
+def plurality(ballots: Ballots, *, min_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.8) -> Tensor:
     """The medoid of the most common opinion: a plurality vote for free text.
 
     An answer's opinion is the set of answers whose cosine to it is `min_cosine` or more. The set of most votes wins; of
@@ -141,7 +160,7 @@ def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tenso
     least = min_cosine - TOLERANCE
     votes = ballots.shares.double()[:, :, None]
     sizes = torch.cat(
-        [torch.bmm((block >= least).double(), votes).squeeze(2) for _, block in _cosines(ballots, block_bytes)], dim=1
+        [torch.bmm((block >= least).double(), votes).squeeze(2) for _, block in _cosines(ballots)], dim=1
     )
     sizes = _only(ballots.present, sizes)
     largest = (sizes >= sizes.amax(dim=1, keepdim=True) - TOLERANCE) & ballots.present
@@ -152,7 +171,7 @@ def plurality(ballots: Ballots, *, min_cosine: float, block_bytes: int) -> Tenso
     return _only(members, ballots.nearness(_parts(members * ballots.shares)))
 
 
-def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Tensor:
+def multi_krum(ballots: Ballots, *, num_byzantine: Annotated[int, Field(ge=0)] = 1) -> Tensor:
     """The answer with the lowest Krum score: the sum of squared distances to its n - f - 2 nearest.
 
     P. Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, with
@@ -166,7 +185,7 @@ def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Ten
     num_farthest = (num_others - 1).clamp(min=0, max=num_byzantine + 1)
     most = min((num_byzantine + 1) * int(voters.bincount().max()), len(voters))
     scores = []
-    for rows, block in _cosines(ballots, block_bytes):
+    for rows, block in _cosines(ballots):
         own = (voters[rows, None] == voters).expand_as(block)
         totals = torch.bmm(block.masked_fill_(own, 0.0), votes[:, :, None]).squeeze(2)
         # The farthest are few: leaving them out of the sum is much cheaper than sorting out the nearest.
@@ -179,6 +198,7 @@ def multi_krum(ballots: Ballots, *, num_byzantine: int, block_bytes: int) -> Ten
     return torch.cat(scores, dim=1)
 
 
+@without_vectors
 def random_client(ballots: Ballots) -> Tensor:
     """A control: the first sample of any of the clients, all equally likely. All scores are equal, so the random
     priority decides."""
@@ -188,11 +208,13 @@ def random_client(ballots: Ballots) -> Tensor:
     return _only(columns == earliest[ballots.voters], torch.zeros_like(ballots.similarity))
 
 
+@without_vectors
 def longest(ballots: Ballots) -> Tensor:
     """A control: the answer with the most characters."""
     return _lengths(ballots)
 
 
+@without_vectors
 def shortest(ballots: Ballots) -> Tensor:
     """A control: the answer with the fewest characters."""
     return -_lengths(ballots)
@@ -213,11 +235,11 @@ def _only(eligible: Tensor, scores: Tensor) -> Tensor:
     return scores.where(eligible, -torch.inf)
 
 
-def _cosines(ballots: Ballots, block_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _cosines(ballots: Ballots) -> Iterator[tuple[Tensor, Tensor]]:
     """Cosines between answers, a block of rows at a time: row indices (b,) and rows (p, b, C) float64."""
     vectors = ballots.vectors.double()
     num_prompts, num_clients, _ = vectors.shape
-    num_rows = max(1, block_bytes // (vectors.element_size() * num_prompts * num_clients))
+    num_rows = max(1, ballots.block_bytes // (vectors.element_size() * num_prompts * num_clients))
     for start in range(0, num_clients, num_rows):
         rows = torch.arange(start, min(start + num_rows, num_clients), device=vectors.device)
         yield rows, torch.bmm(vectors[:, start : start + num_rows], vectors.transpose(1, 2))

@@ -632,15 +632,7 @@ def parts(
 
 
 def _election(algorithm: AlgorithmConfig) -> Election:
-    return Election(
-        # With rule `reference`, the medoid is still elected, to measure how far the clients agree.
-        rule=algorithm.rule if algorithm.elects else "medoid",
-        threshold=algorithm.agreement_threshold,
-        min_votes=algorithm.min_votes,
-        plurality_similarity=algorithm.plurality_similarity,
-        trim=algorithm.trim,
-        num_byzantine=algorithm.num_byzantine,
-    )
+    return Election(algorithm.rule, algorithm.options_of_rule, algorithm.agreement_threshold, algorithm.min_votes)
 
 
 def _host_spec(

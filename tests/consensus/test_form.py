@@ -1,5 +1,5 @@
 import re
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semcons_ray.config import RuleName
 from semcons_ray.consensus import Consensus, Election, form_consensus, rules
 from semcons_ray.errors import ConfigError
+from semcons_ray.parts import BUILT_IN
 from tests.consensus import reference
 
 NAN = float("nan")
 SELECTING = ["medoid", "plurality", "weighted_medoid", "geometric_median", "trimmed", "multi_krum"]
 EVERY = [*SELECTING, "random_client", "longest", "shortest"]
+OPTIONS = {"plurality": ["min_cosine"], "trimmed": ["trim"], "multi_krum": ["num_byzantine"]}
 
 
 def unit(rows: Any) -> Tensor:
@@ -44,7 +45,9 @@ def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", *
         "voters": None,
     }
     given = of_clients | {key: value for key, value in more.items() if key in of_clients}
-    election = Election(rule, **{key: value for key, value in more.items() if key not in of_clients})
+    options = {key: more[key] for key in OPTIONS.get(rule, ()) if key in more}
+    others = {key: more[key] for key in ("threshold", "min_votes") if key in more}
+    election = Election(rule, options, **others)
     return form_consensus(embeddings, mask, election, given.pop("priority"), **given)
 
 
@@ -65,12 +68,12 @@ def test_plurality_takes_the_largest_opinion_where_the_medoid_takes_the_middle()
     angles = torch.deg2rad(torch.tensor([50.0, 80.0, 110.0, 0.0, 0.0]))
     answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
     assert form(answers).winner.tolist() == [0]
-    assert form(answers, rule="plurality", plurality_similarity=0.95).winner.tolist() == [3]
+    assert form(answers, rule="plurality", min_cosine=0.95).winner.tolist() == [3]
 
 
 def test_plurality_without_any_agreement_is_the_medoid() -> None:
     embeddings, mask = random_case(0, 20, 5)
-    found = form(embeddings, mask, "plurality", plurality_similarity=1.0)
+    found = form(embeddings, mask, "plurality", min_cosine=1.0)
     assert torch.equal(found.winner, form(embeddings, mask).winner)
 
 
@@ -88,7 +91,7 @@ def test_robust_rules_resist_a_minority_that_pulls_the_mean() -> None:
     answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
     assert form(answers, rule="geometric_median").winner.item() < 5
     assert form(answers, rule="trimmed", trim=0.45).winner.item() < 5
-    assert form(answers, rule="plurality", plurality_similarity=0.98).winner.item() == 2
+    assert form(answers, rule="plurality", min_cosine=0.98).winner.item() == 2
 
 
 def test_controls() -> None:
@@ -181,7 +184,7 @@ def test_a_client_never_outweighs_others_by_more_samples(rule: str) -> None:
     """Client 0 gives one text six times; three others are near each other elsewhere."""
     angles = torch.deg2rad(torch.tensor([90.0] * 6 + [0.0, 4.0, 8.0]))
     answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
-    more = {"plurality_similarity": 0.99, "trim": 0.3, "weights": torch.ones(9)}
+    more = {"min_cosine": 0.99, "trim": 0.3, "weights": torch.ones(9)}
     assert form(answers, rule=rule, **more).winner.item() < 6  # as six clients
     found = form(answers, rule=rule, voters=torch.tensor([0] * 6 + [1, 2, 3]), **more)
     assert found.winner.item() >= 6
@@ -259,7 +262,7 @@ def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, m
         "multi_krum": {"num_byzantine": 2},
     }
     verdict = form(
-        embeddings, mask, rule, plurality_similarity=0.7, trim=0.3, num_byzantine=2, weights=torch.tensor(weights)
+        embeddings, mask, rule, min_cosine=0.7, trim=0.3, num_byzantine=2, weights=torch.tensor(weights)
     )
     vectors = embeddings.double().numpy()
     for prompt in range(3):
@@ -380,7 +383,7 @@ def test_trimmed_keeps_those_of_highest_priority_among_equals() -> None:
 def test_an_opinion_and_a_threshold_include_their_border() -> None:
     """Cosines of exactly 0.8, which float32 rounds to either side."""
     answers = torch.tensor([[[0.6, 0.8], [1.0, 0.0], [0.6, -0.8], [0.8, 0.6], [-1.0, 0.0]]])
-    found = form(answers[:, 1:4], rule="plurality", plurality_similarity=0.8)
+    found = form(answers[:, 1:4], rule="plurality", min_cosine=0.8)
     assert found.winner.tolist() == [0]
     assert form(answers[:, [1, 3]], threshold=0.8).abstained.tolist() == [False]
     assert form(answers[:, [1, 3]], threshold=0.80001).abstained.tolist() == [True]
@@ -399,7 +402,7 @@ def test_multi_krum_by_hand() -> None:
 
 def test_every_rule_of_the_config_is_known() -> None:
     embeddings, mask = random_case(7, 1, 4)
-    assert {*EVERY, "reference", "own_answer"} == set(get_args(RuleName))
+    assert {*EVERY, "reference", "own_answer"} == set(BUILT_IN["rule"])
     assert all(form(embeddings, mask, rule).winner.shape == (1,) for rule in EVERY)
 
 
@@ -410,18 +413,24 @@ def test_every_rule_of_the_config_is_known() -> None:
     ("changes", "says"),
     [
         (
-            {"rule": "mean"},
-            "algorithm.rule is 'mean'; known rules: medoid, plurality, weighted_medoid, geometric_median, trimmed, "
-            "multi_krum, random_client, longest, shortest",
+            {"rule": "median"},
+            "there is no rule median (did you mean medoid?); there are medoid, plurality, weighted_medoid, "
+            "geometric_median, trimmed, multi_krum, random_client, longest, shortest, reference, own_answer, and any "
+            "module:object",
         ),
         ({"threshold": 1.01}, "algorithm.agreement_threshold must be in [-1, 1], not 1.01"),
         ({"threshold": -1.01}, "algorithm.agreement_threshold must be in [-1, 1], not -1.01"),
-        ({"plurality_similarity": 1.01}, "algorithm.plurality_similarity must be in [-1, 1], not 1.01"),
-        ({"plurality_similarity": -1.01}, "algorithm.plurality_similarity must be in [-1, 1], not -1.01"),
-        ({"trim": 0.5}, "algorithm.trim must be in [0, 0.5), not 0.5"),
-        ({"trim": -0.01}, "algorithm.trim must be in [0, 0.5), not -0.01"),
-        ({"num_byzantine": -1}, "algorithm.num_byzantine must not be negative, not -1"),
         ({"min_votes": 0}, "algorithm.min_votes must be at least 1, not 0"),
+        *[
+            ({"rule": rule, "options": {name: value}}, f"algorithm.rule_options.{name}: Input should be {says}")
+            for rule, name, value, says in [
+                ("plurality", "min_cosine", 1.01, "less than or equal to 1 (got 1.01)"),
+                ("plurality", "min_cosine", -1.01, "greater than or equal to -1 (got -1.01)"),
+                ("trimmed", "trim", 0.5, "less than 0.5 (got 0.5)"),
+                ("trimmed", "trim", -0.01, "greater than or equal to 0 (got -0.01)"),
+                ("multi_krum", "num_byzantine", -1, "greater than or equal to 0 (got -1)"),
+            ]
+        ],
     ],
 )
 def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: str) -> None:
@@ -434,10 +443,10 @@ def test_settings_out_of_range_name_the_setting(changes: dict[str, Any], says: s
     [
         {"threshold": 1.0},
         {"threshold": -1.0},
-        {"plurality_similarity": 1.0},
-        {"plurality_similarity": -1.0},
-        {"trim": 0.0},
-        {"num_byzantine": 0},
+        {"rule": "plurality", "options": {"min_cosine": 1.0}},
+        {"rule": "plurality", "options": {"min_cosine": -1.0}},
+        {"rule": "trimmed", "options": {"trim": 0.0}},
+        {"rule": "multi_krum", "options": {"num_byzantine": 0}},
         {"min_votes": 1},
     ],
 )

@@ -1,11 +1,11 @@
 """The round itself, with clients and a server that only take notes."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from semcons_ray.config import AlgorithmConfig, AlgorithmName
+from semcons_ray.config import AlgorithmConfig
 from semcons_ray.errors import ClientError, QuorumError, UserError
 from semcons_ray.federation.algorithms import (
     Centralized,
@@ -25,6 +25,7 @@ from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.messages import NO_LABELS, PseudoLabels
 from semcons_ray.metering.ledger import Place
+from semcons_ray.parts import BUILT_IN
 
 LABELS = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("x", "y"))
 COHORT = Cohort(num_clients=3, participation=1.0, seed=0)
@@ -190,7 +191,7 @@ def test_algorithms_are_built_by_name() -> None:
             ranks,
             7,
         )
-        for name in get_args(AlgorithmName)
+        for name in BUILT_IN["algorithm"]
     }
     averaging = (COHORT, ranks, "float32", "none", True, 0.25, range(3, 7))
     assert built == {
@@ -210,8 +211,8 @@ def test_algorithms_are_built_by_name() -> None:
     assert own_answers == SemanticConsensus(COHORT, 1.0, "zstd", range(2, 3), 0.5, self_training=True)
 
 
-@pytest.mark.parametrize("name", get_args(AlgorithmName))
-def test_only_those_that_leave_each_client_its_own_model_have_a_moving_average(name: AlgorithmName) -> None:
+@pytest.mark.parametrize("name", BUILT_IN["algorithm"])
+def test_only_those_that_leave_each_client_its_own_model_have_a_moving_average(name: str) -> None:
     expected = 0.5 if name in ("semantic_consensus", "local_only") else 0.0
     assert AlgorithmConfig(name=name).moving_average == expected
     assert getattr(build_algorithm(AlgorithmConfig(name=name), COHORT, (4,) * 3, 3), "ema_decay", 0.0) == expected

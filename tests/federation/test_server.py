@@ -83,7 +83,7 @@ def samples(client_id: int, *draws: Sequence[str], num_examples: int = 1) -> byt
 def test_samples_are_ballots_that_share_their_clients_vote() -> None:
     """Client 0 says "left" in all of its four samples; clients 2 and 5 say "right" in one of two, and once."""
     words = {0: ["left"] * 4, 2: ["right", "middle"], 5: ["right"]}
-    judge = server("plurality", plurality_similarity=0.99, num_samples=(4, 1, 2, 1, 1, 1))
+    judge = server("plurality", options={"min_cosine": 0.99}, num_samples=(4, 1, 2, 1, 1, 1))
     judge.begin(1, [0, 2, 5])
     for client, said in words.items():
         judge.collect(client, samples(client, *([word, "left"] for word in said)))

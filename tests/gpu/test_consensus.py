@@ -1,14 +1,13 @@
 """Votes and embeddings on a GPU are those of the CPU."""
 
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from semcons_ray.config import RuleName
 from semcons_ray.consensus import Election, form_consensus
 from semcons_ray.modeling.embedding import Embedder
+from semcons_ray.parts import BUILT_IN
 from tests.gpu import NEEDS_GPU
 from tests.modeling.test_embedding_kinds import write_bert
 from tests.tiny import examples
@@ -16,7 +15,7 @@ from tests.tiny import examples
 pytestmark = NEEDS_GPU
 
 
-@pytest.mark.parametrize("rule", sorted({*get_args(RuleName)} - {"reference", "own_answer"}))
+@pytest.mark.parametrize("rule", sorted({*BUILT_IN["rule"]} - {"reference", "own_answer"}))
 @pytest.mark.parametrize("chunk_bytes", [None, 1 << 14])
 def test_a_gpu_elects_what_the_cpu_elects(rule: str, chunk_bytes: int | None) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import pytest
 
-from semcons_ray.config import AlgorithmName, ExperimentConfig
+from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import ModelError, QuorumError
 from semcons_ray.federation.client import Client
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.optimizer import AdamW
+from semcons_ray.parts import BUILT_IN
 from semcons_ray.reporting.html import describe_setting, write_report
 from semcons_ray.reporting.tables import read_run
 from semcons_ray.runs.experiment import run_experiment
@@ -29,7 +30,7 @@ WIRE = {"weight_dtype": "float32"}
 MakeConfig = Callable[..., ExperimentConfig]
 
 
-@pytest.mark.parametrize("name", get_args(AlgorithmName))
+@pytest.mark.parametrize("name", BUILT_IN["algorithm"])
 def test_runs_and_leaves_the_model_that_it_measured(tiny_config: MakeConfig, tmp_path: Path, name: str) -> None:
     config = tiny_config(algorithm={"name": name, **(WIRE if name in (*AVERAGING, "one_shot_fedavg_lora") else {})})
     run_experiment(config, tmp_path / "run", Silent())

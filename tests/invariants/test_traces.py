@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from semcons_ray.config import AlgorithmName, ExperimentConfig
+from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, read_split, write_split
 from semcons_ray.federation import client, randomness
 from semcons_ray.federation.store import ClientStore
+from semcons_ray.parts import BUILT_IN
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.run_folder import RunFolder
 from tests.invariants.runs import Silent
@@ -19,7 +20,7 @@ from tests.invariants.runs import Silent
 MakeConfig = Callable[..., ExperimentConfig]
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name} for name in get_args(AlgorithmName)},
+    **{name: {"name": name} for name in BUILT_IN["algorithm"]},
     "plurality": {"rule": "plurality"},
     "weighted medoid": {"rule": "weighted_medoid"},
     "random client": {"rule": "random_client"},

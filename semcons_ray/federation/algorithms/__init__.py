@@ -1,37 +1,35 @@
-"""The algorithms, each in a file: what a client does on a visit, and what the server does in a round."""
+"""The algorithms, each in a file: what a client does on a visit, and what the server does in a round.
+
+Each is a line of `parts.table`. Its class gets by name those of the following that its constructor has parameters for,
+and its options, which are its further parameters:
+
+    cohort                who takes part in each round
+    ranks                 LoRA rank of each client, (C,)
+    num_rounds            rounds of the run
+    exchanges             rounds in which clients answer the public prompts
+    ema_decay             weight of a client's old adapter in its moving average
+    label_weight          weight of a pseudo-label in the loss, where a private example has 1
+    self_labels           whether clients also train on their own answers to the public prompts
+    self_training         whether each client learns its own answers, and nothing is exchanged
+    dtype, compression    of messages
+
+What an algorithm can be combined with it says by class variables, all of which are false if they are not there:
+
+    any_models            clients may have models of different architectures, as no weights are exchanged; only then do
+                          clients keep a moving average, and may be of kinds that have no weights to send
+    any_ranks             clients may have different LoRA ranks
+    averages_weights      clients send adapter weights, which the server averages
+    forms_consensus       the server elects an answer to each public prompt
+    factors_only          it is defined by products of A and B, or by one of them, and knows no other tensors
+    adjusts_gradients     it changes gradients before each step
+"""
+
+from typing import Any
 
 from semcons_ray.config import AlgorithmConfig
-from semcons_ray.federation.algorithms.centralized import Centralized
-from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.algorithms.fedprox import FedProx
-from semcons_ray.federation.algorithms.ffa_lora import FfaLora
-from semcons_ray.federation.algorithms.flexlora import FlexLora
-from semcons_ray.federation.algorithms.flora import Flora
-from semcons_ray.federation.algorithms.hetlora import HetLora
-from semcons_ray.federation.algorithms.local_only import LocalOnly
-from semcons_ray.federation.algorithms.one_shot_fedavg_lora import OneShotFedAvgLora
-from semcons_ray.federation.algorithms.scaffold import Scaffold
-from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.fleet import Algorithm
 from semcons_ray.federation.randomness import Cohort
-
-__all__ = [
-    "Centralized",
-    "FedAvgLora",
-    "FedProx",
-    "FfaLora",
-    "FlexLora",
-    "Flora",
-    "HetLora",
-    "LocalOnly",
-    "OneShotFedAvgLora",
-    "Scaffold",
-    "SemanticConsensus",
-    "build_algorithm",
-]
-
-AVERAGING = {"fedavg_lora": FedAvgLora, "scaffold": Scaffold, "ffa_lora": FfaLora, "flora": Flora,
-             "flexlora": FlexLora, "hetlora": HetLora}  # fmt: skip
+from semcons_ray.parts import build
 
 
 def build_algorithm(settings: AlgorithmConfig, cohort: Cohort, ranks: tuple[int, ...], num_rounds: int) -> Algorithm:
@@ -42,34 +40,24 @@ def build_algorithm(settings: AlgorithmConfig, cohort: Cohort, ranks: tuple[int,
         cohort: Who takes part in each round.
         ranks: LoRA rank of each client, (C,).
         num_rounds: Rounds of the run.
+
+    Raises:
+        ConfigError: It has no such options, or refuses them.
     """
-    exchanges, decay = settings.exchanges(num_rounds), settings.moving_average
-    averaging = (
-        cohort,
-        ranks,
-        settings.weight_dtype,
-        settings.compression,
-        settings.self_labels,
-        settings.pseudo_label_weight,
-        exchanges,
+    offered: dict[str, Any] = {
+        "cohort": cohort,
+        "ranks": ranks,
+        "num_rounds": num_rounds,
+        "exchanges": settings.exchanges(num_rounds),
+        "ema_decay": settings.moving_average,
+        "label_weight": settings.pseudo_label_weight,
+        "self_labels": settings.self_labels,
+        "self_training": settings.rule == "own_answer",
+        "dtype": settings.weight_dtype,
+        "compression": settings.compression,
+    }
+    setting = "algorithm.options"
+    algorithm: Algorithm = build(
+        "algorithm", settings.name, settings.options_of_algorithm, setting=setting, offered=offered
     )
-    match settings.name:
-        case "semantic_consensus":
-            return SemanticConsensus(
-                cohort,
-                settings.pseudo_label_weight,
-                settings.compression,
-                exchanges,
-                decay,
-                self_training=settings.rule == "own_answer",
-            )
-        case "local_only":
-            return LocalOnly(cohort, decay)
-        case "centralized":
-            return Centralized(cohort)
-        case "fedprox":
-            return FedProx(*averaging, mu=settings.proximal_mu)
-        case "one_shot_fedavg_lora":
-            return OneShotFedAvgLora(*averaging, num_rounds=num_rounds)
-        case name:
-            return AVERAGING[name](*averaging)
+    return algorithm

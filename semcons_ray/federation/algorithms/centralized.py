@@ -7,6 +7,7 @@ federation would. Its epochs are over all data: as many steps as all clients' ep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from semcons_ray.federation.algorithms.local_only import LocalOnly
 from semcons_ray.federation.fleet import RoundOutcome, Visitor
@@ -17,6 +18,8 @@ from semcons_ray.federation.server import ServerProtocol
 @dataclass(frozen=True)
 class Centralized(LocalOnly):
     """Local training of client 0, which holds all data; its evaluation counts for every client."""
+
+    any_models: ClassVar[bool] = False
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool

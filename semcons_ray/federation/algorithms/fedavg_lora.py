@@ -14,7 +14,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from semcons_ray.errors import ConfigError, MessageError, NotFiniteError
 from semcons_ray.federation.algorithms.local_only import own_labels
@@ -71,6 +71,8 @@ class FedAvgLora:
     self_labels: bool = False
     label_weight: float = 1.0
     exchanges: range = range(1, 2)
+
+    averages_weights: ClassVar[bool] = True
 
     @property
     def uses_public_prompts(self) -> bool:

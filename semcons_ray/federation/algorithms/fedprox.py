@@ -7,7 +7,7 @@ minimises F_k(w) + mu/2 |w - w_t|^2, where w_t is the average. Here w is the ada
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -27,6 +27,8 @@ class FedProx(FedAvgLora):
     Attributes:
         mu: Weight of the proximal term in the loss.
     """
+
+    adjusts_gradients: ClassVar[bool] = True
 
     mu: float = 0.01
 

@@ -7,7 +7,7 @@ all clients, the mean of the products B_k A is exactly the mean of B_k times A, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.weights import Shapes
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class FfaLora(FedAvgLora):
     """FedAvg-LoRA in which A stays at its initial value, which every client draws from the same seed."""
+
+    factors_only: ClassVar[bool] = True
+    adjusts_gradients: ClassVar[bool] = True
 
     def adjust(self, client: Client) -> Adjust:
         """Drop the gradients of A."""

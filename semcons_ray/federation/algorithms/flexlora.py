@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.weights import mean_product, pack, truncated_svd, unpack, with_rank
@@ -18,6 +19,9 @@ from semcons_ray.modeling.adapter import Adapter
 @dataclass(frozen=True)
 class FlexLora(FedAvgLora):
     """FedAvg over the products B A, by truncated SVD."""
+
+    factors_only: ClassVar[bool] = True
+    any_ranks: ClassVar[bool] = True
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The mean of the products, weighted by private examples, as an adapter of the clients' highest rank."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 import torch
@@ -48,6 +48,9 @@ class Flora(FedAvgLora):
 
     A client keeps in `client.memory`, under "stacks", the number of stacks that it has put beside its base model.
     """
+
+    factors_only: ClassVar[bool] = True
+    any_ranks: ClassVar[bool] = True
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: this round's stack is added, and clients that answered are noted to have all earlier ones."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.weights import pack, unpack, update_norm, weighted_mean, with_rank
@@ -19,6 +20,9 @@ from semcons_ray.modeling.adapter import Adapter
 @dataclass(frozen=True)
 class HetLora(FedAvgLora):
     """FedAvg-LoRA over zero-padded adapters."""
+
+    factors_only: ClassVar[bool] = True
+    any_ranks: ClassVar[bool] = True
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The means of the padded A and B over clients, weighted by the norms of the clients' updates."""

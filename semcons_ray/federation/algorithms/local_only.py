@@ -28,6 +28,8 @@ class LocalOnly:
     ema_decay: float = 0.0
 
     uses_public_prompts: ClassVar[bool] = False
+    any_models: ClassVar[bool] = True
+    any_ranks: ClassVar[bool] = True
 
     def first_state(self) -> bytes:
         """Empty: the server has nothing to remember."""

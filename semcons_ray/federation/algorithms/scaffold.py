@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -39,6 +39,8 @@ class Scaffold(FedAvgLora):
 
     A client keeps c_k and c in `client.memory`, under keys that begin with "own." and "common.".
     """
+
+    adjusts_gradients: ClassVar[bool] = True
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: the unweighted mean of y_k, and c moved by the mean change of c_k."""

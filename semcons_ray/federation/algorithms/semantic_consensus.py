@@ -50,7 +50,7 @@ class SemanticConsensus:
 
     Attributes:
         cohort: Who takes part in a round.
-        pseudo_label_weight: Weight of a pseudo-label in the loss, where a private example has 1.
+        label_weight: Weight of a pseudo-label in the loss, where a private example has 1.
         compression: Compression of messages: "none" or "zstd".
         exchanges: Rounds in which clients answer.
         ema_decay: Weight of a client's old adapter in its moving average; see `Client.fine_tune`.
@@ -59,13 +59,16 @@ class SemanticConsensus:
     """
 
     cohort: Cohort
-    pseudo_label_weight: float = 1.0
+    label_weight: float = 1.0
     compression: str = "none"
     exchanges: range = range(1, 2)
     ema_decay: float = 0.0
     self_training: bool = False
 
     uses_public_prompts: ClassVar[bool] = True
+    any_models: ClassVar[bool] = True
+    any_ranks: ClassVar[bool] = True
+    forms_consensus: ClassVar[bool] = True
 
     def first_state(self) -> bytes:
         """An encoded `PseudoLabels` message with no labels."""
@@ -122,7 +125,7 @@ class SemanticConsensus:
         client.fine_tune(
             round,
             labels,
-            weight=self.pseudo_label_weight,
+            weight=self.label_weight,
             ema_decay=self.ema_decay,
             downlink_bytes=len(downlink),
         )
