@@ -112,7 +112,8 @@ def measure(forecast: Forecast) -> Speed | str:
     import numpy as np
     import torch
 
-    from semcons_ray.modeling.language_model import LanguageModel, Pair
+    from semcons_ray.modeling.client_model import Pair
+    from semcons_ray.modeling.language_model import LanguageModel
 
     if config.resources.device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"

@@ -23,8 +23,9 @@ from semcons_ray.federation.weights import non_finite, pack, stacked, with_rank
 from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Work
 from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.client_model import Pair, Score
 from semcons_ray.modeling.engine import Engine
-from semcons_ray.modeling.language_model import Adjust, LanguageModel, Pair, Score
+from semcons_ray.modeling.language_model import Adjust, LanguageModel
 
 _ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
 

@@ -37,6 +37,7 @@ from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import ChatFormat, Encoded
+from semcons_ray.modeling.client_model import Pair, Score
 from semcons_ray.modeling.decoding import Decoding, chosen_tokens
 from semcons_ray.modeling.device import enough_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
@@ -81,15 +82,6 @@ waited for, is asked after each."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A prompt and the response to learn or score, with its weight in the loss; of a conversation, all responses."""
-
-    prompt: Prompt
-    response: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class FineTuned:
     """The result of a round of fine-tuning.
 
@@ -102,27 +94,6 @@ class FineTuned:
     loss: float
     tokens: int
     optimizer: dict[str, Tensor]
-
-
-class Score(NamedTuple):
-    """How likely the responses of N pairs are.
-
-    Attributes:
-        nll: Negative log-likelihood (nats) of each pair's response tokens, including those that end answers, (N,).
-        num_tokens: How many tokens those are, (N,).
-        num_bytes: Length as UTF-8 of the text of these tokens, which does not depend on the tokenizer, (N,).
-        processed_tokens: Tokens that went through the model, prompts included.
-    """
-
-    nll: tuple[float, ...]
-    num_tokens: tuple[int, ...]
-    num_bytes: tuple[int, ...]
-    processed_tokens: int
-
-    @property
-    def nll_sum(self) -> float:
-        """The sum of `nll`."""
-        return sum(self.nll)
 
 
 class Batch(NamedTuple):
