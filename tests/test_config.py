@@ -323,6 +323,76 @@ def test_what_a_client_cannot_have_of_its_own_is_refused(own, more, says):
     assert says in refusal({**more, "clients": {"overrides": own}})
 
 
+MIXED = {"mix": {"a": 2, "polly": 2}, "models": {"polly": {"kind": "tests.parrots:Parrot"}}}
+ALONE = {"clients": {"models": MIXED["models"]}, "model": {"name": "polly"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"clients": {"models": MIXED["models"]}}, "clients.models names polly, which no client has"),
+        ({"clients": {"models": {"./polly": {"kind": "openai"}}}}, "neither a path nor packaged:NAME"),
+        ({"clients": {"models": {"polly": {"options": {}}}}}, "clients.models.polly.kind: Field required"),
+        (
+            {"clients": {**MIXED, "models": {"polly": {"kind": "tests.parrots:Mute"}}}},
+            "tests.parrots:Mute does not do as a client: it has no answer",
+        ),
+        (
+            {"clients": {**MIXED, "models": {"polly": {"kind": "opnai"}}}},
+            "there is no client opnai (did you mean openai?)",
+        ),
+        (
+            {"clients": MIXED, "algorithm": {"name": "fedavg_lora"}},
+            "algorithm.name fedavg_lora needs clients' weights, and polly of clients.models has none",
+        ),
+        ({**ALONE, "algorithm": {"name": "centralized"}}, "algorithm.name centralized needs clients' weights"),
+        (
+            {"clients": MIXED, "sharding": {"models": {"polly": 2}}},
+            "sharding.models names polly of clients.models, which is not loaded here",
+        ),
+        (
+            {"clients": {**MIXED, "overrides": {3: {"training": {"local_steps": 2}}}}},
+            "clients.overrides.3.training.local_steps has no effect: client 3 has polly of clients.models",
+        ),
+        (
+            {"clients": {**MIXED, "overrides": {2: {"generation": {"batch_size": 2}}}}},
+            "clients.overrides.2.generation.batch_size has no effect: client 2 has polly of clients.models",
+        ),
+        *(
+            ({**ALONE, **{section: {**ALONE.get(section, {}), name: value}}}, f"{section}.{name}")
+            for section, name, value in (
+                ("training", "learning_rate", 0.1),
+                ("model", "quantization", "4bit"),
+                ("model", "dtype", "float32"),
+                ("generation", "engine", "vllm"),
+                ("algorithm", "ema_decay", 0.1),
+                ("clients", "lora_ranks", [4]),
+                ("data", "client_test_fraction", 0.5),
+                ("evaluation", "lm_eval", {"tasks": ["a"]}),
+            )
+        ),
+        ({**ALONE, "model": {"name": "polly", "lora": {"rank": 4}}}, "model.lora.rank 4 has no effect"),
+        (
+            {**ALONE, "evaluation": {"metrics": ["multiple_choice"]}},
+            "evaluation.metrics multiple_choice needs likelihoods, which polly of clients.models does not tell",
+        ),
+    ],
+)
+def test_what_clients_whose_models_are_elsewhere_cannot_do_is_refused(values, says):
+    assert says in refusal(values)
+
+
+def test_clients_whose_models_are_elsewhere_stand_beside_others():
+    own = {0: {"training": {"local_steps": 2}}, 3: {"generation": {"max_new_tokens": 9}}}
+    config = validate_config({"clients": {**MIXED, "overrides": own}}, where="here")
+    assert config.client_models() == ("a", "a", "polly", "polly")
+    assert (config.open_models, config.scored_models) == (("a",), ("a",))
+    listening = {"polly": {"kind": "tests.parrots:Listening"}}
+    config = validate_config({"clients": {**MIXED, "models": listening}}, where="here")
+    assert config.scored_models == ("a", "polly")
+    assert validate_config(ALONE, where="here").open_models == ()
+
+
 def test_a_setting_that_has_no_effect_for_one_client_may_be_common():
     values = {"training": {"local_epochs": 3}, "clients": {"overrides": {1: {"training": {"local_steps": 5}}}}}
     assert validate_config(values, where="here").of_client(1).training.local_epochs == 3

@@ -68,6 +68,8 @@ def run(config: ExperimentConfig) -> None:
         rows.append(("a round, on average", sum(later, Load()) * (1 / len(later))))
     print_whole(console, _table([*rows, ("total", forecast.total)]))
     console.print(f"\nExact: {format_quantity(forecast.prompt_bytes, 'B')} of public prompts for a client. {ESTIMATED}")
+    if others := ", ".join(forecast.config.other_models):
+        console.print(f"Tokens, time and cost of {others} are not known here.")
     console.print(_duration([forecast], speed))
 
 
@@ -104,6 +106,8 @@ def measure(forecast: Forecast) -> Speed | str:
         The speed, or why it is not measured.
     """
     config, parameters = forecast.config, forecast.parameters
+    if not parameters:
+        return "all answers come from elsewhere"
     name = min(parameters, key=parameters.__getitem__)
     if config.generation.engine != "transformers" or config.sharding.models:
         return "generation engines and divided models are not measured"

@@ -2,7 +2,7 @@
 
 Who takes part in which round and the bytes of public prompts are exact. The rest is estimated: answers are taken to be
 as long as the responses of the private data, cut at `generation.max_new_tokens`, every prompt to give a pseudo-label,
-and weights not to be compressed.
+and weights not to be compressed. Tokens are those of models that are here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
 from semcons_ray.runs.assembly import count_parameters
 from semcons_ray.runs.experiment import Plan
+
+CHARS_A_TOKEN = 4
+"""Characters of a token of which nothing is known."""
 
 SAMPLE = 1000
 """Most texts of a kind whose tokens are counted; further ones are taken to be as long on average."""
@@ -109,6 +112,11 @@ class Lengths:
             answer_chars=int(max_new_tokens * chars) + 1,
         )
 
+    @classmethod
+    def elsewhere(cls, max_new_tokens: int) -> Lengths:
+        """Those of a model that is not here, whose tokens are not counted."""
+        return cls(0.0, 1.0, 0.0, 0.0, 0.0, answer_chars=CHARS_A_TOKEN * max_new_tokens)
+
 
 def _encoded(chat: ChatFormat, example: Example) -> list[Encoded]:
     return [chat.encode(*part) for part in chat.parts(example.prompt, example.response)]
@@ -130,7 +138,7 @@ class Forecast:
         self.config = plan.placement.config
         self.models, self._ranks = self.config.client_models(), self.config.client_ranks()
         model = self.config.model
-        formats = read_formats(
+        formats = plan.models and read_formats(
             plan.models,
             max_length=model.num_tokens,
             system_prompt=model.system_prompt,
@@ -140,7 +148,10 @@ class Forecast:
         self.private = [example for share in plan.split.private for example in share]
         self._training_of, self._generation_of = self.config.client_training(), self.config.client_generation()
         kinds = [(name, own.max_new_tokens) for name, own in zip(self.models, self._generation_of, strict=True)]
-        found = {kind: Lengths.of(formats[kind[0]], plan.split, kind[1]) for kind in set(kinds)}
+        found = {
+            (name, most): Lengths.of(formats[name], plan.split, most) if name in formats else Lengths.elsewhere(most)
+            for name, most in set(kinds)
+        }
         self._lengths = [found[kind] for kind in kinds]
         self.parameters = {name: count_parameters(folder) for name, folder in plan.models.items()}
         cohort = Cohort(self.config.clients.num_clients, self.config.clients.participation, self.config.seed)
@@ -171,6 +182,7 @@ class Forecast:
             self.parameters[self.models[client]] * self._operations(client, load)
             for loads in self.by_client
             for client, load in loads.items()
+            if self.models[client] in self.parameters
         )
 
     def _operations(self, client: int, load: Load) -> float:
@@ -180,14 +192,14 @@ class Forecast:
         return training * load.trained + 2 * (read + load.generated + load.scored)
 
     def seconds(self, speed: Speed) -> float:
-        """Seconds of the whole run: in each round, those of the worker that has the most to do."""
+        """Seconds of the whole run: in each round, those of the worker that has the most to do here."""
         together = sum if self.config.resources.fleet == "local" else max
         return sum(
             together(
                 sum(
                     speed.seconds(loads[client], self.parameters[worker.model])
                     for client in worker.clients
-                    if client in loads
+                    if client in loads and not worker.elsewhere
                 )
                 for worker in self.plan.placement.workers
             )

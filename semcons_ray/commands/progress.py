@@ -14,7 +14,7 @@ from rich.text import Text
 
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.observers import Observer
-from semcons_ray.runs.run_folder import LOSS_NAMES, Commit, comparable_loss
+from semcons_ray.runs.run_folder import LOSS_NAMES, Commit, comparable_loss, with_loss
 
 
 class Progress(Observer):
@@ -104,10 +104,15 @@ def describe_round(commit: Commit, left: float = math.nan) -> str:
     """A committed round in one line; `left` is the run's time left in seconds, NaN if it is not known."""
     summary, metrics = commit.summary, commit.metrics
     parts = [f"round {summary.round}" if summary.round else "base model"]
-    if metrics:
-        loss = comparable_loss(row.model for row in metrics)
-        mean, clients = fmean(getattr(row, loss) for row in metrics), "client" if len(metrics) == 1 else "clients"
-        parts.append(f"mean {LOSS_NAMES[loss]} {mean:.3f} of {len(metrics)} {clients}")
+    told = with_loss(metrics)
+    if told:
+        loss = comparable_loss(row.model for row in told)
+        mean, clients = fmean(getattr(row, loss) for row in told), "client" if len(told) == 1 else "clients"
+        parts.append(f"mean {LOSS_NAMES[loss]} {mean:.3f} of {len(told)} {clients}")
+    if without := len(metrics) - len(told):
+        rouge = [row.rouge_l for row in metrics if not math.isnan(row.rouge_l)]
+        scored = f", mean ROUGE-L of {len(rouge)} {fmean(rouge):.3f}" if rouge else ""
+        parts.append(f"no likelihood from {without}{scored}")
     labels = f"{summary.num_labels} pseudo-labels"
     if not math.isnan(summary.mean_agreement):
         parts.append(f"agreement {summary.mean_agreement:.2f}, {labels}")

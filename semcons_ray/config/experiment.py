@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from semcons_ray.config.base import Settings
-from semcons_ray.config.keys import describe_error, merge_settings
+from semcons_ray.config.keys import describe_error, merge_settings, setting_keys
 from semcons_ray.config.sections import (
     DEFAULT_METRICS,
     DEFAULT_MIN_VOTES,
@@ -30,7 +30,7 @@ from semcons_ray.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
-from semcons_ray.parts import BUILT_IN, STORED
+from semcons_ray.parts import BUILT_IN, STORED, resolve
 
 
 class ExperimentConfig(Settings):
@@ -94,6 +94,7 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
             )
+        self._check_kinds(is_shared=has_setting(shared, ["clients", "models"]))
         if not self.algorithm.any_models and len(set(self.client_models())) > 1:
             raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
         if not self.algorithm.is_so("any_ranks") and len(set(self.client_ranks())) > 1:
@@ -110,6 +111,31 @@ class ExperimentConfig(Settings):
         for client, own in self.clients.overrides.items():
             self._check_override(client, own)
         return self
+
+    def _check_kinds(self, *, is_shared: bool) -> None:
+        """Check what clients whose models are not adapted here can take part in; several runs may share the models."""
+        models, used = self.client_models(), self.other_models
+        if not is_shared and (unused := [name for name in self.clients.models if name not in used]):
+            raise ValueError(f"clients.models names {', '.join(unused)}, which no client has")
+        if not used:
+            return
+        named = f"{', '.join(used)} of clients.models"
+        if not self.algorithm.any_models:
+            raise ValueError(
+                f"algorithm.name {self.algorithm.name} needs clients' weights, and {named} has none; "
+                "semantic_consensus and local_only need none"
+            )
+        if divided := [name for name in used if name in self.sharding.models]:
+            raise ValueError(f"sharding.models names {', '.join(divided)} of clients.models, which is not loaded here")
+        if not self.open_models and "multiple_choice" in self.evaluation.metrics:
+            raise ValueError(f"evaluation.metrics multiple_choice needs likelihoods, which {named} does not tell")
+        for client, own in self.clients.overrides.items():
+            for key in _OF_ADAPTERS:
+                if models[client] in used and has_setting(own, key.split(".")):
+                    raise ValueError(
+                        f"clients.overrides.{client}.{key} has no effect: client {client} has {models[client]} of "
+                        "clients.models, which is not trained here"
+                    )
 
     def _check_own_keys(self, client: int, own: dict[str, dict[str, Any]]) -> None:
         """Check that there is the client, and each setting that it has of its own."""
@@ -221,6 +247,23 @@ class ExperimentConfig(Settings):
         return tuple(name for name in mix for _ in range(sizes[name]))
 
 
+    @property
+    def open_models(self) -> tuple[str, ...]:
+        """Names of the clients' models that are adapted here, each once; the others are of `clients.models`."""
+        return tuple(name for name in dict.fromkeys(self.client_models()) if name not in self.clients.models)
+
+    @property
+    def other_models(self) -> tuple[str, ...]:
+        """Names of the clients' models that are of `clients.models`, each once."""
+        return tuple(name for name in dict.fromkeys(self.client_models()) if name in self.clients.models)
+
+    @property
+    def scored_models(self) -> tuple[str, ...]:
+        """Names of the clients' models that tell how likely they find a text."""
+        kinds = {name: self.clients.models[name].kind for name in self.other_models}
+        return (*self.open_models, *(name for name, kind in kinds.items() if hasattr(resolve("client", kind), "score")))
+
+
 def _laid_over(section: Settings, values: dict[str, Any]) -> Settings:
     return type(section).model_validate(merge_settings(section.model_dump(), values))
 
@@ -233,7 +276,24 @@ def _rule_is(rule: str) -> Callable[[ExperimentConfig], bool]:
     return lambda config: config.algorithm.forms_consensus and config.algorithm.rule == rule
 
 
+_OF_ADAPTERS = (
+    *setting_keys(TrainingConfig, "training."),
+    *(key for key in setting_keys(ModelConfig, "model.") if key not in ("model.name", "model.system_prompt")),
+    "generation.batch_size",
+    "generation.engine",
+    "clients.lora_ranks",
+    "algorithm.ema_decay",
+    "evaluation.lm_eval.tasks",
+)
+"""Settings of models that are adapted here."""
+
 _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str], ...] = (
+    (_OF_ADAPTERS, lambda config: bool(config.open_models), "a client whose model is not of clients.models"),
+    (
+        ("data.client_test_fraction",),
+        lambda config: bool(config.scored_models),
+        "a client whose model tells likelihoods",
+    ),
     (("algorithm.rule",), lambda config: config.algorithm.forms_consensus, "algorithm.name semantic_consensus"),
     (
         ("algorithm.rule_options",),

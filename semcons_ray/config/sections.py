@@ -27,6 +27,8 @@ self-training."""
 
 AlgorithmName = Annotated[str, PartName("algorithm")]
 
+ClientKind = Annotated[str, PartName("client")]
+
 Quantization = Literal["none", "8bit", "4bit"]
 Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
 Selection = Literal["random", "stratified", "k_center"]
@@ -84,6 +86,12 @@ def _data_path(source: str) -> str:
 ModelName = Annotated[str, AfterValidator(_model_path)]
 """A hub id, packaged:NAME or a path. A path is made absolute when settings are read, so that workers started in another
 folder, and a later resume, find the same files."""
+
+def _kinds_name(name: str) -> str:
+    if f"{name}/".startswith(LOCAL_PATH) or ":" in name:
+        raise ValueError("a name of one's own is expected, neither a path nor packaged:NAME")
+    return name
+
 
 DataSource = Annotated[str, AfterValidator(_data_path)]
 """The same for data; here any name of an existing file or folder is a path, whatever it begins with."""
@@ -306,6 +314,13 @@ class ModelConfig(Settings):
         return self.max_length
 
 
+class ClientModelConfig(Settings):
+    """A model of clients that is no adapter on a base model."""
+
+    kind: ClientKind = Field(description="openai, for an endpoint, or module:object for a kind of your own.")
+    options: dict[str, Any] = Field(default_factory=dict, description="The kind's options.")
+
+
 class ClientsConfig(Settings):
     """How many clients there are, and how their models differ."""
 
@@ -314,6 +329,11 @@ class ClientsConfig(Settings):
         default_factory=dict,
         description="For mixed architectures: the share of clients that use each model, as {org/a: 3, org/b: 1}. "
         "Empty: all use model.name.",
+    )
+    models: dict[Annotated[str, AfterValidator(_kinds_name)], ClientModelConfig] = Field(
+        default_factory=dict,
+        description="Models that are not trained here, such as those behind an endpoint, by names of your own, which "
+        "clients.mix or model.name then use, as {closed: {kind: openai, options: {}}}.",
     )
     participation: float = Field(
         1.0, gt=0, le=1, description="Share of clients sampled for each round (at least one client)."

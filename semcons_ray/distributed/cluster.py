@@ -268,9 +268,11 @@ def see_booked_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(booked)
 
 
-def passed_on() -> dict[str, str]:
-    """Environment variables of this process that workers need as well; see `PASSED_ON`.
+def passed_on(needed: Sequence[str] = ()) -> dict[str, str]:
+    """Environment variables of this process that workers need as well: those of `PASSED_ON`, and those named.
 
     Actors get them as an argument, since Ray writes runtime environments to its logs, and some of these are secrets.
     """
-    return {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
+    return {
+        name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON) or name in needed
+    }

@@ -27,8 +27,9 @@ METRICS: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "semcons_downlink_bytes": (Counter, "Encoded bytes from the server to clients", ()),
     "semcons_tokens": (Counter, "Tokens trained on, generated or embedded", ("stage",)),
     "semcons_seconds": (Counter, "Seconds of work or idleness, over all processes", ("stage",)),
+    "semcons_cost_usd": (Counter, "US dollars paid for work done elsewhere", ("stage",)),
     "semcons_energy_joules": (Counter, "Energy", ("stage", "source")),
-    "semcons_test_bits_per_byte": (Gauge, "Mean over clients of the test set's bits per byte", ()),
+    "semcons_test_bits_per_byte": (Gauge, "Mean over clients that tell it of the test set's bits per byte", ()),
     "semcons_test_nll": (Gauge, "The same in nats a token, of runs whose clients all have one model", ()),
     "semcons_agreement": (Gauge, "Mean agreement over public prompts in the last round", ()),
 }
@@ -97,6 +98,7 @@ class RunMetrics:
             sums["semcons_downlink_bytes", ()] += row.downlink_bytes
             sums["semcons_tokens", (stage,)] += row.tokens
             sums["semcons_seconds", (stage,)] += row.duration_seconds
+            sums["semcons_cost_usd", (stage,)] += row.cost_usd
             if row.energy_source != "unavailable":
                 sums["semcons_energy_joules", (stage, ("source", row.energy_source))] += row.energy_joules
         sums["semcons_clients_lost", ()] += num_lost

@@ -121,6 +121,7 @@ class Demand:
         host_bytes: Host memory of a worker, all its ranks together.
         device_bytes: GPU memory of each rank.
         ranks: Processes among which the model is divided; 1: it is not.
+        elsewhere: Whether answers come from elsewhere, so that its one worker takes no core and no GPU.
     """
 
     model: str
@@ -128,6 +129,7 @@ class Demand:
     host_bytes: int
     device_bytes: int
     ranks: int = 1
+    elsewhere: bool = False
 
     def shares(self, limits: Limits) -> list[float]:
         """The share of a GPU that each rank takes. Several ranks take a whole GPU each, as no two can share one."""
@@ -149,6 +151,7 @@ class WorkerPlan:
         memory_bytes: Host memory of all ranks together.
         shared_cpus: Its share of the node's cores, in cores, if workers are more than cores; else None.
         ranks: Processes among which the model is divided; 1: it is not.
+        elsewhere: See `Demand`.
     """
 
     name: str
@@ -161,11 +164,13 @@ class WorkerPlan:
     memory_bytes: int
     shared_cpus: float | None = None
     ranks: int = 1
+    elsewhere: bool = False
 
     @property
     def num_cpus(self) -> float:
-        """Cores to book for each rank: one for each thread, `shared_cpus`, or none beside a GPU."""
-        if self.gpus:
+        """Cores to book for each rank: one for each thread, `shared_cpus`, or none beside a GPU or for answers from
+        elsewhere."""
+        if self.gpus or self.elsewhere:
             return 0
         return self.threads if self.shared_cpus is None else self.shared_cpus
 
@@ -286,7 +291,7 @@ def plan_workers(
     Workers are added while they fit. Each goes to the node with the fewest workers, so that clients spread over the
     cluster; clients are assigned to the workers of their model in turn. If there are fewer cores than models, further
     workers go where there are the fewest workers per core, and all workers on such a node have equal shares of its
-    cores.
+    cores. A model that answers from elsewhere has one worker, which is beside all this and takes memory alone.
 
     Args:
         demands: One for each model.
@@ -302,7 +307,11 @@ def plan_workers(
     # What is hardest to place goes first: on GPUs, whole ones before shares.
     hardness = {demand.model: (sum(demand.shares(limits)) if device != "cpu" else 0, demand.host_bytes)
                 for demand in demands}  # fmt: skip
-    groups = [_Group(demand) for demand in sorted(demands, key=lambda demand: hardness[demand.model], reverse=True)]
+    here = [demand for demand in demands if not demand.elsewhere]
+    groups = [_Group(demand) for demand in sorted(here, key=lambda demand: hardness[demand.model], reverse=True)]
+    beside = [_Group(demand) for demand in demands if demand.elsewhere]
+    for group in beside:
+        group.rooms.append(_beside_others(rooms, group.demand))
     if limits.max_workers is not None and limits.max_workers < len(groups):
         raise PlacementError(
             f"{len(groups)} architectures need a worker each, but resources.max_workers is {limits.max_workers}"
@@ -326,7 +335,7 @@ def plan_workers(
         group.rooms.append(room)
     shares = [
         (group, room, group.demand.clients[start :: len(group.rooms)])
-        for group in groups
+        for group in [*groups, *beside]
         for start, room in enumerate(group.rooms)
     ]
     shares.sort(key=lambda share: share[2][0])
@@ -338,10 +347,11 @@ def plan_workers(
             model=group.demand.model,
             clients=clients,
             threads=limits.threads_per_worker,
-            gpus=group.demand.shares(limits)[0] if device != "cpu" else 0.0,
+            gpus=group.demand.shares(limits)[0] if device != "cpu" and not group.demand.elsewhere else 0.0,
             memory_bytes=group.demand.host_bytes,
-            shared_cpus=room.shared_cpus(limits, device),
+            shared_cpus=None if group.demand.elsewhere else room.shared_cpus(limits, device),
             ranks=group.demand.ranks,
+            elsewhere=group.demand.elsewhere,
         )
         for index, (group, room, clients) in enumerate(shares)
     )
@@ -357,6 +367,8 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
         lines.append(f"  models are more than cores: {sharing} workers share cores, and each is slower for it")
     for worker in workers:
         share = describe_share(worker.gpus, worker.threads)
+        if worker.elsewhere:
+            share = "no core: answers come from elsewhere"
         if worker.ranks > 1:
             share = f"{worker.ranks} ranks of {share}"
         if worker.shared_cpus is not None:
@@ -379,6 +391,19 @@ def describe_share(gpus: float, threads: int) -> str:
 def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -> _Room | None:
     fitting = [room for room in rooms if room.fits(demand, limits, device)]
     return min(fitting, key=lambda room: (room.workers, -room.memory), default=None)
+
+
+def _beside_others(rooms: Sequence[_Room], demand: Demand) -> _Room:
+    """The node with the most memory left, of which a worker takes some and nothing else.
+
+    Raises:
+        PlacementError: It does not suffice.
+    """
+    room = max(rooms, key=lambda room: room.memory)
+    if room.memory < demand.host_bytes:
+        raise PlacementError(_explain_memory(demand, rooms) + "Raise resources.memory_limit_gib, or free memory")
+    room.memory -= demand.host_bytes
+    return room
 
 
 def _least_crowded(rooms: Sequence[_Room], demand: Demand, limits: Limits) -> _Room | None:

@@ -62,14 +62,14 @@ class _Worker:
 
     def start(self) -> None:
         """Start the actor and have it load."""
-        plan = self.plan
+        plan, variables = self.plan, passed_on(self.spec.environment)
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
-            self.actor = WorkerActor.options(**options).remote(passed_on())  # type: ignore[attr-defined]
+            self.actor = WorkerActor.options(**options).remote(variables)  # type: ignore[attr-defined]
         else:  # the group only watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
             options |= {"num_cpus": 0, "num_gpus": 0}
-            self.actor = RankGroup.options(**options).remote(plan, self.room, passed_on())  # type: ignore[attr-defined]
+            self.actor = RankGroup.options(**options).remote(plan, self.room, variables)  # type: ignore[attr-defined]
         self.place_ref = self.actor.place.remote(plan.gpus > 0)
         self.load_ref = self.actor.load.remote(self.spec)
         if self.has_room:  # the waiting time of a worker that waits for room already goes on

@@ -85,7 +85,7 @@ def score_items(
 
     Args:
         settings: See `metrics_of`.
-        nll: NLL (nats) of each reference answer, (N,).
+        nll: NLL (nats) of each reference answer, (N,); empty, as the next two, if it is not known.
         num_tokens: Tokens of each reference answer, (N,).
         num_bytes: Bytes of each reference answer, (N,).
         answers: Answers to the first items, (A,).
@@ -95,11 +95,13 @@ def score_items(
         option_nll: NLL (nats) of each of them.
 
     Returns:
-        Columns item (0 to N-1), nats, num_tokens, num_bytes; one for each metric that is not a ratio of these, NaN
-        where an item has none; option_nll, if options are scored; and answer, None where there is none.
+        Columns item (0 to N-1); nats, num_tokens, num_bytes, NaN where likelihood is not known; one for each metric
+        that is not a ratio of these, NaN where an item has none; option_nll, if options are scored; and answer, None
+        where there is none.
     """
-    count = len(nll)
-    table = pd.DataFrame({"item": range(count), "nats": nll, "num_tokens": num_tokens, "num_bytes": num_bytes})
+    count = len(references)
+    likelihood = {"nats": nll, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    table = pd.DataFrame({"item": range(count)} | {key: values or math.nan for key, values in likelihood.items()})
     given = {"similarity": similarity}
     if option_nll:
         given["multiple_choice"] = _accuracy(options, option_nll, references, lambda option: 1)
@@ -138,10 +140,9 @@ def sums(items: pd.DataFrame, key: str) -> tuple[FloatArray, FloatArray]:
     """Numerator and denominator of a metric for each row: the metric is the ratio of their sums, times its factor."""
     metric = METRICS[key]
     total = items[metric.total or key].to_numpy(dtype=np.float64)
-    if metric.over:
-        return total, items[metric.over].to_numpy(dtype=np.float64)
     known = ~np.isnan(total)
-    return np.where(known, total, 0.0), known.astype(np.float64)
+    over = items[metric.over].to_numpy(dtype=np.float64) if metric.over else known.astype(np.float64)
+    return np.where(known, total, 0.0), np.where(known, over, 0.0)
 
 
 def value(items: pd.DataFrame, key: str) -> float:

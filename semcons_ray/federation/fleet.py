@@ -32,7 +32,8 @@ class Evaluation(msgspec.Struct, frozen=True):
     """How a client's model does on the test set: a measurement by the simulator, not a message of the protocol.
 
     Attributes:
-        nll: Negative log-likelihood (nats) of the reference answer to each of N test prompts, summed over its tokens.
+        nll: Negative log-likelihood (nats) of the reference answer to each of N test prompts, summed over its tokens;
+            empty, as the next two, if the model does not tell how likely it finds a text.
         num_tokens: How many tokens each of those has, (N,).
         num_bytes: Length of each as UTF-8, which does not depend on the tokenizer, (N,).
         answers: Generated answers to the first `evaluation.num_answers` test prompts.
@@ -231,17 +232,22 @@ class HostSpecProtocol(Protocol):
         """Name of the worker."""
         ...
 
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """Names of environment variables that the worker needs besides those that all have."""
+        ...
+
     def build(self) -> Host:
         """Load what the host needs."""
         ...
 
 
 class Host(Protocol):
-    """The clients that one process hosts, which share a base model."""
+    """The clients that one process hosts, which have one model."""
 
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each tensor of an adapter of its model, at the model's own rank."""
+        """Shape of each tensor of an adapter of its model, at the model's own rank; empty where it has none."""
         ...
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:

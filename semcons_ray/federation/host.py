@@ -1,6 +1,6 @@
-"""A host: one base model in memory, and the clients of its architecture that take turns in it.
+"""A host: the clients of one model, which take turns in it; where it is a base model in memory, each with an adapter.
 
-A client's adapter and optimizer state live in its store between visits, not in the host. So a host of one client
+A client's state, such as its adapter, lives in its store between visits, not in the host. So a host of one client
 and a host of a hundred do the same work on a visit, memory does not grow with the clients, and a host that died is
 replaced by any other.
 """
@@ -8,28 +8,42 @@ replaced by any other.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
-from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
+from semcons_ray.config import GenerationConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, check_mark
-from semcons_ray.federation.weights import Shapes, shapes_of
+from semcons_ray.federation.weights import Shapes
 from semcons_ray.messages import Prompt, PublicPrompts
 from semcons_ray.metering.gpus import this_place
-from semcons_ray.metering.ledger import Ledger, Place
-from semcons_ray.modeling.engine import Engine
+from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.client_model import ClientModel
 
 if TYPE_CHECKING:
     from semcons_ray.federation.client import Client
 
 logger = logging.getLogger(__name__)
+
+
+class ModelsSpec(Protocol):
+    """What a worker makes its clients' models from; see `AdapterModels` and `KindModels`."""
+
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """Names of the environment variables that the worker needs besides those that all have."""
+        ...
+
+    def make(self, seed: int, ledger: Ledger) -> Mapping[int, ClientModel]:
+        """The model of each client; GPUs that they use are noted in the ledger."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,13 +52,9 @@ class HostSpec:
 
     Attributes:
         worker: Name of the worker, as in the ledger.
-        model: Model settings, with `dtype` resolved and `name` the model of these clients.
-        device: "cpu" or "cuda".
-        threads: CPU threads.
+        models: What the clients' models are made from.
         algorithm: What the clients do on a visit.
         private: Private examples by client id.
-        ranks: LoRA rank by client id.
-        training: Settings of local updates by client id.
         generation: Settings of answers by client id.
         public_prompts: The encoded `PublicPrompts` message; empty where the algorithm uses none.
         test: The held-out test set.
@@ -52,20 +62,14 @@ class HostSpec:
         seed: The experiment's seed.
         state: Folder of the client stores.
         mark: Name of the file by which the driver marked that folder; see `store.mark`.
-        sharding: How the model is divided among ranks, of which this process is one; None: the model is whole here.
-        engine: The engine that generates the clients' answers; None: the worker's own model does.
         scores_options: Whether the options of test prompts are scored at an evaluation.
         harness: Runs tasks of lm-eval; None: there are none.
     """
 
     worker: str
-    model: ModelConfig
-    device: str
-    threads: int
+    models: ModelsSpec
     algorithm: Algorithm
     private: Mapping[int, tuple[Example, ...]]
-    ranks: Mapping[int, int]
-    training: Mapping[int, TrainingConfig]
     generation: Mapping[int, GenerationConfig]
     public_prompts: bytes
     test: tuple[Example, ...]
@@ -73,57 +77,43 @@ class HostSpec:
     seed: int
     state: Path
     mark: str
-    sharding: ShardingConfig | None = None
-    engine: Engine | None = None
     scores_options: bool = False
     harness: Harness | None = None
 
+    @property
+    def environment(self) -> tuple[str, ...]:
+        """See `HostSpecProtocol.environment`."""
+        return self.models.environment
+
     def build(self) -> ClientHost:
-        """Load the model and make the clients.
+        """Make the clients and their models.
 
         Raises:
             RunFolderError: This process does not see the folder that the driver marked.
-            ModelError: The model cannot be found or loaded.
+            UserError: A model cannot be found, loaded or made.
         """
         check_mark(self.state, self.mark)
-        import torch
-
         from semcons_ray.federation.client import Client, Duties
-        from semcons_ray.modeling.language_model import LanguageModel
-        from semcons_ray.modeling.packaged import resolve_model
 
-        torch.set_num_threads(self.threads)
-        place = this_place(uses_gpu=self.device == "cuda")
-        ledger = Ledger(self.worker, place.node)
+        ledger = Ledger(self.worker, this_place(uses_gpu=False).node)
         with ledger.stage("load", round=0):
-            kind: type[LanguageModel] = LanguageModel
-            more = dict[str, Any]()
-            if self.sharding is not None:
-                from semcons_ray.modeling.sharded import ShardedLanguageModel
-
-                kind, more = ShardedLanguageModel, {"sharding": self.sharding}
-            folder, trainings = resolve_model(self.model.name), self.training.values()
-            model = kind.of(self.model, folder, device=self.device, seed=self.seed, trainings=trainings, **more)
-            ledger.gpus = Place.of_all(model.of_all_ranks(place)).gpus
+            models = self.models.make(self.seed, ledger)
             prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
             duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
             clients = {
-                client_id: Client(
-                    client_id,
+                client: Client(
+                    client,
                     private,
-                    rank=self.ranks[client_id],
-                    training=self.training[client_id],
-                    generation=self.generation[client_id],
+                    generation=self.generation[client],
                     duties=duties,
-                    model=model,
+                    model=models[client],
                     ledger=ledger,
-                    engine=self.engine,
                 )
-                for client_id, private in self.private.items()
+                for client, private in self.private.items()
             }
-        store = ClientStore(self.state, writes=model.writes)
+        store = ClientStore(self.state, writes=all(getattr(model, "writes", True) for model in models.values()))
         return ClientHost(clients, self.algorithm, store, ledger, prompt_bytes=len(self.public_prompts))
 
 
@@ -156,7 +146,7 @@ class ClientHost:
     @property
     def adapter_shapes(self) -> Shapes:
         """See `Host.adapter_shapes`."""
-        return shapes_of(next(iter(self.clients.values())).model.fresh_adapter())
+        return getattr(next(iter(self.clients.values())).model, "base_shapes", {})
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Do the client's part of a round, or return the stored reply if the visit was done already.
@@ -170,15 +160,15 @@ class ClientHost:
         client = self.clients[client_id]
         with self._failures(client_id, round):
             client.restore(self.store.load(client_id, before=round))
-            if not client.has_trained and self.prompt_bytes:
+            if self.prompt_bytes and self.store.is_new(client_id, before=round):
                 # Counted here and not when the host loads: hosts may load often, and a visit happens once.
                 with self.ledger.stage("load", round=round, client_id=client_id) as work:
                     work.downlink_bytes = self.prompt_bytes
             uplink = self.algorithm.visit(client, round, downlink)
             evaluation = client.evaluate(round) if evaluate else None
             client.check_finite(evaluation)
-        reply = self._reply(client, round, uplink, evaluation)
-        self.store.save(client.state(), reply)
+            reply = self._reply(client, round, uplink, evaluation)
+            self.store.save(client.model.state(), reply)
         return reply
 
     def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
@@ -206,7 +196,7 @@ class ClientHost:
         client = self._before(client_id, round, downlink)
         with writing(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
-            client.export(folder)
+            client.model.export(folder)
 
     def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
         client = self.clients[client_id]
@@ -219,7 +209,7 @@ class ClientHost:
             client_id=client.client_id,
             round=round,
             uplink=uplink,
-            train_loss=client.train_loss,
+            train_loss=math.nan if client.train_loss is None else client.train_loss,
             num_private=len(client.private),
             num_pseudo_labels=client.num_pseudo_labels,
             evaluation=evaluation,

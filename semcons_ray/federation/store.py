@@ -1,7 +1,7 @@
 """Clients' states on disk: one file for each visit, written under another name and then renamed, so it is whole or
 absent.
 
-The file holds the client's tensors after the visit and the reply that it gave. So a visit can be asked for again
+The file holds the client's state after the visit and the reply that it gave. So a visit can be asked for again
 after any crash: if its file is there, the stored reply comes back and no work is repeated; if it is not, the visit
 starts from the file before it. Two files are kept for each client, since the round in progress may still be repeated.
 
@@ -13,6 +13,7 @@ base model. So the driver puts a new mark into the folder at each start (`mark`)
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import uuid
 from collections.abc import Iterator
@@ -27,10 +28,13 @@ from torch import Tensor
 
 from semcons_ray.errors import RunFolderError, writing
 from semcons_ray.federation.fleet import Reply, client_folder
+from semcons_ray.modeling.client_model import State
 
 KEPT = 2
 
 _REPLY = "reply"
+_BYTES = "bytes"
+"""Name in a file's metadata of the list of those tensors that stand for bytes."""
 
 
 def mark(folder: Path) -> str:
@@ -88,10 +92,14 @@ class ClientStore:
         if not path.is_file():
             return None
         with _reading(path) as file:
-            return msgspec.msgpack.decode(file.get_tensor(_REPLY).numpy().tobytes(), type=Reply)
+            return msgspec.msgpack.decode(_as_bytes(file.get_tensor(_REPLY)), type=Reply)
 
-    def load(self, client_id: int, *, before: int) -> dict[str, Tensor]:
-        """The client's tensors after its last visit earlier than round `before`; empty if there was none.
+    def is_new(self, client_id: int, *, before: int) -> bool:
+        """Whether the client was never visited earlier than round `before`."""
+        return all(round >= before for round in self._rounds(client_id))
+
+    def load(self, client_id: int, *, before: int) -> dict[str, Tensor | bytes]:
+        """The client's state after its last visit earlier than round `before`; empty if there was none.
 
         Raises:
             RunFolderError: Its file is damaged.
@@ -99,24 +107,31 @@ class ClientStore:
         for round in reversed(self._rounds(client_id)):
             if round < before:
                 with _reading(self._path(client_id, round)) as file:
-                    return {key: file.get_tensor(key) for key in file.keys() if key != _REPLY}  # noqa: SIM118
+                    texts = json.loads((file.metadata() or {}).get(_BYTES, "[]"))
+                    state = {key: file.get_tensor(key) for key in file.keys() if key != _REPLY}  # noqa: SIM118
+                    return {key: _as_bytes(value) if key in texts else value for key, value in state.items()}
         return {}
 
-    def save(self, tensors: dict[str, Tensor], reply: Reply) -> None:
-        """Write a visit's tensors and reply, and remove files that are no longer needed.
+    def save(self, state: State, reply: Reply) -> None:
+        """Write a visit's state and reply, and remove files that are no longer needed.
 
         Raises:
+            ValueError: The state has a name that is taken.
             StorageError: The disk is full, or cannot be written to.
         """
         if not self.writes:
             return
         path = self._path(reply.client_id, reply.round)
         beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        encoded = torch.frombuffer(bytearray(msgspec.msgpack.encode(reply)), dtype=torch.uint8)
+        if _REPLY in state:
+            raise ValueError(f"a client's state has no room for a {_REPLY}: give it another name")
+        tensors = {key: _as_tensor(value) if isinstance(value, bytes) else value for key, value in state.items()}
+        written = [key for key, value in state.items() if isinstance(value, bytes)]
+        encoded = {**tensors, _REPLY: _as_tensor(msgspec.msgpack.encode(reply))}
         with writing(self.folder):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({**tensors, _REPLY: encoded}, beside)
+                save_file(encoded, beside, {_BYTES: json.dumps(written)} if written else None)
                 beside.rename(path)
             finally:
                 beside.unlink(missing_ok=True)  # half of a file, where the disk is full
@@ -131,6 +146,15 @@ class ClientStore:
         if not folder.is_dir():
             return []
         return sorted(int(path.stem[6:]) for path in folder.glob("round_*.safetensors"))
+
+
+def _as_tensor(value: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
+
+
+def _as_bytes(tensor: Tensor) -> bytes:
+    value: bytes = tensor.numpy().tobytes()
+    return value
 
 
 @contextlib.contextmanager

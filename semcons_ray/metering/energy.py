@@ -258,7 +258,7 @@ def estimate_draw(num_threads: float, num_gpus: float = 0.0, gpu_watts: float = 
 
 
 def apportion(
-    rows: Iterable[LedgerRow], measured: Iterable[EnergyWindow], draws: Mapping[str, Draw]
+    rows: Iterable[LedgerRow], measured: Iterable[EnergyWindow], draws: Mapping[str, Draw | None]
 ) -> list[LedgerRow]:
     """Fill in the energy of ledger rows.
 
@@ -277,14 +277,17 @@ def apportion(
         rows: Rows of any nodes and rounds.
         measured: Windows of the counters. Those of one counter should not overlap: the first that holds a row takes it.
         draws: Watts of each worker when busy, see `estimate_draw`; a worker without an entry is taken for one CPU
-            thread.
+            thread. None: its work is done elsewhere, by machines of which nothing is known.
 
     Returns:
-        New rows in the order of `rows`, each "measured" or "estimated".
+        New rows in the order of `rows`, each "measured" or "estimated", or "unavailable" where work is done elsewhere.
     """
     rows = list(rows)
+    elsewhere = {worker for worker, draw in draws.items() if draw is None}
     users: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(rows):
+        if row.worker in elsewhere:
+            continue
         for counter in (CPU, *split_gpus(row.gpus)):
             users.setdefault((row.node, counter), []).append(index)
     shares: list[dict[str, float]] = [{} for _ in rows]
@@ -300,18 +303,21 @@ def apportion(
         total = sum(weights)
         for index, weight in zip(members, weights, strict=True):
             shares[index][window.counter] = window.joules * (weight / total) if total > 0 else 0.0
-    return [_with_energy(row, own, _draw(row, draws)) for row, own in zip(rows, shares, strict=True)]
+    return [
+        row if row.worker in elsewhere else _with_energy(row, own, _draw(row, draws))
+        for row, own in zip(rows, shares, strict=True)
+    ]
 
 
 def _is_within(row: LedgerRow, window: EnergyWindow) -> bool:
     return window.window_start <= row.started_at + row.duration_seconds / 2 <= window.window_end
 
 
-def _draw(row: LedgerRow, draws: Mapping[str, Draw]) -> Draw:
-    return Draw(0.0) if row.stage == "idle" else draws.get(row.worker, Draw(CPU_THREAD_WATTS))
+def _draw(row: LedgerRow, draws: Mapping[str, Draw | None]) -> Draw:
+    return Draw(0.0) if row.stage == "idle" else draws.get(row.worker) or Draw(CPU_THREAD_WATTS)
 
 
-def _weight(row: LedgerRow, counter: str, draws: Mapping[str, Draw]) -> float:
+def _weight(row: LedgerRow, counter: str, draws: Mapping[str, Draw | None]) -> float:
     if counter == CPU:
         return row.duration_seconds * _draw(row, draws).cpu_watts
     return 0.0 if row.stage == "idle" else row.duration_seconds

@@ -61,6 +61,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         energy_joules: Energy; NaN while unavailable.
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.
         gpus: UUIDs of the GPUs on which it was done; see `Place`.
+        cost_usd: What was paid for it, in US dollars; 0 for work of one's own machines.
     """
 
     round: int
@@ -76,6 +77,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     energy_joules: float = math.nan
     energy_source: EnergySource = "unavailable"
     gpus: str = ""
+    cost_usd: float = 0.0
 
 
 class Work:
@@ -85,8 +87,8 @@ class Work:
     subtracted here.
     """
 
-    __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "downlink_bytes", "tokens",
-                 "uplink_bytes", "waited_seconds")  # fmt: skip
+    __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "cost_usd", "downlink_bytes",
+                 "tokens", "uplink_bytes", "waited_seconds")  # fmt: skip
 
     def __init__(self, ledger: Ledger, stage: Stage, round: int, client_id: int) -> None:
         self._ledger = ledger
@@ -96,6 +98,7 @@ class Work:
         self.tokens = 0
         self.uplink_bytes = 0
         self.downlink_bytes = 0
+        self.cost_usd = 0.0
         self.waited_seconds = 0.0
 
     def __enter__(self) -> Work:
@@ -121,6 +124,7 @@ class Work:
                 uplink_bytes=self.uplink_bytes,
                 downlink_bytes=self.downlink_bytes,
                 gpus=self._ledger.gpus,
+                cost_usd=self.cost_usd,
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,8 @@ from semcons_ray.messages import Prompt
 
 State = Mapping[str, Tensor | bytes]
 """What a client keeps from round to round, by name."""
+
+Purpose = Literal["learn", "answer", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Task:
     """
 
     round: int
-    purpose: str
+    purpose: Purpose
     generator: np.random.Generator
     num_samples: int = 1
     temperature: float = 1.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["algorithm", "rule"]
+Kind = Literal["algorithm", "rule", "client"]
 """What can be named in the settings and replaced by an object of one's own."""
 
 BUILT_IN: dict[Kind, dict[str, str]] = {
@@ -38,11 +38,15 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "reference": "semcons_ray.consensus.rules:medoid",
         "own_answer": "semcons_ray.consensus.rules:medoid",
     },
+    "client": {
+        "openai": "semcons_ray.endpoints.api_model:ApiModel",
+    },
 }
 
 PROTOCOLS: dict[Kind, str] = {
     "algorithm": "semcons_ray.federation.fleet:Algorithm",
     "rule": "semcons_ray.consensus.rules:Rule",
+    "client": "semcons_ray.modeling.client_model:ClientModel",
 }
 """The Protocol that parts of each kind are to fit."""
 

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from semcons_ray.evaluation.metrics import metrics_of
-from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.intervals import arm_intervals, mean_and_half_width
 from semcons_ray.reporting.tables import (
     STAGES,
@@ -26,8 +25,10 @@ from semcons_ray.reporting.tables import (
     held_by_round,
     mean_by_round,
     read_items,
+    read_ledger,
     read_metrics,
     read_table,
+    telling,
 )
 from semcons_ray.runs.run_folder import Loss, RoundRow, RunFolder, comparable_loss
 
@@ -67,11 +68,11 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
     rounds, stages, models = [], [], set()
     settings, items, questions = dict[str, None](), dict[tuple[str, int], pd.DataFrame](), dict[tuple[str, str], int]()
     for (arm, seed), folder in runs.items():
-        ledger = read_table(folder / "ledger.parquet", columns_of(LedgerRow))
+        ledger = read_ledger(folder)
         metrics = read_metrics(folder)
         rounds_done = read_table(folder / "rounds.parquet", columns_of(RoundRow))
         table = costs_by_round(metrics, rounds_done, ledger).reset_index()
-        models |= set(metrics["model"])
+        models |= set(telling(metrics, "nll")["model"])
         config = RunFolder(folder).read_config()
         settings |= dict.fromkeys(config.evaluation.metrics)
         _, items[arm, seed] = read_items(folder, metrics, config.evaluation.metrics)
@@ -103,23 +104,25 @@ def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataF
     """The quality and the cost so far of one run, by evaluated round.
 
     A client that was not measured in a round counts with its last measurement. A loss that is NaN, as that of a model
-    that diverged, or is not known yet, counts as infinite.
+    that diverged, or is not known yet, counts as infinite; one of a model that never tells it does not count.
 
     Returns:
         Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients; NaN where clients have
         several models), bits_per_byte and worst_bits_per_byte, rouge_l, similarity and train_loss (means over clients,
-        train_loss in nats a token, NaN like mean_nll); and, summed from the run's beginning to the round's end, visits
+        train_loss in nats a token, NaN like mean_nll); untold (clients whose models do not tell how likely they find
+        a text); and, summed from the run's beginning to the round's end, visits
         (of clients, asked for), failed (visits that failed), uplink_bytes, downlink_bytes, total_bytes, seconds (of
-        work, over all workers), joules and energy_source.
+        work, over all workers), cost_usd, joules and energy_source.
     """
     table = pd.DataFrame(index=pd.Index(sorted(set(metrics["round"])), name="round"))
     for loss, (mean, worst) in LOSS_COLUMNS.items():
-        held = held_by_round(metrics, loss).fillna(math.inf)
+        held = held_by_round(telling(metrics, loss), loss).fillna(math.inf)
         table[mean], table[worst] = held.mean(axis="columns"), held.max(axis="columns")
     for metric in ("rouge_l", "similarity"):
         table[metric] = mean_by_round(metrics, metric)
+    table["untold"] = metrics["client_id"].nunique() - telling(metrics, "nll")["client_id"].nunique()
     table["train_loss"] = metrics.groupby("round")["train_loss"].mean()
-    if comparable_loss(metrics["model"]) != "nll":
+    if comparable_loss(telling(metrics, "nll")["model"]) != "nll":
         table[["mean_nll", "worst_nll", "train_loss"]] = math.nan
     visits = rounds[rounds["round"] > 0].set_index("round")
     failed = visits["num_participants"] - visits["num_answered"]
@@ -131,6 +134,7 @@ def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataF
     work = ledger[~ledger["stage"].isin(NOT_COUNTED)]
     until = [work[work["round"] <= round] for round in table.index]
     table["seconds"] = [rows["duration_seconds"].sum() for rows in until]
+    table["cost_usd"] = [rows["cost_usd"].sum() for rows in until]
     table["joules"], table["energy_source"] = zip(*map(energy, until), strict=True)
     return table
 
@@ -149,12 +153,13 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
     Returns:
         Index arm; columns algorithm, seeds (how many), failed (visits, of all seeds), loss (its name), nll,
         nll_half_width and worst_nll (after the last round; nats a token; NaN where an arm's clients have several
-        models), bits_per_byte, bits_per_byte_half_width and worst_bits_per_byte, rouge_l, similarity, bytes,
-        bytes_per_visit (of a client in a round), bytes_ratio (of the reference to the arm), seconds, joules,
-        energy_source; and of the loss: gap_closed (share of the way from the baseline's to the reference's; NaN where
-        the reference is no better), difference and difference_half_width (less that of `first`, by seeds that both
-        have), at_equal_bytes (at the last evaluated round by which the arm had sent no more than `first` in the whole
-        run, or at round 0). NaN where an arm that is needed is missing or a seed's value is NaN; half widths are NaN
+        models), bits_per_byte, bits_per_byte_half_width and worst_bits_per_byte, rouge_l, similarity,
+        untold (clients of a run whose models do not tell how likely they find a text), bytes, bytes_per_visit (of a
+        client in a round), bytes_ratio (of the reference to the arm), seconds, cost_usd, joules, energy_source; and of
+        the loss: gap_closed (share of the way from the baseline's to the reference's; NaN where the reference is no
+        better), difference and difference_half_width (less that of `first`, by seeds that both have), at_equal_bytes
+        (at the last evaluated round by which the arm had sent no more than `first` in the whole run, or at round 0).
+        NaN where an arm that is needed is missing or a seed's value is NaN; half widths are NaN
         for a single seed.
     """
     mean_loss = LOSS_COLUMNS[loss][0]
@@ -180,10 +185,11 @@ def summarize(rounds: pd.DataFrame, *, loss: Loss, first: str, reference: str, b
             rows[arm][worst] = mean[worst]
         rows[arm] |= {
             **{name: mean[name] for name in ("rouge_l", "similarity")},
+            "untold": of_arm["untold"].max(),
             "bytes": mean["total_bytes"],
             "bytes_per_visit": mean["total_bytes"] / mean["visits"],
             "bytes_ratio": math.nan,
-            **{name: mean[name] for name in ("seconds", "joules")},
+            **{name: mean[name] for name in ("seconds", "cost_usd", "joules")},
             "energy_source": " or ".join(dict.fromkeys(of_arm["energy_source"])),
             "gap_closed": math.nan,
             "difference": difference[0],

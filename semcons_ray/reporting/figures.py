@@ -75,7 +75,7 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
     if values.empty:
         return None
     model_of: dict[int, str] = dict(zip(run.metrics["client_id"], run.metrics["model"], strict=True))
-    clients, models = sorted(model_of), sorted(set(model_of.values()))
+    clients, models = [*values.dropna(axis="columns", how="all")], sorted(set(model_of.values()))
     colours, distinct = client_colours(clients), few(clients)
     has_mean = len(clients) > 1 and not mean.empty
 

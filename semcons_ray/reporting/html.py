@@ -33,16 +33,19 @@ from semcons_ray.reporting.tables import (
     Run,
     as_of,
     describe_measured,
+    describe_untold,
     format_error,
     format_interval,
     format_number,
     format_seconds,
+    format_usd,
     mean_by_round,
     metric_table,
     quality,
     read_run,
     short_model_name,
     task_table,
+    telling,
     totals,
     work_by_stage,
 )
@@ -83,6 +86,7 @@ def render_report(run: Run) -> str:
         loss=run.loss,
         loss_name=SHORT_NAMES[run.loss],
         as_of=as_of,
+        untold=describe_untold(run),
         metrics=metric_table(run).to_dict("records"),
         intervals=INTERVALS,
         interval_note=INTERVAL_NOTE,
@@ -119,6 +123,7 @@ def page_environment() -> Environment:
         error=format_error,
         quantity=format_quantity,
         seconds=format_seconds,
+        usd=format_usd,
         short=short_model_name,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
@@ -137,6 +142,8 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     sampled = f" {took_part:.0%} of the clients take part in a round." if took_part < 1 else ""
     overridden = ", ".join(sorted(map(str, config["clients"].get("overrides", {})), key=int))
     sampled += f" Some clients have training or generation settings of their own: {overridden}." if overridden else ""
+    closed = [name for name in config["clients"].get("models", {}) if name in (mix or [model["name"]])]
+    sampled += f" Answers of {' and '.join(closed)} come from elsewhere." if closed else ""
     sentence = (
         f"{_count(count, 'client')} fine-tune{'s' if count == 1 else ''} {names} (LoRA, rank {model['lora']['rank']}) "
         f"on {_count(data['examples_per_client'], 'private example')} each of {data['source']}, "
@@ -181,6 +188,7 @@ def headlines(run: Run) -> list[dict[str, str]]:
          cost.energy_source if known else "no counter and no estimate"),
         ("Wall time", format_seconds(cost.wall_seconds),
          f"set-up {format_seconds(cost.setup_seconds)} of it, measured"),
+        *([("Paid", format_usd(cost.usd), "for work done elsewhere, as its provider counts it")] if cost.usd else []),
     ]  # fmt: skip
     return [{"label": label, "value": value, "note": note} for label, value, note in rows]
 
@@ -188,16 +196,15 @@ def headlines(run: Run) -> list[dict[str, str]]:
 def _loss_headline(run: Run) -> tuple[str, str, str]:
     mean, name, unit = mean_by_round(run.metrics, run.loss), f"Mean {LOSS_NAMES[run.loss]}", UNITS[run.loss]
     if mean.empty:
-        return name, "not measured", unit
+        return name, "not known", describe_untold(run) or "not measured"
     first, last, since = mean.iloc[0], mean.iloc[-1], "base" if mean.index[0] == 0 else f"round {mean.index[0]}"
     if len(mean) == 1:
         return f"{name}, {since}", format_number(last), f"{unit}, measured"
     note = f"{format_number(100 * (last / first - 1), 1, signed=True)}%, {unit}, measured"
-    measured = describe_measured(run)
     return (
         f"{name}, {since} → round {mean.index[-1]}",
         f"{format_number(first)} → {format_number(last)}",
-        f"{note}; {measured}" if measured else note,
+        "; ".join(filter(None, [note, describe_measured(run), describe_untold(run)])),
     )
 
 
@@ -207,7 +214,8 @@ def _clients_headline(run: Run) -> tuple[str, str, str]:
     if not measured:
         return name, "–", "not measured"
     best, worst = min(measured, key=lambda c: measured[c]), max(measured, key=lambda c: measured[c])
-    value = f"{sum(by < 0 for by in measured.values())} of {run.config['clients']['num_clients']}"
+    untold = run.metrics["client_id"].nunique() - telling(run.metrics, "nll")["client_id"].nunique()
+    value = f"{sum(by < 0 for by in measured.values())} of {run.config['clients']['num_clients'] - untold}"
     note = f"{format_number(measured[best], signed=True)} (client {best})"
     if len(measured) > 1:
         note = f"from {note} to {format_number(measured[worst], signed=True)} (client {worst})"
@@ -220,6 +228,8 @@ def energy_note(placement: Mapping[str, Any], ledger: pd.DataFrame) -> str:
     named = sorted({name for name in meters.values() if name})
     without = sum(not name for name in meters.values())
     parts = [f"metered by {', '.join(named)}"] if named else []
+    if (ledger["energy_source"] == "unavailable").any():
+        parts.append("nothing is known of the energy of work done elsewhere")
     if without:
         parts.append(f"{_count(without, 'machine')} without an energy counter, where joules are estimated")
     if named and not any("rapl" in name for name in named):

@@ -18,7 +18,7 @@ from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.comparison import LOSS_COLUMNS
 from semcons_ray.reporting.intervals import ARM_COLUMNS
-from semcons_ray.reporting.tables import format_interval, format_number, format_seconds
+from semcons_ray.reporting.tables import format_interval, format_number, format_seconds, format_usd
 from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
@@ -59,9 +59,10 @@ def summary_cells(summary: pd.DataFrame) -> pd.DataFrame:
                 "fewer": _ratio(row["bytes_ratio"]),
                 "time": format_seconds(row["seconds"]),
                 "energy": format_quantity(row["joules"], "J"),
+                "paid": format_usd(row["cost_usd"]),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop(columns=[] if summary["cost_usd"].any() else ["paid"])
 
 
 def metric_cells(metrics: pd.DataFrame, parts: Sequence[str] = ("value", "difference")) -> pd.DataFrame:
@@ -111,6 +112,9 @@ def notes(summary: pd.DataFrame, *, reference: str, baseline: str) -> list[str]:
     lines = [f"Means over {most} seeds, ± half of the 95% t-interval." if most > 1 else "One seed: no spread is known."]
     if loss != "nll":
         lines.append("Models differ in their tokens, so arms are compared in bits per byte of the test set's answers.")
+    if summary["untold"].any():
+        names = ", ".join(f"{arm} without {count}" for arm, count in summary["untold"].items() if count)
+        lines.append(f"Not all clients' models tell likelihoods; {name} is the mean over those that do: {names}.")
     if len(summary) > 1 and summary["difference"].notna().any():
         lines.append(f"vs first: {name} less that of {first}, seed by seed; below 0 is better.")
         lines.append(f"at equal bytes: {name} when no more was sent than by {first} in all.")

@@ -97,12 +97,12 @@ class Run:
     @property
     def loss(self) -> Loss:
         """The loss by which its clients may be averaged."""
-        return comparable_loss(self.metrics["model"])
+        return comparable_loss(telling(self.metrics, "nll")["model"])
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The cost of a whole run; see `energy` for `energy_source`."""
+    """The cost of a whole run; see `energy` for `energy_source`. `usd` is what was paid for work done elsewhere."""
 
     uplink_bytes: int
     downlink_bytes: int
@@ -110,6 +110,7 @@ class Totals:
     setup_seconds: float
     joules: float
     energy_source: str
+    usd: float
 
 
 def read_run(folder: Path) -> Run:
@@ -139,7 +140,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         metrics=metrics,
         rounds=rounds,
-        ledger=read_table(folder / "ledger.parquet", columns_of(LedgerRow)),
+        ledger=read_ledger(folder),
         consensus=pd.concat(answers, ignore_index=True) if answers else empty,
         data=read_table(folder / "data.parquet", _DATA),
         base_items=base_items,
@@ -166,6 +167,15 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     return read_table(folder / "metrics.parquet", columns_of(MetricsRow), others="float64")
 
 
+def read_ledger(folder: Path) -> pd.DataFrame:
+    """ledger.parquet of a run; nothing was paid where an earlier version wrote it.
+
+    Raises:
+        RunFolderError: See `read_table`.
+    """
+    return read_table(folder / "ledger.parquet", columns_of(LedgerRow), added={"cost_usd": 0.0})
+
+
 def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each test item gave for the base model of each client, and for its model as last measured.
 
@@ -181,7 +191,8 @@ def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> 
     Raises:
         RunFolderError: See `read_table`.
     """
-    columns = dict.fromkeys(("client_id", "item", "num_tokens", "num_bytes"), "int64") | {"nats": "float64"}
+    columns = dict.fromkeys(("client_id", "item"), "int64")
+    columns |= dict.fromkeys(("nats", "num_tokens", "num_bytes"), "float64")  # NaN where likelihood is not known
     columns |= {key: "float64" for key in metrics_of(settings) if not METRICS[key].over}
     last = metrics.groupby("client_id")["round"].max()
     tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**columns, "round": "int64"}.items()})]
@@ -193,13 +204,16 @@ def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> 
     return items[items["round"] == 0], items[items["round"] == items["client_id"].map(last)]
 
 
-def read_table(path: Path, columns: Mapping[str, str], *, others: str = "") -> pd.DataFrame:
+def read_table(
+    path: Path, columns: Mapping[str, str], *, others: str = "", added: Mapping[str, float] = {}
+) -> pd.DataFrame:
     """Read columns of a parquet file and convert them to the given types.
 
     Args:
         path: The file.
         columns: Types by name.
         others: The type of all further columns; "": they are left out.
+        added: Values for columns that earlier versions did not write.
 
     Raises:
         RunFolderError: The file is missing, damaged or lacks a column; the message names it.
@@ -210,6 +224,7 @@ def read_table(path: Path, columns: Mapping[str, str], *, others: str = "") -> p
         raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
         raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
+    frame = frame.assign(**{name: value for name, value in added.items() if name not in frame})
     if absent := [name for name in columns if name not in frame]:
         raise RunFolderError(f"{path} lacks column {', '.join(absent)}: another version wrote it, or it is damaged")
     if others:
@@ -250,14 +265,21 @@ def held_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     return pd.DataFrame({client: last[client].map(rows[metric]) for client in last})
 
 
-def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
-    """Mean of `held_by_round` over clients, from the first round by which all were measured; NaN if a client's is NaN.
+def telling(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of clients that have a metric at all; others have models that do not tell it."""
+    return metrics[metrics["client_id"].isin(metrics.loc[metrics[metric].notna(), "client_id"])]
 
-    Empty for NLL if clients have several models, since nats a token of several models have no mean.
+
+def mean_by_round(metrics: pd.DataFrame, metric: str) -> pd.Series[float]:
+    """Mean of `held_by_round` over clients that have the metric, from the first round by which all of them were
+    measured; NaN if a client's is NaN.
+
+    Empty if none has it, and for NLL if clients have several models, since nats a token of several models have no mean.
     """
-    if metric == "nll" and comparable_loss(metrics["model"]) != "nll":
+    told = telling(metrics, metric)
+    if told.empty or (metric == "nll" and comparable_loss(told["model"]) != "nll"):
         return pd.Series(dtype="float64")
-    mean = held_by_round(metrics, metric).mean(axis="columns", skipna=False)
+    mean = held_by_round(told, metric).mean(axis="columns", skipna=False)
     return mean[mean.notna().cummax()]
 
 
@@ -266,6 +288,21 @@ def describe_measured(run: Run) -> str:
     last = run.metrics.groupby("client_id")["round"].max()
     count, of = int((last == last.max()).sum()), run.config["clients"]["num_clients"]
     return f"{count} of {of} clients measured in round {last.max()}" if count < of else ""
+
+
+def describe_untold(run: Run) -> str:
+    """A note on how many clients' models tell how likely they find a text; empty if all do."""
+    count, of = telling(run.metrics, "nll")["client_id"].nunique(), run.metrics["client_id"].nunique()
+    return f"likelihood is known of {count} of {of} clients, over which its means are" if count < of else ""
+
+
+def mean_over_clients(clients: pd.DataFrame) -> pd.Series[float]:
+    """Means of the columns of `quality`, each metric over the clients that have it; NaN if one of theirs is NaN."""
+    means = {}
+    for metric in [name.removeprefix("last_") for name in map(str, clients) if name.startswith("last_")]:
+        columns = [name for name in (f"{part}_{metric}" for part in ("base", "last", "change")) if name in clients]
+        means |= clients[columns].dropna(how="all").mean(skipna=False).to_dict()
+    return pd.Series(means, dtype="float64")
 
 
 def describe_failures(rounds: pd.DataFrame) -> str:
@@ -372,16 +409,17 @@ def work_by_stage(ledger: pd.DataFrame) -> pd.DataFrame:
     """Work of all workers by stage, in the order of `STAGES`.
 
     Returns:
-        Index stage; columns seconds (measured, summed over workers), share (of those seconds), tokens, joules and
-        energy_source.
+        Index stage; columns seconds (measured, summed over workers), share (of those seconds), tokens, usd, joules
+        and energy_source.
     """
     rows = []
     for stage in STAGES:
         work = ledger[ledger["stage"] == stage]
         if len(work):
             joules, source = energy(work)
-            rows.append((stage, work["duration_seconds"].sum(), work["tokens"].sum(), joules, source))
-    table = pd.DataFrame(rows, columns=["stage", "seconds", "tokens", "joules", "energy_source"]).set_index("stage")
+            rows.append((stage, *work[["duration_seconds", "tokens", "cost_usd"]].sum(), joules, source))
+    columns = ["stage", "seconds", "tokens", "usd", "joules", "energy_source"]
+    table = pd.DataFrame(rows, columns=columns).astype({"tokens": "int64"}).set_index("stage")
     table.insert(1, "share", table["seconds"] / table["seconds"].sum())
     return table
 
@@ -428,12 +466,18 @@ def totals(run: Run) -> Totals:
         setup_seconds=float(run.rounds.loc[setup, "duration_seconds"].sum()),
         joules=joules,
         energy_source=source,
+        usd=float(run.ledger["cost_usd"].sum()),
     )
 
 
 def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str:
     """A number with `digits` decimals; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def format_usd(value: float) -> str:
+    """US dollars, to two digits at least."""
+    return f"US$ {value:,.2f}" if value >= 1 or not value else f"US$ {value:.2g}"
 
 
 def format_seconds(value: float) -> str:
@@ -513,7 +557,7 @@ def _result(run: Run) -> list[RenderableType]:
         table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row, run.loss, behind))
     if len(clients) > 1:
         table.add_section()
-        mean = clients.drop(columns="model").mean(skipna=False)
+        mean = mean_over_clients(clients)
         table.add_row("mean", describe_measured(run), *_quality_cells(mean, run.loss), style="bold")
     cost = totals(run)
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
@@ -523,6 +567,8 @@ def _result(run: Run) -> list[RenderableType]:
         f"on the wire  {up} up, {down} down (measured)",
         f"wall time    {wall}, set-up {setup} of it (measured)",
         f"energy       {joules if cost.energy_source != 'unavailable' else 'unavailable'}",
+        *([f"paid         {format_usd(cost.usd)}"] if cost.usd else []),
+        *(f"note         {untold}" for untold in [describe_untold(run)] if untold),
         *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
     )
     return [table, *_metric_lines(run), *_task_lines(run), Text(), *map(Text, lines)]

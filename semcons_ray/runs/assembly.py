@@ -47,8 +47,10 @@ from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.evaluation.scores import numeric_match
+from semcons_ray.federation.adapter_model import AdapterModels
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
-from semcons_ray.federation.host import HostSpec
+from semcons_ray.federation.host import HostSpec, ModelsSpec
+from semcons_ray.federation.kinds import KindModels
 from semcons_ray.federation.server import ServerProtocol, ServerSpec
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
@@ -72,6 +74,7 @@ LARGE_PARAMETERS = 500_000_000
 """Size of a model from which on `LENGTHS` must be chosen."""
 
 SERVER_BYTES = PROCESS_BYTES + (300 << 20)
+"""Memory of a process with an embedding model: the server, or a worker whose clients' answers come from elsewhere."""
 NO_REVISIONS: Mapping[str, str] = {}
 
 
@@ -104,12 +107,15 @@ class Placement:
         return self.revisions.get(model, model)
 
     @property
-    def draws(self) -> dict[str, Draw]:
-        """What each process draws when busy, by name, to estimate energy where it is not measured."""
+    def draws(self) -> dict[str, Draw | None]:
+        """What each process draws when busy, by name, to estimate energy where it is not measured; None where the work
+        is done elsewhere."""
         gpu_watts = {node.node_id: node.gpu_watts for node in self.nodes}
         threads = self.config.resources.threads_per_worker
-        processes = [(worker, worker.ranks) for worker in self.workers] + [(engine, 1) for engine in self.engines]
-        return {
+        here = [worker for worker in self.workers if not worker.elsewhere]
+        processes = [(worker, worker.ranks) for worker in here] + [(engine, 1) for engine in self.engines]
+        elsewhere: dict[str, Draw | None] = {worker.name: None for worker in self.workers if worker.elsewhere}
+        return elsewhere | {
             plan.name: estimate_draw(count * plan.threads, count * plan.gpus, gpu_watts[plan.node_id])
             for plan, count in processes
         } | {"server": estimate_draw(threads, self.server.gpus, self.server.gpu_watts)}
@@ -127,7 +133,7 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     Raises:
         ModelError: A model cannot be found.
     """
-    models = dict.fromkeys([*config.client_models(), config.server.embedding_model])
+    models = dict.fromkeys([*config.open_models, config.server.embedding_model])
     pinned = {name: known.get(name) or pin_model(name) for name in models}
     sources = (config.data.source_at_revision, config.data.test_source, config.prompts.source)
     for source in filter(None, sources):
@@ -212,7 +218,8 @@ def _load_sources(
 
 
 def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> dict[str, Path]:
-    """Folder of each client model by name, downloaded or converted if need be; the server's model as well.
+    """Folder of each client model that is adapted here by name, downloaded or converted if need be; the server's model
+    as well.
 
     Args:
         config: The settings.
@@ -223,9 +230,9 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
             large model.
     """
     check_quantization(config.model.quantization)
-    names = dict.fromkeys([*config.client_models(), config.server.embedding_model])
+    names = dict.fromkeys([*config.open_models, config.server.embedding_model])
     folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
-    found = {name: folders[name] for name in config.client_models()}
+    found = {name: folders[name] for name in config.open_models}
     _check_lengths(config, found)
     return found
 
@@ -256,7 +263,7 @@ def resolve_max_length(config: ExperimentConfig, folders: Mapping[str, Path]) ->
     Raises:
         ModelError: No model has a limit, or one has no room beside an answer.
     """
-    if config.model.max_length is not None:
+    if config.model.max_length is not None or not folders:
         return config
     room = {}
     for name, folder in folders.items():
@@ -294,6 +301,8 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
         ModelError: A tokenizer cannot be loaded, or its chat template cannot be used; see `ChatFormat`.
         ConfigError: No chat template reads a key of `model.chat_template_kwargs`.
     """
+    if not folders:
+        return ()
     model = config.model
     formats = read_formats(
         folders,
@@ -400,7 +409,7 @@ def place(
     warnings = tuple(unused_gpus(resources.device, nodes))
     nodes = tuple(replace(node, gpus=()) if node.cuda_fault else node for node in nodes)
     dtype = config.model.dtype
-    if dtype == "auto":
+    if dtype == "auto" and folders:
         # bfloat16 without hardware for it is slower than float32. One dtype on all nodes keeps results independent of
         # where clients run.
         usable = [node for node in nodes if node.gpus] if device == "cuda" else nodes
@@ -414,6 +423,9 @@ def place(
     )
     _check_attention(config)
     demands = [_demand(config, name, folder) for name, folder in folders.items()]
+    demands += [
+        Demand(name, _clients_with(config, name), SERVER_BYTES, 0, elsewhere=True) for name in config.other_models
+    ]
     limits = Limits(
         threads_per_worker=resources.threads_per_worker,
         gpus_per_worker=resources.gpus_per_worker,
@@ -466,11 +478,16 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
         footprints.append(footprint)
     return Demand(
         name,
-        tuple(client for client, has in enumerate(config.client_models()) if has == name),
+        _clients_with(config, name),
         ranks * max(footprint.host_bytes for footprint in footprints),
         max(footprint.device_bytes for footprint in footprints),
         ranks,
     )
+
+
+def _clients_with(config: ExperimentConfig, name: str) -> tuple[int, ...]:
+    """Ids of the clients that have a model."""
+    return tuple(client for client, has in enumerate(config.client_models()) if has == name)
 
 
 def _own_settings(config: ExperimentConfig, name: str) -> tuple[list[TrainingConfig], list[GenerationConfig]]:
@@ -590,10 +607,11 @@ def parts(
         message = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
         public_prompts = message.encode(config.algorithm.compression)
     shared = mark(state)
-    specs = [
-        _host_spec(placement, worker, split, public_prompts, algorithm, state, shared, serving.get(worker.model))
-        for worker in placement.workers
-    ]
+    kinds = kinds_of(config, state, placement.revisions)
+    specs = []
+    for worker in placement.workers:
+        models = kinds.get(worker.model) or _models_spec(placement, worker, serving.get(worker.model))
+        specs.append(_host_spec(placement, worker, split, public_prompts, algorithm, state, shared, models))
     fleet: Fleet
     server: ServerProtocol
     if resources.fleet == "local":
@@ -635,6 +653,51 @@ def _election(algorithm: AlgorithmConfig) -> Election:
     return Election(algorithm.rule, algorithm.options_of_rule, algorithm.agreement_threshold, algorithm.min_votes)
 
 
+def kinds_of(
+    config: ExperimentConfig, state: Path, revisions: Mapping[str, str] = NO_REVISIONS
+) -> dict[str, KindModels]:
+    """What the models of `clients.models` are made from, by name.
+
+    Args:
+        config: The settings.
+        state: Folder of clients' states.
+        revisions: See `pin_revisions`.
+
+    Raises:
+        ConfigError: A kind refuses its options, or needs an environment variable that is not set.
+    """
+    embedding_model = config.server.embedding_model
+    kinds = {
+        name: KindModels(
+            name,
+            config.clients.models[name].kind,
+            config.clients.models[name].options,
+            clients=_clients_with(config, name),
+            embedding_model=revisions.get(embedding_model, embedding_model),
+            system_prompt=config.model.system_prompt,
+            folder=state.resolve(),
+        )
+        for name in config.other_models
+    }
+    return {name: replace(kind, environment=kind.needs(config.seed)) for name, kind in kinds.items()}
+
+
+def _models_spec(placement: Placement, worker: WorkerPlan, engine: Engine | None) -> AdapterModels:
+    """What the models of a worker are made from, if they are adapted there."""
+    config, ranks = placement.config, placement.config.client_ranks()
+    own = {client: config.of_client(client) for client in worker.clients}
+    return AdapterModels(
+        model=config.model.model_copy(update={"name": placement.pinned(worker.model)}),
+        device=config.resources.device,
+        threads=worker.threads,
+        ranks={client: ranks[client] for client in worker.clients},
+        training={client: settings.training for client, settings in own.items()},
+        batch_sizes={client: settings.generation.batch_size for client, settings in own.items()},
+        sharding=config.sharding if worker.ranks > 1 else None,
+        engine=engine,
+    )
+
+
 def _host_spec(
     placement: Placement,
     worker: WorkerPlan,
@@ -643,18 +706,14 @@ def _host_spec(
     algorithm: Algorithm,
     state: Path,
     shared: str,
-    engine: Engine | None,
+    models: ModelsSpec,
 ) -> HostSpec:
-    config, ranks = placement.config, placement.config.client_ranks()
+    config = placement.config
     return HostSpec(
         worker=worker.name,
-        model=config.model.model_copy(update={"name": placement.pinned(worker.model)}),
-        device=config.resources.device,
-        threads=worker.threads,
+        models=models,
         algorithm=algorithm,
         private={client: split.private[client] for client in worker.clients},
-        ranks={client: ranks[client] for client in worker.clients},
-        training={client: config.of_client(client).training for client in worker.clients},
         generation={client: config.of_client(client).generation for client in worker.clients},
         public_prompts=public_prompts,
         test=split.test,
@@ -662,8 +721,6 @@ def _host_spec(
         seed=config.seed,
         state=state.resolve(),
         mark=shared,
-        sharding=config.sharding if worker.ranks > 1 else None,
-        engine=engine,
         scores_options="multiple_choice" in config.evaluation.metrics,
         harness=harness_of(config) if config.evaluation.lm_eval.tasks else None,
     )

@@ -39,6 +39,7 @@ from semcons_ray.runs.assembly import (
     engines,
     find_models,
     harness_of,
+    kinds_of,
     parts,
     pin_revisions,
     place,
@@ -126,9 +127,12 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
                 commits.append(commit)
                 folder.commit(commits, state)
                 observers.round_ends(commit)
-            observers.stage("writing adapters")
+            others = ", ".join(config.other_models)
+            without = f"; clients of {others} have none" if others else ""
+            observers.stage(f"writing adapters{without}")
             last = config.num_rounds + 1
-            trained = [client for client, private in enumerate(split.private) if private]
+            have = [model in config.open_models for model in config.client_models()]
+            trained = [client for client, private in enumerate(split.private) if private and have[client]]
             downlinks = algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
             with folder.writing_adapters() as adapters:
                 fleet.export_adapters(last, downlinks, adapters)
@@ -145,6 +149,7 @@ def _prepare(
     Returns:
         The settings with `model.max_length` resolved, the split, and folders and commits of models by name.
     """
+    kinds_of(config, folder.state)  # refuses what cannot be made
     observer.stage("reading data")
     revisions = pin_revisions(config, folder.revisions())
     folder.write_json("environment.json", describe_environment() | {"revisions": revisions})
@@ -285,7 +290,8 @@ class Rounds:
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
     def _measure_own(self, round: int, outcome: RoundOutcome) -> tuple[dict[int, dict[str, float]], list[LedgerRow]]:
-        """Measure the clients that were measured on test sets of their own as well, where they have some.
+        """Measure the clients that were measured on test sets of their own as well, where they have some and tell how
+        likely they find a text.
 
         Returns:
             Further metrics by client, and the ledger's rows of that work.
@@ -294,7 +300,8 @@ class Rounds:
         alone = self.placement.config.algorithm.name == "centralized"  # client 0 has the model of all
         asked: dict[int, list[int]] = {}
         for client in sorted(outcome.evaluations):
-            if outcome.evaluations[client] and tests.get(client):
+            measured = outcome.evaluations[client]
+            if measured and measured.nll and tests.get(client):
                 asked.setdefault(0 if alone else client, []).append(client)
         own: dict[int, dict[str, float]] = {}
         rows: list[LedgerRow] = []

@@ -8,7 +8,7 @@
     state/config.yaml       the settings with which the run began, even if config.yaml is edited
     state/round_NNN.msgpack the commit of a round: if it is there, the round is done; if not, it is run (again)
     state/server_NNN        the server's state after a round; of the last two rounds
-    state/client_NNN/       clients' states (see federation/store.py)
+    state/client_NNN/       clients' states (see federation/store.py); own/ is their models', if those keep something
     state/TRACKER.json      the run of a tracker that goes on after a resume, and the last round that was sent to it
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
     consensus/round_NNN.parquet                       every answer to every prompt, and which was elected
@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -50,7 +51,7 @@ LOSS_NAMES: Mapping[Loss, str] = {"nll": "test NLL", "bits_per_byte": "bits per 
 
 
 def comparable_loss(models: Iterable[str]) -> Loss:
-    """The loss by which clients of these models may be averaged and ranked.
+    """The loss by which clients of these models, which tell how likely they find a text, may be averaged and ranked.
 
     Tokenizers cut a text into different tokens, so nats a token only compare clients of one model. Bits per byte of the
     text compare any models.
@@ -63,7 +64,8 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: Name of the client's model.
-        nll: Mean negative log-likelihood (nats a token) of the reference answers.
+        nll: Mean negative log-likelihood (nats a token) of the reference answers; NaN, as the next two, if the model
+            does not tell it.
         perplexity: Exponential of `nll`.
         bits_per_byte: Negative log-likelihood in bits, divided by the bytes of the reference answers as UTF-8. Unlike
             nats a token, it compares models with different tokenizers.
@@ -88,6 +90,11 @@ class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
     num_private: int
     num_pseudo_labels: int
     others: dict[str, float] = {}
+
+
+def with_loss(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
+    """The rows of models that tell how likely they find a text."""
+    return [row for row in rows if not math.isnan(row.nll)]
 
 
 class RoundRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -45,6 +45,8 @@ def evaluate_run(out: Path, tasks: Sequence[str], limit: int | None, say: Callab
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"resources.device is cuda in {out / 'config.yaml'}, and there is no GPU here; set it to cpu")
     with folder.locked():
+        for name in config.other_models:
+            say(f"{name} of clients.models is left out: lm-eval needs a model that is here")
         commits, models = folder.commits(), config.client_models()
         last = {row.client_id: row.round for commit in commits for row in commit.metrics}
         scores: dict[int, dict[int, tuple[TaskScore, ...]]] = defaultdict(dict)

@@ -15,7 +15,7 @@ from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.observers import Observer
-from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, write_file
+from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, with_loss, write_file
 from semcons_ray.tracking.trackers import TRACKERS, Past, Subject, Tracker
 
 _OF_TOKENS = ("nll", "own_nll", "perplexity", "train_loss")
@@ -39,6 +39,7 @@ class Series:
     def __init__(self) -> None:
         self._models: dict[int, str] = {}
         self._held: dict[int, dict[str, float]] = {}
+        self._told = set[int]()  # clients whose models tell how likely they find a text
         self._totals: dict[str, float] = {}
 
     def add(self, commit: Commit, scores: pd.DataFrame = _NO_SCORES) -> dict[str, float]:
@@ -49,6 +50,7 @@ class Series:
             rows[client] |= _measured(in_tasks[client])
         self._models |= {row.client_id: row.model for row in commit.metrics}
         self._held |= rows
+        self._told |= {client for client, row in rows.items() if "nll" in row}
         values = {f"client_{client}/{name}": value for client, row in rows.items() for name, value in row.items()}
         values |= self._means() if rows else {}
         self._add_totals(commit)
@@ -56,11 +58,16 @@ class Series:
         return values | {f"round/{name}": value for name, value in _numbers(commit.summary).items()}
 
     def _means(self) -> dict[str, float]:
-        """Means over all clients; one that was not measured in this round counts with its last measurement."""
-        held = [*self._held.values()]
-        one_model = comparable_loss(self._models.values()) == "nll"
-        names = [name for name in held[0] if name not in _COUNTS and (one_model or name not in _OF_TOKENS)]
-        return {f"mean/{name}": fmean(row[name] for row in held) for name in names if all(name in row for row in held)}
+        """Means over all clients, without those whose models do not tell a number at all; one that was not measured in
+        this round counts with its last measurement."""
+        one_model = comparable_loss(self._models[client] for client in self._told) == "nll"
+        left_out = _COUNTS if one_model else (*_COUNTS, *_OF_TOKENS)
+        means = {}
+        for name in dict.fromkeys(name for row in self._held.values() for name in row if name not in left_out):
+            rows = [row for client, row in self._held.items() if name in row or client in self._told]
+            if all(name in row for row in rows):
+                means[f"mean/{name}"] = fmean(row[name] for row in rows)
+        return means
 
     def _add_totals(self, commit: Commit) -> None:
         busy = [row for row in commit.ledger if row.stage != "idle"]
@@ -70,6 +77,7 @@ class Series:
             "downlink_bytes": sum(row.downlink_bytes for row in busy),
             "tokens": sum(row.tokens for row in busy),
             "seconds": sum(row.duration_seconds for row in busy),
+            "cost_usd": sum(row.cost_usd for row in busy),
             **({"energy_joules": sum(known)} if known else {}),
         }
         for name, value in added.items():
@@ -167,7 +175,7 @@ class Exported(Observer):
 
     def __init__(self, run: str, config: ExperimentConfig) -> None:
         self._metrics = RunMetrics(run, config.num_rounds)
-        self._loss = comparable_loss(config.client_models())
+        self._loss = comparable_loss(config.scored_models)
 
     def begins(self, commits: Sequence[Commit]) -> None:
         """Start it, and count the rounds that are done."""
@@ -185,7 +193,7 @@ class Exported(Observer):
 
     def round_ends(self, commit: Commit) -> None:
         """Count the round."""
-        rows = commit.metrics
+        rows = with_loss(commit.metrics)
         self._metrics.round_committed(
             commit.ledger,
             num_lost=commit.summary.num_participants - commit.summary.num_answered,

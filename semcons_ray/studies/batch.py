@@ -184,7 +184,7 @@ def plan_processes(configs: Sequence[ExperimentConfig], gpus: Sequence[str], cpu
 def gpu_share(config: ExperimentConfig) -> float:
     """Share of a GPU that a process takes which holds a whole experiment: clients, server and engines."""
     resources = config.resources
-    engines = len(set(config.client_models())) if config.generation.engine == "vllm" else 0
+    engines = len(config.open_models) if config.generation.engine == "vllm" else 0
     return in_steps(resources.gpus_per_worker + resources.server_gpus + engines * resources.engine_gpus)
 
 

@@ -158,7 +158,7 @@ def run_comparison(
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
-    loss = comparable_loss(model for run in runs for model in run.config.client_models())
+    loss = comparable_loss(model for run in runs for model in run.config.scored_models)
     warned: set[str] = set()
 
     def report(run: ArmRun, seconds: Callable[[], float]) -> None:
@@ -166,7 +166,9 @@ def run_comparison(
         try:
             outcome = f"({seconds():.0f} s)"
             metrics = read_table(run.folder / "metrics.parquet", columns_of(MetricsRow))
-            outcome = f"{LOSS_NAMES[loss]} {mean_by_round(metrics, loss).iloc[-1]:.3f} {outcome}"
+            mean = mean_by_round(metrics, loss)
+            known = f"{LOSS_NAMES[loss]} {mean.iloc[-1]:.3f}" if len(mean) else "no likelihood is told"
+            outcome = f"{known} {outcome}"
             warn_of_losses(run.folder, warned, say)
         except StorageError:  # other runs would fail in the same way
             raise

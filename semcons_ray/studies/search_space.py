@@ -218,7 +218,13 @@ class SweepConfig(Settings):
             for value in (axis.extremes() if axis.grid is None else ())
         ]
         points = [*self.points(), *ends]
-        models = sorted({model for point in points for model in self.configure(point).client_models()})
+        told = [self.configure(point).scored_models for point in points]
+        models = sorted({model for of_point in told for model in of_point})
+        if self.metric not in ("rouge_l", "similarity") and not all(told):
+            raise ConfigError(
+                f"metric: {self.metric} needs likelihoods, and no client's model tells them in some trial; set metric "
+                "to rouge_l or similarity"
+            )
         if self.metric in _OF_ANY_MODEL and comparable_loss(models) != "nll":
             raise ConfigError(
                 f"metric: {self.metric} is in nats a token, and the tokens of {' and '.join(models)} differ; "

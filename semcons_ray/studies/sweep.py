@@ -40,11 +40,10 @@ from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
 from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
 from semcons_ray.errors import PlacementError, RunFolderError, SemconsError, StorageError, writing
 from semcons_ray.federation.store import check_mark, mark
-from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
-from semcons_ray.reporting.tables import columns_of, read_table
-from semcons_ray.runs.assembly import find_models
+from semcons_ray.reporting.tables import columns_of, read_ledger, read_table
+from semcons_ray.runs.assembly import find_models, kinds_of
 from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
 from semcons_ray.runs.trackers import check_trackers
@@ -77,7 +76,7 @@ class Trial(Job):
         return costs_by_round(
             read_table(self.folder / "metrics.parquet", columns_of(MetricsRow)),
             read_table(self.folder / "rounds.parquet", columns_of(RoundRow)),
-            read_table(self.folder / "ledger.parquet", columns_of(LedgerRow)),
+            read_ledger(self.folder),
         )
 
     @property
@@ -147,6 +146,7 @@ def _tune(
     configs = [trial.config for trial in todo] or [experiment]
     for config in {config.client_models(): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
+    needed = [name for config in configs for kind in kinds_of(config, out).values() for name in kind.environment]
     os.environ |= _TUNE_VARIABLES
     progress = _Progress(sweep, out, len(done), total, say)
     callbacks: list[tune.Callback] = [progress, *(kind() for kind in (CSVLoggerCallback, JsonLoggerCallback))]
@@ -156,7 +156,7 @@ def _tune(
         for config in configs:
             room.reserve(config)  # a trial that fits nowhere is refused now, since it would wait for ever
         at_once = _at_once(sweep, experiment)
-        shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on()}
+        shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on(needed)}
         alone = 1 in (at_once, total - len(done))
         trainable = tune.with_parameters(_perform_trial, **shared, alone=alone)
         tuner = tune.Tuner(
@@ -194,6 +194,7 @@ class _Room:
 
     def reserve(self, config: ExperimentConfig) -> tune.PlacementGroupFactory:
         """A placement group with a bundle for each worker: as many as clients can use and the cluster has room for.
+        Workers whose clients' answers come from elsewhere share these.
 
         A server on a GPU has a bundle before those. The trial's own process mostly waits, so it has an empty bundle,
         unless all clients are in that process (fleet local).
@@ -213,7 +214,8 @@ class _Room:
                     f"lower them"
                 )
             return tune.PlacementGroupFactory([{"CPU": threads, "GPU": whole}])
-        wanted = min(resources.max_workers or config.clients.num_clients, config.clients.num_clients)
+        here = max(1, sum(model in config.open_models for model in config.client_models()))
+        wanted = min(resources.max_workers or here, here)
         if not on_gpus:
             fitting = sum(int(node.cpus // threads) for node in self.nodes)
             return _group({"CPU": threads}, max(1, min(wanted, fitting)))
@@ -389,7 +391,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
         keys=tuple(sweep.space),
         metric=sweep.metric,
         higher_is_better=sweep.higher_is_better,
-        loss=comparable_loss(model for trial in trials for model in trial.config.client_models()),
+        loss=comparable_loss(model for trial in trials for model in trial.config.scored_models),
         trials=pd.DataFrame(rows).sort_values(sweep.metric, ascending=not sweep.higher_is_better, kind="stable"),
     )
     write_file(out / "trials.csv", result.trials.to_csv(index=False))

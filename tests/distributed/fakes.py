@@ -24,6 +24,7 @@ class FakeSpec:
     troubles: Mapping[int, str] = field(default_factory=dict)
     times: int = 1
     loads: bool = True
+    environment: tuple[str, ...] = ()
 
     def build(self) -> "FakeHost":
         if not self.loads:

@@ -54,6 +54,27 @@ def test_clients_share_actors_where_cores_are_few() -> None:
     assert [worker.clients for worker in plan] == [(0, 2), (1, 3)]
 
 
+ELSEWHERE = Demand("closed", (4, 5, 6), host_bytes=GIB, device_bytes=0, elsewhere=True)
+
+
+def test_answers_from_elsewhere_have_one_worker_that_takes_memory_alone() -> None:
+    alone = plan_with_server([SMALL], [node(cpus=2)], limits(workers=2), device="cpu")
+    plan = plan_with_server([SMALL, ELSEWHERE], [node(cpus=2)], limits(workers=2), device="cpu")
+    assert plan[:2] == alone
+    beside = plan[2]
+    assert (beside.clients, beside.num_cpus, beside.gpus, beside.memory_bytes) == ((4, 5, 6), 0, 0.0, GIB)
+    assert (
+        "  worker-2 on a: no core: answers come from elsewhere, 1.0 GiB, closed, clients 4, 5, 6"
+        in describe_plan(plan, "cpu", {}).splitlines()
+    )
+    with_gpu = plan_with_server([SMALL, ELSEWHERE], [node(gpus=1)], limits(), device="cuda")
+    assert (with_gpu[-1].num_cpus, with_gpu[-1].gpus) == (0, 0.0)
+    only = plan_with_server([ELSEWHERE], [node(cpus=1)], limits(threads=4), device="cpu")
+    assert [worker.clients for worker in only] == [(4, 5, 6)]
+    with pytest.raises(PlacementError, match=r"a worker of closed needs 1\.0 GiB of host memory"):
+        plan_with_server([ELSEWHERE], [node(memory=1.5)], limits(), device="cpu")
+
+
 def test_clients_share_actors_where_memory_is_short() -> None:
     plan = plan_with_server([SMALL], [node(cpus=8, memory=5.5)], limits(), device="cpu")  # 1 GiB is the server's
     assert [worker.clients for worker in plan] == [(0, 2), (1, 3)]

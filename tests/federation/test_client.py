@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import MessageError, NotFiniteError
+from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.randomness import stream
@@ -36,17 +37,17 @@ def model(tiny_llama: Path) -> LanguageModel:
 @pytest.fixture
 def make_client(model: LanguageModel) -> MakeClient:
     def make(rank: int = 4, **training: Any) -> Client:
+        ledger = Ledger("worker-0", "here")
+        settings = TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training})
         return Client(
             1,
             EXAMPLES,
-            rank=rank,
-            training=TrainingConfig.model_validate({"learning_rate": 1e-2, "batch_size": 2, **training}),
             generation=GenerationConfig(max_new_tokens=4, temperature=0.0),
             duties=Duties(
                 prompts=("add one and six", "spell two"), test=tuple(EXAMPLES[:2]), num_answers=1, seed=0
             ),
-            model=model,
-            ledger=Ledger("worker-0", "here"),
+            model=AdapterModel(1, model, rank=rank, training=settings, batch_size=32, seed=0, ledger=ledger),
+            ledger=ledger,
         )
 
     return make
@@ -61,7 +62,12 @@ COLUMNS = ("tokens", "uplink_bytes", "downlink_bytes")
 def after(client: Client, state: dict[str, torch.Tensor], round: int, **settings: Any) -> dict[str, torch.Tensor]:
     client.restore(state)
     client.fine_tune(round, NO_LABELS, **settings)
-    return client.state()
+    return adapted(client).state()
+
+
+def adapted(client: Client) -> AdapterModel:
+    assert isinstance(client.model, AdapterModel)
+    return client.model
 
 
 def test_a_moving_average_begins_in_the_second_round_and_is_half_of_each(make_client: MakeClient) -> None:
@@ -77,16 +83,16 @@ def test_a_moving_average_begins_in_the_second_round_and_is_half_of_each(make_cl
 def test_all_that_a_client_is_goes_into_its_state_and_comes_back(make_client: MakeClient) -> None:
     client = make_client(keep_optimizer=True)
     client.fine_tune(1, NO_LABELS)
-    client.frozen, client.memory = dict(client.adapter), {"own": torch.ones(2)}
-    state = client.state()
+    client.frozen, client.memory["own"] = dict(client.adapter), torch.ones(2)
+    state = adapted(client).state()
     other = make_client()
     other.restore(state)
-    assert other.state().keys() == state.keys()
-    assert all(torch.equal(other.state()[key], value) for key, value in state.items())
-    assert other.optimizer
+    assert adapted(other).state().keys() == state.keys()
+    assert all(torch.equal(adapted(other).state()[key], value) for key, value in state.items())
+    assert adapted(other).optimizer
     assert rank_of(other.frozen) == 4
     other.restore({})
-    assert not (other.frozen or other.memory or other.optimizer)
+    assert not (other.frozen or other.memory or adapted(other).optimizer)
 
 
 def test_a_client_of_a_lower_rank_is_the_padded_one_whose_further_components_stay_zero(make_client: MakeClient) -> None:
@@ -132,13 +138,13 @@ def test_adapters_drawn_for_a_round_differ_by_round_and_change_nothing_yet(make_
 
 def test_a_label_of_no_public_prompt_is_refused(make_client: MakeClient) -> None:
     client = make_client()
-    before = client.state()
+    before = adapted(client).state()
     for prompt_id in (2, 2**62):
         labels = PseudoLabels(round_number=1, prompt_ids=(0, prompt_id), responses=("one", "two"))
         for weight in (1.0, 0.0):
             with pytest.raises(MessageError, match=f"a label for prompt {prompt_id}, but there are 2"):
                 client.fine_tune(2, labels, weight=weight)
-    assert all(torch.equal(value, before[key]) for key, value in client.state().items())
+    assert all(torch.equal(value, before[key]) for key, value in adapted(client).state().items())
 
 
 def test_its_own_answers_are_labels_and_go_nowhere(make_client: MakeClient) -> None:
@@ -216,21 +222,23 @@ def test_a_local_update_is_the_models_over_private_examples_and_weighted_labels(
     client = make_client(keep_optimizer=True)
     client.frozen = {key: value + 0.1 for key, value in client.fresh_adapter(7).items()}
     client.fine_tune(1, NO_LABELS)
-    client.restore(client.state())
+    client.restore(adapted(client).state())
     adapter, pairs = dict(client.adapter), [*PRIVATE]
-    optimizer = {key: value.clone() for key, value in client.optimizer.items()}  # which training changes in place
+    # Training changes it in place.
+    optimizer = {key: value.clone() for key, value in adapted(client).optimizer.items()}
     if weight:
         pairs.append(Pair("spell two", "t w o", weight))
     expected = model.fine_tune(
-        adapter, pairs, client.training, stream(0, 2, 1, "fine_tune"), optimizer, frozen=client.frozen,
+        adapter, pairs, adapted(client).training, stream(0, 2, 1, "fine_tune"), optimizer, frozen=client.frozen,
         adjust=halve,
     )  # fmt: skip
     client.ledger.take()
     labels = PseudoLabels(round_number=1, prompt_ids=(1,), responses=("t w o",))
     client.fine_tune(2, labels, weight=weight, downlink_bytes=77, adjust=halve)
     assert all(torch.equal(client.adapter[key], value) for key, value in adapter.items())
-    assert all(torch.equal(client.optimizer[key], value) for key, value in expected.optimizer.items())
-    assert client.optimizer.keys() == expected.optimizer.keys()
+    optimizer = adapted(client).optimizer
+    assert all(torch.equal(optimizer[key], value) for key, value in expected.optimizer.items())
+    assert optimizer.keys() == expected.optimizer.keys()
     assert (client.train_loss, client.num_pseudo_labels) == (expected.loss, int(weight > 0))
     assert work(client.ledger.take(), *COLUMNS) == [("fine_tune", 2, 1, "worker-0", "here", expected.tokens, 0, 77)]
 
@@ -241,9 +249,8 @@ def test_a_client_that_came_back_has_not_trained_in_this_round(make_client: Make
     assert client.num_pseudo_labels == 1
     assert [row.downlink_bytes for row in client.ledger.take()] == [0]  # where nothing was sent
     client.train_loss = math.inf
-    client.restore(client.state())
-    assert client.has_trained
-    assert math.isnan(client.train_loss)
+    client.restore(adapted(client).state())
+    assert client.train_loss is None
     assert client.num_pseudo_labels == 0
     client.check_finite(None)  # nothing was trained, so a loss of NaN is no failure
 
@@ -315,10 +322,10 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
     model: LanguageModel, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
-    client.engine = engine
+    adapted(client).engine = engine
     client.generation = GenerationConfig(max_new_tokens=4, temperature=0.5)
     clock = SimpleNamespace(perf_counter=lambda: engine.clock)
-    monkeypatch.setattr("semcons_ray.federation.client.time", clock)
+    monkeypatch.setattr("semcons_ray.federation.adapter_model.time", clock)
     monkeypatch.setattr("semcons_ray.metering.ledger.perf_counter", clock.perf_counter)
     client.fine_tune(1, NO_LABELS)
     client.ledger.take()
@@ -351,7 +358,7 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
 
 def test_an_engine_is_asked_for_all_samples_at_once(model: LanguageModel, make_client: MakeClient) -> None:
     client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
-    client.engine = engine
+    adapted(client).engine = engine
     for count in (1, 2):
         client.generation = GenerationConfig(max_new_tokens=4, num_samples=count)
         sent = Answers.decode(client.answer(2))
@@ -365,12 +372,12 @@ def test_an_engine_is_asked_for_all_samples_at_once(model: LanguageModel, make_c
 def test_what_is_exported_is_the_frozen_adapter_and_the_clients_own(make_client: MakeClient, tmp_path: Path) -> None:
     client = make_client()
     client.fine_tune(1, NO_LABELS)
-    client.export(tmp_path)
+    adapted(client).export(tmp_path)
     own = load_file(tmp_path / "adapter_model.safetensors")
     assert all(torch.equal(own[key.replace(".default", "")], value) for key, value in client.adapter.items())
     client.frozen, client.adapter = client.adapter, client.fresh_adapter(2)
     client.fine_tune(2, NO_LABELS)
-    client.export(tmp_path)
+    adapted(client).export(tmp_path)
     both = load_file(tmp_path / "adapter_model.safetensors")
     for a in [key for key in client.adapter if "lora_A" in key]:
         b = a.replace("lora_A", "lora_B")

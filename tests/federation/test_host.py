@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
-from semcons_ray.federation.algorithms import FedAvgLora, SemanticConsensus
+from semcons_ray.federation.adapter_model import AdapterModel, AdapterModels
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.host import ClientHost, HostSpec
 from semcons_ray.federation.randomness import Cohort
@@ -42,18 +44,23 @@ NO_WORDS = PseudoLabels(round_number=0, prompt_ids=(), responses=()).encode()
 def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
     def make(**changes: Any) -> HostSpec:
         state = tmp_path / "state"
-        spec = HostSpec(
-            worker="worker-7",
+        models = AdapterModels(
             model=ModelConfig(name=str(tiny_llama), dtype="float32", max_length=64, lora=LoraConfig(rank=4)),
             device="cpu",
             threads=1,
+            ranks={0: 4, 2: 2},
+            training=dict.fromkeys(PRIVATE, TrainingConfig(learning_rate=1e-2, batch_size=2)),
+            batch_sizes={0: 32, 2: 16},
+        )
+        of_models = {key: changes.pop(key) for key in [*changes] if hasattr(models, key)}
+        spec = HostSpec(
+            worker="worker-7",
+            models=dataclasses.replace(models, **of_models),
             algorithm=SemanticConsensus(Cohort(3, 1.0, 0), exchanges=range(1, 9), ema_decay=0.5),
             private=PRIVATE,
-            ranks={0: 4, 2: 2},
             public_prompts=PROMPTS,
             test=(Example("spell six", "s i x", "spell"), Example("add one and one", "it is 2", "add")),
             num_answers=1,
-            training=dict.fromkeys(PRIVATE, TrainingConfig(learning_rate=1e-2, batch_size=2)),
             generation=dict.fromkeys(PRIVATE, GenerationConfig(max_new_tokens=4)),
             seed=11,
             state=state,
@@ -66,14 +73,16 @@ def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
 
 def test_each_client_has_its_own_settings(make_spec: MakeSpec) -> None:
     common = make_spec()
+    assert isinstance(common.models, AdapterModels)
     own_training = TrainingConfig(learning_rate=1e-3, batch_size=1)
     own_generation = GenerationConfig(max_new_tokens=2, stop=("x",))
     spec = make_spec(
-        training={**common.training, 2: own_training}, generation={**common.generation, 2: own_generation}
+        training={**common.models.training, 2: own_training}, generation={**common.generation, 2: own_generation}
     )
-    clients = spec.build().clients
-    assert (clients[0].training, clients[0].generation) == (common.training[0], common.generation[0])
-    assert (clients[2].training, clients[2].generation) == (own_training, own_generation)
+    clients: Any = spec.build().clients
+    assert (clients[0].model.training, clients[0].generation) == (common.models.training[0], common.generation[0])
+    assert (clients[2].model.training, clients[2].generation) == (own_training, own_generation)
+    assert (clients[0].model.batch_size, clients[2].model.batch_size) == (32, 16)
 
 
 COLUMNS = ("gpus", "uplink_bytes", "downlink_bytes")
@@ -161,7 +170,7 @@ def test_an_adapter_that_the_disk_has_no_room_for_is_said_to_be_so(
         raise OSError("No space left on device")
 
     host = make_spec().build()
-    monkeypatch.setattr(host.clients[2], "export", fills_the_disk)
+    monkeypatch.setattr(host.clients[2].model, "export", fills_the_disk)
     with pytest.raises(StorageError, match=f"^cannot write {tmp_path / 'adapters'}: the disk is full"):
         host.export_adapter(2, 1, NO_WORDS, tmp_path / "adapters" / "client_002")
 
@@ -235,11 +244,12 @@ def test_the_model_is_made_of_all_that_the_settings_say(
             first, second = host.clients.values()
             settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
             wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
-            made: Any = first.model
-            assert [*made.settings.pop("trainings")] == [first.training, second.training]
+            one, other = (cast(AdapterModel, client.model) for client in (first, second))
+            made: Any = one.base
+            assert [*made.settings.pop("trainings")] == [one.training, other.training]
             assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
-            assert second.model is made
-            assert [(client.client_id, client.rank, client.engine) for client in (first, second)] == [
+            assert other.base is made
+            assert [(each.client_id, each.rank, each.engine) for each in (one, other)] == [
                 (0, 4, engine),
                 (2, 2, engine),
             ]
@@ -268,8 +278,6 @@ def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec)
 
 class Idle:
     """A client that is never asked for anything."""
-
-    has_trained = False
 
     def restore(self, tensors: dict[str, object]) -> None:
         assert not tensors

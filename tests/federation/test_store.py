@@ -135,7 +135,7 @@ def test_a_folder_is_known_by_the_mark_that_the_driver_put_there_last(tmp_path: 
 def test_a_visit_that_a_full_disk_has_no_room_for_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fills_the_disk(tensors: object, path: Path) -> None:
+    def fills_the_disk(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 

@@ -10,7 +10,7 @@ import pytest
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import DataSplit, read_split, write_split
-from semcons_ray.federation import client, randomness
+from semcons_ray.federation import adapter_model, client, randomness
 from semcons_ray.federation.store import ClientStore
 from semcons_ray.parts import BUILT_IN
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
@@ -90,6 +90,7 @@ def test_renaming_clients_renames_results(
 
         monkeypatch.setattr(randomness, "stream", moved)
         monkeypatch.setattr(client, "stream", moved)
+        monkeypatch.setattr(adapter_model, "stream", moved)
     resume_experiment(renamed.path, Silent())
     before, after = adapters(tmp_path / "run"), adapters(renamed.path)
     if algorithm.get("name") == "centralized":

@@ -224,6 +224,15 @@ def test_a_worker_of_more_threads_gets_more():
     assert energies(shared) == [(75.0, "measured"), (25.0, "measured")]
 
 
+def test_work_done_elsewhere_has_no_energy_and_takes_none_of_the_nodes():
+    rows = [row("a", 0, 2), row("far", 0, 5), row("far", 5, 1, stage="idle")]
+    filled = apportion(rows, [EnergyWindow("n0", 10.0, 0.0, 10.0)], {"a": Draw(4.0), "far": None})
+    assert energies(filled[:1]) == [(10.0, "measured")]
+    assert filled[1:] == rows[1:]
+    assert {one.energy_source for one in rows[1:]} == {"unavailable"}
+    assert energies(apportion(rows, [], {"a": Draw(4.0), "far": None})[:1]) == [(8.0, "estimated")]
+
+
 def test_a_gpus_joules_go_to_who_had_it_and_the_cpus_to_all():
     """One second each at 4 W of threads: 12 J of the CPUs are 4 each, whatever a GPU may draw."""
     rows = [row("a", 0.0, 1.0, gpus="GPU-0"), row("b", 0.0, 1.0, gpus="GPU-1"), row("server", 0.0, 1.0)]

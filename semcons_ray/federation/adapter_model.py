@@ -1,0 +1,252 @@
+"""The model of a client that can be trained here: an adapter of its own on a base model that clients share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
+from semcons_ray.federation.randomness import stream
+from semcons_ray.federation.weights import Shapes, shapes_of, stacked, with_rank
+from semcons_ray.messages import Prompt
+from semcons_ray.metering.gpus import this_place
+from semcons_ray.metering.ledger import Ledger, LedgerRow, Place
+from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.client_model import Pair, Score, State, Task
+from semcons_ray.modeling.engine import Engine
+
+if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
+    from semcons_ray.modeling.language_model import LanguageModel
+
+_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
+
+
+class AdapterModel:
+    """An adapter on a base model; a `ClientModel` whose weights algorithms may exchange.
+
+    Args:
+        client_id: The client.
+        base: Base model with a place for an adapter, shared by the clients of a worker.
+        rank: LoRA rank of the adapter, at most the base model's.
+        training: Settings of its local update.
+        batch_size: Prompts answered, and texts scored, at once.
+        seed: The experiment's seed.
+        ledger: Where the engine's work is recorded.
+        engine: The engine that generates its answers; None: the base model does.
+
+    Attributes:
+        adapter: The adapter.
+        frozen: An adapter of any rank that is added to the base model and not trained; empty: there is none.
+        optimizer: State of the optimizer; empty unless it is kept.
+        memory: What an algorithm has the client remember.
+    """
+
+    def __init__(
+        self,
+        client_id: int,
+        base: LanguageModel,
+        *,
+        rank: int,
+        training: TrainingConfig,
+        batch_size: int,
+        seed: int,
+        ledger: Ledger,
+        engine: Engine | None = None,
+    ) -> None:
+        self.client_id = client_id
+        self.base = base
+        self.rank = rank
+        self.training = training
+        self.batch_size = batch_size
+        self.seed = seed
+        self.ledger = ledger
+        self.engine = engine
+        self.restore({})
+
+    def restore(self, state: State) -> None:
+        """See `ClientModel.restore`."""
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        self.adapter, self.optimizer, self.frozen, self.memory = (
+            {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
+            for part in (_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY)
+        )
+        self._has_learnt = bool(self.adapter)
+        if not self.adapter:
+            self.adapter = self.fresh_adapter()
+
+    def state(self) -> dict[str, Tensor]:
+        """Adapter, optimizer state, frozen adapter, and the algorithm's memory.
+
+        Random streams need no state; see `randomness`.
+        """
+        parts = {_ADAPTER: self.adapter, _OPTIMIZER: self.optimizer, _FROZEN: self.frozen, _MEMORY: self.memory}
+        return {part + key: value for part, tensors in parts.items() for key, value in tensors.items()}
+
+    def fresh_adapter(self, round: int | None = None) -> Adapter:
+        """An adapter of this client's rank whose update B A is zero.
+
+        Without a round, A is the one from which all clients start; with a round, it is drawn for this client and round.
+        """
+        drawn = None if round is None else stream(self.seed, round, self.client_id, "adapter")
+        return with_rank(self.base.fresh_adapter(drawn), self.rank)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes clients' files; of several ranks that hold the model, only the first does."""
+        return self.base.writes
+
+    @property
+    def base_shapes(self) -> Shapes:
+        """Shape of each tensor of an adapter at the base model's own rank."""
+        return shapes_of(self.base.fresh_adapter())
+
+    def learn(self, pairs: Sequence[Pair], task: Task) -> None:
+        """Train the adapter on all pairs together.
+
+        With `task.ema_decay`, it becomes its average with the adapter from before; but not at the client's first
+        update, which has no earlier adapter to keep.
+        """
+        before = dict(self.adapter)
+        result = self.base.fine_tune(
+            self.adapter,
+            pairs,
+            self.training,
+            task.generator,
+            self.optimizer,
+            frozen=self.frozen,
+            adjust=task.adjust,
+        )
+        if self._has_learnt and task.ema_decay > 0:
+            # Averages along a client's path lose the noise of its steps, as averages over clients do.
+            kept = {key: task.ema_decay * value for key, value in before.items()}
+            self.adapter = {key: kept[key] + (1 - task.ema_decay) * value for key, value in self.adapter.items()}
+        self.optimizer = result.optimizer
+        task.tokens, task.loss = result.tokens, result.loss
+
+    def answer(self, prompts: Sequence[Prompt], task: Task) -> list[list[str]]:
+        """See `ClientModel.answer`; the first answers are those of a client that draws no more."""
+        wanted = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop")
+        settings = {name: getattr(task, name) for name in wanted}
+        generation = GenerationConfig(batch_size=self.batch_size, **settings)
+        if self.engine is not None:
+            return self._engine_answers(self.engine, prompts, task, generation)
+        samples = []
+        for _ in range(task.num_samples):  # batches of all draws together would round otherwise
+            answers, tokens = self.base.generate(
+                self.adapter, prompts, generation, task.generator, frozen=self.frozen
+            )
+            task.tokens += tokens
+            samples.append(answers)
+        return samples
+
+    def _engine_answers(
+        self, engine: Engine, prompts: Sequence[Prompt], task: Task, generation: GenerationConfig
+    ) -> list[list[str]]:
+        request = self.base.engine_request(self.adapter, prompts, generation, task.generator)
+        asked = time.perf_counter()
+        reply = engine.generate(request)
+        task.waited_seconds = time.perf_counter() - asked
+        self.ledger.add(
+            LedgerRow(
+                round=task.round,
+                client_id=self.client_id,
+                worker=reply.engine,
+                node=reply.node,
+                stage="generate" if task.purpose == "answer" else "evaluate",
+                started_at=reply.started_at,
+                duration_seconds=reply.busy_seconds,
+                tokens=reply.num_tokens,
+                gpus=reply.gpus,
+            )
+        )
+        answers, size = self.base.decode(reply.answers, generation.stop), len(prompts)
+        return [answers[sample * size :][:size] for sample in range(task.num_samples)]
+
+    def score(self, pairs: Sequence[Pair]) -> Score:
+        """See `Scores.score`."""
+        return self.base.negative_log_likelihood(self.adapter, pairs, self.batch_size, frozen=self.frozen)
+
+    def score_options(
+        self, questions: Sequence[tuple[Prompt, Sequence[str]]]
+    ) -> tuple[list[tuple[float, ...]], int]:
+        """See `LanguageModel.option_nll`."""
+        return self.base.option_nll(self.adapter, questions, self.batch_size, frozen=self.frozen)
+
+    @contextmanager
+    def held(self) -> Iterator[tuple[Any, str]]:
+        """The transformers model with the client's adapter in it, and its folder."""
+        with self.base.holding(self.adapter, self.frozen) as model:
+            yield model, self.base.name
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter, joined with the frozen one if there is one, to an existing folder in PEFT's format."""
+        both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
+        self.base.export_adapter(both, folder)
+
+
+@dataclass(frozen=True)
+class AdapterModels:
+    """Everything from which a worker makes models of clients that have one base model.
+
+    Attributes:
+        model: Model settings, with `dtype` resolved and `name` the model of these clients.
+        device: "cpu" or "cuda".
+        threads: CPU threads.
+        ranks: LoRA rank by client id.
+        training: Settings of local updates by client id.
+        batch_sizes: See `AdapterModel`, by client id.
+        sharding: How the model is divided among ranks, of which this process is one; None: the model is whole here.
+        engine: The engine that generates the clients' answers; None: the worker's own model does.
+    """
+
+    model: ModelConfig
+    device: str
+    threads: int
+    ranks: Mapping[int, int]
+    training: Mapping[int, TrainingConfig]
+    batch_sizes: Mapping[int, int]
+    sharding: ShardingConfig | None = None
+    engine: Engine | None = None
+
+    environment: tuple[str, ...] = ()
+
+    def make(self, seed: int, ledger: Ledger) -> dict[int, AdapterModel]:
+        """Load the base model; the GPUs on which it is are noted in the ledger.
+
+        Raises:
+            ModelError: The model cannot be found or loaded.
+        """
+        from semcons_ray.modeling.language_model import LanguageModel
+        from semcons_ray.modeling.packaged import resolve_model
+
+        torch.set_num_threads(self.threads)
+        kind: type[LanguageModel] = LanguageModel
+        more = dict[str, Any]()
+        if self.sharding is not None:
+            from semcons_ray.modeling.sharded import ShardedLanguageModel
+
+            kind, more = ShardedLanguageModel, {"sharding": self.sharding}
+        folder, trainings = resolve_model(self.model.name), self.training.values()
+        base = kind.of(self.model, folder, device=self.device, seed=seed, trainings=trainings, **more)
+        place = this_place(uses_gpu=self.device == "cuda")
+        ledger.gpus = Place.of_all(base.of_all_ranks(place)).gpus
+        return {
+            client: AdapterModel(
+                client,
+                base,
+                rank=rank,
+                training=self.training[client],
+                batch_size=self.batch_sizes[client],
+                seed=seed,
+                ledger=ledger,
+                engine=self.engine,
+            )
+            for client, rank in self.ranks.items()
+        }
