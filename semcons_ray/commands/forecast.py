@@ -138,13 +138,15 @@ class Forecast:
         self.config = plan.placement.config
         self.models, self._ranks = self.config.client_models(), self.config.client_ranks()
         model = self.config.model
-        formats = plan.models and read_formats(
-            plan.models,
-            max_length=model.num_tokens,
-            system_prompt=model.system_prompt,
-            template_kwargs=model.chat_template_kwargs,
-            template_date=model.template_date,
-        )
+        formats: dict[str, ChatFormat] = {}
+        if plan.models:
+            formats = read_formats(
+                plan.models,
+                max_length=model.num_tokens,
+                system_prompt=model.system_prompt,
+                template_kwargs=model.chat_template_kwargs,
+                template_date=model.template_date,
+            )
         self.private = [example for share in plan.split.private for example in share]
         self._training_of, self._generation_of = self.config.client_training(), self.config.client_generation()
         kinds = [(name, own.max_new_tokens) for name, own in zip(self.models, self._generation_of, strict=True)]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -234,6 +235,10 @@ class Client:
     def fresh_adapter(self, round: int | None = None) -> Adapter:
         """See `AdapterModel.fresh_adapter`."""
         return self._adapted.fresh_adapter(round)
+
+    def export(self, folder: Path) -> None:
+        """See `AdapterModel.export`."""
+        self._adapted.export(folder)
 
     @property
     def _adapted(self) -> AdapterModel:

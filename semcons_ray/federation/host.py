@@ -196,7 +196,7 @@ class ClientHost:
         client = self._before(client_id, round, downlink)
         with writing(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
-            client.model.export(folder)
+            client.export(folder)
 
     def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
         client = self.clients[client_id]

@@ -95,7 +95,7 @@ class Task:
     @property
     def seed(self) -> int:
         """A number of 32 bits that is this task's alone, for what takes no generator; to read it draws nothing."""
-        return int(self.generator.bit_generator.seed_seq.generate_state(1)[0])  # type: ignore[attr-defined]
+        return int(self.generator.bit_generator.seed_seq.generate_state(1)[0])
 
 
 class ClientModel(Protocol):

@@ -298,7 +298,7 @@ def describe_untold(run: Run) -> str:
 
 def mean_over_clients(clients: pd.DataFrame) -> pd.Series[float]:
     """Means of the columns of `quality`, each metric over the clients that have it; NaN if one of theirs is NaN."""
-    means = {}
+    means: dict[str, float] = {}
     for metric in [name.removeprefix("last_") for name in map(str, clients) if name.startswith("last_")]:
         columns = [name for name in (f"{part}_{metric}" for part in ("base", "last", "change")) if name in clients]
         means |= clients[columns].dropna(how="all").mean(skipna=False).to_dict()
