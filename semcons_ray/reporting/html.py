@@ -228,7 +228,7 @@ def energy_note(placement: Mapping[str, Any], ledger: pd.DataFrame) -> str:
     named = sorted({name for name in meters.values() if name})
     without = sum(not name for name in meters.values())
     parts = [f"metered by {', '.join(named)}"] if named else []
-    if (ledger["energy_source"] == "unavailable").any():
+    if any(worker.get("elsewhere") for worker in placement.get("workers", ())):
         parts.append("nothing is known of the energy of work done elsewhere")
     if without:
         parts.append(f"{_count(without, 'machine')} without an energy counter, where joules are estimated")

@@ -44,7 +44,9 @@ def arm(name, finals, total_bytes, *, base=2.0, middle=1.5, algorithm="semantic_
                 "uplink_bytes": sent,
                 "downlink_bytes": 0,
                 "total_bytes": sent,
+                "untold": 0,
                 "seconds": 10.0 * (round + 1) + seed,
+                "cost_usd": 0.0,
                 "joules": joules * (round + 1),
                 "energy_source": "unavailable" if math.isnan(joules) else "estimated",
             }

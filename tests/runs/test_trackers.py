@@ -87,12 +87,13 @@ def test_totals_add_up_over_rounds() -> None:
     series = Series()
     first = (
         work("fine_tune", 2.0, tokens=7, downlink_bytes=50, energy_joules=20.0),
-        work("generate", 1.0, "unavailable", tokens=3, uplink_bytes=9, energy_joules=math.nan),
+        work("generate", 1.0, "unavailable", tokens=3, uplink_bytes=9, energy_joules=math.nan, cost_usd=0.75),
         work("idle", 100.0, energy_joules=1.0),
     )
     series.add(commit(0, ledger=first))
     values = series.add(commit(1, ledger=(work("generate", 0.5, tokens=1, uplink_bytes=1, energy_joules=5.0),)))
     assert {name: value for name, value in values.items() if name.startswith("total/")} == {
+        "total/cost_usd": 0.75,
         "total/uplink_bytes": 10,
         "total/downlink_bytes": 50,
         "total/tokens": 11,
