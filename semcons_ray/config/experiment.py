@@ -61,6 +61,7 @@ class ExperimentConfig(Settings):
         for client, own in self.clients.overrides.items():
             self._check_own_keys(client, own)
         shared = (info.context or {}).get("shared", {})
+        self._check_kinds(is_shared=has_setting(shared, ["clients", "models"]))
         for key, needs in without_effect(self):
             if not has_setting(shared, key.split(".")):
                 raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
@@ -94,7 +95,6 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
             )
-        self._check_kinds(is_shared=has_setting(shared, ["clients", "models"]))
         if not self.algorithm.any_models and len(set(self.client_models())) > 1:
             raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
         if not self.algorithm.is_so("any_ranks") and len(set(self.client_ranks())) > 1:
@@ -113,9 +113,13 @@ class ExperimentConfig(Settings):
         return self
 
     def _check_kinds(self, *, is_shared: bool) -> None:
-        """Check what clients whose models are not adapted here can take part in; several runs may share the models."""
+        """Check what clients whose models are not adapted here can take part in.
+
+        Settings that several runs share may name models for those of them that have any.
+        """
         models, used = self.client_models(), self.other_models
-        if not is_shared and (unused := [name for name in self.clients.models if name not in used]):
+        unused = [name for name in self.clients.models if name not in used]
+        if unused and (used or not is_shared):
             raise ValueError(f"clients.models names {', '.join(unused)}, which no client has")
         if not used:
             return
@@ -289,6 +293,7 @@ _OF_ADAPTERS = (
 
 _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str], ...] = (
     (_OF_ADAPTERS, lambda config: bool(config.open_models), "a client whose model is not of clients.models"),
+    (("clients.models",), lambda config: bool(config.other_models), "a client that has one of them"),
     (
         ("data.client_test_fraction",),
         lambda config: bool(config.scored_models),

@@ -26,7 +26,14 @@ from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render
 from semcons_ray.reporting.html import page_environment
 from semcons_ray.reporting.pareto import pareto_front
-from semcons_ray.reporting.tables import describe_trial, format_number, format_seconds, format_setting, short_keys
+from semcons_ray.reporting.tables import (
+    describe_trial,
+    format_number,
+    format_seconds,
+    format_setting,
+    format_usd,
+    short_keys,
+)
 from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import Loss, write_file
 
@@ -72,6 +79,11 @@ class SweepResult:
         """Names of the scores in tables by column: the metric, NLL if all trials have one model, and ROUGE-L."""
         columns = (self.metric, *(["mean_nll"] if self.loss == "nll" else []), "rouge_l")
         return {column: METRICS[column] for column in columns}
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether something was paid for a trial."""
+        return bool(self.trials["cost_usd"].any())
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -155,11 +167,12 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
     fronts = result.fronts()
     table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     keys = short_keys(result.differing)
-    for heading in (*keys.values(), *result.shown.values(), "bytes", "time", "energy", "on the front of"):
+    costs = ("bytes", "time", "energy", *(["paid"] if result.is_paid else []))
+    for heading in (*keys.values(), *result.shown.values(), *costs, "on the front of"):
         is_text = heading in (*keys.values(), "on the front of")
         table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     for _, row in result.trials.iterrows():
-        on = [name for name, members in zip(("bytes", "time", "energy"), fronts.values(), strict=True)
+        on = [name for name, members in zip(costs[:3], fronts.values(), strict=True)
               if row["trial"] in members]  # fmt: skip
         remark = ", ".join(on) if row["status"] == "finished" else f"{row['status']} after round {row['rounds']}"
         table.add_row(
@@ -168,6 +181,7 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
             format_quantity(row["total_bytes"], "B"),
             format_seconds(row["seconds"]),
             format_quantity(row["joules"], "J"),
+            *([format_usd(row["cost_usd"])] if result.is_paid else []),
             remark + _failed(row["failed"]),
         )
     stream = io.StringIO()

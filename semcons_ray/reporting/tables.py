@@ -301,7 +301,8 @@ def mean_over_clients(clients: pd.DataFrame) -> pd.Series[float]:
     means: dict[str, float] = {}
     for metric in [name.removeprefix("last_") for name in map(str, clients) if name.startswith("last_")]:
         columns = [name for name in (f"{part}_{metric}" for part in ("base", "last", "change")) if name in clients]
-        means |= clients[columns].dropna(how="all").mean(skipna=False).to_dict()
+        known = clients[columns].dropna(how="all").mean(skipna=False)
+        means |= {name: float(known[name]) for name in columns}
     return pd.Series(means, dtype="float64")
 
 
@@ -476,7 +477,9 @@ def format_number(value: float, digits: int = 3, *, signed: bool = False) -> str
 
 
 def format_usd(value: float) -> str:
-    """US dollars, to two digits at least."""
+    """US dollars, to two digits at least; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
     return f"US$ {value:,.2f}" if value >= 1 or not value else f"US$ {value:.2g}"
 
 

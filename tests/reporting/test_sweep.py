@@ -27,6 +27,7 @@ def trials(**changes: list[Any]) -> pd.DataFrame:
         "total_bytes": [100, 400, 200, 300, 10],
         "seconds": [4.0, 1.0, 2.0, 3.0, 0.1],
         "joules": [10.0, 20.0, 5.0, math.nan, 1.0],
+        "cost_usd": [0.0] * 5,
         "energy_source": ["estimated"] * 5,
     }
     return pd.DataFrame({**columns, **changes})
@@ -42,6 +43,13 @@ def test_fronts_hold_finished_trials_that_none_beats() -> None:
     assert result().fronts() == {"total_bytes": ["a", "c", "b"], "seconds": ["b"], "joules": ["c", "b"]}
     best = result(metric="rouge_l", higher_is_better=True).fronts()
     assert best == {"total_bytes": ["a", "c", "d", "b"], "seconds": ["b"], "joules": ["c", "b"]}
+
+
+def test_what_was_paid_is_shown_where_something_was() -> None:
+    assert "paid" not in render_sweep(result(), width=200)
+    shown = render_sweep(result(trials=trials(cost_usd=[0.0, 1.5, 0.0, 0.0, math.nan])), width=200)
+    assert "US$ 1.50" in shown
+    assert "nan" not in shown
 
 
 def test_effects_average_the_other_keys_out() -> None:
@@ -116,7 +124,7 @@ def test_no_number_and_no_last_column_is_cut_however_narrow_the_terminal(width: 
 
 def test_many_numbers_are_put_into_quarters() -> None:
     rates = [index / 100 for index in range(1, 21)]
-    columns = {name: [1.0] * 20 for name in ("rouge_l", "total_bytes", "seconds", "joules")}
+    columns = {name: [1.0] * 20 for name in ("rouge_l", "total_bytes", "seconds", "joules", "cost_usd")}
     table = pd.DataFrame({"trial": [f"t{i}" for i in range(20)], "rate": rates, "bits_per_byte": rates, **columns})
     effects = result(keys=("rate",), trials=table.assign(status="finished", rounds=1)).effects()
     assert effects["trials"].tolist() == [5, 5, 5, 5]

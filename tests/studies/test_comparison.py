@@ -71,6 +71,15 @@ def test_without_a_file_the_defaults_are_compared() -> None:
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
+def test_arms_may_share_models_that_only_some_of_them_have(tmp_path: Path) -> None:
+    text = """
+experiment: {clients: {models: {polly: {kind: "tests.parrots:Parrot"}}}}
+arms: {flock: {model: {name: polly}}, open: {}}
+"""
+    flock, other = (run.config for run in plan_runs(load_comparison(write(tmp_path, text)), tmp_path)[::3])
+    assert (flock.other_models, other.other_models, other.clients.models) == (("polly",), (), {})
+
+
 def test_every_default_arm_is_valid_and_only_its_own_settings_differ() -> None:
     for run in plan_runs(load_comparison(None), Path("out")):
         own = {"seed": run.seed, "name": f"{run.arm}, seed {run.seed}"}

@@ -151,6 +151,7 @@ def test_the_point_of_settings_is_the_one_they_came_from(tmp_path: Path) -> None
     assert sweep.point_of(sweep.configure({**point, "clients.mix": {"b": 2}})) is None
 
 
+PARROTS = {"polly": {"kind": "tests.parrots:Parrot"}}
 GRID = {"prompts.budget": {"grid": [6]}}
 BAD: dict[str, tuple[Any, str]] = {
     "a list": ("- 1", "holds a list"),
@@ -192,6 +193,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "nats a token of a mix": (
         {"space": GRID, "metric": "mean_nll", "experiment": {"clients": {"mix": MIX}}},
         "metric: mean_nll is in nats a token, and the tokens of a and b differ; set metric to bits_per_byte",
+    ),
+    "a loss that nobody tells": (
+        {
+            "space": GRID,
+            "metric": "bits_per_byte",
+            "experiment": {"model": {"name": "polly"}, "clients": {"models": PARROTS}},
+        },
+        "metric: bits_per_byte needs likelihoods, and no client's model tells them in some trial; set metric to",
     ),
     "nats a token over models": (
         {"space": {"model.name": {"grid": ["a", "b"]}}, "metric": "worst_nll"},
