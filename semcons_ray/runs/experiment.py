@@ -160,6 +160,8 @@ def _prepare(
     _tell_losses(of_data, observer)
     if config.algorithm.name == "centralized":
         split = pooled(split)
+    if config.evaluation.lm_eval.tasks and config.other_models:
+        observer.planned(f"evaluation.lm_eval.tasks leave out {', '.join(config.other_models)}, which is not here")
     observer.stage("finding models")
     models = find_models(config, revisions)
     config = resolve_max_length(config, models)

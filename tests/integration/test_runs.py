@@ -459,7 +459,8 @@ def test_each_architecture_is_measured_once_before_training(
 
     def overflowing(client: Client, round: int) -> Evaluation:
         found = evaluate(client, round)
-        return found if client.model.name == names[0] else msgspec.structs.replace(found, nll=(math.inf,) * 6)
+        mine = client.model.base.name == names[0]  # type: ignore[attr-defined]
+        return found if mine else msgspec.structs.replace(found, nll=(math.inf,) * 6)
 
     monkeypatch.setattr(Client, "evaluate", overflowing)
     says = f"^the base model {names[1]} has a test NLL of inf in float32: set model.dtype to bfloat16 or float32$"
