@@ -159,7 +159,7 @@ class ApiModel:
     def _nearest(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Places of the `k` examples that are nearest to each prompt, the nearest first."""
         count = min(self.options.k, len(self._pairs))
-        if not count:
+        if not count or not prompts:
             return [[] for _ in prompts]
         asked = _embedder(self.embedding_model).embed([text_of(prompt) for prompt in prompts])
         order = (asked @ self._vectors.T).argsort(dim=1, descending=True, stable=True)

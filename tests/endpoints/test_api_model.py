@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from semcons_ray.config import parse_yaml, validate_config
 from semcons_ray.endpoints import api_model
 from semcons_ray.endpoints.api_model import ApiModel
 from semcons_ray.errors import ClientError, ConfigError
 from semcons_ray.messages import Turn
 from semcons_ray.modeling.client_model import Pair, Task
 from semcons_ray.parts import build
+from semcons_ray.runs.assembly import judge_of, kinds_of
 from tests.endpoints import proxy
 from tests.endpoints.conftest import KEY, VARIABLE
 from tests.endpoints.server import MODEL, Server, completion, serving
@@ -169,6 +172,16 @@ def test_options_that_do_not_do_are_refused_by_their_keys(client, options, said)
         client(**options)
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_settings_in_the_how_to_do(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    how_to = (Path(__file__).parents[2] / "docs" / "black_box.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", how_to, re.DOTALL)
+    first, second = (validate_config(parse_yaml(block), where="docs") for block in blocks)
+    (model,) = kinds_of(first, tmp_path).values()
+    assert model.environment == ("OPENAI_API_KEY",)
+    assert judge_of(second, tmp_path)
 
 
 # Fine-tuning jobs, against the server of these tests: they have not been run against a provider's.
