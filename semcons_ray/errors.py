@@ -10,7 +10,8 @@
     │       └── StorageError     its disk is full, or takes no more for another reason
     ├── MessageError             bytes that are not a message of ours
     ├── ClientError              a client failed: says which client, round and stage
-    │   └── NotFiniteError       its loss, adapter or score is not a finite number; trying again would not help
+    │   ├── NotFiniteError       its loss, adapter or score is not a finite number; trying again would not help
+    │   └── UnansweredError      the endpoint of its model gives no answers, however often it is asked
     ├── EngineError              a generation engine broke
     └── QuorumError              too few clients answered for the round to count
 
@@ -72,6 +73,10 @@ class ClientError(SemconsError):
 
 class NotFiniteError(ClientError):
     """A number that must be finite is not: the message says which, and what setting is the likely cause."""
+
+
+class UnansweredError(ClientError):
+    """An endpoint gave no answer, after all retries; the message names the setting to change."""
 
 
 class EngineError(SemconsError):

@@ -7,6 +7,7 @@ parameters.
 
 from semcons_ray.config.base import Settings
 from semcons_ray.config.documents import dump_yaml, parse_yaml, read_yaml
+from semcons_ray.config.endpoints import EndpointConfig, JudgeConfig
 from semcons_ray.config.experiment import ExperimentConfig, is_chosen, setting_value, without_effect
 from semcons_ray.config.keys import (
     Section,
@@ -67,9 +68,11 @@ __all__ = [
     "ClientModelConfig",
     "ClientsConfig",
     "DataConfig",
+    "EndpointConfig",
     "EvaluationConfig",
     "ExperimentConfig",
     "GenerationConfig",
+    "JudgeConfig",
     "Layers",
     "LmEvalConfig",
     "LoraConfig",

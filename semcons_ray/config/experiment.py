@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from semcons_ray.config.base import Settings
+from semcons_ray.config.endpoints import JudgeConfig
 from semcons_ray.config.keys import describe_error, merge_settings, setting_keys
 from semcons_ray.config.sections import (
     DEFAULT_METRICS,
@@ -387,6 +388,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ("evaluation.lm_eval.every", "evaluation.lm_eval.limit"),
         lambda config: bool(config.evaluation.lm_eval.tasks),
         "evaluation.lm_eval.tasks",
+    ),
+    (
+        tuple(f"evaluation.judge.{name}" for name in JudgeConfig.model_fields),
+        lambda config: "judge" in config.evaluation.metrics,
+        "judge in evaluation.metrics",
     ),
     (
         ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from semcons_ray.config.base import Settings
+from semcons_ray.parts import SECRET
 
 OVERRIDES = "overrides"
 """The setting of `clients` whose value is nested settings again, by client id."""
@@ -122,6 +123,8 @@ def describe_error(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown setting '{key}'{_suggestion(key, item['input'])}"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == SECRET:
+        return f"{key}: {message}"
     return f"{key}: {message} (got {item['input']!r})" if key else message
 
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from semcons_ray.config.base import Settings
+from semcons_ray.config.endpoints import JudgeConfig
 from semcons_ray.config.keys import Section, merge_settings, typed
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import PartName, resolve
@@ -33,7 +34,7 @@ Quantization = Literal["none", "8bit", "4bit"]
 Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
 Selection = Literal["random", "stratified", "k_center"]
 
-AnswerMetricName = Literal["rouge_l", "similarity", "exact_match", "numeric_match", "chrF"]
+AnswerMetricName = Literal["rouge_l", "similarity", "exact_match", "numeric_match", "chrF", "judge"]
 MetricName = Literal["nll", "bits_per_byte"] | AnswerMetricName | Literal["multiple_choice"]
 """What models are measured by. `AnswerMetricName` has what is measured on generated answers."""
 
@@ -629,10 +630,18 @@ class EvaluationConfig(Settings):
         DEFAULT_METRICS,
         description="What models are measured by: nll and bits_per_byte of the reference answers, which are measured "
         "in any case; rouge_l, similarity (cosine of embeddings), exact_match (as SQuAD has it), numeric_match (the "
-        "last number, as for GSM8K) and chrF of the models' own answers; multiple_choice (accuracy by the likelihood "
-        "of options, and by that for their length).",
+        "last number, as for GSM8K), chrF and judge (how often evaluation.judge finds them better than the reference) "
+        "of the models' own answers; multiple_choice (accuracy by the likelihood of options, and by that for their "
+        "length).",
     )
+    judge: JudgeConfig = JudgeConfig()
     lm_eval: LmEvalConfig = LmEvalConfig()
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> EvaluationConfig:
+        if "judge" in self.metrics and not (self.judge.model and self.judge.base_url):
+            raise ValueError("metrics judge needs evaluation.judge.model and evaluation.judge.base_url")
+        return self
 
     def rounds(self, num_rounds: int) -> frozenset[int]:
         """The rounds in which models are measured; 0 is the base model."""

@@ -28,7 +28,14 @@ from semcons_ray.distributed.cluster import actor_options, passed_on
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
 from semcons_ray.distributed.worker import WorkerActor
-from semcons_ray.errors import ClientError, NotFiniteError, PlacementError, UserError, first_line
+from semcons_ray.errors import (
+    ClientError,
+    NotFiniteError,
+    PlacementError,
+    UnansweredError,
+    UserError,
+    first_line,
+)
 from semcons_ray.federation.fleet import NO_EXAMPLES, HostSpecProtocol, Reply, check_quorum, client_folder
 from semcons_ray.metering.energy import EnergyWindow
 from semcons_ray.metering.ledger import Place
@@ -201,7 +208,7 @@ class RayFleet:
                 except RayTaskError as error:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
-                    if isinstance(error.cause, NotFiniteError):  # another attempt would give the same numbers
+                    if isinstance(error.cause, NotFiniteError | UnansweredError):  # another attempt would end the same
                         lost[worker.clients.popleft()] = str(error.cause)
                         worker.refs.popleft()
                         worker.since = time.monotonic()

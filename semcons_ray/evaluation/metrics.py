@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric("exact match", exact_match),
     "numeric_match": Metric("numeric match", numeric_match),
     "chrF": Metric("chrF", chrf),
+    "judge": Metric("judged better"),
+    "judge_agreement": Metric("judge agrees with itself", setting="judge"),
     "multiple_choice": Metric("accuracy"),
     "multiple_choice_norm": Metric("accuracy, by length", setting="multiple_choice"),
 }
@@ -78,6 +80,7 @@ def score_items(
     answers: Sequence[str],
     references: Sequence[str],
     similarity: Sequence[float] = (),
+    opinions: Sequence[tuple[float, float]] = (),
     options: Sequence[Sequence[str]] = (),
     option_nll: Sequence[Sequence[float]] = (),
 ) -> pd.DataFrame:
@@ -91,6 +94,7 @@ def score_items(
         answers: Answers to the first items, (A,).
         references: Reference answers, (N,).
         similarity: Cosine of each answer to its reference, (A,); empty if it isn't asked for.
+        opinions: The judge's score of each answer, and whether both orders agreed, (A,); empty if it isn't asked for.
         options: Options of each item, (N,); empty if they are not scored.
         option_nll: NLL (nats) of each of them.
 
@@ -103,6 +107,7 @@ def score_items(
     likelihood = {"nats": nll, "num_tokens": num_tokens, "num_bytes": num_bytes}
     table = pd.DataFrame({"item": range(count)} | {key: values or math.nan for key, values in likelihood.items()})
     given = {"similarity": similarity}
+    given["judge"], given["judge_agreement"] = ([one[place] for one in opinions] for place in (0, 1))
     if option_nll:
         given["multiple_choice"] = _accuracy(options, option_nll, references, lambda option: 1)
         given["multiple_choice_norm"] = _accuracy(options, option_nll, references, len)

@@ -287,3 +287,4 @@ class Client:
             work.tokens += task.tokens
             work.cost_usd += task.cost_usd
             work.waited_seconds += task.waited_seconds
+            work.note = work.note or task.note

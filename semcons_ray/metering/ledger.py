@@ -62,6 +62,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         energy_source: Whether `energy_joules` is measured, estimated or unavailable.
         gpus: UUIDs of the GPUs on which it was done; see `Place`.
         cost_usd: What was paid for it, in US dollars; 0 for work of one's own machines.
+        note: What else is to be known of it, such as a cap that kept some of it from being done.
     """
 
     round: int
@@ -78,6 +79,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     energy_source: EnergySource = "unavailable"
     gpus: str = ""
     cost_usd: float = 0.0
+    note: str = ""
 
 
 class Work:
@@ -88,7 +90,7 @@ class Work:
     """
 
     __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "cost_usd", "downlink_bytes",
-                 "tokens", "uplink_bytes", "waited_seconds")  # fmt: skip
+                 "note", "tokens", "uplink_bytes", "waited_seconds")  # fmt: skip
 
     def __init__(self, ledger: Ledger, stage: Stage, round: int, client_id: int) -> None:
         self._ledger = ledger
@@ -99,6 +101,7 @@ class Work:
         self.uplink_bytes = 0
         self.downlink_bytes = 0
         self.cost_usd = 0.0
+        self.note = ""
         self.waited_seconds = 0.0
 
     def __enter__(self) -> Work:
@@ -125,6 +128,7 @@ class Work:
                 downlink_bytes=self.downlink_bytes,
                 gpus=self._ledger.gpus,
                 cost_usd=self.cost_usd,
+                note=self.note,
             )
         )
 

@@ -72,6 +72,7 @@ class Task:
         adjust: What an algorithm that exchanges weights does to their gradients before each step.
         tokens: Told by the model: tokens that it read and wrote.
         cost_usd: Told by the model: what was paid for it, in US dollars.
+        note: Told by the model: what else is to be known of it, for the ledger.
         waited_seconds: Told by the model: time in which another process worked that has ledger rows of its own.
         loss: Told by a model that trains: mean loss in nats a token.
     """
@@ -89,6 +90,7 @@ class Task:
     adjust: Callable[[Any], None] | None = None
     tokens: int = field(default=0, compare=False)
     cost_usd: float = field(default=0.0, compare=False)
+    note: str = field(default="", compare=False)
     waited_seconds: float = field(default=0.0, compare=False)
     loss: float | None = field(default=None, compare=False)
 

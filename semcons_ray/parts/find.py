@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from semcons_ray.errors import ConfigError, first_line
 from semcons_ray.parts.table import BUILT_IN, GROUPS, PROTOCOLS, Kind
+
+SECRET = "secret"
+"""Kind of a pydantic error whose value may be a key or a password, and is never shown."""
 
 NOTHING: Mapping[str, Any] = {}
 
@@ -69,7 +72,8 @@ def build(
     Args:
         kind: What it is for.
         name: See `resolve`.
-        options: Values for parameters of the class or function, converted to their annotated types.
+        options: Values for parameters of the class or function, converted to their annotated types; if a class has a
+            parameter `options` that is a model of pydantic's, values for its fields.
         setting: The setting that has the options, for messages.
         offered: Further values for a class, of which it gets those that it has parameters for.
 
@@ -87,7 +91,10 @@ def build(
     if unknown := [key for key in options if key not in settable and not takes_any]:
         has = f"it has {', '.join(sorted(settable))}" if settable else "it has none"
         raise ConfigError(f"{setting}: {name} has no option {', '.join(map(str, unknown))}; {has}")
-    values = {key: _typed(part, key, value, f"{setting}.{key}") for key, value in options.items()}
+    if gathered := _gathered(part):
+        values: dict[str, Any] = {"options": _validated(gathered, options, setting)}
+    else:
+        values = {key: _typed(part, key, value, f"{setting}.{key}") for key, value in options.items()}
     if not inspect.isclass(part):
         return functools.update_wrapper(functools.partial(part, **values), part) if values else part
     values = {key: value for key, value in offered.items() if key in parameters or takes_any} | values
@@ -111,12 +118,30 @@ def options_of(kind: Kind, name: str, offered: Mapping[str, Any] = NOTHING) -> d
 
 def _optional(kind: Kind, part: Any) -> dict[str, inspect.Parameter]:
     """Parameters of a class, or those of a function that its Protocol does not fill."""
+    if gathered := _gathered(part):
+        return dict(inspect.signature(gathered).parameters)
     parameters = dict(inspect.signature(part).parameters)
     if not inspect.isclass(part):
         for taken in [*parameters][: len(_names(_load(PROTOCOLS[kind]).__call__)) - 1]:
             del parameters[taken]
     spread = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return {key: parameter for key, parameter in parameters.items() if parameter.kind not in spread}
+
+
+def _gathered(part: Any) -> type[BaseModel] | None:
+    """The class of a part's parameter `options`, where that is a model of pydantic's: its fields are the options."""
+    kind = _hints(part).get("options") if inspect.isclass(part) else None
+    return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
+
+
+def _validated(kind: type[BaseModel], options: Mapping[str, Any], setting: str) -> BaseModel:
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        told = error.errors()[0]
+        key = ".".join(map(str, (setting, *told["loc"])))
+        got = "" if told["type"] in (SECRET, "missing", "value_error") else f" (got {told['input']!r})"
+        raise ConfigError(f"{key}: {told['msg'].removeprefix('Value error, ')}{got}") from None
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:
@@ -126,18 +151,26 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 def _typed(part: Any, key: str, value: Any, setting: str) -> Any:
     """A value converted to the type with which the part's parameter is annotated, if it is and the type is known."""
+    hints = _hints(part)
+    if key not in hints:
+        return value
     try:
-        hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
         adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:  # a type that brings settings of its own
         adapter = TypeAdapter(hints[key])
-    except (KeyError, NameError):  # not annotated, or with a name that only type checkers see
-        return value
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
         told = error.errors()[0]
         raise ConfigError(f"{setting}: {told['msg']} (got {told['input']!r})") from error
+
+
+def _hints(part: Any) -> dict[str, Any]:
+    """Types of a part's parameters; none if one has a name that only type checkers see."""
+    try:
+        return typing.get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
+    except NameError:
+        return {}
 
 
 def _load(path: str) -> Any:

@@ -173,7 +173,7 @@ def read_ledger(folder: Path) -> pd.DataFrame:
     Raises:
         RunFolderError: See `read_table`.
     """
-    return read_table(folder / "ledger.parquet", columns_of(LedgerRow), added={"cost_usd": 0.0})
+    return read_table(folder / "ledger.parquet", columns_of(LedgerRow), added={"cost_usd": 0.0, "note": ""})
 
 
 def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -205,7 +205,7 @@ def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> 
 
 
 def read_table(
-    path: Path, columns: Mapping[str, str], *, others: str = "", added: Mapping[str, float] = {}
+    path: Path, columns: Mapping[str, str], *, others: str = "", added: Mapping[str, float | str] = {}
 ) -> pd.DataFrame:
     """Read columns of a parquet file and convert them to the given types.
 

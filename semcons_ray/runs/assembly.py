@@ -44,6 +44,7 @@ from semcons_ray.distributed.placement import (
 )
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
+from semcons_ray.endpoints.judge import JUDGE, Judge
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.evaluation.scores import numeric_match
@@ -115,7 +116,7 @@ class Placement:
         here = [worker for worker in self.workers if not worker.elsewhere]
         processes = [(worker, worker.ranks) for worker in here] + [(engine, 1) for engine in self.engines]
         elsewhere: dict[str, Draw | None] = {worker.name: None for worker in self.workers if worker.elsewhere}
-        return elsewhere | {
+        return elsewhere | {JUDGE: None} | {
             plan.name: estimate_draw(count * plan.threads, count * plan.gpus, gpu_watts[plan.node_id])
             for plan, count in processes
         } | {"server": estimate_draw(threads, self.server.gpus, self.server.gpu_watts)}
@@ -353,6 +354,21 @@ def check_test_set(evaluation: EvaluationConfig, test: Sequence[Example]) -> Non
             f"evaluation.metrics numeric_match needs references with numbers, and none of the first {len(answered)} of "
             "the test set has one; leave numeric_match out"
         )
+
+
+def judge_of(config: ExperimentConfig, state: Path) -> Judge | None:
+    """The judge of answers, if it is asked for.
+
+    Args:
+        config: The settings.
+        state: The folder of the run's state, in one of which its verdicts are kept.
+
+    Raises:
+        ConfigError: Its key is missing.
+    """
+    if "judge" not in config.evaluation.metrics:
+        return None
+    return Judge(config.evaluation.judge, state / "judge", this_place(uses_gpu=False).node)
 
 
 def harness_of(config: ExperimentConfig) -> Harness:

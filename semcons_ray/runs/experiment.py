@@ -19,6 +19,7 @@ from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.placement import Node, describe_plan
+from semcons_ray.endpoints.judge import Judge
 from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.metrics import OWN_METRICS, metrics_of, score_items, value
 from semcons_ray.federation.algorithms import build_algorithm
@@ -39,6 +40,7 @@ from semcons_ray.runs.assembly import (
     engines,
     find_models,
     harness_of,
+    judge_of,
     kinds_of,
     parts,
     pin_revisions,
@@ -121,7 +123,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         ):
             _write_placement(folder, placement, fleet, alone)
             folder.drop_adapters()
-            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observers, alone)
+            judge = judge_of(config, folder.state)
+            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observers, alone, judge)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
@@ -149,6 +152,7 @@ def _prepare(
     Returns:
         The settings with `model.max_length` resolved, the split, and folders and commits of models by name.
     """
+    judge_of(config, folder.state)  # which needs a key
     kinds_of(config, folder.state)  # refuses what cannot be made
     observer.stage("reading data")
     revisions = pin_revisions(config, folder.revisions())
@@ -235,6 +239,7 @@ class Rounds:
     server: ServerProtocol
     observer: Observer
     alone: bool
+    judge: Judge | None = None
 
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
         """Run a round; returns its commit, and the server's state for the next round.
@@ -370,6 +375,7 @@ class Rounds:
         wanted, test = self.placement.config.evaluation.metrics, self.split.test
         references = [example.response for example in test]
         answered = references[: len(measured.answers)]
+        prompts = [example.prompt for example in test[: len(measured.answers)]]
         return score_items(
             wanted,
             nll=measured.nll,
@@ -378,6 +384,7 @@ class Rounds:
             answers=measured.answers,
             references=references,
             similarity=self.server.similarity(round, measured.answers, answered) if "similarity" in wanted else (),
+            opinions=self.judge.compare(round, prompts, measured.answers, answered) if self.judge else (),
             options=[example.options for example in test],
             option_nll=measured.option_nll,
         )
@@ -387,7 +394,7 @@ class Rounds:
     ) -> list[LedgerRow]:
         rows = [row for reply in outcome.replies for row in reply.rows]
         rows += [*outcome.rows, *own_rows, *(outcome.verdict.rows if outcome.verdict else ())]
-        rows += self.server.take_rows()
+        rows += [*self.server.take_rows(), *(self.judge.take_rows() if self.judge else ())]
         rows += idle_rows(rows, round, started_at, ended_at, self.fleet.workers)
         return apportion(rows, self._windows(), self.placement.draws)
 

@@ -9,6 +9,7 @@
     state/round_NNN.msgpack the commit of a round: if it is there, the round is done; if not, it is run (again)
     state/server_NNN        the server's state after a round; of the last two rounds
     state/client_NNN/       clients' states (see federation/store.py); own/ is their models', if those keep something
+    state/judge/            what the judge of answers said
     state/TRACKER.json      the run of a tracker that goes on after a resume, and the last round that was sent to it
     ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
     consensus/round_NNN.parquet                       every answer to every prompt, and which was elected

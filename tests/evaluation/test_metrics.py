@@ -24,7 +24,7 @@ def test_every_name_of_the_settings_is_a_metric_and_the_other_way_round() -> Non
     names = {name for kind in get_args(MetricName) for name in ([kind] if isinstance(kind, str) else get_args(kind))}
     assert {metric.setting or key for key, metric in METRICS.items()} == names
     scored = {key for key, metric in METRICS.items() if metric.score is not None}
-    assert scored | {"similarity"} == set(get_args(AnswerMetricName))
+    assert scored | {"similarity", "judge"} == set(get_args(AnswerMetricName))
     assert metrics_of(DEFAULT_METRICS) == list(DEFAULT_METRICS)
 
 
