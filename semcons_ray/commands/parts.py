@@ -56,7 +56,7 @@ def _described(kind: Kind, name: str) -> tuple[str, str]:
     """The options of a part and the first line of its docstring; in its place, what is wrong with it."""
     try:
         part, options = resolve(kind, name), options_of(kind, name)
-    except ConfigError as error:
+    except (ConfigError, ImportError) as error:
         return "", f"cannot be used: {error}"
     said = inspect.getdoc(part) if inspect.isclass(part) or inspect.isroutine(part) else getattr(part, "label", "")
     return ", ".join(map(_option, options.values())), (said or "").partition("\n")[0]

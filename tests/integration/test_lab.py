@@ -135,3 +135,24 @@ def test_a_sweep_tries_its_options(lab: Path, tiny_config: MakeConfig, tmp_path:
     assert trials["status"].tolist() == ["finished"] * 2
     assert trials["lab_words_off"].is_monotonic_increasing
     assert set(trials["algorithm.rule_options.temperature"]) == {0.02, 1000}
+
+
+def test_its_client_answers_votes_and_is_measured_beside_models(
+    lab: Path, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = tiny_config(num_rounds=2)
+    clients = {"models": {"parrot": {"kind": "lab_parrot"}}, "mix": {config.model.name: 2, "parrot": 1}}
+    path = write(tmp_path, config, clients=clients, evaluation=MEASURED)
+    semcons(lab, tmp_path, "run", path, "--out", "run")
+    data = pd.read_parquet(tmp_path / "run" / "data.parquet")
+    heard = data[(data["role"] == "private") & (data["client_id"] == 2)]
+    votes = pd.read_parquet(tmp_path / "run" / "consensus" / "round_001.parquet")
+    public = data.loc[data["role"] == "public", "prompt"].tolist()
+    shared = [[len({*asked.split()} & {*known.split()}) for known in heard["prompt"]] for asked in public]
+    by_hand = [heard["response"].iloc[row.index(max(row))] for row in shared]
+    assert votes.loc[votes["client_id"] == 2].sort_values("prompt_id")["answer"].tolist() == by_hand
+    metrics = pd.read_parquet(tmp_path / "run" / "metrics.parquet")
+    last = metrics[metrics["round"] == 2].set_index("client_id")
+    assert last["model"].tolist() == [config.model.name] * 2 + ["parrot"]
+    assert last["nll"].isna().tolist() == [False, False, True]
+    assert last["lab_words_off"].notna().all()

@@ -233,7 +233,8 @@ def test_a_finished_run_is_shown_without_its_parts_and_not_resumed_with_others(
     forget(own)
     text = render_result(read_run(tmp_path / "run"), 140)
     assert f"\n{own}:vowels " in text  # what it is called is not known any more
-    write_report(tmp_path / "run")
+    said = write_report(tmp_path / "run").read_text()
+    assert f"They do as {own}:Algorithm (quiet 1) says; where it elects answers, by {own}:Rule." in said
     with pytest.raises(Exception, match=f"cannot import {own}"):
         load_config(tmp_path / "run" / "config.yaml")
     assert main(["report", str(tmp_path / "run")]) == 0

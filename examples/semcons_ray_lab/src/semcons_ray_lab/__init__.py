@@ -1,1 +1,1 @@
-"""Parts for semcons_ray: a rule, an algorithm and a metric, each in a file of its own."""
+"""Parts for semcons_ray: a rule, an algorithm, a metric and a kind of client, each in a file of its own."""
