@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from semcons_ray import __version__
-from semcons_ray.config import describe_settings, load_config, parse_setting
+from semcons_ray.config import Within, describe_settings, is_option, load_config, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
-    from semcons_ray.commands import cost, init, schema
+    from semcons_ray.commands import cost, init, parts, schema
 
     parser = _Parser(
         prog="semcons",
@@ -194,6 +194,9 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
 
     sub = command("schema", schema.run, "Print the JSON Schema of YAML files, by which editors complete them.")
     schema.add_arguments(sub)
+
+    sub = command("parts", parts.run, "List what settings can name: algorithms, rules, metrics and others.")
+    parts.add_arguments(sub)
 
     command("doctor", _doctor, "Check what this machine has, what works on it, and what to do about the rest.")
 
@@ -427,8 +430,8 @@ def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         value = parse_setting(key, text)
         *parents, last = key.split(".")
         place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
+        for depth, parent in enumerate(parents, start=1):
+            place = place.setdefault(parent, Within() if is_option(key) and depth == len(parents) else {})
             if not isinstance(place, dict):
                 raise ConfigError(f"--{key}: {parent} was given a value itself")
         place[last] = value

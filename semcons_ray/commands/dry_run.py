@@ -21,6 +21,7 @@ from semcons_ray.commands.forecast import Forecast, Load, Speed
 from semcons_ray.commands.progress import Progress
 from semcons_ray.config import ExperimentConfig, changed_settings, dump_yaml
 from semcons_ray.metering.units import format_quantity
+from semcons_ray.parts import BUILT_IN
 from semcons_ray.reporting.tables import format_seconds
 from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.assembly import LARGE_PARAMETERS, cluster
@@ -35,6 +36,12 @@ LISTED_ROUNDS = 10
 ESTIMATED = (
     "The rest is estimated: answers as long as the data's own, up to generation.max_new_tokens, a pseudo-label for "
     "each prompt, weights not compressed, nobody left out. Tokens trained and scored include those of prompts."
+)
+
+
+OWN = (
+    "An algorithm of your own is taken to send answers as semantic_consensus does if it says forms_consensus, weights "
+    "as fedavg_lora does if it says averages_weights, and else nothing."
 )
 
 
@@ -70,6 +77,8 @@ def run(config: ExperimentConfig) -> None:
     console.print(f"\nExact: {format_quantity(forecast.prompt_bytes, 'B')} of public prompts for a client. {ESTIMATED}")
     if others := ", ".join(forecast.config.other_models):
         console.print(f"Tokens, time and cost of {others} are not known here.")
+    if config.algorithm.name not in BUILT_IN["algorithm"]:
+        console.print(OWN)
     console.print(_duration([forecast], speed))
 
 

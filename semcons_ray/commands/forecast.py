@@ -2,7 +2,9 @@
 
 Who takes part in which round and the bytes of public prompts are exact. The rest is estimated: answers are taken to be
 as long as the responses of the private data, cut at `generation.max_new_tokens`, every prompt to give a pseudo-label,
-and weights not to be compressed. Tokens are those of models that are here.
+and weights not to be compressed. Tokens are those of models that are here. An algorithm of one's own is taken to send
+what its class variables say: answers as semantic consensus does (`forms_consensus`), adapters as FedAvg does
+(`averages_weights`), or nothing.
 """
 
 from __future__ import annotations
@@ -155,6 +157,7 @@ class Forecast:
             for name, most in set(kinds)
         }
         self._lengths = [found[kind] for kind in kinds]
+        self._adapters: dict[str, tuple[float, float]] = {}
         self.parameters = {name: count_parameters(folder) for name, folder in plan.models.items()}
         cohort = Cohort(self.config.clients.num_clients, self.config.clients.participation, self.config.seed)
         alone = self.config.algorithm.name == "centralized"
@@ -232,18 +235,16 @@ class Forecast:
         message = PseudoLabels(round_number=1, prompt_ids=ids, responses=self._likely_answers)
         return len(message.encode(self.config.algorithm.compression))
 
-    @cached_property
-    def _adapter_bytes(self) -> tuple[float, float]:
-        """Bytes of an adapter as it is sent: for each unit of its rank, and of modules that are trained whole."""
+    def _adapter_bytes(self, name: str) -> tuple[float, float]:
+        """Bytes of a model's adapter as it is sent: for each unit of its rank, and of modules trained whole."""
         import torch
         from transformers import AutoModelForCausalLM
 
         from semcons_ray.modeling.lora import attach_adapter
         from semcons_ray.modeling.model_folder import read_config
 
-        ((name, folder),) = self.plan.models.items()  # averaging needs one architecture
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(read_config(folder))
+            base = AutoModelForCausalLM.from_config(read_config(self.plan.models[name]))
         algorithm, lora = self.config.algorithm, self.config.model.lora
         sent = "lora_B" if algorithm.name == "ffa_lora" else "lora_"
         tensors = attach_adapter(base, lora, name).named_parameters()
@@ -253,8 +254,11 @@ class Forecast:
         whole = sum(value.numel() for key, value in trained if "lora_" not in key)
         return float(each * factors / lora.rank), float(each * whole)
 
-    def _weight_bytes(self, rank: int) -> float:
-        of_rank, whole = self._adapter_bytes
+    def _weight_bytes(self, client: int, rank: int) -> float:
+        name = self.models[client]
+        if name not in self._adapters:
+            self._adapters[name] = self._adapter_bytes(name)
+        of_rank, whole = self._adapters[name]
         return of_rank * rank + whole
 
     def _base(self) -> dict[int, Load]:
@@ -318,9 +322,9 @@ class Forecast:
             up += self._answer_bytes * self._generation_of[client].num_samples if self._sends_answers(round) else 0
             down += self._label_bytes if self._learns(round) else len(NO_LABELS.encode(algorithm.compression))
         if self._sends_weights(round):
-            up += self._weight_bytes(self._ranks[client])
+            up += self._weight_bytes(client, self._ranks[client])
             if algorithm.name != "one_shot_fedavg_lora" and round > 1:
-                down += self._weight_bytes(self._received_rank(client, round))
+                down += self._weight_bytes(client, self._received_rank(client, round))
         if algorithm.learns_prompts and not any(client in self.participants[before] for before in range(1, round)):
             down += self.prompt_bytes
         return Load(uplink_bytes=up, downlink_bytes=down)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from semcons_ray.config import ExperimentConfig, Settings, setting_keys
+from semcons_ray.config import ExperimentConfig, Settings, is_option, setting_keys
 
 Schema = dict[str, Any]
 
@@ -61,7 +62,12 @@ def build_schema(kind: str) -> Schema:
         axis = keys["space"].pop("additionalProperties")
         dotted = {key: axis for key in setting_keys() if key != "name"}
         nested = {key: {"type": "object"} for key in experiment["properties"] if key not in {"name", *dotted}}
-        keys["space"] |= {"properties": dotted | nested, "additionalProperties": False}
+        options = "|".join(re.escape(key) for key in setting_keys() if is_option(f"{key}.x"))
+        keys["space"] |= {
+            "properties": dotted | nested,
+            "patternProperties": {f"^({options})\\.\\w+$": axis},
+            "additionalProperties": False,
+        }
     return study | {"$defs": definitions}
 
 

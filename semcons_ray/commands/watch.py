@@ -24,7 +24,7 @@ def watch(path: Path) -> int:
         UserError: It is no run folder, or one that is damaged.
     """
     folder = RunFolder(path)
-    num_rounds = folder.read_config().num_rounds
+    num_rounds = folder.stored_config().num_rounds
     console = Console(highlight=False, markup=False)
     commits: list[Commit] = []
     with console.status("") as status:

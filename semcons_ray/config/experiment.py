@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
@@ -16,7 +16,6 @@ from semcons_ray.config.sections import (
     OWN_SECTIONS,
     POLYNOMIAL_END,
     AlgorithmConfig,
-    AnswerMetricName,
     ClientsConfig,
     DataConfig,
     EnergyConfig,
@@ -30,8 +29,10 @@ from semcons_ray.config.sections import (
     ShardingConfig,
     TrackingConfig,
     TrainingConfig,
+    takes_options,
 )
-from semcons_ray.parts import BUILT_IN, STORED, resolve
+from semcons_ray.errors import ConfigError
+from semcons_ray.parts import BUILT_IN, STORED, Kind, PartName, check_options, part_names, resolve
 
 
 class ExperimentConfig(Settings):
@@ -66,6 +67,7 @@ class ExperimentConfig(Settings):
         for key, needs in without_effect(self):
             if not has_setting(shared, key.split(".")):
                 raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
+        self._check_options()
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
         # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
         if self.algorithm.elects and self.algorithm.min_votes > max(per_round, DEFAULT_MIN_VOTES):
@@ -82,11 +84,12 @@ class ExperimentConfig(Settings):
                 f"training.learning_rate is {self.training.learning_rate}; training.lr_scheduler_type polynomial needs "
                 f"one over {POLYNOMIAL_END}, at which it ends"
             )
-        on_answers = set(get_args(AnswerMetricName)).intersection(self.evaluation.metrics)
-        if not self.evaluation.num_answers and on_answers and self.evaluation.metrics != DEFAULT_METRICS:
-            raise ValueError(
-                f"evaluation.metrics {', '.join(sorted(on_answers))} needs answers, and evaluation.num_answers is 0"
-            )
+        if not self.evaluation.num_answers and self.evaluation.metrics != DEFAULT_METRICS:
+            on_answers = [name for name in self.evaluation.metrics if _is_of_answers(name)]
+            if on_answers:
+                raise ValueError(
+                    f"evaluation.metrics {', '.join(on_answers)} needs answers, and evaluation.num_answers is 0"
+                )
         if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
             raise ValueError(
                 f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
@@ -141,6 +144,36 @@ class ExperimentConfig(Settings):
                         f"clients.overrides.{client}.{key} has no effect: client {client} has {models[client]} of "
                         "clients.models, which is not trained here"
                     )
+
+    def _check_options(self) -> None:
+        """Check the options of parts, without making them; those of built-in parts are checked if they are given."""
+        metrics, trackers = self.evaluation.metric_options, self.tracking.options
+        for setting, given, used, where in (
+            ("evaluation.metric_options", metrics, self.evaluation.metrics, "evaluation.metrics"),
+            ("tracking.options", trackers, (*self.tracking.report_to, "tensorboard"), "tracking.report_to"),
+        ):
+            if unused := [name for name in given if name not in used]:
+                raise ValueError(f"{setting} has options of {', '.join(unused)}, and {where} does not name it")
+        algorithm, data, prompts, server = self.algorithm, self.data, self.prompts, self.server
+        named: list[tuple[Kind, str | None, dict[str, Any], str]] = [
+            ("algorithm", algorithm.name, algorithm.options, "algorithm.options"),
+            ("rule", algorithm.rule if algorithm.forms_consensus else None, algorithm.rule_options,
+             "algorithm.rule_options"),
+            ("partition", data.partition, data.partition_options, "data.partition_options"),
+            ("reader", data.reader, data.reader_options, "data.reader_options"),
+            ("selection", prompts.selection, prompts.selection_options, "prompts.selection_options"),
+            ("embedder", server.embedder, server.embedder_options, "server.embedder_options"),
+            *(("metric", name, metrics.get(name, {}), f"evaluation.metric_options.{name}")
+              for name in self.evaluation.metrics),
+            *(("tracker", name, trackers.get(name, {}), f"tracking.options.{name}")
+              for name in self.tracking.report_to),
+        ]  # fmt: skip
+        for kind, name, options, setting in named:
+            if name and (name not in BUILT_IN[kind] or (options and takes_options(kind, name))):
+                try:
+                    check_options(kind, name, options, setting)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
 
     def _check_own_keys(self, client: int, own: dict[str, dict[str, Any]]) -> None:
         """Check that there is the client, and each setting that it has of its own."""
@@ -273,6 +306,11 @@ def _laid_over(section: Settings, values: dict[str, Any]) -> Settings:
     return type(section).model_validate(merge_settings(section.model_dump(), values))
 
 
+def _is_of_answers(metric: str) -> bool:
+    """Whether a metric is measured on generated answers."""
+    return bool(getattr(resolve("metric", metric), "of_answers", True))
+
+
 def _name_is(*names: str) -> Callable[[ExperimentConfig], bool]:
     return lambda config: config.algorithm.name in names
 
@@ -303,13 +341,39 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     (("algorithm.rule",), lambda config: config.algorithm.forms_consensus, "algorithm.name semantic_consensus"),
     (
         ("algorithm.rule_options",),
-        lambda config: config.algorithm.elects and config.algorithm.rule not in BUILT_IN["rule"],
-        "an algorithm.rule that is not built in",
+        lambda config: config.algorithm.forms_consensus and takes_options("rule", config.algorithm.rule),
+        "an algorithm.rule that has options which are no settings of their own",
     ),
     (
         ("algorithm.options",),
-        lambda config: config.algorithm.name not in BUILT_IN["algorithm"],
-        "an algorithm.name that is not built in",
+        lambda config: takes_options("algorithm", config.algorithm.name),
+        "an algorithm.name that has options which are no settings of their own",
+    ),
+    (
+        ("data.partition_options",),
+        lambda config: takes_options("partition", config.data.partition),
+        "a data.partition that has options which are no settings of their own",
+    ),
+    (
+        ("prompts.selection_options",),
+        lambda config: takes_options("selection", config.prompts.selection),
+        "a prompts.selection that has options",
+    ),
+    (
+        ("server.embedder_options",),
+        lambda config: takes_options("embedder", config.server.embedder),
+        "a server.embedder that has options which are no settings of their own",
+    ),
+    (
+        ("server.embedding_model", "server.embedding_batch_size"),
+        lambda config: config.server.model is not None,
+        "server.embedder sentence_transformers",
+    ),
+    (("data.reader_options",), lambda config: config.data.reader is not None, "data.reader"),
+    (
+        ("data.subset", "data.revision", "data.test_subset"),
+        lambda config: config.data.reader is None,
+        "data.reader to be left out, which takes a source and a split alone",
     ),
     (
         ("algorithm.agreement_threshold", "algorithm.min_votes"),
@@ -409,15 +473,26 @@ def without_effect(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     each with what it would need."""
     for keys, matters, needs in _EFFECTS:
         for key in keys:
-            if not matters(config) and setting_value(config, key) != setting_value(DEFAULTS, key):
+            if setting_value(config, key) != setting_value(DEFAULTS, key) and not matters(config):
                 yield key, needs
     for client, own in config.clients.overrides.items():
         mine = config.of_client(client)
         for keys, matters, needs in _EFFECTS:
-            if not matters(mine):
-                yield from (
-                    (f"clients.overrides.{client}.{key}", needs) for key in keys if has_setting(own, key.split("."))
-                )
+            given = [key for key in keys if has_setting(own, key.split("."))]
+            if given and not matters(mine):
+                yield from ((f"clients.overrides.{client}.{key}", needs) for key in given)
+
+
+def named_parts(settings: Settings) -> Iterator[tuple[Kind, str]]:
+    """Kind and name of each part that settings name."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        for inner in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(inner, Settings):
+                yield from named_parts(inner)
+        for part in [*field.metadata, *part_names(field.annotation)]:
+            if isinstance(part, PartName):
+                yield from ((part.kind, one) for one in ([value] if isinstance(value, str) else value or ()))
 
 
 DEFAULTS = ExperimentConfig.model_construct()
@@ -427,7 +502,7 @@ def setting_value(config: ExperimentConfig, key: str) -> Any:
     """The value of a setting, by its dotted key."""
     value: Any = config
     for part in key.split("."):
-        value = value[int(part) if part.isdecimal() else part] if isinstance(value, dict) else getattr(value, part)
+        value = value.get(int(part) if part.isdecimal() else part) if isinstance(value, dict) else getattr(value, part)
     return value
 
 

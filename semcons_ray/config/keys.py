@@ -13,6 +13,14 @@ from pydantic.fields import FieldInfo
 from semcons_ray.config.base import Settings
 from semcons_ray.parts import SECRET
 
+OPTIONS = dict[str, Any]
+"""The type of a setting with options of a part."""
+
+
+class Within(dict[str, Any]):
+    """Options that are laid over those that are there, as a dotted key gives them, and do not replace all of them."""
+
+
 OVERRIDES = "overrides"
 """The setting of `clients` whose value is nested settings again, by client id."""
 
@@ -33,6 +41,12 @@ def find_setting(key: str) -> FieldInfo | None:
             return None
         fields = kind.model_fields
     return fields.get(last)
+
+
+def is_option(key: str) -> bool:
+    """Whether a dotted key leads to an option of a part, as algorithm.rule_options.temperature."""
+    field = find_setting(key.rpartition(".")[0])
+    return field is not None and field.annotation == OPTIONS
 
 
 def typed(key: str, value: Any) -> Any:
@@ -70,7 +84,8 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any], within: type[Sett
     """A copy of nested settings in which those of `over` replace those of `base`.
 
     Sections are merged, those of single clients as well, and one without settings changes nothing. A mapping that is
-    the value of one setting, as of `clients.mix`, is replaced as a whole: it could not be emptied otherwise.
+    the value of one setting, as of `clients.mix`, is replaced as a whole, as it could not be emptied otherwise; but see
+    `Within`.
 
     Args:
         base: Settings.
@@ -84,6 +99,8 @@ def merge_settings(base: dict[str, Any], over: dict[str, Any], within: type[Sett
             result[key] = merge_settings(old, value or {}, section)
         elif key == OVERRIDES and isinstance(old, dict) and isinstance(value, dict):
             result[key] = _merge_overrides(old, value)
+        elif isinstance(value, Within) and isinstance(old, dict):
+            result[key] = type(old)({**old, **value})
         else:
             result[key] = value
     return result
@@ -108,6 +125,8 @@ def without_settings(
             result[key] = value
         elif section and isinstance(value, dict) and isinstance(other, dict):
             result[key] = without_settings(value, other, section)
+        elif isinstance(other, Within) and isinstance(value, dict):
+            result[key] = {name: inner for name, inner in value.items() if name not in other}
     return result
 
 

@@ -18,19 +18,29 @@ from semcons_ray.config.experiment import DEFAULTS, ExperimentConfig, has_settin
 from semcons_ray.config.keys import describe_error, find_setting, merge_settings, place_of
 from semcons_ray.config.sections import UNIONS
 from semcons_ray.errors import ConfigError
-from semcons_ray.parts import PartName
+from semcons_ray.parts import STORED, PartName, part_names
 
 Paths = Path | Sequence[Path] | None
 """YAML files, each of which is laid over those before it; None: no file, so that everything has its default."""
 
 
-def load_config(paths: Paths, overrides: dict[str, Any] | None = None) -> ExperimentConfig:
+def load_config(
+    paths: Paths, overrides: dict[str, Any] | None = None, *, stored: bool = False
+) -> ExperimentConfig:
     """Read YAML files, and lay nested `overrides` over them.
+
+    Args:
+        paths: The files.
+        overrides: Nested settings.
+        stored: Whether the settings are of a run that is only looked at: they fitted together when it began, and the
+            parts that they name need not be there any more.
 
     Raises:
         ConfigError: A file is missing or not YAML, or a key or value is refused; the line names the file and the key.
     """
     layers = Layers.read(paths, overrides)
+    if stored:
+        return _validated(layers.merged(), layers.where, {STORED: True})
     return validate_config(layers.merged(), where=layers.where)
 
 
@@ -135,8 +145,12 @@ def _without(config: ExperimentConfig, key: str) -> dict[int, Any]:
 
 def validate_shared(values: dict[str, Any], *, where: Where, shared: dict[str, Any] | None = None) -> ExperimentConfig:
     """The same as `validate_config`, but shared settings without effect keep their values."""
+    return _validated(values, where, {"shared": shared or {}})
+
+
+def _validated(values: dict[str, Any], where: Where, context: dict[str, Any]) -> ExperimentConfig:
     try:
-        return ExperimentConfig.model_validate(values, context={"shared": shared or {}})
+        return ExperimentConfig.model_validate(values, context=context)
     except ValidationError as error:
         raise refusal(error, where) from error
 
@@ -173,9 +187,9 @@ def _describe_field(lines: list[str], name: str, field: FieldInfo, parents: tupl
             _describe_field(lines, key, inner, (*parents, name), as_yaml)
         return
     text = dump_yaml(default, in_a_line=True).removesuffix("...\n").strip()
-    allowed = [name for part in field.metadata if isinstance(part, PartName) for name in part.choices()]
-    allowed = allowed or _choices(field.annotation)
-    choices = f"One of: {', '.join(allowed)}." if allowed else ""
+    own = [part for part in field.metadata if isinstance(part, PartName)] or part_names(field.annotation)
+    allowed = [name for part in own for name in part.choices()] or _choices(field.annotation)
+    choices = f"One of: {', '.join(allowed)}{', or module:object' if own else ''}." if allowed else ""
     help_text = " ".join(filter(None, [field.description, choices]))
     if as_yaml:
         lines += [f"{indent}# {help_text}"] if help_text else []

@@ -17,9 +17,9 @@ from pydantic import (
 
 from semcons_ray.config.base import Settings
 from semcons_ray.config.endpoints import JudgeConfig
-from semcons_ray.config.keys import Section, merge_settings, typed
+from semcons_ray.config.keys import OPTIONS, Section, merge_settings, typed
 from semcons_ray.errors import ConfigError
-from semcons_ray.parts import PartName, resolve
+from semcons_ray.parts import Kind, PartName, options_of, resolve
 
 RuleName = Annotated[str, PartName("rule")]
 """A consensus rule. Of the built-in ones those from random_client on are controls: `reference` takes the data's own
@@ -31,14 +31,33 @@ AlgorithmName = Annotated[str, PartName("algorithm")]
 ClientKind = Annotated[str, PartName("client")]
 
 Quantization = Literal["none", "8bit", "4bit"]
-Partition = Literal["iid", "dirichlet", "category", "quantity", "natural"]
-Selection = Literal["random", "stratified", "k_center"]
-
-AnswerMetricName = Literal["rouge_l", "similarity", "exact_match", "numeric_match", "chrF", "judge"]
-MetricName = Literal["nll", "bits_per_byte"] | AnswerMetricName | Literal["multiple_choice"]
-"""What models are measured by. `AnswerMetricName` has what is measured on generated answers."""
+MetricName = Annotated[str, PartName("metric")]
 
 DEFAULT_METRICS: tuple[MetricName, ...] = ("nll", "bits_per_byte", "rouge_l", "similarity")
+
+Options = OPTIONS
+"""Options of a part, see `parts.build`."""
+
+OptionsByName = Annotated[dict[str, Options], BeforeValidator(lambda value: {} if value is None else value)]
+"""The same for several parts, by their names."""
+
+_SETTINGS: dict[Kind, dict[str, dict[str, str]]] = {
+    "algorithm": {"fedprox": {"mu": "proximal_mu"}},
+    "rule": {
+        "plurality": {"min_cosine": "plurality_similarity"},
+        "trimmed": {"trim": "trim"},
+        "multi_krum": {"num_byzantine": "num_byzantine"},
+    },
+    "partition": {"dirichlet": {"alpha": "dirichlet_alpha"}, "quantity": {"alpha": "dirichlet_alpha"}},
+    "embedder": {"sentence_transformers": {"name": "embedding_model", "batch_size": "embedding_batch_size"}},
+}
+"""Options of built-in parts that are settings of their own, by the names of the options: settings of the same
+section."""
+
+
+def takes_options(kind: Kind, name: str) -> bool:
+    """Whether a part has options that are no settings of their own."""
+    return bool(options_of(kind, name).keys() - _SETTINGS.get(kind, {}).get(name, {}).keys())
 
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
@@ -81,7 +100,7 @@ def is_pattern(source: str) -> bool:
 
 def _data_path(source: str) -> str:
     is_path = f"{source}/".startswith(LOCAL_PATH) or is_pattern(source) or Path(source).exists()
-    return _absolute(source) if is_path else source
+    return _absolute(source) if is_path and "://" not in source else source
 
 
 ModelName = Annotated[str, AfterValidator(_model_path)]
@@ -102,6 +121,11 @@ Part = Literal["prompt", "response", "context", "messages", "system", "history",
 """What a column of data can hold."""
 
 Columns = Annotated[dict[Part, str | None], BeforeValidator(lambda columns: {} if columns is None else columns)]
+
+def _options_of(section: Settings, kind: Kind, name: str, given: Options) -> Options:
+    settings = _SETTINGS[kind].get(name, {})
+    return {**{option: getattr(section, setting) for option, setting in settings.items()}, **given}
+
 
 OWN_SECTIONS = ("training", "generation")
 """Sections of which a client may have settings of its own."""
@@ -147,6 +171,12 @@ class DataConfig(Settings):
     revision: str | None = Field(
         None, description="Branch, tag or commit to read of a hub data set; the same as org/name@revision."
     )
+    reader: Annotated[str, PartName("reader")] | None = Field(
+        None,
+        description="What reads data.source and data.test_source, where they are of no kind that is known here: "
+        "module:object, called with the source and the split, gives rows. null: it goes by the source's name.",
+    )
+    reader_options: Options = Field(default_factory=dict, description="Options of data.reader.")
     columns: Columns = Field(
         default_factory=dict,
         description="What columns hold, where their names don't tell, as {prompt: problem, response: solution}. Parts: "
@@ -181,11 +211,14 @@ class DataConfig(Settings):
     max_response_chars: int = Field(
         400, ge=1, description="Examples whose response has more characters are left out, and counted in the report."
     )
-    partition: Partition = Field(
+    partition: Annotated[str, PartName("partition")] = Field(
         "dirichlet",
         description="How private data differs between clients. iid: not at all; dirichlet: each client draws its own "
         "mix of categories; category: each has categories of its own; quantity: clients differ in number of examples; "
         "natural: each has the data of one client_id, or one of several files.",
+    )
+    partition_options: Options = Field(
+        default_factory=dict, description="Options of a partition of your own, as {least: 3}."
     )
     dirichlet_alpha: float = Field(
         0.5,
@@ -198,6 +231,11 @@ class DataConfig(Settings):
     def source_at_revision(self) -> str:
         """`source`, with `revision` if that is set."""
         return f"{self.source}@{self.revision}" if self.revision else self.source
+
+    @property
+    def options_of_partition(self) -> Options:
+        """Options of the partition: for some of the built-in ones they are settings of their own."""
+        return _options_of(self, "partition", self.partition, self.partition_options)
 
     @model_validator(mode="after")
     def _revision_is_of_the_hub(self) -> DataConfig:
@@ -225,10 +263,13 @@ class PromptsConfig(Settings):
     columns: Columns = Field(
         default_factory=dict, description="What the columns of prompts.source hold; written as data.columns."
     )
-    selection: Selection = Field(
+    selection: Annotated[str, PartName("selection")] = Field(
         "stratified",
         description="How they are chosen: at random, evenly over categories, or spread out in embedding space "
         "(k-center).",
+    )
+    selection_options: Options = Field(
+        default_factory=dict, description="Options of a selection of your own, as {most_words: 20}."
     )
 
 
@@ -455,18 +496,11 @@ class AlgorithmConfig(Settings):
     """The federated algorithm: what clients and server do in a round."""
 
     name: AlgorithmName = Field(
-        "semantic_consensus", description="Semantic consensus, a baseline, or module:object for one of your own."
+        "semantic_consensus", description="Semantic consensus, or a baseline."
     )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of an algorithm of your own, as {beta: 0.9}."
-    )
-    rule: RuleName = Field(
-        "medoid",
-        description="How the server elects one answer for each prompt; module:object for a rule of your own.",
-    )
-    rule_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of a rule of your own, as {temperature: 0.1}."
-    )
+    options: Options = Field(default_factory=dict, description="Options of the algorithm, as {beta: 0.9}.")
+    rule: RuleName = Field("medoid", description="How the server elects one answer for each prompt.")
+    rule_options: Options = Field(default_factory=dict, description="Options of the rule, as {temperature: 0.1}.")
     agreement_threshold: float | None = Field(
         None,
         ge=-1,
@@ -535,19 +569,14 @@ class AlgorithmConfig(Settings):
         return MOVING_AVERAGE if self.any_models else 0.0
 
     @property
-    def options_of_algorithm(self) -> dict[str, Any]:
+    def options_of_algorithm(self) -> Options:
         """Options of the algorithm: for some of the built-in ones they are settings of their own."""
-        return {"mu": self.proximal_mu} if self.name == "fedprox" else self.options
+        return _options_of(self, "algorithm", self.name, self.options)
 
     @property
-    def options_of_rule(self) -> dict[str, Any]:
+    def options_of_rule(self) -> Options:
         """The same for the rule."""
-        own: dict[str, dict[str, Any]] = {
-            "plurality": {"min_cosine": self.plurality_similarity},
-            "trimmed": {"trim": self.trim},
-            "multi_krum": {"num_byzantine": self.num_byzantine},
-        }
-        return own.get(self.rule, self.rule_options)
+        return _options_of(self, "rule", self.rule, self.rule_options)
 
     def is_so(self, trait: str) -> bool:
         """What the algorithm says of itself; see `federation.algorithms`."""
@@ -582,6 +611,12 @@ class AlgorithmConfig(Settings):
 class ServerConfig(Settings):
     """The server's sentence-embedding model."""
 
+    embedder: Annotated[str, PartName("embedder")] = Field(
+        "sentence_transformers", description="What turns answers into vectors."
+    )
+    embedder_options: Options = Field(
+        default_factory=dict, description="Options of an embedder of your own, as {dimension: 64}."
+    )
     embedding_model: ModelName = Field(
         "packaged:all-minilm-l6-v2",
         description="A sentence-transformers model: a hub id (org/name or org/name@revision), a local path, or "
@@ -591,6 +626,16 @@ class ServerConfig(Settings):
     embed: Literal["answer", "prompt_and_answer"] = Field(
         "answer", description="Whether answers are embedded alone or together with their prompts."
     )
+
+    @property
+    def options_of_embedder(self) -> Options:
+        """Options of the embedder: for the built-in one they are settings of their own."""
+        return _options_of(self, "embedder", self.embedder, self.embedder_options)
+
+    @property
+    def model(self) -> str | None:
+        """Name of the sentence-transformers model; None for an embedder of one's own."""
+        return self.embedding_model if self.embedder == "sentence_transformers" else None
 
 
 def _task(name: str) -> str:
@@ -633,6 +678,9 @@ class EvaluationConfig(Settings):
         "last number, as for GSM8K), chrF and judge (how often evaluation.judge finds them better than the reference) "
         "of the models' own answers; multiple_choice (accuracy by the likelihood of options, and by that for their "
         "length).",
+    )
+    metric_options: OptionsByName = Field(
+        default_factory=dict, description="Options of metrics of your own, by their names, as {lab:length: {most: 9}}."
     )
     judge: JudgeConfig = JudgeConfig()
     lm_eval: LmEvalConfig = LmEvalConfig()
@@ -717,10 +765,13 @@ def _listed(value: Any) -> Any:
 class TrackingConfig(Settings):
     """Where a run can be watched as it goes on, besides TensorBoard, whose files are in its folder."""
 
-    report_to: Annotated[tuple[Literal["wandb", "mlflow", "trackio"], ...], BeforeValidator(_listed)] = Field(
+    report_to: Annotated[tuple[Annotated[str, PartName("tracker")], ...], BeforeValidator(_listed)] = Field(
         (),
-        description="Trackers that are sent each round's numbers, as [wandb, mlflow]: wandb, mlflow or trackio. Their "
-        "own environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI, hold.",
+        description="Trackers that are sent each round's numbers, as [wandb, mlflow]; tensorboard always is. Their own "
+        "environment variables, such as WANDB_PROJECT or MLFLOW_TRACKING_URI, hold.",
+    )
+    options: OptionsByName = Field(
+        default_factory=dict, description="Options of trackers of your own, by their names, as {lab:csv: {digits: 3}}."
     )
 
 

@@ -150,7 +150,7 @@ def form_consensus(
             priority=priority[here],
             block_bytes=chunk_bytes,
         )
-        scores = score(ballots).where(mask[here], -torch.inf)
+        scores = _checked(score(ballots), mask[here], election.rule)
         winner[here] = rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
 
     # The agreement of a client with itself is undefined; it was a number so far because rules need a score.
@@ -160,6 +160,21 @@ def form_consensus(
     if election.threshold is not None:
         abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
     return Consensus(winner, agreement, similarity, abstained)
+
+
+def _checked(scores: Tensor, present: Tensor, rule: str) -> Tensor:
+    """Scores of a rule, -inf where an answer is missing.
+
+    Raises:
+        ConfigError: They are no scores of these answers.
+    """
+    if not isinstance(scores, Tensor) or scores.shape != present.shape:
+        found = _describe(scores) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(f"algorithm.rule {rule} gives {found}, not scores of shape {tuple(present.shape)}")
+    scores = scores.where(present, -torch.inf)
+    if bool(scores.isnan().any()):
+        raise ConfigError(f"algorithm.rule {rule} gives scores that are no numbers (NaN)")
+    return scores
 
 
 def _shares(mask: Tensor, voters: Tensor) -> Tensor:

@@ -3,91 +3,167 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semcons_ray.config import Partition
-from semcons_ray.errors import DataError
+from semcons_ray.data.examples import Example
+from semcons_ray.errors import ConfigError, DataError
+from semcons_ray.parts import build
 
 Indices = NDArray[np.int64]
 
+OF_EQUAL_SUM = frozenset({"iid", "dirichlet", "category", "quantity"})
+"""Partitions that give clients `data.examples_per_client` on average, so that it is known before how many they take."""
+
+
+class Partition(Protocol):
+    """How private data is divided: a function, or a class whose objects can be called as one.
+
+    Parameters of the class, or of the function besides these, are its options.
+    """
+
+    def __call__(
+        self, examples: Sequence[Example], num_clients: int, examples_per_client: int, random: np.random.SeedSequence
+    ) -> Sequence[Sequence[int] | Indices]:
+        """Places in `examples` of each client's, C sequences; no place may be there twice, and no client have none.
+
+        Args:
+            examples: All that may be given out, shuffled. What no client gets is left for public prompts.
+            num_clients: Number of clients C.
+            examples_per_client: As it is set; a partition may take it for a mean or for the most.
+            random: Seed of all draws.
+        """
+        ...
+
 
 def private_shares(
-    order: Indices,
-    category: Indices,
-    names: Sequence[str],
+    examples: Sequence[Example],
     *,
-    owners: Sequence[str] = (),
     num_clients: int,
     examples_per_client: int,
-    partition: Partition,
-    dirichlet_alpha: float,
+    partition: str,
+    options: Mapping[str, Any],
     random: np.random.SeedSequence,
 ) -> list[Indices]:
-    """Indices of each client's examples, C arrays, each in the order of `order`; no two of them overlap.
-
-    - `iid`: each client gets the next `examples_per_client`.
-    - `dirichlet`: each client draws a category mix q ~ Dir(alpha K p) for K categories with shares p, then
-      `examples_per_client` categories from q, and gets that category's next example for each. A category that has run
-      out is dropped and q renormalised; when all categories of q have run out, the client draws from what is left. This
-      is Hsu et al. (arXiv:1909.06335), whose concentration is alpha K here: for equally frequent categories it is the
-      usual Dir(alpha, ..., alpha).
-    - `category`: each client gets categories of its own, and equally many examples of each while they last. Categories
-      are dealt out in turn, the largest first. If there are more clients than categories, clients share categories, but
-      no examples.
-    - `quantity`: as `iid`, but clients' numbers of examples are in proportion to a draw from Dir(alpha, ..., alpha).
-      Each client has at least one example, and the mean is `examples_per_client`.
-    - `natural`: each client gets the next `examples_per_client` of one owner, or as many as that has. Where there are
-      more owners than clients, they are drawn, and more clients add to those that are drawn. Clients are numbered in
-      the order of their owners' names.
+    """Places in `examples` of each client's, C arrays; no two of them overlap. See `Partition` for arguments.
 
     Args:
-        order: Shuffled indices to take from; at least `num_clients * examples_per_client`, but for `natural`.
-        category: Category of every example, as a position in `names`.
-        names: Names of the categories, for messages.
-        owners: Owner of every example, "" if it has none; for `natural` only.
-        num_clients: Number of clients C.
-        examples_per_client: Examples of each client.
-        partition: One of the above.
-        dirichlet_alpha: Concentration; the smaller, the more clients differ.
-        random: Seed of the draws.
+        partition: Its name.
+        options: Its options.
 
     Raises:
-        DataError: The partition goes by category but there is only one, a client's categories hold too few examples, or
-            there are fewer owners than clients.
+        ConfigError: It refuses its options, or what it returned is no partition.
+        DataError: There are too few examples, categories or owners.
+    """
+    divide: Partition = build("partition", partition, options, setting="data.partition_options")
+    found = divide(examples, num_clients, examples_per_client, random)
+    try:
+        shares = [np.asarray(share, dtype=np.int64).reshape(-1) for share in found]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.partition {partition} gave no lists of places in the examples: {error}") from error
+    taken = np.concatenate([np.empty(0, np.int64), *shares])
+    if len(shares) != num_clients or not all(map(len, shares)):
+        sizes = ", ".join(str(len(share)) for share in shares)
+        raise ConfigError(f"data.partition {partition} gave ({sizes}) examples, not some to each of {num_clients}")
+    if len(np.unique(taken)) < len(taken) or taken.min() < 0 or taken.max() >= len(examples):
+        raise ConfigError(
+            f"data.partition {partition} gave an example twice, or one that is none of 0 to {len(examples) - 1}"
+        )
+    return shares
+
+
+def iid(
+    examples: Sequence[Example], num_clients: int, examples_per_client: int, random: np.random.SeedSequence
+) -> list[Indices]:
+    """Each client gets the next `examples_per_client`."""
+    return np.split(np.arange(num_clients * examples_per_client), num_clients)
+
+
+def quantity(
+    examples: Sequence[Example],
+    num_clients: int,
+    examples_per_client: int,
+    random: np.random.SeedSequence,
+    *,
+    alpha: float = 0.5,
+) -> list[Indices]:
+    """As `iid`, but clients' numbers of examples are in proportion to a draw from Dir(alpha, ..., alpha).
+
+    Each client has at least one example, and the mean is `examples_per_client`.
     """
     total = num_clients * examples_per_client
-    if partition == "iid":
-        return np.split(order[:total], num_clients)
-    if partition == "quantity":
-        parts = np.random.default_rng(random).dirichlet(np.full(num_clients, dirichlet_alpha))
-        sizes = 1 + _largest_remainder(parts * (total - num_clients))
-        return np.split(order[:total], np.cumsum(sizes)[:-1])
-    if partition == "natural":
-        held = np.array([owners[index] for index in order], dtype=object)
-        return [order[held == owner][:examples_per_client] for owner in _drawn_owners(held, num_clients, random)]
-    if partition == "dirichlet" or partition == "category":
-        keys = category[order]
-        present, left = np.unique(keys, return_counts=True)
-        if len(present) < 2:
-            raise DataError(
-                f"data.partition {partition} needs two or more categories, and data.source has {len(present)}: "
-                "give it a category column, or set data.partition to iid or quantity"
-            )
-        pools = np.split(np.argsort(keys, kind="stable"), np.cumsum(left)[:-1])
-        if partition == "dirichlet":
-            counts = _dirichlet_counts(left, num_clients, examples_per_client, dirichlet_alpha, random)
-        else:
-            counts = _category_counts(left, num_clients, examples_per_client, [names[key] for key in present])
-        starts = np.cumsum(counts, axis=0) - counts
-        return [
-            order[np.sort(np.concatenate([pool[s : s + c] for pool, s, c in zip(pools, start, count, strict=True)]))]
-            for start, count in zip(starts, counts, strict=True)
-        ]
-    assert_never(partition)
+    parts = np.random.default_rng(random).dirichlet(np.full(num_clients, alpha))
+    sizes = 1 + _largest_remainder(parts * (total - num_clients))
+    return np.split(np.arange(total), np.cumsum(sizes)[:-1])
+
+
+def natural(
+    examples: Sequence[Example], num_clients: int, examples_per_client: int, random: np.random.SeedSequence
+) -> list[Indices]:
+    """Each client gets the next `examples_per_client` of one owner, or as many as that has.
+
+    Where there are more owners than clients, they are drawn, and more clients add to those that are drawn. Clients are
+    numbered in the order of their owners' names.
+    """
+    held = np.array([example.owner for example in examples], dtype=object)
+    owners = _drawn_owners(held, num_clients, random)
+    return [np.flatnonzero(held == owner)[:examples_per_client] for owner in owners]
+
+
+def dirichlet(
+    examples: Sequence[Example],
+    num_clients: int,
+    examples_per_client: int,
+    random: np.random.SeedSequence,
+    *,
+    alpha: float = 0.5,
+) -> list[Indices]:
+    """Each client draws a category mix q ~ Dir(alpha K p) for K categories with shares p, then `examples_per_client`
+    categories from q, and gets that category's next example for each.
+
+    A category that has run out is dropped and q renormalised; when all categories of q have run out, the client draws
+    from what is left. This is Hsu et al. (arXiv:1909.06335), whose concentration is alpha K here: for equally frequent
+    categories it is the usual Dir(alpha, ..., alpha). The smaller alpha, the more clients differ.
+    """
+    keys, _ = _categories(examples, "dirichlet")
+    return _dealt(keys, _dirichlet_counts(np.bincount(keys), num_clients, examples_per_client, alpha, random))
+
+
+def by_category(
+    examples: Sequence[Example], num_clients: int, examples_per_client: int, random: np.random.SeedSequence
+) -> list[Indices]:
+    """Each client gets categories of its own, and equally many examples of each while they last.
+
+    Categories are dealt out in turn, the largest first. If there are more clients than categories, clients share
+    categories, but no examples.
+    """
+    keys, names = _categories(examples, "category")
+    return _dealt(keys, _category_counts(np.bincount(keys), num_clients, examples_per_client, names))
+
+
+def _categories(examples: Sequence[Example], partition: str) -> tuple[Indices, list[str]]:
+    """The category of each example, as a place in the sorted names of all there are."""
+    names = sorted({example.category for example in examples})
+    if len(names) < 2:
+        raise DataError(
+            f"data.partition {partition} needs two or more categories, and data.source has {len(names)}: "
+            "give it a category column, or set data.partition to iid or quantity"
+        )
+    code = {name: place for place, name in enumerate(names)}
+    return np.array([code[example.category] for example in examples]), names
+
+
+def _dealt(keys: Indices, counts: Indices) -> list[Indices]:
+    """The places of each client's examples in their order, where `counts`, (C, K), says how many of each category."""
+    pools = np.split(np.argsort(keys, kind="stable"), np.cumsum(np.bincount(keys))[:-1])
+    starts = np.cumsum(counts, axis=0) - counts
+    return [
+        np.sort(np.concatenate([pool[s : s + c] for pool, s, c in zip(pools, start, count, strict=True)]))
+        for start, count in zip(starts, counts, strict=True)
+    ]
 
 
 def _drawn_owners(held: NDArray[np.object_], num_clients: int, random: np.random.SeedSequence) -> list[str]:

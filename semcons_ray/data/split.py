@@ -27,7 +27,7 @@ from torch import Tensor
 
 from semcons_ray.config import DataConfig, PromptsConfig
 from semcons_ray.data.examples import DataSet, Example
-from semcons_ray.data.partition import private_shares
+from semcons_ray.data.partition import OF_EQUAL_SUM, private_shares
 from semcons_ray.data.selection import order_prompts, proportional
 from semcons_ray.errors import DataError, RunFolderError, first_line, writing
 from semcons_ray.messages import Turn, text_of
@@ -90,18 +90,19 @@ def divide(
         prompts: The number of public prompts and their selection; see `selection.order_prompts`.
         num_clients: Number of clients C.
         seed: Seed of every draw.
-        embed: Gives embeddings (N, D) of N texts; called for selection `k_center` only.
+        embed: Gives embeddings (N, D) of N texts; called by selections that go by them.
         test: What the test set is taken from; None: `source`.
         public: What public prompts are taken from; None: `source`.
 
     Raises:
         DataError: There are too few examples, or too few categories or owners for the partition.
+        ConfigError: The partition or the selection refuses its options, or returns what is none.
     """
     budget = {f"prompts.budget {prompts.budget}": prompts.budget}
     tests = {f"data.num_test {data.num_test}": data.num_test}
     size = data.examples_per_client
     shares = {f"{num_clients} clients x data.examples_per_client {size}": num_clients * size}
-    if data.partition == "natural":  # of which each owner has as many as it has
+    if data.partition not in OF_EQUAL_SUM:
         shares = {}
     _check_enough(source, ({} if public else budget) | ({} if test else tests) | shares)
     if test:
@@ -117,32 +118,31 @@ def divide(
         others = _Coded.of(test.examples)
         offered = _shuffled(others, seed, _TEST)
         tested = others.chosen(proportional(offered, others.category)[: data.num_test])
-    private = private_shares(
-        order,
-        examples.category,
-        examples.names,
-        owners=[example.owner for example in source.examples],
+    places = private_shares(
+        examples.chosen(order),
         num_clients=num_clients,
         examples_per_client=data.examples_per_client,
         partition=data.partition,
-        dirichlet_alpha=data.dirichlet_alpha,
+        options=data.options_of_partition,
         random=np.random.SeedSequence(seed, spawn_key=(_PARTITION,)),
     )
+    private = [order[share] for share in places]
     candidates, asked = _without(order, np.concatenate(private))[::-1], examples
     if public is not None:
         asked = _Coded.of(public.examples)
         candidates = _shuffled(asked, seed, _PUBLIC)
     if len(candidates) < prompts.budget:
         raise DataError(
-            f"prompts.budget is {prompts.budget}, and data.partition natural leaves {len(candidates)} of "
+            f"prompts.budget is {prompts.budget}, and data.partition {data.partition} leaves {len(candidates)} of "
             f"{len(source.examples)} examples; lower data.examples_per_client, or set prompts.source"
         )
+    offered_prompts = asked.chosen(candidates)
     chosen = order_prompts(
-        candidates,
-        asked.category,
+        offered_prompts,
         budget=prompts.budget,
         selection=prompts.selection,
-        embed=lambda indices: embed([text_of(example.prompt) for example in asked.chosen(indices)]),
+        options=prompts.selection_options,
+        embed=embed,
     )
     sizes = [_num_held_out(len(share), data.client_test_fraction) for share in private]
     trained = [examples.chosen(share[: len(share) - size]) for share, size in zip(private, sizes, strict=True)]
@@ -152,7 +152,7 @@ def divide(
         held_out = [_of_owner(found, share[0].owner)[: data.num_test] for share in trained]
     return DataSplit(
         private=tuple(trained),
-        public=asked.chosen(chosen),
+        public=tuple(offered_prompts[place] for place in chosen),
         test=tested,
         client_test=tuple(held_out) if any(held_out) else (),
     )
@@ -181,17 +181,15 @@ def _check_enough(source: DataSet, wanted: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True)
 class _Coded:
-    """Examples with their categories as positions in `names`."""
+    """Examples with their categories as numbers, in the order of their names."""
 
     examples: Sequence[Example]
     category: NDArray[np.int64]
-    names: list[str]
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> _Coded:
-        names = sorted({example.category for example in examples})
-        code = {name: index for index, name in enumerate(names)}
-        return cls(examples, np.array([code[example.category] for example in examples]), names)
+        code = {name: index for index, name in enumerate(sorted({example.category for example in examples}))}
+        return cls(examples, np.array([code[example.category] for example in examples]))
 
     def chosen(self, indices: NDArray[np.int64]) -> tuple[Example, ...]:
         return tuple(self.examples[index] for index in indices)

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError, first_line
 from semcons_ray.metering.environment import cpu_model, memory_limit_bytes, usable_cpus
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, Gpu, cuda_fault, list_gpus, visible_gpus
+from semcons_ray.parts import use_code
 
 CONNECT_SECONDS = 10.0
 
@@ -49,6 +51,9 @@ PASSED_ON = (
 )
 """Beginnings of the names, in either case, of environment variables that workers need: where models, data and trackers
 are, and the credentials for them."""
+
+CODE = "SEMCONS_CODE"
+"""The variable that tells an actor where the code of parts of one's own is."""
 
 
 @contextlib.contextmanager
@@ -268,11 +273,24 @@ def see_booked_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(booked)
 
 
-def passed_on(needed: Sequence[str] = ()) -> dict[str, str]:
-    """Environment variables of this process that workers need as well: those of `PASSED_ON`, and those named.
+def passed_on(needed: Sequence[str] = (), code: Path | None = None) -> dict[str, str]:
+    """Environment variables of this process that workers need as well, and where they find code.
 
     Actors get them as an argument, since Ray writes runtime environments to its logs, and some of these are secrets.
+
+    Args:
+        needed: Names of variables, besides those of `PASSED_ON`.
+        code: Folder with the code of parts of one's own, see `parts.keep_code`.
     """
-    return {
+    variables = {
         name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON) or name in needed
     }
+    return {**variables, CODE: str(code.resolve())} if code else variables
+
+
+def begin(variables: Mapping[str, str]) -> None:
+    """In an actor's process: take over what `passed_on` gave, and see no GPUs but those that the actor has booked."""
+    os.environ.update(variables)
+    if CODE in variables:
+        use_code(Path(variables[CODE]))
+    see_booked_gpus()

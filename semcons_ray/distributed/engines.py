@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from semcons_ray.distributed.cluster import actor_options, passed_on, see_booked_gpus
+from semcons_ray.distributed.cluster import actor_options, begin, passed_on
 from semcons_ray.distributed.placement import GIB, Demand, Node, describe_share, in_steps, packed
 from semcons_ray.errors import EngineError, PlacementError, first_line
 from semcons_ray.metering.gpus import this_place
@@ -137,8 +137,7 @@ class EngineActor:
     """A process that holds an engine. If it dies, Ray starts another and repeats the calls that were not answered."""
 
     def __init__(self, spec: EngineSpec, variables: Mapping[str, str]) -> None:
-        os.environ.update(variables)
-        see_booked_gpus()
+        begin(variables)
         self._spec = spec
         self._engine: VllmEngine | None = None
         self._failure: Exception | None = None

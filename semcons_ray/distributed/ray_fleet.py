@@ -57,9 +57,10 @@ class _Worker:
         since: When it began its current visit, or to wait for room, by the monotonic clock.
     """
 
-    def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol) -> None:
+    def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol, code: Path | None) -> None:
         self.plan = plan
         self.spec = spec
+        self.code = code
         self.clients: deque[int] = deque()
         self.refs: deque[ray.ObjectRef[Any]] = deque()
         self.place = Place(plan.node)
@@ -69,7 +70,7 @@ class _Worker:
 
     def start(self) -> None:
         """Start the actor and have it load."""
-        plan, variables = self.plan, passed_on(self.spec.environment)
+        plan, variables = self.plan, passed_on(self.spec.environment, self.code)
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
             self.actor = WorkerActor.options(**options).remote(variables)  # type: ignore[attr-defined]
@@ -111,6 +112,7 @@ class RayFleet:
         quorum: Share of the clients visited that must answer, 0 to 1.
         uses_gpu: Whether GPUs are metered.
         room_timeout_seconds: How long a round waits for a worker for which the cluster has no room.
+        code: Folder with the code of parts of one's own, if there is any.
 
     Raises:
         UserError: There was no room for a worker, or it could not load its model; the message says what to change.
@@ -127,8 +129,9 @@ class RayFleet:
         quorum: float,
         uses_gpu: bool,
         room_timeout_seconds: float = 300.0,
+        code: Path | None = None,
     ) -> None:
-        self._workers = {plan.name: _Worker(plan, spec) for plan, spec in zip(plans, specs, strict=True)}
+        self._workers = {plan.name: _Worker(plan, spec, code) for plan, spec in zip(plans, specs, strict=True)}
         self._worker_of = {client: worker for worker in self._workers.values() for client in worker.plan.clients}
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +32,7 @@ class RayServer:
         timeout_seconds: If a call takes longer, the server is taken for dead.
         max_restarts: How often it is replaced during a call before the run fails.
         room_timeout_seconds: How long to wait for its share of a GPU, if it has one.
+        code: Folder with the code of parts of one's own, if there is any.
 
     Raises:
         PlacementError: No GPU had that share free in that time.
@@ -45,8 +47,10 @@ class RayServer:
         timeout_seconds: float,
         max_restarts: int,
         room_timeout_seconds: float = 300.0,
+        code: Path | None = None,
     ) -> None:
         self._spec = spec
+        self._code = code
         # It books no core, which would be idle: it works seldom and briefly, while clients generate.
         self._options = actor_options(node_id=node_id, threads=spec.threads, num_cpus=0, num_gpus=gpus)
         self._timeout_seconds = timeout_seconds
@@ -95,7 +99,7 @@ class RayServer:
         ray.kill(self._actor, no_restart=True)
 
     def _start(self) -> None:
-        self._actor = ServerActor.options(**self._options).remote(passed_on())  # type: ignore[attr-defined]
+        self._actor = ServerActor.options(**self._options).remote(passed_on(code=self._code))  # type: ignore[attr-defined]
         self._pending = [self._actor.load.remote(self._spec)]
         for method, arguments in self._heard:
             self._pending.append(getattr(self._actor, method).remote(*arguments))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import msgspec
 import ray
 
 from semcons_ray.data.examples import Example
-from semcons_ray.distributed.cluster import see_booked_gpus
+from semcons_ray.distributed.cluster import begin
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
@@ -33,8 +32,7 @@ class WorkerActor:
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        os.environ.update(variables)
-        see_booked_gpus()
+        begin(variables)
         self._host: Host | None = None
         self._failure: Exception | None = None
         self._meter: NodeMeter | None = None
@@ -104,8 +102,7 @@ class ServerActor:
     """A process that embeds answers and forms the consensus, with `variables` of the driver's environment."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
-        os.environ.update(variables)
-        see_booked_gpus()
+        begin(variables)
         self._server: Server | None = None
         self._failure: Exception | None = None
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import Election, form_consensus
-from semcons_ray.errors import MessageError
+from semcons_ray.consensus import NORM_TOLERANCE, Election, form_consensus
+from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
 from semcons_ray.federation.randomness import priorities
 from semcons_ray.messages import Answers, PseudoLabels, decode_uplink, naming
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow
+from semcons_ray.parts import build
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ class ServerProtocol(Protocol):
 
 
 class TextEmbedder(Protocol):
-    """Turns texts into unit vectors; equal texts give equal vectors."""
+    """Turns texts into unit vectors; equal texts give equal vectors, whatever they are embedded with.
+
+    Parameters of its class are its options, but for `device`, "cpu" or "cuda".
+    """
 
     @property
     def dimension(self) -> int:
@@ -257,17 +261,45 @@ class Server:
         """Nothing to free."""
 
 
+SAMPLES = ("sample", "A sample, of 2 sentences. The other.")
+"""Texts on which an embedder is tried when it is loaded."""
+
+
+def build_embedder(name: str, options: Mapping[str, Any], device: str) -> TextEmbedder:
+    """Load an embedder, see `parts`.
+
+    Raises:
+        ModelError: It cannot be loaded, or gives no unit vectors.
+        ConfigError: It refuses its options.
+    """
+    setting = "server.embedder_options"
+    embedder: TextEmbedder = build("embedder", name, options, setting=setting, offered={"device": device})
+    try:
+        tried = embedder.embed(SAMPLES)
+        norms = tried.float().norm(dim=1)
+        shape, wanted = tuple(tried.shape), (len(SAMPLES), embedder.dimension)
+    except SemconsError:
+        raise
+    except Exception as error:  # anybody's object may raise anything
+        raise ModelError(f"server.embedder {name} cannot embed: {type(error).__name__}: {first_line(error)}") from error
+    if shape != wanted:
+        raise ModelError(f"server.embedder {name} gives vectors of shape {shape} for 2 texts, not {wanted}")
+    if not bool(((norms - 1).abs() < NORM_TOLERANCE).all()):
+        raise ModelError(f"server.embedder {name} gives vectors of lengths {norms.tolist()}, not 1")
+    return embedder
+
+
 @dataclass(frozen=True)
 class ServerSpec:
-    """Everything a process needs to build its server; see `Server` and `Embedder` for what the fields are.
+    """Everything a process needs to build its server; see `Server` and `build_embedder` for what the fields are.
 
     Attributes:
         device: "cpu" or "cuda".
         threads: CPU threads.
     """
 
-    embedding_model: str
-    embedding_batch_size: int
+    embedder: str
+    embedder_options: Mapping[str, Any]
     device: str
     threads: int
     num_prompts: int
@@ -278,21 +310,16 @@ class ServerSpec:
     num_samples: tuple[int, ...] = ()
 
     def build(self) -> Server:
-        """Load the embedding model and make the server.
+        """Load the embedder and make the server.
 
         Raises:
-            ModelError: The embedding model cannot be found or loaded.
+            ModelError: The embedder cannot be found or loaded.
         """
-        from semcons_ray.modeling.embedding import Embedder
-        from semcons_ray.modeling.packaged import resolve_model
-
         torch.set_num_threads(self.threads)
         place = this_place(uses_gpu=self.device == "cuda")
         ledger = Ledger("server", place.node, place.gpus)
         with ledger.stage("load", round=0):
-            embedder = Embedder(
-                resolve_model(self.embedding_model), batch_size=self.embedding_batch_size, device=self.device
-            )
+            embedder = build_embedder(self.embedder, self.embedder_options, self.device)
         return Server(
             embedder,
             num_prompts=self.num_prompts,

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from semcons_ray.errors import ModelError, first_line
 from semcons_ray.modeling.device import enough_memory
+from semcons_ray.modeling.packaged import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Embedder:
     """A sentence-embedding model with a cache by text.
 
     Args:
-        name: What `resolve_model` returned: a folder or a hub id.
+        name: See `resolve_model`.
         batch_size: Rows of every batch; a batch with fewer texts is padded.
         device: A torch device.
 
@@ -53,7 +53,9 @@ class Embedder:
         self.device = torch.device(device)
         self._cache: dict[str, Tensor] = {}
         try:
-            self.model = SentenceTransformer(name, device=device)
+            from sentence_transformers import SentenceTransformer  # takes seconds
+
+            self.model = SentenceTransformer(resolve_model(name), device=device)
             self._prompt = self.model.prompts.get(self.model.default_prompt_name or "")
             longest = self.model.max_seq_length or LONGEST_LENGTH
             self._longest = LONGEST_LENGTH if math.isinf(longest) else int(longest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["algorithm", "rule", "client"]
+Kind = Literal["algorithm", "rule", "client", "partition", "selection", "metric", "embedder", "reader", "tracker"]
 """What can be named in the settings and replaced by an object of one's own."""
 
 BUILT_IN: dict[Kind, dict[str, str]] = {
@@ -41,14 +41,63 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "client": {
         "openai": "semcons_ray.endpoints.api_model:ApiModel",
     },
+    "partition": {
+        "iid": "semcons_ray.data.partition:iid",
+        "dirichlet": "semcons_ray.data.partition:dirichlet",
+        "category": "semcons_ray.data.partition:by_category",
+        "quantity": "semcons_ray.data.partition:quantity",
+        "natural": "semcons_ray.data.partition:natural",
+    },
+    "selection": {
+        "random": "semcons_ray.data.selection:first",
+        "stratified": "semcons_ray.data.selection:stratified",
+        "k_center": "semcons_ray.data.selection:k_center",
+    },
+    "metric": {
+        "nll": "semcons_ray.evaluation.metrics:NLL",
+        "bits_per_byte": "semcons_ray.evaluation.metrics:BITS_PER_BYTE",
+        "rouge_l": "semcons_ray.evaluation.metrics:ROUGE_L",
+        "similarity": "semcons_ray.evaluation.metrics:SIMILARITY",
+        "exact_match": "semcons_ray.evaluation.metrics:EXACT_MATCH",
+        "numeric_match": "semcons_ray.evaluation.metrics:NUMERIC_MATCH",
+        "chrF": "semcons_ray.evaluation.metrics:CHRF",
+        "judge": "semcons_ray.evaluation.metrics:JUDGE",
+        "multiple_choice": "semcons_ray.evaluation.metrics:MULTIPLE_CHOICE",
+    },
+    "embedder": {"sentence_transformers": "semcons_ray.modeling.embedding:Embedder"},
+    "reader": {},  # what is read without one goes by a source's name, see data.sources
+    "tracker": {
+        "tensorboard": "semcons_ray.tracking.trackers:TensorBoard",
+        "wandb": "semcons_ray.tracking.trackers:Wandb",
+        "mlflow": "semcons_ray.tracking.trackers:Mlflow",
+        "trackio": "semcons_ray.tracking.trackers:Trackio",
+    },
 }
 
 PROTOCOLS: dict[Kind, str] = {
     "algorithm": "semcons_ray.federation.fleet:Algorithm",
     "rule": "semcons_ray.consensus.rules:Rule",
     "client": "semcons_ray.modeling.client_model:ClientModel",
+    "partition": "semcons_ray.data.partition:Partition",
+    "selection": "semcons_ray.data.selection:Selection",
+    "metric": "semcons_ray.evaluation.metrics:AnswerMetric",
+    "embedder": "semcons_ray.federation.server:TextEmbedder",
+    "reader": "semcons_ray.data.sources:Reader",
+    "tracker": "semcons_ray.tracking.trackers:Tracker",
 }
 """The Protocol that parts of each kind are to fit."""
+
+OFFERED: dict[Kind, tuple[str, ...]] = {
+    **dict.fromkeys(BUILT_IN, ()),
+    "algorithm": (
+        *("cohort", "ranks", "num_rounds", "exchanges", "ema_decay", "label_weight", "self_labels", "self_training"),
+        *("dtype", "compression"),
+    ),
+    "client": ("name", "client_id", "seed", "embedding_model", "folder", "system_prompt"),
+    "embedder": ("device",),
+    "tracker": ("subject", "past"),
+}
+"""What classes of each kind get by name where they have parameters for it, and so are no options of theirs."""
 
 GROUPS: dict[Kind, str] = {kind: f"semcons_ray.{kind}s" for kind in BUILT_IN}
 """Groups of entry points by which installed packages name parts of their own."""

@@ -22,6 +22,7 @@ from semcons_ray.reporting.tables import (
     STAGES,
     columns_of,
     energy,
+    further_metrics,
     held_by_round,
     mean_by_round,
     read_items,
@@ -73,7 +74,7 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
         rounds_done = read_table(folder / "rounds.parquet", columns_of(RoundRow))
         table = costs_by_round(metrics, rounds_done, ledger).reset_index()
         models |= set(telling(metrics, "nll")["model"])
-        config = RunFolder(folder).read_config()
+        config = RunFolder(folder).stored_config()
         settings |= dict.fromkeys(config.evaluation.metrics)
         _, items[arm, seed] = read_items(folder, metrics, config.evaluation.metrics)
         items[arm, seed] = _named(items[arm, seed], folder, questions)
@@ -108,17 +109,17 @@ def costs_by_round(metrics: pd.DataFrame, rounds: pd.DataFrame, ledger: pd.DataF
 
     Returns:
         Index round; columns mean_nll and worst_nll (nats a token, mean and maximum over clients; NaN where clients have
-        several models), bits_per_byte and worst_bits_per_byte, rouge_l, similarity and train_loss (means over clients,
-        train_loss in nats a token, NaN like mean_nll); untold (clients whose models do not tell how likely they find
-        a text); and, summed from the run's beginning to the round's end, visits
-        (of clients, asked for), failed (visits that failed), uplink_bytes, downlink_bytes, total_bytes, seconds (of
-        work, over all workers), cost_usd, joules and energy_source.
+        several models), bits_per_byte and worst_bits_per_byte, rouge_l, similarity, other metrics by their keys and
+        train_loss (means over clients, train_loss in nats a token, NaN like mean_nll); untold (clients whose models do
+        not tell how likely they find a text); and, summed from the run's beginning to the round's end, visits (of
+        clients, asked for), failed (visits that failed), uplink_bytes, downlink_bytes, total_bytes, seconds (of work,
+        over all workers), cost_usd, joules and energy_source.
     """
     table = pd.DataFrame(index=pd.Index(sorted(set(metrics["round"])), name="round"))
     for loss, (mean, worst) in LOSS_COLUMNS.items():
         held = held_by_round(telling(metrics, loss), loss).fillna(math.inf)
         table[mean], table[worst] = held.mean(axis="columns"), held.max(axis="columns")
-    for metric in ("rouge_l", "similarity"):
+    for metric in ("rouge_l", "similarity", *further_metrics(metrics)):
         table[metric] = mean_by_round(metrics, metric)
     table["untold"] = metrics["client_id"].nunique() - telling(metrics, "nll")["client_id"].nunique()
     table["train_loss"] = metrics.groupby("round")["train_loss"].mean()

@@ -21,6 +21,7 @@ from semcons_ray.config import AlgorithmConfig, dump_yaml
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import split_gpus
 from semcons_ray.metering.units import format_quantity
+from semcons_ray.parts import BUILT_IN, STORED
 from semcons_ray.reporting.drawing import client_colours
 from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.intervals import INTERVALS
@@ -154,24 +155,35 @@ def describe_setting(config: Mapping[str, Any]) -> str:
         return sentence + f"Training is local only: nothing is exchanged.{own} Seed {config['seed']}."
     if algorithm["name"] == "centralized":
         return sentence + f"Training is centralised: client 0 is given all private data. Seed {config['seed']}."
+    named = _with_options(algorithm["name"], algorithm["options"])
+    if algorithm["name"] not in BUILT_IN["algorithm"]:
+        rule = _with_options(algorithm["rule"], algorithm["rule_options"])
+        return sentence + f"They do as {named} says; where it elects answers, by {rule}. Seed {config['seed']}."
     if algorithm["name"] != "semantic_consensus":
         weights = f"Adapters are exchanged in {algorithm['weight_dtype']}"
-        return sentence + f"{weights}, by the algorithm {algorithm['name']}.{own} Seed {config['seed']}."
+        return sentence + f"{weights}, by the algorithm {named}.{own} Seed {config['seed']}."
     if algorithm["rule"] == "own_answer":
         return sentence + (
             f"Each learns its own answers to {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); "
             f"nothing is exchanged. Seed {config['seed']}."
         )
-    rounds = AlgorithmConfig(**algorithm).exchanges(config["num_rounds"])
+    stored = AlgorithmConfig.model_validate(algorithm, context={STORED: True})
+    rounds = stored.exchanges(config["num_rounds"])
     begins = f"From round {rounds.start} on they" if rounds.start > 1 else "They"
     threshold = algorithm["agreement_threshold"]
     under = "" if threshold is None else f" or an agreement of {threshold:g}"
     abstains = f"and abstains under {_count(algorithm['min_votes'], 'answer')}{under}"
-    rule = algorithm["rule"].replace("_", " ")
+    rule = _with_options(algorithm["rule"].replace("_", " "), algorithm["rule_options"])
     return sentence + (
         f"{begins} answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule "
         f"the server keeps one answer to each as a pseudo-label, {abstains}. Seed {config['seed']}."
     )
+
+
+def _with_options(name: str, options: Mapping[str, Any]) -> str:
+    """The name of a part, with its options."""
+    listed = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{name} ({listed})" if listed else name
 
 
 def headlines(run: Run) -> list[dict[str, str]]:

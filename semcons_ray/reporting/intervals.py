@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from semcons_ray.evaluation.bootstrap import FloatArray, bootstrap
-from semcons_ray.evaluation.metrics import METRICS, sums
+from semcons_ray.evaluation.metrics import find_metric, sums
 
 INTERVALS = ("base", "last", "change")
 ARM_COLUMNS = (
@@ -48,7 +48,7 @@ class _Measured:
     def of(cls, items: pd.DataFrame, key: str) -> _Measured:
         """The metric `key` of a table of items, without items that have no value."""
         total, over = sums(items, key)
-        known = items[["client_id", "question"]].assign(total=METRICS[key].factor * total, over=over)[over > 0]
+        known = items[["client_id", "question"]].assign(total=find_metric(key).factor * total, over=over)[over > 0]
         wide = [known.pivot(index="question", columns="client_id", values=name) for name in ("total", "over")]
         summed, counted = (table.fillna(0).to_numpy(dtype=np.float64) for table in wide)
         return cls(summed, counted, wide[0].index.to_numpy(dtype=np.int64))
@@ -86,7 +86,7 @@ def changes(base: pd.DataFrame, last: pd.DataFrame, keys: Iterable[str]) -> pd.D
         if len(after.questions):
             change = _known("change", [after], [before])
             smallest = (change["change_high"] - change["change_low"]) / 2
-            rows[key] = {"label": METRICS[key].label, "num_items": len(after.questions), "smallest": smallest}
+            rows[key] = {"label": find_metric(key).label, "num_items": len(after.questions), "smallest": smallest}
             rows[key] |= _known("base", [before]) | _known("last", [after]) | change
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
@@ -106,14 +106,14 @@ def arm_intervals(runs: Mapping[tuple[str, int], pd.DataFrame], keys: Sequence[s
     """
     rows = []
     for key in keys:
-        with_key = {run: items for run, items in runs.items() if (METRICS[key].total or key) in items}
+        with_key = {run: items for run, items in runs.items() if (find_metric(key).total or key) in items}
         measured = {run: _Measured.of(items, key) for run, items in with_key.items()}
         for arm in dict.fromkeys(arm for arm, _ in runs):
             of_arm = {seed: one for (name, seed), one in measured.items() if name == arm and len(one.questions)}
             if not of_arm:
                 continue
             num_items = len(np.unique(np.concatenate([one.questions for one in of_arm.values()])))
-            row = {"arm": arm, "metric": key, "label": METRICS[key].label, "num_items": num_items}
+            row = {"arm": arm, "metric": key, "label": find_metric(key).label, "num_items": num_items}
             row |= _known("value", [*of_arm.values()])
             if arm != first:
                 row |= _difference((one, measured.get((first, seed))) for seed, one in of_arm.items())

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from semcons_ray.evaluation.metrics import find_metric
 from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, ORANGE, Figure, log_axis, render
 from semcons_ray.reporting.html import page_environment
@@ -38,18 +39,21 @@ from semcons_ray.reporting.terminal import print_whole
 from semcons_ray.runs.run_folder import Loss, write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
-METRICS = {
+LOSSES = {
     "bits_per_byte": "mean bits per byte",
     "worst_bits_per_byte": "bits per byte of the worst client",
     "mean_nll": "mean test NLL",
     "worst_nll": "test NLL of the worst client",
-    "rouge_l": "mean ROUGE-L",
-    "similarity": "mean similarity",
 }
 MANY = 8
 """If a key has more numbers as values than this, they are grouped into quarters."""
 DECADE = 20.0
 """A cost that varies by more than this factor is drawn on a logarithmic axis."""
+
+
+def metric_name(column: str) -> str:
+    """What a column of `comparison.costs_by_round` is called."""
+    return LOSSES.get(column) or f"mean {find_metric(column).label}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ class SweepResult:
     def shown(self) -> dict[str, str]:
         """Names of the scores in tables by column: the metric, NLL if all trials have one model, and ROUGE-L."""
         columns = (self.metric, *(["mean_nll"] if self.loss == "nll" else []), "rouge_l")
-        return {column: METRICS[column] for column in columns}
+        return {column: metric_name(column) for column in columns}
 
     @property
     def is_paid(self) -> bool:
@@ -189,7 +193,7 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
     print_whole(Console(file=stream, width=width, color_system=None), table)
     spans = sorted(result.spans().items(), key=lambda item: -item[1])
     effects = ", ".join(f"{key} {format_number(span)}" for key, span in spans if not math.isnan(span))
-    return f"{stream.getvalue()}\nbest less worst {METRICS[result.metric]} by key: {effects or '–'}"
+    return f"{stream.getvalue()}\nbest less worst {metric_name(result.metric)} by key: {effects or '–'}"
 
 
 def _failed(visits: int) -> str:
@@ -218,7 +222,7 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
         .get_template("sweep.html.j2")
         .render(
             result=result,
-            metric=METRICS[result.metric],
+            metric=metric_name(result.metric),
             style=Markup((templates / "report.css").read_text(encoding="utf-8")),
             statuses=result.trials["status"].value_counts().to_dict(),
             figures=[{"svg": Markup(figure.svg), "figure": figure} for figure in figures],
@@ -257,11 +261,11 @@ def _front_figure(result: SweepResult, finished: pd.DataFrame, cost: str, member
             log_axis(axes, "x", unit)
         axes.margins(x=0.08, y=0.1)
         axes.set_xlabel(what if logarithmic else f"{what} ({prefixed})")
-        axes.set_ylabel(METRICS[result.metric])
+        axes.set_ylabel(metric_name(result.metric))
         axes.legend(loc="best")
 
     better = "higher" if result.higher_is_better else "lower"
-    title = f"{len(members)} of {len(finished)} trials are on the front of {METRICS[result.metric]} against {what}"
+    title = f"{len(members)} of {len(finished)} trials are on the front of {metric_name(result.metric)} against {what}"
     known = " or ".join(dict.fromkeys(shown["energy_source"])) if cost == "joules" else "measured"
     caption = (
         f"A point a finished trial; {better} and further left is better. Numbers: the list below. {what.capitalize()} "
@@ -287,11 +291,11 @@ def _effect_figure(result: SweepResult, key: str, effects: pd.DataFrame) -> Figu
             axes.set_xticks(places, [_wrapped(value) for value in effects["value"]])
         axes.margins(x=0.12)
         axes.set_xlabel(key)
-        axes.set_ylabel(METRICS[result.metric])
+        axes.set_ylabel(metric_name(result.metric))
         axes.grid(False, axis="x")
 
     span = effects["mean"].max() - effects["mean"].min()
-    title = f"{key} moves the {METRICS[result.metric]} by {format_number(span)} on average"
+    title = f"{key} moves the {metric_name(result.metric)} by {format_number(span)} on average"
     caption = (
         "Dots: finished trials. Diamonds: their mean at each value, or over each quarter of many values, with other "
         "keys averaged out; bars: ± one standard deviation."

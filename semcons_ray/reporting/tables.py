@@ -27,7 +27,7 @@ from semcons_ray.data.losses import Tally
 from semcons_ray.errors import ConfigError, RunFolderError, first_line
 from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.evaluation.harness import PREFIX, STDERR
-from semcons_ray.evaluation.metrics import METRICS, OWN_METRICS, metrics_of
+from semcons_ray.evaluation.metrics import OWN_METRICS, find_metric, metrics_of
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.intervals import INTERVALS, changes
@@ -121,7 +121,7 @@ def read_run(folder: Path) -> Run:
     """
     opened = RunFolder(folder)
     try:
-        config = opened.read_config()
+        config = opened.stored_config()
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
     rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
@@ -176,6 +176,12 @@ def read_ledger(folder: Path) -> pd.DataFrame:
     return read_table(folder / "ledger.parquet", columns_of(LedgerRow), added={"cost_usd": 0.0, "note": ""})
 
 
+def further_metrics(metrics: pd.DataFrame) -> list[str]:
+    """Metrics of answers in metrics.parquet besides those that it always has, and scores in tasks of lm-eval."""
+    known = {*columns_of(MetricsRow), *OWN_METRICS}
+    return [name for name in map(str, metrics) if name not in known and not name.startswith(PREFIX)]
+
+
 def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each test item gave for the base model of each client, and for its model as last measured.
 
@@ -193,7 +199,7 @@ def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> 
     """
     columns = dict.fromkeys(("client_id", "item"), "int64")
     columns |= dict.fromkeys(("nats", "num_tokens", "num_bytes"), "float64")  # NaN where likelihood is not known
-    columns |= {key: "float64" for key in metrics_of(settings) if not METRICS[key].over}
+    columns |= {key: "float64" for key in metrics_of(settings) if not find_metric(key).over}
     last = metrics.groupby("client_id")["round"].max()
     tables = [pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in {**columns, "round": "int64"}.items()})]
     if (folder / "items").is_dir():

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from semcons_ray.config import (
-    AlgorithmConfig,
+    DEFAULT_METRICS,
     EvaluationConfig,
     ExperimentConfig,
     GenerationConfig,
@@ -47,12 +47,15 @@ from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.endpoints.judge import JUDGE, Judge
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.evaluation.harness import Harness
+from semcons_ray.evaluation.metrics import OWN_METRICS, Metric, make_metrics
 from semcons_ray.evaluation.scores import numeric_match
 from semcons_ray.federation.adapter_model import AdapterModels
+from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec, ModelsSpec
 from semcons_ray.federation.kinds import KindModels
-from semcons_ray.federation.server import ServerProtocol, ServerSpec
+from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embedder
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
@@ -65,7 +68,8 @@ from semcons_ray.modeling.model_folder import read_config, read_shapes
 from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
-from semcons_ray.runs.run_folder import RunFolder
+from semcons_ray.parts import build
+from semcons_ray.runs.run_folder import MetricsRow, RunFolder, column_names
 
 CUT = "texts cut at model.max_length"
 LENGTHS = ("model.max_length", "generation.max_new_tokens", "data.max_response_chars")
@@ -122,6 +126,39 @@ class Placement:
         } | {"server": estimate_draw(threads, self.server.gpus, self.server.gpu_watts)}
 
 
+@dataclass(frozen=True)
+class Method:
+    """What clients and server do, and what they are measured by: parts that settings name, with their options.
+
+    Attributes:
+        algorithm: The algorithm.
+        election: How an answer is elected, where the algorithm forms a consensus.
+        metrics: Metrics by key.
+    """
+
+    algorithm: Algorithm
+    election: Election
+    metrics: Mapping[str, Metric]
+
+
+def make_method(config: ExperimentConfig) -> Method:
+    """Make the parts that need no model and no data.
+
+    Raises:
+        ConfigError: One refuses its options, or a metric has the name of something else.
+    """
+    algorithm, evaluation = config.algorithm, config.evaluation
+    cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
+    metrics = make_metrics(evaluation.metrics, evaluation.metric_options)
+    if taken := metrics.keys() - {*DEFAULT_METRICS} & {*column_names(MetricsRow), *OWN_METRICS}:
+        raise ConfigError(f"evaluation.metrics: {min(taken)} is another column of metrics.parquet; use module:object")
+    return Method(
+        build_algorithm(algorithm, cohort, config.client_ranks(), config.num_rounds),
+        Election(algorithm.rule, algorithm.options_of_rule, algorithm.agreement_threshold, algorithm.min_votes),
+        metrics,
+    )
+
+
 def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
     """The commits of hub models and data, as `org/name@commit` by their names in the settings.
 
@@ -134,12 +171,17 @@ def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[st
     Raises:
         ModelError: A model cannot be found.
     """
-    models = dict.fromkeys([*config.open_models, config.server.embedding_model])
-    pinned = {name: known.get(name) or pin_model(name) for name in models}
-    sources = (config.data.source_at_revision, config.data.test_source, config.prompts.source)
-    for source in filter(None, sources):
+    pinned = {name: known.get(name) or pin_model(name) for name in _models(config)}
+    data = config.data
+    sources = [] if data.reader else [data.source_at_revision, data.test_source]
+    for source in filter(None, [*sources, config.prompts.source]):
         pinned[f"datasets/{source}"] = known.get(f"datasets/{source}") or pin_data(source)
     return {name: pin for name, pin in pinned.items() if name.removeprefix("datasets/") != pin}
+
+
+def _models(config: ExperimentConfig) -> list[str]:
+    """Names of all models that are loaded: those of clients, and the server's if it has one."""
+    return [*dict.fromkeys([*config.open_models, *filter(None, [config.server.model])])]
 
 
 def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping[str, str] = NO_REVISIONS) -> DataSplit:
@@ -159,11 +201,8 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     data = config.data
 
     def embed(texts: Sequence[str]) -> Tensor:
-        from semcons_ray.modeling.embedding import Embedder
-
-        server = config.server
-        name = revisions.get(server.embedding_model, server.embedding_model)
-        return Embedder(resolve_model(name), batch_size=server.embedding_batch_size).embed(texts)
+        name, options = _embedder(config, revisions)
+        return build_embedder(name, options, "cpu").embed(texts)
 
     sources = _load_sources(config, revisions)
     tallies = [tally for each in sources if each for tally in (each.tally, each.turns) if tally]
@@ -178,6 +217,14 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     folder.write_tallies([*tallies, *_held_out(split)])
     write_split(split, folder.data)
     return split
+
+
+def _embedder(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the server's embedder, with the commit of its model."""
+    server, options = config.server, config.server.options_of_embedder
+    if server.model:
+        options["name"] = revisions.get(server.model, server.model)
+    return server.embedder, options
 
 
 def _held_out(split: DataSplit) -> Iterator[Tally]:
@@ -195,16 +242,17 @@ def _load_sources(
     """Private data, and test set and public prompts if they come from elsewhere; prompts of the test set are left out
     of the others."""
     data, prompts = config.data, config.prompts
+    reader = build("reader", data.reader, data.reader_options, setting="data.reader_options") if data.reader else None
 
     def load(name: str, **options: Any) -> DataSet:
         pinned = revisions.get(f"datasets/{name}", name)
         return load_examples(pinned, max_response_chars=data.max_response_chars, **options)
 
     test = public = None
-    own = {"subset": data.subset, "columns": data.columns}
+    own = {"subset": data.subset, "columns": data.columns, "reader": reader}
     if data.test_source:
-        others = {"subset": data.test_subset, "columns": data.columns, "setting": "data.test_source"}
-        split = data.test_split or ("train" if is_files(data.test_source) else "test")
+        others = {**own, "subset": data.test_subset, "setting": "data.test_source"}
+        split = data.test_split or ("train" if is_files(data.test_source) and not reader else "test")
         test = load(data.test_source, split=split, **others)
     elif data.test_split:
         test = load(data.source_at_revision, split=data.test_split, **own)
@@ -231,8 +279,7 @@ def find_models(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVI
             large model.
     """
     check_quantization(config.model.quantization)
-    names = dict.fromkeys([*config.open_models, config.server.embedding_model])
-    folders = {name: Path(resolve_model(revisions.get(name, name))) for name in names}
+    folders = {name: Path(resolve_model(revisions.get(name, name))) for name in _models(config)}
     found = {name: folders[name] for name in config.open_models}
     _check_lengths(config, found)
     return found
@@ -588,31 +635,32 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
 
 @contextlib.contextmanager
 def parts(
-    placement: Placement, split: DataSplit, algorithm: Algorithm, state: Path, serving: Mapping[str, Engine]
+    placement: Placement, split: DataSplit, method: Method, folder: RunFolder, serving: Mapping[str, Engine]
 ) -> Iterator[tuple[Fleet, ServerProtocol]]:
     """The fleet and the server, stopped at the end of the block.
 
     Args:
         placement: Where they run.
         split: Who holds which examples.
-        algorithm: What clients and server do.
-        state: Folder of clients' states.
+        method: What clients and server do.
+        folder: The run's folder.
         serving: Generation engines by model name.
 
     Raises:
         UserError: There is no room for a worker, or a model cannot be loaded; the message says what to change.
         ClientError: A worker died while it was loading.
     """
-    config = placement.config
+    config, algorithm = placement.config, method.algorithm
     resources, failures = config.resources, config.failures
     uses_gpu = resources.device == "cuda"
+    embedder, embedder_options = _embedder(config, placement.revisions)
     server_spec = ServerSpec(
-        embedding_model=placement.pinned(config.server.embedding_model),
-        embedding_batch_size=config.server.embedding_batch_size,
+        embedder=embedder,
+        embedder_options=embedder_options,
         device="cuda" if placement.server.gpus else "cpu",
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
-        election=_election(config.algorithm),
+        election=method.election,
         prompts=tuple(text_of(example.prompt) for example in split.public) if config.server.embed != "answer" else (),
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
@@ -622,12 +670,13 @@ def parts(
     if algorithm.uses_public_prompts:
         message = PublicPrompts(prompts=tuple(example.prompt for example in split.public))
         public_prompts = message.encode(config.algorithm.compression)
-    shared = mark(state)
-    kinds = kinds_of(config, state, placement.revisions)
+    shared = mark(folder.state)
+    code = folder.code if folder.code.is_dir() else None
+    kinds = kinds_of(config, folder.state, placement.revisions)
     specs = []
     for worker in placement.workers:
         models = kinds.get(worker.model) or _models_spec(placement, worker, serving.get(worker.model))
-        specs.append(_host_spec(placement, worker, split, public_prompts, algorithm, state, shared, models))
+        specs.append(_host_spec(placement, worker, split, public_prompts, algorithm, folder.state, shared, models))
     fleet: Fleet
     server: ServerProtocol
     if resources.fleet == "local":
@@ -648,6 +697,7 @@ def parts(
             timeout_seconds=failures.visit_timeout_seconds,
             max_restarts=failures.max_restarts,
             room_timeout_seconds=failures.room_timeout_seconds,
+            code=code,
         )
         fleet = RayFleet(
             placement.workers,
@@ -657,16 +707,13 @@ def parts(
             quorum=failures.quorum,
             uses_gpu=uses_gpu,
             room_timeout_seconds=failures.room_timeout_seconds,
+            code=code,
         )
     try:
         yield fleet, server
     finally:
         fleet.close()
         server.close()
-
-
-def _election(algorithm: AlgorithmConfig) -> Election:
-    return Election(algorithm.rule, algorithm.options_of_rule, algorithm.agreement_threshold, algorithm.min_votes)
 
 
 def kinds_of(

@@ -14,24 +14,24 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from semcons_ray.config import DEFAULT_METRICS, ExperimentConfig
+from semcons_ray.config import DEFAULT_METRICS, ExperimentConfig, named_parts
 from semcons_ray.data.losses import Tally
 from semcons_ray.data.split import DataSplit, pooled
 from semcons_ray.distributed.engines import describe_engines
 from semcons_ray.distributed.placement import Node, describe_plan
 from semcons_ray.endpoints.judge import Judge
 from semcons_ray.errors import ModelError
-from semcons_ray.evaluation.metrics import OWN_METRICS, metrics_of, score_items, value
-from semcons_ray.federation.algorithms import build_algorithm
-from semcons_ray.federation.fleet import Algorithm, Evaluation, Fleet, Reply, RoundOutcome
-from semcons_ray.federation.randomness import Cohort
+from semcons_ray.evaluation.metrics import OWN_METRICS, score_items, value
+from semcons_ray.federation.fleet import Evaluation, Fleet, Reply, RoundOutcome
 from semcons_ray.federation.server import ServerProtocol, Verdict
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
+from semcons_ray.parts import keep_code, use_code
 from semcons_ray.runs.assembly import (
     CUT,
+    Method,
     Placement,
     check_models,
     check_test_set,
@@ -42,6 +42,7 @@ from semcons_ray.runs.assembly import (
     harness_of,
     judge_of,
     kinds_of,
+    make_method,
     parts,
     pin_revisions,
     place,
@@ -91,6 +92,7 @@ def resume_experiment(out: Path, *observers: Observer, alone: bool = True) -> Ru
         QuorumError: See `run_experiment`.
     """
     folder = RunFolder(out)
+    use_code(folder.code, first=False)
     config = folder.settings_to_resume(folder.read_config())
     check_trackers(config)
     with folder.locked(), run_log(folder.log, "driver"):
@@ -104,6 +106,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         folder.write_tables(commits)
         with Observers(trackers(config, folder)).during(commits):
             return
+    keep_code(folder.code, named_parts(config))
+    method = make_method(config)
     config, split, models, revisions = _prepare(folder, config, observer)
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
@@ -112,19 +116,17 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         observer.planned(_describe(placement))
         observer.stage("loading models")
         began = time.time()
-        cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
-        algorithm = build_algorithm(config.algorithm, cohort, config.client_ranks(), config.num_rounds)
         exported = Exported(folder.path.resolve().name, config)
         observers = Observers([exported, *trackers(config, folder), observer])
         with (
             engines(placement) as serving,
-            parts(placement, split, algorithm, folder.state, serving) as (fleet, server),
+            parts(placement, split, method, folder, serving) as (fleet, server),
             observers.during(commits),
         ):
             _write_placement(folder, placement, fleet, alone)
             folder.drop_adapters()
             judge = judge_of(config, folder.state)
-            rounds = Rounds(folder, placement, split, algorithm, fleet, server, observers, alone, judge)
+            rounds = Rounds(folder, placement, split, method, fleet, server, observers, alone, judge)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
@@ -136,7 +138,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             last = config.num_rounds + 1
             have = [model in config.open_models for model in config.client_models()]
             trained = [client for client, private in enumerate(split.private) if private and have[client]]
-            downlinks = algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
+            downlinks = method.algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
             with folder.writing_adapters() as adapters:
                 fleet.export_adapters(last, downlinks, adapters)
             if serving:
@@ -212,6 +214,7 @@ def plan_experiment(config: ExperimentConfig, observer: Observer, nodes: Sequenc
         UserError: Something in the config, the data, the models or the cluster must be changed.
     """
     check_trackers(config)
+    make_method(config)
     with tempfile.TemporaryDirectory(prefix="semcons-") as made:
         folder = RunFolder.create(Path(made) / "run", config)
         config, split, models, revisions = _prepare(folder, config, observer)
@@ -234,7 +237,7 @@ class Rounds:
     folder: RunFolder
     placement: Placement
     split: DataSplit
-    algorithm: Algorithm
+    method: Method
     fleet: Fleet
     server: ServerProtocol
     observer: Observer
@@ -249,12 +252,12 @@ class Rounds:
         config = self.placement.config
         started_at = time.time() if round else began
         visitor = _Watched(self.fleet, self.observer, config.num_rounds)
-        state = self.folder.server_state(round - 1) if round else self.algorithm.first_state()
+        state = self.folder.server_state(round - 1) if round else self.method.algorithm.first_state()
         if round == 0:
             outcome = self._measure_base(visitor, state)
         else:
             evaluate = round in config.evaluation.rounds(config.num_rounds)
-            outcome = self.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
+            outcome = self.method.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
         own, own_rows = self._measure_own(round, outcome)
         verdict = outcome.verdict
         if verdict:
@@ -316,7 +319,7 @@ class Rounds:
             examples = {who: [one for client in clients for one in tests[client]] for who, clients in asked.items()}
             downlinks: Mapping[int, bytes] = dict.fromkeys(asked, b"")
             if round:
-                downlinks = self.algorithm.downlinks(round + 1, outcome.next_state, [*asked])
+                downlinks = self.method.algorithm.downlinks(round + 1, outcome.next_state, [*asked])
             for reply in self.fleet.measure(round, downlinks, examples):
                 rows += reply.rows
                 if scored := reply.evaluation:
@@ -357,7 +360,7 @@ class Rounds:
         self.folder.add_scores(round, tasks)
         for client_id, table in items.items():
             reply = replies.get(client_id)
-            others = {key: value(table, key) for key in metrics_of(config.evaluation.metrics)}
+            others = {key: value(table, key) for key in self.method.metrics}
             columns = {key: others.pop(key, math.nan) for key in DEFAULT_METRICS}
             yield MetricsRow(
                 round=round,
@@ -377,7 +380,7 @@ class Rounds:
         answered = references[: len(measured.answers)]
         prompts = [example.prompt for example in test[: len(measured.answers)]]
         return score_items(
-            wanted,
+            self.method.metrics,
             nll=measured.nll,
             num_tokens=measured.num_tokens,
             num_bytes=measured.num_bytes,

@@ -5,6 +5,7 @@
     placement.json          workers, nodes and energy meters
     data.parquet            who holds which example
     data_report.json        how much of the data is not used, by reason
+    code/                   modules of parts of one's own, as they were when the run began, if there are any
     state/config.yaml       the settings with which the run began, even if config.yaml is edited
     state/round_NNN.msgpack the commit of a round: if it is there, the round is done; if not, it is run (again)
     state/server_NNN        the server's state after a round; of the last two rounds
@@ -194,6 +195,7 @@ class RunFolder:
         self.data_report = path / "data_report.json"
         self.adapters = path / "adapters"
         self.log = path / "run.log"
+        self.code = path / "code"
 
     @classmethod
     def create(cls, path: Path, config: ExperimentConfig) -> RunFolder:
@@ -279,8 +281,16 @@ class RunFolder:
         """
         return load_config(self.path / "config.yaml")
 
+    def stored_config(self) -> ExperimentConfig:
+        """The same, only to be shown: parts that they name need not be there any more.
+
+        Raises:
+            ConfigError: See `load_config`.
+        """
+        return load_config(self.path / "config.yaml", stored=True)
+
     def begun_with(self) -> ExperimentConfig:
-        """The settings with which the run began.
+        """The settings with which the run began; see `stored_config`.
 
         Raises:
             RunFolderError: No run has begun here.
@@ -290,7 +300,7 @@ class RunFolder:
                 f"{self.path} has no {BEGUN}, so no run has begun there that could go on; semcons run "
                 f"{self.path / 'config.yaml'} --out DIR begins one"
             )
-        return load_config(self.path / BEGUN)
+        return load_config(self.path / BEGUN, stored=True)
 
     def settings_to_resume(self, now: ExperimentConfig) -> ExperimentConfig:
         """The settings with which the run began, and those of `now` for the parts named in `DECIDE_NO_NUMBER`.

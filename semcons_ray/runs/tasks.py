@@ -41,7 +41,7 @@ def evaluate_run(out: Path, tasks: Sequence[str], limit: int | None, say: Callab
         raise RunFolderError(f"{out} is not finished, so it has no adapters to measure; semcons resume {out} goes on")
     harness = replace(harness_of(config), tasks=tuple(tasks), limit=limit)
     harness.check("--tasks")
-    device = folder.read_config().resources.device
+    device = folder.stored_config().resources.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"resources.device is cuda in {out / 'config.yaml'}, and there is no GPU here; set it to cpu")
     with folder.locked():

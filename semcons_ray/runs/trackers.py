@@ -14,9 +14,10 @@ import pandas as pd
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.distributed.metrics import RunMetrics
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.parts import build, resolve
 from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, with_loss, write_file
-from semcons_ray.tracking.trackers import TRACKERS, Past, Subject, Tracker
+from semcons_ray.tracking.trackers import Past, Subject, Tracker
 
 _OF_TOKENS = ("nll", "own_nll", "perplexity", "train_loss")
 """Columns in nats a token, which have a mean only over clients of one model."""
@@ -112,14 +113,21 @@ class Tracked(Observer):
         self._known = folder.state / f"{kind}.json"
         self._series = Series()
         self._tracker: Tracker | None = None
+        self._past = Past(run_name(config, folder.path))
 
     def begins(self, commits: Sequence[Commit]) -> None:
         """Open it, and send it the committed rounds that it does not hold."""
-        past = Past(run_name(self._config, self._folder.path))
         if self._known.is_file():
-            past = msgspec.json.decode(self._known.read_bytes(), type=Past)
-        self._tracker = TRACKERS[self._kind](Subject(self._folder.path, self._config.model_dump(mode="json")), past)
-        self._remember(self._tracker.past)
+            self._past = msgspec.json.decode(self._known.read_bytes(), type=Past)
+        subject = Subject(self._folder.path, self._config.model_dump(mode="json"))
+        self._tracker = build(
+            "tracker",
+            self._kind,
+            self._config.tracking.options.get(self._kind, {}),
+            setting=f"tracking.options.{self._kind}",
+            offered={"subject": subject, "past": self._past},
+        )
+        self._remember(getattr(self._tracker, "past", self._past))
         for commit in commits:
             self.round_ends(commit)
 
@@ -127,10 +135,9 @@ class Tracked(Observer):
         """Send it a round, unless it holds it."""
         summary = commit.summary
         values = self._series.add(commit, self._folder.scores(summary.round))
-        if self._tracker and summary.round > self._tracker.past.sent:
+        if self._tracker and summary.round > self._past.sent:
             self._tracker.log(summary.round, summary.started_at + summary.duration_seconds, values)
-            self._tracker.past = msgspec.structs.replace(self._tracker.past, sent=summary.round)
-            self._remember(self._tracker.past)
+            self._remember(msgspec.structs.replace(self._past, sent=summary.round))
 
     def ends(self, *, finished: bool) -> None:
         """Close it."""
@@ -138,7 +145,8 @@ class Tracked(Observer):
             self._tracker.close(finished=finished)
 
     def _remember(self, past: Past) -> None:
-        if past.id:
+        self._past = past
+        if past.id or not hasattr(self._tracker, "past"):
             write_file(self._known, msgspec.json.encode(past))
 
 
@@ -155,12 +163,13 @@ def check_trackers(*configs: ExperimentConfig) -> None:
         ConfigError: One is not installed, or cannot be used; the message says what to do.
     """
     for kind in dict.fromkeys(kind for config in configs for kind in config.tracking.report_to):
-        TRACKERS[kind].check()
+        if check := getattr(resolve("tracker", kind), "check", None):
+            check()
 
 
 def trackers(config: ExperimentConfig, folder: RunFolder) -> list[Observer]:
     """Observers that write TensorBoard files, and send to the trackers of `tracking.report_to`."""
-    return [Tracked(kind, folder, config) for kind in ("tensorboard", *config.tracking.report_to)]
+    return [Tracked(kind, folder, config) for kind in dict.fromkeys(("tensorboard", *config.tracking.report_to))]
 
 
 class Exported(Observer):

@@ -17,8 +17,10 @@ from semcons_ray.config import (
     Paths,
     Section,
     Settings,
+    Within,
     dump_yaml,
     find_setting,
+    is_option,
     merge_settings,
     setting_value,
     typed,
@@ -28,13 +30,14 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.evaluation.metrics import find_metric, metrics_of
 from semcons_ray.reporting.tables import describe_trial
 from semcons_ray.runs.run_folder import comparable_loss
 from semcons_ray.studies.batch import load_study, slug
 
-Metric = Literal["bits_per_byte", "worst_bits_per_byte", "mean_nll", "worst_nll", "rouge_l", "similarity"]
+LOSSES = ("bits_per_byte", "worst_bits_per_byte", "mean_nll", "worst_nll")
 
-_OF_ANY_MODEL: dict[Metric, Metric] = {"mean_nll": "bits_per_byte", "worst_nll": "worst_bits_per_byte"}
+_OF_ANY_MODEL = {"mean_nll": "bits_per_byte", "worst_nll": "worst_bits_per_byte"}
 """For metrics that only compare trials of one model: the metric that compares any. For one model they rank alike."""
 
 Point = dict[str, Any]
@@ -119,7 +122,7 @@ class SweepConfig(Settings):
         num_samples: See `search`.
         seed: Seed of the search; the trials' own seed is `experiment.seed`, unless that is swept.
         metric: What ranks trials: bits per byte (mean over clients, or of the worst client), NLL in nats a token (only
-            if all trials have one model), ROUGE-L or similarity.
+            if all trials have one model), or the mean of any other of `evaluation.metrics`.
         scheduler: asha stops trials that fall behind; none lets all finish.
         asha: Settings of the scheduler asha.
         max_concurrent_trials: Most trials at a time; None: as many as the cluster has room for.
@@ -131,7 +134,7 @@ class SweepConfig(Settings):
     search: Literal["grid", "random", "optuna"] = "grid"
     num_samples: int = Field(10, ge=1)
     seed: int = Field(0, ge=0)
-    metric: Metric = "bits_per_byte"
+    metric: str = "bits_per_byte"
     scheduler: Literal["none", "asha"] = "none"
     asha: AshaConfig = AshaConfig()
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -154,7 +157,7 @@ class SweepConfig(Settings):
     @property
     def higher_is_better(self) -> bool:
         """Whether the metric is a score, of which more is better, and not a loss."""
-        return self.metric in ("rouge_l", "similarity")
+        return self.metric not in LOSSES and not find_metric(self.metric).lower_is_better
 
     def points(self) -> list[Point]:
         """All points to try, in order; none for optuna, which chooses them as it goes.
@@ -195,6 +198,15 @@ class SweepConfig(Settings):
         """One point of the space: the first value of each key."""
         return {key: axis.extremes()[0] for key, axis in self.space.items()}
 
+    def tried(self) -> list[Point]:
+        """Points that stand for all: those that are known, and the ends or values of what is drawn."""
+        ends = [
+            self.first() | {key: value}
+            for key, axis in self.space.items()
+            for value in (axis.extremes() if axis.grid is None else ())
+        ]
+        return [*self.points(), *ends]
+
     def point_of(self, config: ExperimentConfig) -> Point | None:
         """The point to which settings belong; None if it is not in the space."""
         point: Point = {}
@@ -212,15 +224,18 @@ class SweepConfig(Settings):
             ConfigError: They do not, or it cannot; the message names the key.
         """
         validate_shared(self.experiment, where="experiment", shared=self.experiment)
-        ends = [
-            self.first() | {key: value}
-            for key, axis in self.space.items()
-            for value in (axis.extremes() if axis.grid is None else ())
-        ]
-        points = [*self.points(), *ends]
-        told = [self.configure(point).scored_models for point in points]
+        points = self.tried()
+        configs = [self.configure(point) for point in points]
+        for config in configs if self.metric not in LOSSES else ():
+            known = [*LOSSES, *(key for key in metrics_of(config.evaluation.metrics) if key not in ("nll", *LOSSES))]
+            if self.metric not in known:
+                raise ConfigError(
+                    f"metric: {self.metric} is not measured in {config.name}; there are {', '.join(known)}, and others "
+                    "if they are added to experiment.evaluation.metrics"
+                )
+        told = [config.scored_models for config in configs]
         models = sorted({model for of_point in told for model in of_point})
-        if self.metric not in ("rouge_l", "similarity") and not all(told):
+        if self.metric in LOSSES and not all(told):
             raise ConfigError(
                 f"metric: {self.metric} needs likelihoods, and no client's model tells them in some trial; set metric "
                 "to rouge_l or similarity"
@@ -278,7 +293,9 @@ def nested(point: Point) -> dict[str, Any]:
     """Dotted keys as nested settings."""
     values: dict[str, Any] = {}
     for key, value in point.items():
-        for part in reversed(key.split(".")):
+        *sections, last = key.split(".")
+        value = Within({last: value}) if is_option(key) else {last: value}
+        for part in reversed(sections):
             value = {part: value}
         values = merge_settings(values, value)
     return values
@@ -323,7 +340,7 @@ def _typed_axis(key: str, axis: dict[str, Any]) -> dict[str, Any]:
 
 def _check_key(key: str) -> None:
     field = find_setting(key)
-    if field is None:
+    if field is None and not is_option(key):
         raise ValueError(f"space.{key}: there is no such setting")
-    if key == "name" or isinstance(field.default, Settings):
+    if key == "name" or (field and isinstance(field.default, Settings)):
         raise ValueError(f"space.{key}: a single setting can be swept, such as prompts.budget")

@@ -7,6 +7,7 @@ A sweep's folder:
     trials.csv, trials.parquet    a row for each trial
     report.html             Pareto fronts, effects of the keys
     stopped.json            trials that the scheduler stopped early
+    code/                   modules of parts of one's own, if there are any
     tune/                   what Tune's loggers write: CSV and JSON, in a folder for each trial
 
 The same command again continues with what is not finished. What is done is read from the run folders and not from
@@ -35,22 +36,26 @@ from ray.tune.logger import CSVLoggerCallback, JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from semcons_ray.config import ExperimentConfig
+from semcons_ray.config import ExperimentConfig, named_parts
 from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
 from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
 from semcons_ray.errors import PlacementError, RunFolderError, SemconsError, StorageError, writing
 from semcons_ray.federation.store import check_mark, mark
+from semcons_ray.parts import keep_code, use_code
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
-from semcons_ray.reporting.tables import columns_of, read_ledger, read_table
+from semcons_ray.reporting.tables import columns_of, read_ledger, read_metrics, read_table
 from semcons_ray.runs.assembly import find_models, kinds_of
 from semcons_ray.runs.observers import Observer
-from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder, comparable_loss, held, write_file
+from semcons_ray.runs.run_folder import Commit, RoundRow, RunFolder, comparable_loss, held, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, gpu_share, perform, warn_of_losses
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
+
+CODE = "code"
+"""Folder of a sweep with the code of parts of one's own."""
 
 _TUNE_VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new kind prints what cannot be turned off
@@ -74,7 +79,7 @@ class Trial(Job):
     def rounds(self) -> pd.DataFrame:
         """Its results by evaluated round; see `reporting.comparison.costs_by_round`."""
         return costs_by_round(
-            read_table(self.folder / "metrics.parquet", columns_of(MetricsRow)),
+            read_metrics(self.folder),
             read_table(self.folder / "rounds.parquet", columns_of(RoundRow)),
             read_ledger(self.folder),
         )
@@ -110,6 +115,7 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
     (out / "trials").mkdir(parents=True, exist_ok=True)
     with held(out / ".lock", out):
         write_file(out / "sweep.yaml", dump_sweep(sweep))
+        keep_code(out / CODE, {part for point in sweep.tried() for part in named_parts(sweep.configure(point))})
         done = [trial for trial in trials if trial.finished or trial.name in _stopped(sweep, out)]
         total = sweep.num_samples if sweep.search == "optuna" else len(trials)
         if done:
@@ -123,7 +129,7 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
 def _trials(sweep: SweepConfig, out: Path) -> list[Trial]:
     """All trials; for optuna, which chooses points as it goes, those that it has chosen so far."""
     points: Sequence[Point | None] = sweep.points() or [
-        sweep.point_of(RunFolder(path.parent).read_config()) for path in sorted(out.glob("trials/[!.]*/config.yaml"))
+        sweep.point_of(RunFolder(path.parent).stored_config()) for path in sorted(out.glob("trials/[!.]*/config.yaml"))
     ]
     return [_trial(sweep, out, point) for point in points if point]
 
@@ -244,6 +250,7 @@ def _perform_trial(
     The last round is reported after everything is written, so a scheduler never stops a trial that is all but finished.
     """
     os.environ |= variables
+    use_code(out / CODE)
     check_mark(out / "trials", marked)
     trial = _trial(sweep, out, _decode(sweep, config))
     last = trial.config.num_rounds

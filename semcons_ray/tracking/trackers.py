@@ -73,24 +73,14 @@ class Past(msgspec.Struct, frozen=True):
 
 
 class Tracker(Protocol):
-    """One run of a tracker. It goes on with an earlier one if `past` has its id.
+    """One run of a tracker.
 
-    Attributes:
-        past: The name that it was given, its id, and the last step that it holds.
+    Its class gets by name, where it has parameters for them, `subject` and `past`, and its options. It may have further
+
+        check    a static method that finds out before any work whether it can be used, and raises a ConfigError
+        past     what is known of its run once it is made, to go on with after a resume: then it keeps an id, and sets
+                 `sent` if it knows better than `past` what it holds
     """
-
-    past: Past
-
-    def __init__(self, subject: Subject, past: Past) -> None: ...
-
-    @staticmethod
-    def check() -> None:
-        """Find out before any work whether it can be used.
-
-        Raises:
-            ConfigError: It cannot; the message says what to do.
-        """
-        ...
 
     def log(self, step: int, at: float, values: Mapping[str, float]) -> None:
         """Send the values of a step, which took place at unix time `at`."""
@@ -117,10 +107,6 @@ class TensorBoard:
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         settings = json.dumps(subject.config, indent=2, ensure_ascii=False)
         self._write(Event(step=0, wall_time=0.0, summary=text("config", f"```\n{settings}\n```")))
-
-    @staticmethod
-    def check() -> None:
-        """It is always there."""
 
     def log(self, step: int, at: float, values: Mapping[str, float]) -> None:
         """See `Tracker.log`; numbers are kept as float32."""
@@ -297,14 +283,6 @@ def _told() -> Iterator[None]:
         logger.info("%s", line)
     for warning in warned:
         logger.warning("%s", warning.message)
-
-
-TRACKERS: Mapping[str, type[Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
-    "mlflow": Mlflow,
-    "trackio": Trackio,
-}
 
 
 def _set(variables: Mapping[str, str]) -> None:

@@ -61,6 +61,8 @@ def test_what_is_written_is_right_by_its_schema() -> None:
     sweep = load_sweep(EXPERIMENTS / "sweeps/crossed.yaml")
     assert mistakes("sweep", parse_yaml(dump_sweep(sweep))) == []
     assert mistakes("sweep", {"space": {"prompts": {"budget": {"grid": [1]}}, "seed": {"grid": [1, 2]}}}) == []
+    assert mistakes("sweep", {"space": {"algorithm.rule_options.temperature": {"grid": [0.1]}}}) == []
+    assert mistakes("run", {"algorithm": {"rule": "lab.rules:Soft"}, "evaluation": {"metrics": ["a.b:c", "nll"]}}) == []
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_what_is_written_is_right_by_its_schema() -> None:
         ("compare", "experiment: {modle: {}}", "experiment: Additional properties"),
         ("compare", "arms: {a: {algorithm: {nam: flora}}}", "arms.a.algorithm: Additional properties"),
         ("compare", "seed: [1]", ": Additional properties"),
-        ("sweep", "space: {prompts.bugdet: {grid: [1]}}", "space: Additional properties"),
+        ("sweep", "space: {prompts.bugdet: {grid: [1]}}", "space: 'prompts.bugdet' does not match any of"),
         ("sweep", "space: {prompts.budget: {gird: [1]}}", "space.prompts.budget: Additional properties"),
         ("sweep", "experiment: {}", ": 'space' is a required property"),
     ],
@@ -101,7 +103,7 @@ def test_every_setting_has_its_description_its_default_and_its_choices() -> None
             part = schema["$defs"][reference.rpartition("/")[2]] if reference else field
         assert part.get("description") or key == "model.chat_template_kwargs", key
         assert "default" in part or part.get("type") in ("object", ["object", "null"]), key
-    assert "medoid" in schema["$defs"]["AlgorithmConfig"]["properties"]["rule"]["enum"]
+    assert "medoid" in schema["$defs"]["AlgorithmConfig"]["properties"]["rule"]["anyOf"][0]["enum"]
     assert "title" not in json.dumps(schema["$defs"]["ModelConfig"])
 
 

@@ -3,23 +3,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from semcons_ray.data.examples import Example
 from semcons_ray.data.partition import private_shares
-from semcons_ray.errors import DataError
+from semcons_ray.errors import ConfigError, DataError
 
 CATEGORIES = 5
 
 
 def shares(order, category, clients, size, partition, alpha=0.5, seed=0):
-    return private_shares(
-        np.asarray(order),
-        np.asarray(category),
-        [f"c{key}" for key in range(int(np.max(category)) + 1)],
+    order, category = np.asarray(order), np.asarray(category)
+    found = private_shares(
+        [Example("", "", f"c{category[place]}") for place in order],
         num_clients=clients,
         examples_per_client=size,
         partition=partition,
-        dirichlet_alpha=alpha,
+        options={"alpha": alpha} if partition in ("dirichlet", "quantity") else {},
         random=np.random.SeedSequence(seed),
     )
+    return [order[share] for share in found]
 
 
 def balanced(count, categories=CATEGORIES):
@@ -139,3 +140,45 @@ def test_a_category_too_small_for_its_client_is_named():
 def test_a_partition_by_category_needs_two(partition):
     with pytest.raises(DataError, match=f"data.partition {partition} needs two or more categories"):
         shares(range(10), np.zeros(10, int), 2, 3, partition)
+
+
+def by_length(examples, num_clients, examples_per_client, random, *, longest: bool = False):
+    """Clients get examples of like length."""
+    order = sorted(range(len(examples)), key=lambda place: len(examples[place].prompt), reverse=longest)
+    return [order[client * examples_per_client :][:examples_per_client] for client in range(num_clients)]
+
+
+def bad(examples, num_clients, examples_per_client, random, *, how: str):
+    good = [[client] for client in range(num_clients)]
+    return {"few": good[1:], "empty": [[], *good[1:]], "twice": [[0, 1], *good[1:]], "far": [[99], *good[1:]],
+            "negative": [[-1], *good[1:]], "words": [["a"]], "nothing": None}[how]  # fmt: skip
+
+
+def own(name, **options):
+    examples = [Example("x" * length, "", "") for length in (3, 1, 4, 2, 6, 5)]
+    return private_shares(
+        examples, num_clients=2, examples_per_client=2, partition=f"{__name__}:{name}", options=options,
+        random=np.random.SeedSequence(0),
+    )  # fmt: skip
+
+
+def test_a_partition_of_ones_own_is_asked_with_its_options():
+    assert [share.tolist() for share in own("by_length")] == [[1, 3], [0, 2]]
+    assert [share.tolist() for share in own("by_length", longest=True)] == [[4, 5], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("few", r"gave \(1\) examples, not some to each of 2"),
+        ("empty", r"gave \(0, 1\) examples, not some to each of 2"),
+        ("twice", "gave an example twice, or one that is none of 0 to 5"),
+        ("far", "gave an example twice, or one that is none of 0 to 5"),
+        ("negative", "gave an example twice, or one that is none of 0 to 5"),
+        ("words", "gave no lists of places in the examples: "),
+        ("nothing", "gave no lists of places in the examples: "),
+    ],
+)
+def test_what_is_no_partition_is_refused(how, says):
+    with pytest.raises(ConfigError, match=rf"^data\.partition tests\.data\.test_partition:bad {says}"):
+        own("bad", how=how)

@@ -5,15 +5,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from semcons_ray.data import selection
+from semcons_ray.data.examples import Example
 from semcons_ray.data.selection import order_prompts, proportional
+from semcons_ray.errors import ConfigError
 
 
 def no_embedding(indices):
     raise AssertionError("not needed")
 
 
-def choose(candidates, category, budget, name, embed=no_embedding):
-    return order_prompts(np.array(candidates), np.array(category), budget=budget, selection=name, embed=embed).tolist()
+def choose(candidates, category, budget, name, embed=no_embedding, **options):
+    """Numbers of the chosen candidates; `embed` gets numbers."""
+    numbers = np.array(candidates)
+    examples = [Example(str(number), "", f"c{category[number]}") for number in numbers]
+    chosen = order_prompts(
+        examples, budget=budget, selection=name, options=options, embed=lambda texts: embed(np.array(texts, dtype=int))
+    )
+    return numbers[chosen].tolist()
 
 
 def test_random_takes_the_candidates_as_they_come():
@@ -91,3 +99,23 @@ def test_any_first_n_of_a_proportional_order_have_the_mix_of_all(keys, seed):
 def test_proportional_by_hand():
     # Two of category 0 at 1/4 and 3/4, four of category 1 at 1/8, 3/8, 5/8 and 7/8.
     assert proportional(np.arange(6), np.array([0, 0, 1, 1, 1, 1])).tolist() == [2, 0, 3, 4, 1, 5]
+
+
+def last(candidates, budget, embed, *, step: int = 1):
+    """The last candidates, backwards."""
+    return range(len(candidates) - 1, -1, -step)[:budget]
+
+
+def bad(candidates, budget, embed, *, how: str):
+    return {"few": [0], "twice": [0, 0], "far": [0, 9], "words": ["a", "b"], "nothing": None}[how]
+
+
+def test_a_selection_of_ones_own_is_asked_with_its_options():
+    assert choose([3, 1, 2, 0], [0, 0, 0, 0], 2, f"{__name__}:last") == [0, 2]
+    assert choose([3, 1, 2, 0], [0, 0, 0, 0], 2, f"{__name__}:last", step=2) == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["few", "twice", "far", "words", "nothing"])
+def test_what_is_no_selection_is_refused(how):
+    with pytest.raises(ConfigError, match=r"^prompts\.selection tests\.data\.test_selection:bad gave "):
+        choose([3, 1, 2, 0], [0, 0, 0, 0], 2, f"{__name__}:bad", how=how)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from semcons_ray.data.examples import Example
 from semcons_ray.data.sources import load_examples
 from semcons_ray.errors import DataError
+from semcons_ray.parts import build
 
 KINDS = ["jsonl", "csv", "parquet"]
 ROWS = [
@@ -352,3 +353,39 @@ def test_a_folder_of_another_kind_of_file_is_read_by_the_library(tmp_path, offli
 def test_a_hub_data_set_that_cannot_be_reached_is_one_line(offline):
     text = message("nobody/no-such-data-set")
     assert text.startswith("cannot load data.source nobody/no-such-data-set, split train: ")
+
+
+def own_rows(source, split, *, more: int = 0):
+    """Rows in the format of question and answer."""
+    for number in range(3 + more):
+        yield {"question": f"{source} {split} {number}?", "answer": number, "category": "numbers"}
+
+
+def no_rows(source, split):
+    yield {"question": "what?", "answer": "this"}
+    raise KeyError(source)
+
+
+def test_a_reader_of_ones_own_gives_rows_whose_format_is_found_out_as_a_files():
+    made = build("reader", f"{__name__}:own_rows", {"more": 1}, setting="data.reader_options")
+    found = load_examples("db://host?x", split="train[:3]", reader=made)
+    assert found.examples[0] == Example("db://host?x train[:3] 0?", "0", "numbers")
+    assert len(found.examples) == 4
+    assert "question as prompt" in str(found.tally)
+    renamed = load_examples("x", columns={"response": "category"}, reader=made)
+    assert renamed.examples[0].response == "numbers"
+
+
+@pytest.mark.parametrize(
+    ("reader", "says"),
+    [
+        (no_rows, r"^data\.source x: data\.reader cannot read it: KeyError: 'x'$"),
+        (lambda source, split: [["a", "b"]], r"^x, row 1 is a list, not values by column$"),
+        (lambda source, split: 3, r"data\.reader cannot read it: TypeError"),
+        (lambda source, split: [], r"^data\.source x holds no rows$"),
+        (lambda source, split: [{"a": "b"}], r"^x is of no known format: it has a; say which is which"),
+    ],
+)
+def test_what_a_reader_cannot_read_is_one_line(reader, says):
+    with pytest.raises(DataError, match=says):
+        load_examples("x", reader=reader)

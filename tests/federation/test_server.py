@@ -1,8 +1,7 @@
 import re
 import socket
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election
-from semcons_ray.federation.server import Server, ServerSpec
+from semcons_ray.errors import ModelError
+from semcons_ray.federation.server import SAMPLES, Server, ServerSpec, build_embedder
 from semcons_ray.messages import Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
 from tests.federation.rows import work
@@ -306,36 +306,34 @@ def test_a_verdict_without_answers_is_whole() -> None:
 
 
 class Noted(Compass):
-    """Notes what an embedder is made of."""
+    """Notes what an embedder is made of; texts that are no words point north."""
 
-    def __init__(self, name: str, **settings: Any) -> None:
-        self.name, self.settings = name, settings
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, *, turn: float = 0.0, device: str) -> None:
+        self.made.append({"turn": turn, "device": device})
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return super().embed([text if text in ANGLES else "left" for text in texts])
 
 
 @pytest.mark.usefixtures("one_gpu", "own_threads")
 @pytest.mark.parametrize(("device", "gpus"), [("cpu", ""), ("cuda", "GPU-0")])
 def test_a_server_is_built_of_all_that_its_spec_says(
-    device: str, gpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, gpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine with a GPU, which it uses or doesn't."""
-    made: list[Noted] = []
-
-    def noting(name: str, **settings: Any) -> Noted:
-        made.append(Noted(name, **settings))
-        return made[-1]
-
-    monkeypatch.setattr("semcons_ray.modeling.embedding.Embedder", noting)
-    (tmp_path / "modules.json").write_text("[]")
+    monkeypatch.setattr(Noted, "made", [])
 
     def build(**more: Any) -> Server:
         spec = {"prompts": ("a", "b"), "references": (), "election": Election(min_votes=1), "seed": 0} | more
         return ServerSpec(
-            embedding_model=str(tmp_path), embedding_batch_size=5, device=device, threads=3, num_prompts=2, **spec
+            f"{__name__}:Noted", {"turn": 2}, device=device, threads=3, num_prompts=2, **spec
         ).build()
 
     judge = build()
     assert torch.get_num_threads() == 3
-    assert (made[0].name, made[0].settings) == (str(tmp_path), {"batch_size": 5, "device": device})
+    assert Noted.made == [{"turn": 2.0, "device": device}]
     assert work(judge.take_rows(), "gpus", "tokens") == [("load", 0, -1, "server", socket.gethostname(), gpus, 0)]
     judge.begin(1, [0, 1, 2])
     for client, word in enumerate(("right", "left", "middle")):
@@ -344,6 +342,36 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     judge = build(references=("north", "south"))
     judge.begin(1, [0])
     assert judge.conclude().labels.responses == ("north", "south")
+
+
+class Flat(Compass):
+    dimension = 3
+
+
+class Long(Compass):
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return 2 * torch.eye(2)
+
+
+class Broken(Compass):
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        raise KeyError("sample")
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Flat, r"gives vectors of shape \(2, 2\) for 2 texts, not \(2, 3\)"),
+        (Long, r"gives vectors of lengths \[2\.0, 2\.0\], not 1"),
+        (Broken, "cannot embed: KeyError: 'sample'"),
+    ],
+)
+def test_an_embedder_that_gives_no_unit_vectors_is_refused_when_it_is_loaded(
+    kind: type[Compass], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.federation.test_server.ANGLES", dict.fromkeys((*ANGLES, *SAMPLES), 0.0))
+    with pytest.raises(ModelError, match=rf"^server\.embedder tests\.federation\.test_server:{kind.__name__} {says}$"):
+        build_embedder(f"{__name__}:{kind.__name__}", {}, "cpu")
 
 
 def test_the_seed_decides_ties() -> None:

@@ -1,5 +1,6 @@
 """Three Ray nodes (raylets of their own) on one machine: clients spread, a node lost in mid-round, a node joined."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -172,6 +173,46 @@ def test_a_node_lost_in_mid_round_changes_no_number_where_others_have_room(
     nodes.set(cpus=2)
     lose_a_node(on_cluster(tiny_config, nodes), tmp_path / "run", nodes, round=2)
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+OWN = """
+from dataclasses import dataclass
+from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
+
+class Algorithm(SemanticConsensus):
+    pass
+
+def rule(ballots):
+    return ballots.similarity
+"""
+
+
+class Removes(Silent):
+    """Removes a module of the working folder before workers start."""
+
+    def __init__(self, module: Path) -> None:
+        super().__init__()
+        self.module = module
+
+    def stage(self, text: str) -> None:
+        if text == "loading models":
+            self.module.unlink()
+
+
+def test_parts_of_ones_own_reach_workers_of_all_nodes(
+    tiny_config: MakeConfig, nodes: ThreeNodes, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.set()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = tmp_path / "own_of_nodes.py"
+    module.write_text(OWN)
+    algorithm = {"name": "own_of_nodes:Algorithm", "rule": "own_of_nodes:rule"}
+    observer = Removes(module)
+    run_experiment(on_cluster(tiny_config, nodes, algorithm=algorithm), tmp_path / "run", observer)
+    assert "3 clients on 3 workers, 3 nodes" in observer.plan
+    assert_same_run(undisturbed, tmp_path / "run")
+    del sys.modules["own_of_nodes"]
 
 
 @pytest.fixture

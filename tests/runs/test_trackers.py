@@ -14,10 +14,11 @@ import pytest
 from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, dump_config, validate_config
 from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.parts import BUILT_IN
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
-from semcons_ray.runs.trackers import Series, Tracked, run_name
-from semcons_ray.tracking.trackers import TRACKERS, Past, Subject
+from semcons_ray.runs.trackers import Series, Tracked, run_name, trackers
+from semcons_ray.tracking.trackers import Past, Subject, TensorBoard
 from tests.invariants.runs import Silent, StoppedError
 from tests.reporting.builder import ledger_row, metrics_row
 from tests.tracking.events import read_events
@@ -133,13 +134,43 @@ def test_a_run_that_goes_on_is_the_same_run_there_and_no_round_is_sent_twice_or_
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Remote.runs = {}
-    monkeypatch.setitem(TRACKERS, "remote", Remote)
+    monkeypatch.setitem(BUILT_IN["tracker"], "remote", f"{__name__}:Remote")
     config = folder.read_config()
     first = Tracked("remote", folder, config)
     first.begins([commit(0), commit(1)])  # committed before it was asked for
     first.round_ends(commit(2))
     Tracked("remote", folder, config).begins([commit(0), commit(1), commit(2), commit(3)])  # the first was killed
     assert Remote.runs == {"run-0": [0, 1, 2, 3]}
+
+
+class Lines:
+    """A tracker that keeps no id: one line a round, in a file of its folder."""
+
+    def __init__(self, subject: Subject, *, digits: int = 2) -> None:
+        self.file, self.digits = subject.folder / "lines.txt", digits
+
+    def log(self, step: int, at: float, values: Mapping[str, float]) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{step} {values['round/num_labels']:.{self.digits}f}\n")
+
+    def close(self, *, finished: bool) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{finished}\n")
+
+
+def test_a_tracker_of_ones_own_needs_two_methods_and_is_sent_no_round_twice(folder: RunFolder) -> None:
+    name = f"{__name__}:Lines"
+    values = {"num_rounds": 3, "tracking": {"report_to": name, "options": {name: {"digits": 1}}}}
+    config = validate_config(values, where="test")
+    first = Tracked(name, folder, config)
+    first.begins([commit(0)])
+    first.round_ends(commit(1))
+    second = Tracked(name, folder, config)  # the first was killed
+    second.begins([commit(0), commit(1), commit(2)])
+    second.ends(finished=True)
+    assert (folder.path / "lines.txt").read_text() == "0 5.0\n1 5.0\n2 5.0\nTrue\n"
+    assert [observer.name for observer in trackers(config, folder)] == [f"tracking by {kind}" for kind in
+                                                                       ("tensorboard", name)]  # fmt: skip
 
 
 def test_a_run_is_called_as_its_folder_unless_it_has_a_title(tmp_path: Path) -> None:
@@ -213,7 +244,7 @@ def test_a_tracker_that_fails_costs_the_run_nothing(
     def fail(*_: Any) -> None:
         raise ConnectionError("nobody answers")
 
-    monkeypatch.setattr(TRACKERS["tensorboard"], "log", fail)
+    monkeypatch.setattr(TensorBoard, "log", fail)
     folder = run_experiment(tiny_config(num_rounds=1), tmp_path / "run")
     assert folder.is_finished(1)
     warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
