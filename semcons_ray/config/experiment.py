@@ -196,7 +196,8 @@ class ExperimentConfig(Settings):
             raise ValueError(f"{where} has no effect: with algorithm.name centralized only client 0 trains")
         if "engine" in own.get("generation", {}):
             raise ValueError(f"{where}: generation.engine is the same for all clients")
-        if self.algorithm.averages_weights and (differs := {"max_new_tokens", "stop"} & {*own.get("generation", {})}):
+        one_model = self.algorithm.averages_weights and not self.algorithm.is_so("own_models")
+        if one_model and (differs := {"max_new_tokens", "stop"} & {*own.get("generation", {})}):
             raise ValueError(
                 f"{where}: generation.{min(differs)} is the same for all clients with algorithm.name {name}, which "
                 "measures one model for all"
@@ -230,8 +231,11 @@ class ExperimentConfig(Settings):
             raise ValueError(f"{key} is not for model.quantization {self.model.quantization}")
 
     def _check_engine(self) -> None:
-        if self.algorithm.name == "flora":
-            raise ValueError("algorithm.name flora needs generation.engine transformers: its stacks outgrow any rank")
+        if self.algorithm.is_so("outgrows_ranks"):
+            raise ValueError(
+                f"algorithm.name {self.algorithm.name} needs generation.engine transformers: what it adds to the base "
+                "model outgrows any rank"
+            )
         if self.sharding.models:
             raise ValueError("sharding.models needs generation.engine transformers: its ranks answer together")
         if self.model.quantization != "none":

@@ -28,6 +28,7 @@ from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.parts import keep_code, use_code
 from semcons_ray.runs.assembly import (
     CUT,
@@ -423,6 +424,10 @@ class _Watched:
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._fleet.adapter_shapes
+
+    @property
+    def first_adapter(self) -> Adapter:
+        return self._fleet.first_adapter
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         return self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
