@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from math import prod
 from statistics import fmean
 
 from semcons_ray.commands.cost import DTYPE_BYTES
 from semcons_ray.data.examples import Example
 from semcons_ray.data.split import DataSplit
+from semcons_ray.federation.algorithms import build_algorithm
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.weights import Shapes
 from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
 from semcons_ray.runs.assembly import count_parameters
@@ -160,6 +164,7 @@ class Forecast:
         self._adapters: dict[str, tuple[float, float]] = {}
         self.parameters = {name: count_parameters(folder) for name, folder in plan.models.items()}
         cohort = Cohort(self.config.clients.num_clients, self.config.clients.participation, self.config.seed)
+        self._algorithm = build_algorithm(self.config.algorithm, cohort, self._ranks, self.config.num_rounds)
         alone = self.config.algorithm.name == "centralized"
         rounds = range(1, self.config.num_rounds + 1)
         self.participants = {round: (0,) if alone else cohort.sample(round) for round in rounds}
@@ -245,13 +250,13 @@ class Forecast:
 
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(read_config(self.plan.models[name]))
-        algorithm, lora = self.config.algorithm, self.config.model.lora
-        sent = "lora_B" if algorithm.name == "ffa_lora" else "lora_"
+        lora, each = self.config.model.lora, DTYPE_BYTES[self.config.algorithm.weight_dtype]
         tensors = attach_adapter(base, lora, name).named_parameters()
-        trained = [(key, value) for key, value in tensors if value.requires_grad]
-        each = (2 if algorithm.name == "scaffold" else 1) * DTYPE_BYTES[algorithm.weight_dtype]
-        factors = sum(value.numel() for key, value in trained if sent in key)
-        whole = sum(value.numel() for key, value in trained if "lora_" not in key)
+        sent: Shapes = {key: tuple(value.shape) for key, value in tensors if value.requires_grad}
+        if isinstance(self._algorithm, FedAvgLora):
+            sent = self._algorithm.exchanged(sent)
+        factors = sum(prod(shape) for key, shape in sent.items() if "lora_" in key)
+        whole = sum(prod(shape) for key, shape in sent.items() if "lora_" not in key)
         return float(each * factors / lora.rank), float(each * whole)
 
     def _weight_bytes(self, client: int, rank: int) -> float:
@@ -274,7 +279,7 @@ class Forecast:
         for client in measured:
             loads[client] = loads.get(client, Load()) + self._evaluation(client)
         # One model is measured for all that have it, but each on its own test set.
-        everyone = self._sends_weights(round) or self.config.algorithm.name == "centralized"
+        everyone = self._has_one_model(round) or self.config.algorithm.name == "centralized"
         return self._with_own_tests(loads, (range(len(self.models)) if everyone else measured) if measured else ())
 
     def _with_own_tests(self, loads: dict[int, Load], clients: Sequence[int]) -> dict[int, Load]:
@@ -286,10 +291,10 @@ class Forecast:
         return loads
 
     def _measured(self, round: int) -> Sequence[int]:
-        """Whose models are measured after a round; where weights were averaged, one of each rank."""
+        """Whose models are measured after a round; where all have one, one of each rank."""
         if round % self.config.evaluation.every and round != self.config.num_rounds:
             return ()
-        if self._sends_weights(round):
+        if self._has_one_model(round):
             return [*{rank: client for client, rank in reversed([*enumerate(self._ranks)])}.values()]
         return self.participants[round]
 
@@ -348,9 +353,14 @@ class Forecast:
         at_the_end = algorithm.name == "one_shot_fedavg_lora"
         return algorithm.averages_weights and (not at_the_end or round == self.config.num_rounds)
 
+    def _has_one_model(self, round: int) -> bool:
+        """Whether all clients have the same model after a round, but for its rank."""
+        return self._sends_weights(round) and not self.config.algorithm.is_so("own_models")
+
     def _received_rank(self, client: int, round: int) -> int:
-        """Rank of what a client is sent; for FLoRA the sum of the ranks of all stacks that it lacks."""
-        if self.config.algorithm.name != "flora":
+        """Rank of what a client is sent, if nobody is lost."""
+        if not isinstance(self._algorithm, FedAvgLora):
             return self._ranks[client]
         last = max((before for before in range(1, round) if client in self.participants[before]), default=1)
-        return sum(self._ranks[other] for missed in range(last, round) for other in self.participants[missed])
+        missed = [[self._ranks[other] for other in self.participants[before]] for before in range(last, round)]
+        return self._algorithm.received_rank(self._ranks[client], missed)

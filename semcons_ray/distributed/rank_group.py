@@ -61,6 +61,11 @@ class RankGroup:
         shapes: dict[str, tuple[int, ...]] = self._all("load", spec)
         return shapes
 
+    def first_adapter(self) -> bytes:
+        """See `WorkerActor.first_adapter`."""
+        adapter: bytes = self._all("first_adapter")
+        return adapter
+
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
         """See `WorkerActor.visit`."""
         reply: bytes = self._all("visit", client_id, round, downlink, evaluate)

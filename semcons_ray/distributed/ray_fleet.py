@@ -37,8 +37,10 @@ from semcons_ray.errors import (
     first_line,
 )
 from semcons_ray.federation.fleet import NO_EXAMPLES, HostSpecProtocol, Reply, check_quorum, client_folder
+from semcons_ray.federation.weights import unpack
 from semcons_ray.metering.energy import EnergyWindow
 from semcons_ray.metering.ledger import Place
+from semcons_ray.modeling.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +152,12 @@ class RayFleet:
     def workers(self) -> dict[str, Place]:
         """See `Fleet.workers`."""
         return {name: worker.place for name, worker in self._workers.items()}
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Visitor.first_adapter`."""
+        worker = next(iter(self._workers.values()))
+        return unpack(self._get(worker.actor.first_adapter.remote(), worker.plan.name))
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`."""

@@ -15,6 +15,7 @@ from semcons_ray.distributed.cluster import begin
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
+from semcons_ray.federation.weights import pack
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter, open_meters
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import LedgerRow, Place
@@ -69,6 +70,10 @@ class WorkerActor:
             logger.error("%s could not load", spec.worker, exc_info=error)
             self._failure = ClientError(f"{spec.worker} could not load: {type(error).__name__}: {error}")
             raise self._failure from error
+
+    def first_adapter(self) -> bytes:
+        """See `Host.first_adapter`; its tensors are returned as safetensors."""
+        return pack(self._loaded().first_adapter, "float32")
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
         """See `Host.visit`; the `Reply` is returned as MessagePack, which is faster than pickling."""

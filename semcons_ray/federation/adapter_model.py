@@ -14,7 +14,7 @@ from torch import Tensor
 
 from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
 from semcons_ray.federation.randomness import stream
-from semcons_ray.federation.weights import Shapes, shapes_of, stacked, with_rank
+from semcons_ray.federation.weights import stacked, with_rank
 from semcons_ray.messages import Prompt
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Place
@@ -103,9 +103,9 @@ class AdapterModel:
         return self.base.writes
 
     @property
-    def base_shapes(self) -> Shapes:
-        """Shape of each tensor of an adapter at the base model's own rank."""
-        return shapes_of(self.base.fresh_adapter())
+    def first_adapter(self) -> Adapter:
+        """The adapter from which all clients start, at the base model's own rank."""
+        return self.base.fresh_adapter()
 
     def learn(self, pairs: Sequence[Pair], task: Task) -> None:
         """Train the adapter on all pairs together.

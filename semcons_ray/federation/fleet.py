@@ -19,6 +19,7 @@ from semcons_ray.errors import ClientError, QuorumError, UserError
 from semcons_ray.evaluation.harness import TaskScore
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter
 from semcons_ray.metering.ledger import LedgerRow, Place
+from semcons_ray.modeling.adapter import Adapter
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
     from semcons_ray.federation.client import Client
@@ -153,6 +154,12 @@ class Visitor(Protocol):
         """See `Host.adapter_shapes`. It is that of any worker: clients that exchange adapters have one architecture."""
         ...
 
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Host.first_adapter`; it is that of any worker, too. A server that knows the model and the seed can make
+        it, so no message has it."""
+        ...
+
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """Visit the clients in `downlinks`, each with its message, and yield replies in the order in which they come.
 
@@ -250,6 +257,11 @@ class Host(Protocol):
         """Shape of each tensor of an adapter of its model, at the model's own rank; empty where it has none."""
         ...
 
+    @property
+    def first_adapter(self) -> Adapter:
+        """The adapter from which all clients of its model start, at the model's own rank."""
+        ...
+
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Visit one client."""
         ...
@@ -296,6 +308,11 @@ class LocalFleet:
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See `Visitor.adapter_shapes`."""
         return next(iter(self._hosts.values())).adapter_shapes
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Visitor.first_adapter`."""
+        return next(iter(self._hosts.values())).first_adapter
 
     def laps(self) -> list[EnergyWindow]:
         """See `Fleet.laps`."""

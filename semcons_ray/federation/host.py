@@ -21,10 +21,11 @@ from semcons_ray.errors import ClientError, MessageError, NotFiniteError, Semcon
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, check_mark
-from semcons_ray.federation.weights import Shapes
+from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import Prompt, PublicPrompts
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.client_model import ClientModel
 
 if TYPE_CHECKING:
@@ -146,7 +147,12 @@ class ClientHost:
     @property
     def adapter_shapes(self) -> Shapes:
         """See `Host.adapter_shapes`."""
-        return getattr(next(iter(self.clients.values())).model, "base_shapes", {})
+        return shapes_of(self.first_adapter)
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Host.first_adapter`."""
+        return getattr(next(iter(self.clients.values())).model, "first_adapter", {})
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Do the client's part of a round, or return the stored reply if the visit was done already.

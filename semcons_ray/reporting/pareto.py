@@ -15,26 +15,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from semcons_ray.config import AlgorithmConfig
 from semcons_ray.metering.units import format_mark, format_quantity, scale
+from semcons_ray.parts import BUILT_IN
 from semcons_ray.reporting.drawing import BLUE, FAINT, INK, MARKERS, ORANGE, save
 from semcons_ray.reporting.summary import compared_by
 from semcons_ray.runs.run_folder import LOSS_NAMES
 
-FAMILIES = {
-    "semantic_consensus": BLUE,
-    "local_only": "#009E73",
-    "centralized": "#009E73",
-    "fedavg_lora": ORANGE,
-    "one_shot_fedavg_lora": ORANGE,
-    "fedprox": ORANGE,
-    "scaffold": ORANGE,
-    "ffa_lora": ORANGE,
-    "flora": ORANGE,
-    "flexlora": ORANGE,
-    "hetlora": ORANGE,
-}
-"""Colours of algorithms that exchange answers, nothing, or weights; others have the colour `OTHERS`."""
-OTHERS = "#CC79A7"
+ANSWERS, WEIGHTS, NOTHING, OTHERS = BLUE, ORANGE, "#009E73", "#CC79A7"
+"""Colours of built-in algorithms, by what they exchange, and of others."""
 NOT_FEDERATED = ("centralized",)
 """Bounds that no federation can be expected to reach: they are drawn, but left out of Pareto fronts."""
 SIZE = 8.0
@@ -149,13 +138,20 @@ def arm_styles(algorithms: Sequence[str]) -> list[Style]:
     seen: Counter[str] = Counter()
     styles: list[Style] = []
     for algorithm in algorithms:
-        colour = FAMILIES.get(algorithm, OTHERS)
+        colour = _colour(algorithm)
         turn, position = divmod(seen[colour], len(MARKERS))
         red, green, blue = (0.4 * part + 0.6 for part in to_rgb(colour))
         faces = (colour, "white", to_hex((red, green, blue)))
         styles.append((colour, MARKERS[position], faces[turn % len(faces)]))
         seen[colour] += 1
     return styles
+
+
+def _colour(algorithm: str) -> str:
+    if algorithm not in BUILT_IN["algorithm"]:
+        return OTHERS
+    settings = AlgorithmConfig(name=algorithm)
+    return WEIGHTS if settings.averages_weights else ANSWERS if settings.forms_consensus else NOTHING
 
 
 def _axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Series[float]:

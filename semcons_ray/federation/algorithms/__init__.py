@@ -19,6 +19,8 @@ What an algorithm can be combined with it says by class variables, all of which 
                           clients keep a moving average, and may be of kinds that have no weights to send
     any_ranks             clients may have different LoRA ranks
     averages_weights      clients send adapter weights, which the server averages
+    own_models            each client has a model of its own, though weights are averaged
+    outgrows_ranks        what is added to a client's base model is of a higher rank each round
     forms_consensus       the server elects an answer to each public prompt
     factors_only          it is defined by products of A and B, or by one of them, and knows no other tensors
     adjusts_gradients     it changes gradients before each step

@@ -108,11 +108,10 @@ class FedAvgLora:
             state = self.aggregate(state, updates)
         rows = ledger.take()
         evaluations: dict[int, Evaluation | None] = {}
-        if evaluate:  # clients of one rank have the same model then, so it is measured once
-            first = {rank: client for client, rank in reversed([*enumerate(self.ranks)])}
-            for reply in fleet.measure(round, self.downlinks(round + 1, state, sorted(first.values()))):
-                same = [client for client, rank in enumerate(self.ranks) if rank == self.ranks[reply.client_id]]
-                evaluations |= dict.fromkeys(same, reply.evaluation)
+        if evaluate:
+            alike = self.alike(updates)
+            for reply in fleet.measure(round, self.downlinks(round + 1, state, sorted(alike))):
+                evaluations |= dict.fromkeys(alike[reply.client_id], reply.evaluation)
                 rows += reply.rows
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations, rows=tuple(rows))
 
@@ -159,6 +158,13 @@ class FedAvgLora:
         adapters = [unpack(update.tensors) for update in updates]
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
 
+    def alike(self, updates: Sequence[AdapterUpdate]) -> Mapping[int, Sequence[int]]:
+        """By a client whose model is measured after a round, the clients that have the same: here those of one rank."""
+        same: dict[int, list[int]] = {}
+        for client_id, rank in enumerate(self.ranks):
+            same.setdefault(self.ranks.index(rank), []).append(client_id)
+        return same
+
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
         """The average as each client gets it, encoded once for each rank."""
         if not state:
@@ -179,6 +185,15 @@ class FedAvgLora:
             return pack(tensors, self.dtype)
         except NotFiniteError as error:
             raise ConfigError(f"what the server sends: {error}") from error
+
+    def received_rank(self, rank: int, missed: Sequence[Sequence[int]]) -> int:
+        """Rank of what a client is sent: here its own.
+
+        Args:
+            rank: The client's rank.
+            missed: For each round since the client's last, and that one, the ranks of those who took part.
+        """
+        return rank
 
     def share(self, average: Adapter, rank: int) -> Adapter:
         """The part of the average that a client of `rank` is sent: here all of it, since ranks are equal."""

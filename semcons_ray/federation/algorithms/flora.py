@@ -36,10 +36,12 @@ class _State(msgspec.Struct):
         stacks: The packed stack of each round done.
         held: By client, how many of them it had when it last answered. A client that was sampled and then lost may not
             have got what it was sent.
+        average: A packed adapter that all clients are sent besides; empty for FLoRA itself.
     """
 
     stacks: list[bytes] = []
     held: dict[int, int] = {}
+    average: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -51,36 +53,60 @@ class Flora(FedAvgLora):
 
     factors_only: ClassVar[bool] = True
     any_ranks: ClassVar[bool] = True
+    outgrows_ranks: ClassVar[bool] = True
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: this round's stack is added, and clients that answered are noted to have all earlier ones."""
         before = _read(state)
-        adapters = [unpack(update.tensors) for update in updates]
-        stack = mean_product(adapters, [update.num_examples for update in updates])
+        adapters, weights = [unpack(update.tensors) for update in updates], [update.num_examples for update in updates]
+        new = [self.packed(stack) for stack in self.stacks(adapters, weights)]
         held = before.held | {update.client_id: len(before.stacks) for update in updates}
-        return msgspec.msgpack.encode(_State([*before.stacks, self.packed(stack)], held))
+        return msgspec.msgpack.encode(_State([*before.stacks, *new], held, self.average(adapters, weights)))
+
+    def stacks(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Adapter]:
+        """What a round adds to the frozen adapter: here all that clients have learnt."""
+        return [mean_product(adapters, weights)]
+
+    def average(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> bytes:
+        """The packed adapter with which all clients go on: here none."""
+        return b""
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
         """The stacks that each client is not known to have; a tensor's key begins with the number of its stack."""
         known = _read(state)
-        encoded: dict[int, bytes] = {len(known.stacks): b""}
+        encoded: dict[int, bytes] = {}
         result = {}
         for client_id in client_ids:
             held = known.held.get(client_id, 0)
             if held not in encoded:
-                missed = {
-                    f"{number}.{key}": tensor
-                    for number, stack in enumerate(known.stacks[held:], start=held)
-                    for key, tensor in unpack(stack).items()
-                }
-                message = GlobalAdapter(round_number=round - 1, tensors=self.packed(missed))
-                encoded[held] = message.encode(self.compression)
+                tensors = unpack(known.average)
+                for number, stack in enumerate(known.stacks[held:], start=held):
+                    tensors |= {f"{number}.{key}": tensor for key, tensor in unpack(stack).items()}
+                message = GlobalAdapter(round_number=round - 1, tensors=self.packed(tensors))
+                encoded[held] = message.encode(self.compression) if tensors else b""
             result[client_id] = encoded[held]
         return result
 
+    def received_rank(self, rank: int, missed: Sequence[Sequence[int]]) -> int:
+        """The sum of the ranks of all stacks that the client lacks."""
+        return sum(map(sum, missed))
+
     def adopt(self, client: Client, round: int, downlink: bytes) -> None:
-        """Put what was missed beside the base model, each stack once, and begin a new adapter."""
-        stacks = self._sent_stacks(client, round, downlink)
+        """Put what was missed beside the base model, and begin a new adapter."""
+        self.keep(client, self.received_tensors(round, downlink))
+        client.adapter = client.fresh_adapter(round)
+
+    def received_tensors(self, round: int, downlink: bytes) -> Adapter:
+        """The tensors of an encoded `GlobalAdapter`, of whatever shapes; none if it is empty."""
+        return unpack(decode_downlink(GlobalAdapter, downlink, round=round).tensors) if downlink else {}
+
+    def keep(self, client: Client, tensors: Adapter) -> None:
+        """Put stacks beside the base model, each once.
+
+        Raises:
+            MessageError: They do not follow on those that the client has, or are not of its modules.
+        """
+        stacks = self._numbered(client, tensors)
         held = int(client.memory.get("stacks", torch.zeros(1)))
         if min(stacks, default=held) > held:
             raise MessageError(f"tensors: stacks from number {min(stacks)} on, but the client has only {held}")
@@ -90,11 +116,9 @@ class Flora(FedAvgLora):
             parts = [client.frozen, *new] if client.frozen else new
             client.frozen = stacked(parts, [1.0] * len(parts))
             client.memory["stacks"] = torch.tensor([max(stacks) + 1])
-        client.adapter = client.fresh_adapter(round)
 
-    def _sent_stacks(self, client: Client, round: int, downlink: bytes) -> dict[int, Adapter]:
-        """The stacks of an encoded `GlobalAdapter` by their numbers, which follow each other."""
-        tensors = unpack(decode_downlink(GlobalAdapter, downlink, round=round).tensors) if downlink else {}
+    def _numbered(self, client: Client, tensors: Adapter) -> dict[int, Adapter]:
+        """Stacks by their numbers, which follow each other."""
         stacks: dict[int, Adapter] = {}
         for name, tensor in tensors.items():
             number, _, key = name.partition(".")
