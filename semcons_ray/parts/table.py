@@ -23,6 +23,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "flora": "semcons_ray.federation.algorithms.flora:Flora",
         "flexlora": "semcons_ray.federation.algorithms.flexlora:FlexLora",
         "hetlora": "semcons_ray.federation.algorithms.hetlora:HetLora",
+        "fedavgm": "semcons_ray.federation.algorithms.fedavgm:FedAvgM",
     },
     "rule": {
         "medoid": "semcons_ray.consensus.rules:medoid",
