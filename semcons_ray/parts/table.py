@@ -24,6 +24,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "flexlora": "semcons_ray.federation.algorithms.flexlora:FlexLora",
         "hetlora": "semcons_ray.federation.algorithms.hetlora:HetLora",
         "fedavgm": "semcons_ray.federation.algorithms.fedavgm:FedAvgM",
+        "fedadam": "semcons_ray.federation.algorithms.fedadam:FedAdam",
     },
     "rule": {
         "medoid": "semcons_ray.consensus.rules:medoid",
