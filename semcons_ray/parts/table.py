@@ -25,6 +25,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "hetlora": "semcons_ray.federation.algorithms.hetlora:HetLora",
         "fedavgm": "semcons_ray.federation.algorithms.fedavgm:FedAvgM",
         "fedadam": "semcons_ray.federation.algorithms.fedadam:FedAdam",
+        "fedex_lora": "semcons_ray.federation.algorithms.fedex_lora:FedExLora",
     },
     "rule": {
         "medoid": "semcons_ray.consensus.rules:medoid",
