@@ -26,6 +26,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "fedavgm": "semcons_ray.federation.algorithms.fedavgm:FedAvgM",
         "fedadam": "semcons_ray.federation.algorithms.fedadam:FedAdam",
         "fedex_lora": "semcons_ray.federation.algorithms.fedex_lora:FedExLora",
+        "fedsa_lora": "semcons_ray.federation.algorithms.fedsa_lora:FedSaLora",
     },
     "rule": {
         "medoid": "semcons_ray.consensus.rules:medoid",
