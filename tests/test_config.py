@@ -1,14 +1,18 @@
+import math
 import pickle
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import PydanticUndefined
 
+from semcons_ray.commands.cli import main
 from semcons_ray.config import (
     DEFAULT_METRICS,
     ClientsConfig,
@@ -34,6 +38,7 @@ from semcons_ray.config import (
     without_settings,
 )
 from semcons_ray.errors import ConfigError
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.parts import BUILT_IN
 
 
@@ -644,7 +649,7 @@ def test_ranks_are_dealt_out_in_turn():
         ({"algorithm": {"name": "centralized"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
         *(
             ({"algorithm": {"name": name}, "model": {"lora": lora}}, rf"\.name {name} .*model\.lora\.{key} trains more")
-            for name in ("ffa_lora", "flora", "flexlora", "hetlora")
+            for name in ("ffa_lora", "flora", "flexlora", "hetlora", "fedex_lora", "fedsa_lora")
             for key, lora in (("use_dora", {"use_dora": True}), ("modules_to_save", {"modules_to_save": ["lm_head"]}))
         ),
     ],
@@ -1014,7 +1019,67 @@ def test_a_section_without_settings_is_the_default(tmp_path: Path) -> None:
     assert load_config(path) == ExperimentConfig()
 
 
-def test_flora_and_an_engine_do_not_go_together() -> None:
-    values = {"algorithm": {"name": "flora"}, "generation": {"engine": "vllm"}}
-    with pytest.raises(ConfigError, match=r"flora needs generation\.engine transformers"):
+@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+def test_an_adapter_that_outgrows_its_rank_and_an_engine_do_not_go_together(name: str) -> None:
+    values = {"algorithm": {"name": name}, "generation": {"engine": "vllm"}}
+    with pytest.raises(ConfigError, match=rf"{name} needs generation\.engine transformers"):
         validate_config(values, where="test")
+
+
+def test_clients_of_one_model_answer_alike_and_those_of_models_of_their_own_as_each_is_set() -> None:
+    values = {"clients": {"overrides": {1: {"generation": {"max_new_tokens": 9}}}}}
+    with pytest.raises(ConfigError, match=r"max_new_tokens is the same for all clients .* fedavgm, which measures one"):
+        validate_config({"algorithm": {"name": "fedavgm"}, **values}, where="test")
+    config = validate_config({"algorithm": {"name": "fedsa_lora"}, **values}, where="test")
+    assert config.client_generation()[1].max_new_tokens == 9
+
+
+# Options of parts
+
+
+@dataclass(frozen=True)
+class Capped(FedAvgLora):
+    """An algorithm of one's own."""
+
+    most: Annotated[float, Field(gt=0)] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "says"),
+    [
+        ({"name": "fedavgm", "options": {"momentum": 1}}, r"algorithm\.options\.momentum: Input should be less than 1"),
+        ({"name": "fedavgm", "options": {"momentum": "high"}}, r"options\.momentum: Input should be a valid number"),
+        ({"name": "fedavgm", "options": {"momentum": False}}, r"options\.momentum: a number is expected, not false"),
+        ({"name": "fedavgm", "options": {"momentum": math.nan}}, r"options\.momentum: .* finite number"),
+        ({"name": "fedavgm", "options": {"server_learning_rate": math.inf}}, r"server_learning_rate: .* finite number"),
+        ({"name": "fedavgm", "options": {"server_learning_rate": 0}}, "server_learning_rate: .*greater than 0"),
+        ({"name": "fedavgm", "options": {"tau": 1e-3}}, "fedavgm has no option tau; it has momentum, server_learning"),
+        ({"name": "fedavgm", "options": {"dtype": "float32"}}, "fedavgm has no option dtype"),
+        ({"name": "fedadam", "options": {"beta1": 1}}, r"options\.beta1: .*less than 1"),
+        ({"name": "fedadam", "options": {"beta2": -0.1}}, r"options\.beta2: .*greater than or equal to 0"),
+        ({"name": "fedadam", "options": {"tau": 0}}, r"options\.tau: .*greater than 0"),
+        ({"name": "fedavg_lora", "options": {"momentum": 0.5}}, r"algorithm\.options .* has no effect: it needs an"),
+        ({"name": "fedprox", "options": {"mu": 0.5}}, r"algorithm\.options .* has no effect: it needs an"),
+        ({"name": f"{__name__}:Capped", "options": {"most": 0}}, r"options\.most: .*greater than 0"),
+        ({"name": f"{__name__}:Capped", "options": {"least": 0}}, "has no option least; it has most"),
+        ({"rule": "semcons_ray.consensus.rules:trimmed", "rule_options": {"trim": 0.5}}, r"rule_options\.trim: .*less"),
+    ],
+)
+def test_options_are_checked_when_settings_are_read(algorithm: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        validate_config({"algorithm": algorithm}, where="test")
+
+
+def test_wrong_options_end_a_command_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--algorithm.name", "fedavgm", "--algorithm.options", "{momentum: 2}", "--out", str(tmp_path / "run")]
+    assert main(["run", *words]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "algorithm.options.momentum: Input should be less than 1 (got 2)" in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_options_are_of_those_runs_that_take_them() -> None:
+    shared = {"algorithm": {"options": {"momentum": 0.5}}}
+    for name, options in (("fedavgm", {"momentum": 0.5}), ("fedavg_lora", {})):
+        config = validate_config(merge_settings(shared, {"algorithm": {"name": name}}), where="here", shared=shared)
+        assert config.algorithm.options == options

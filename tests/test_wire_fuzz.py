@@ -18,7 +18,7 @@ from msgspec import structs
 
 from semcons_ray.consensus import Election
 from semcons_ray.errors import MessageError
-from semcons_ray.federation.algorithms import FedAvgLora
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import Server

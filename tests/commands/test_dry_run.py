@@ -31,6 +31,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ffa_lora": {"algorithm": {"name": "ffa_lora"}},
     "hetlora": {"algorithm": {"name": "hetlora"}, "clients": {"lora_ranks": [32, 16]}},
     "flora": {"algorithm": {"name": "flora"}, "clients": {"lora_ranks": [32, 16]}},
+    "fedavgm": {"algorithm": {"name": "fedavgm", "options": {"momentum": 0.5}}},
+    "fedadam": {"algorithm": {"name": "fedadam"}},
+    "fedex_lora": {"algorithm": {"name": "fedex_lora"}, "clients": {"num_clients": 4}},
+    "fedsa_lora": {"algorithm": {"name": "fedsa_lora"}},
 }
 
 

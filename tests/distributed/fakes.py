@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ModelError, NotFiniteError
 from semcons_ray.federation.fleet import Reply
@@ -36,6 +38,7 @@ class FakeHost:
     def __init__(self, spec: FakeSpec) -> None:
         self.spec = spec
         self.adapter_shapes = {"lora_A": (2, 3)}
+        self.first_adapter = {"lora_A": torch.arange(6.0).reshape(2, 3)}
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))

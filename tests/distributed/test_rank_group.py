@@ -40,6 +40,7 @@ class RankHost:
     def __init__(self, spec: RankSpec) -> None:
         self.spec = spec
         self.adapter_shapes = {"lora_A": (2, 3)}
+        self.first_adapter = {"lora_A": torch.full((2, 3), 1 / 3)}
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         rank = dist.get_rank()
@@ -95,6 +96,7 @@ def test_ranks_work_together_the_first_one_answers_and_none_is_left_at_the_end(
 ) -> None:
     fleet = start(node, tmp_path)
     assert visited(fleet) == dict.fromkeys(range(3), b"21 from rank 0")
+    assert torch.equal(fleet.first_adapter["lora_A"], torch.full((2, 3), 1 / 3))
     assert len(actors()) == 3  # two ranks, and the one that watches
     fleet.export_adapters(2, {2: b""}, tmp_path / "adapters")
     assert sorted(path.name for path in (tmp_path / "adapters" / "client_002").iterdir()) == ["0", "1"]

@@ -87,6 +87,10 @@ def test_every_client_is_visited_once_with_its_own_message(make_fleet: MakeFleet
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{client}-1-0" for client in range(5)]
 
 
+def test_the_first_adapter_is_a_workers_to_the_last_bit(make_fleet: MakeFleet) -> None:
+    assert make_fleet((0,), (1,)).first_adapter["lora_A"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_workers_that_share_cores_all_start(make_fleet: MakeFleet, nodes: tuple[cluster.Node, ...]) -> None:
     """One more worker than cores; without shares the last would wait for a core for ever."""
     count = int(nodes[0].cpus) + 1

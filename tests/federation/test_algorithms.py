@@ -7,20 +7,22 @@ import pytest
 
 from semcons_ray.config import AlgorithmConfig
 from semcons_ray.errors import ClientError, QuorumError, UserError
-from semcons_ray.federation.algorithms import (
-    Centralized,
-    FedAvgLora,
-    FedProx,
-    FfaLora,
-    FlexLora,
-    Flora,
-    HetLora,
-    LocalOnly,
-    OneShotFedAvgLora,
-    Scaffold,
-    SemanticConsensus,
-    build_algorithm,
-)
+from semcons_ray.federation.algorithms import build_algorithm
+from semcons_ray.federation.algorithms.centralized import Centralized
+from semcons_ray.federation.algorithms.fedadam import FedAdam
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.fedavgm import FedAvgM
+from semcons_ray.federation.algorithms.fedex_lora import FedExLora
+from semcons_ray.federation.algorithms.fedprox import FedProx
+from semcons_ray.federation.algorithms.fedsa_lora import FedSaLora
+from semcons_ray.federation.algorithms.ffa_lora import FfaLora
+from semcons_ray.federation.algorithms.flexlora import FlexLora
+from semcons_ray.federation.algorithms.flora import Flora
+from semcons_ray.federation.algorithms.hetlora import HetLora
+from semcons_ray.federation.algorithms.local_only import LocalOnly
+from semcons_ray.federation.algorithms.one_shot_fedavg_lora import OneShotFedAvgLora
+from semcons_ray.federation.algorithms.scaffold import Scaffold
+from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.messages import NO_LABELS, PseudoLabels
@@ -183,10 +185,19 @@ def test_algorithms_are_built_by_name() -> None:
         "centralized": {},
     }
     averaged = {"self_labels": True, "pseudo_label_weight": 0.25, "first_exchange": 3, "weight_dtype": "float32"}
+    averaged_with = {"fedavgm": {"options": {"momentum": 0.5}}, "fedadam": {"options": {"tau": "1e-4", "beta1": 0}}}
     ranks = (4, 4, 4)
     built = {
         name: build_algorithm(
-            AlgorithmConfig.model_validate({**common, **own.get(name, averaged), "proximal_mu": 0.5, "name": name}),
+            AlgorithmConfig.model_validate(
+                {
+                    **common,
+                    **own.get(name, averaged),
+                    **averaged_with.get(name, {}),
+                    "proximal_mu": 0.5,
+                    "name": name,
+                }
+            ),
             COHORT,
             ranks,
             7,
@@ -206,7 +217,12 @@ def test_algorithms_are_built_by_name() -> None:
         "flora": Flora(*averaging),
         "flexlora": FlexLora(*averaging),
         "hetlora": HetLora(*averaging),
+        "fedavgm": FedAvgM(*averaging, momentum=0.5),
+        "fedadam": FedAdam(*averaging, tau=1e-4, beta1=0.0),
+        "fedex_lora": FedExLora(*averaging),
+        "fedsa_lora": FedSaLora(*averaging),
     }
+    assert isinstance(built["fedadam"].tau, float)  # from text, as a command line gives it
     own_answers = build_algorithm(AlgorithmConfig(rule="own_answer"), COHORT, ranks, 3)
     assert own_answers == SemanticConsensus(COHORT, 1.0, "zstd", range(2, 3), 0.5, self_training=True)
 

@@ -274,6 +274,7 @@ def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec)
         assert client.ledger is host.ledger
     assert {shape[0] for key, shape in host.adapter_shapes.items() if "lora_A" in key} == {4}
     assert {shape[1] for key, shape in host.adapter_shapes.items() if "lora_B" in key} == {4}
+    assert all(torch.equal(host.clients[0].adapter[key], value) for key, value in host.first_adapter.items())
 
 
 class Idle:

@@ -13,18 +13,20 @@ from msgspec import structs
 from safetensors.torch import load, save
 
 from semcons_ray.errors import ConfigError, MessageError
-from semcons_ray.federation.algorithms import (
-    Centralized,
-    FedAvgLora,
-    FedProx,
-    FfaLora,
-    FlexLora,
-    Flora,
-    HetLora,
-    OneShotFedAvgLora,
-    Scaffold,
-    SemanticConsensus,
-)
+from semcons_ray.federation.algorithms.centralized import Centralized
+from semcons_ray.federation.algorithms.fedadam import FedAdam
+from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.fedavgm import FedAvgM
+from semcons_ray.federation.algorithms.fedex_lora import FedExLora
+from semcons_ray.federation.algorithms.fedprox import FedProx
+from semcons_ray.federation.algorithms.fedsa_lora import FedSaLora
+from semcons_ray.federation.algorithms.ffa_lora import FfaLora
+from semcons_ray.federation.algorithms.flexlora import FlexLora
+from semcons_ray.federation.algorithms.flora import Flora
+from semcons_ray.federation.algorithms.hetlora import HetLora
+from semcons_ray.federation.algorithms.one_shot_fedavg_lora import OneShotFedAvgLora
+from semcons_ray.federation.algorithms.scaffold import Scaffold
+from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.fleet import Evaluation, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.weights import Shapes, pack, rank_of, shapes_at, shapes_of, unpack, with_rank
@@ -96,7 +98,8 @@ class FakeFleet:
         self.algorithm, self.clients = algorithm, clients
         for client_id, client in enumerate(clients):
             client.client_id = client_id
-        self.adapter_shapes = shapes_of(clients[0].fresh_adapter()) if clients else {}
+        self.first_adapter = clients[0].fresh_adapter() if clients else {}
+        self.adapter_shapes = shapes_of(self.first_adapter)
         self.measured: list[tuple[int, bytes]] = []
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
@@ -386,6 +389,107 @@ def test_flora_gives_every_stack_once_to_a_client_that_was_lost(lost: Sequence[i
         torch.testing.assert_close(product(client.frozen), expected)
 
 
+def model(client: FakeClient) -> torch.Tensor:
+    """What a client's adapters add to its base weights."""
+    return product(client.adapter) + (product(client.frozen) if client.frozen else 0.0)
+
+
+class OfRankTwo(FakeClient):
+    def fresh_adapter(self, round: int | None = None) -> Adapter:
+        return {A: torch.zeros(2, 9), B: torch.zeros(8, 2)}
+
+
+def test_fedex_goes_on_with_the_means_and_has_the_mean_of_the_products() -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = FedExLora(TWO, EQUAL, "float32")
+    mean, of_products = {A: [[2.5, -1.0]], B: [[3.5], [0.75]]}, 0.25 * product(ONE) + 0.75 * product(OTHER)
+    residual = of_products - product(lora(mean[A], mean[B]))
+    state = algorithm.first_state()
+    for round in (1, 2):
+        fleet = FakeFleet(algorithm, clients)
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+        for client_id, client in enumerate(clients):
+            algorithm.adopt(client, round + 1, algorithm.downlinks(round + 1, state, [client_id])[client_id])  # type: ignore[arg-type]
+            assert {key: value.tolist() for key, value in client.adapter.items()} == mean
+            torch.testing.assert_close(model(client), (round - 1) * residual + of_products)
+            assert client.frozen[A].shape[0] == round  # one less than there are clients, each round
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_fedex_loses_nothing_and_sends_the_least_rank(count: int) -> None:
+    """Clients of rank 2, unequally many examples; one client alone has no residual, and no byte is sent for one."""
+    drawn, weights = torch.Generator().manual_seed(0), [3, 1, 4, 5][:count]
+    adapters = [{A: torch.randn(2, 9, generator=drawn), B: torch.randn(8, 2, generator=drawn)} for _ in weights]
+    clients = [OfRankTwo(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    algorithm = FedExLora(Cohort(num_clients=count, participation=1.0, seed=0), (2,) * count, "float32")
+    outcome = algorithm.run_round(1, b"", FakeFleet(algorithm, clients), None, evaluate=False)  # type: ignore[arg-type]
+    [downlink] = algorithm.downlinks(2, outcome.next_state, [0]).values()
+    algorithm.adopt(clients[0], 2, downlink)  # type: ignore[arg-type]
+    mean = sum(weight * product(adapter) for adapter, weight in zip(adapters, weights, strict=True)) / sum(weights)
+    torch.testing.assert_close(model(clients[0]), mean)
+    sent = unpack(GlobalAdapter.decode(downlink).tensors)
+    ranks = [value.shape[0] for key, value in sent.items() if "lora_A" in key]
+    assert sorted(ranks) == sorted([2, 2 * (count - 1)] if count > 1 else [2])
+    assert algorithm.received_rank(2, [(2,) * count]) == sum(ranks)
+    residual = mean - product({key: sent[key] for key in (A, B)})
+    assert torch.linalg.matrix_rank(residual, atol=1e-4) == 2 * (count - 1)
+
+
+@pytest.mark.parametrize("on_the_way", [False, True], ids=["before it works", "its answer on the way"])
+@pytest.mark.parametrize("lost", [[1], [2], [1, 2]])
+def test_fedex_gives_every_residual_once_to_a_client_that_was_lost(lost: Sequence[int], on_the_way: bool) -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = FedExLora(TWO, EQUAL, "float32")
+    fleet = LossyFleet(algorithm, clients, lost, on_the_way=on_the_way)
+    state = algorithm.first_state()
+    for round in (1, 2, 3):
+        state = algorithm.run_round(round, state, fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+    of_products, mean = 0.25 * product(ONE) + 0.75 * product(OTHER), lora([[2.5, -1.0]], [[3.5], [0.75]])
+    expected = of_products + (2 - len(lost)) * (of_products - product(mean))
+    for client_id, client in enumerate(clients):
+        algorithm.adopt(client, 4, algorithm.downlinks(4, state, [client_id])[client_id])  # type: ignore[arg-type]
+        torch.testing.assert_close(model(client), expected)
+
+
+def test_fedsa_averages_a_and_leaves_each_client_its_b() -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = FedSaLora(TWO, EQUAL, "float32")
+    fleet, state = FakeFleet(algorithm, clients), algorithm.first_state()
+    for round in (1, 2):
+        outcome = algorithm.run_round(round, state, fleet, None, evaluate=True)  # type: ignore[arg-type]
+        state = outcome.next_state
+        assert {key: value.tolist() for key, value in unpack(state).items()} == {A: [[2.5, -1.0]]}
+        sent = [AdapterUpdate.decode(reply.uplink).tensors for reply in outcome.replies]
+        sent += [GlobalAdapter.decode(downlink).tensors for _, downlink in fleet.measured]
+        assert {key for tensors in sent for key in unpack(tensors)} == {A}
+        # Each has a model of its own, and is measured with it.
+        assert [client for client, _ in fleet.measured[-2:]] == [0, 1]
+        assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 10.0, 1: 11.0}
+    for client, trained in zip(clients, (ONE, OTHER), strict=True):
+        algorithm.adopt(client, 3, fleet.measured[-1][1])  # type: ignore[arg-type]
+        assert client.adapter[A].tolist() == [[2.5, -1.0]]
+        assert torch.equal(client.adapter[B], trained[B])
+
+
+def test_fedsa_measures_who_took_part_and_a_lost_client_keeps_its_b() -> None:
+    clients = [FakeClient(ONE, 1), FakeClient(OTHER, 3)]
+    algorithm = FedSaLora(TWO, EQUAL, "float32")
+    fleet, state = LossyFleet(algorithm, clients, [2], on_the_way=False), b""
+    for measured in ([0, 1], [0], [0, 1]):
+        round = len(clients[0].notes) + 1
+        outcome = algorithm.run_round(round, state, fleet, None, evaluate=True)  # type: ignore[arg-type]
+        assert sorted(outcome.evaluations) == measured
+        state = outcome.next_state
+        assert unpack(state)[A].tolist() == ([[2.5, -1.0]] if 1 in measured else ONE[A].tolist())
+        algorithm.adopt(clients[1], round + 1, algorithm.downlinks(round + 1, state, [1])[1])  # type: ignore[arg-type]
+        assert torch.equal(clients[1].adapter[A], unpack(state)[A])
+        assert torch.equal(clients[1].adapter[B], OTHER[B])
+    # Who has never taken part has the common A, and a B of 0.
+    algorithm.adopt(newcomer := FakeClient(), 4, algorithm.downlinks(4, state, [0])[0])  # type: ignore[arg-type]
+    assert newcomer.adapter[A].tolist() == [[2.5, -1.0]]
+    assert not newcomer.adapter[B].any()
+
+
 COMMON = [[1.0, 0.5]]
 LOSSY: dict[str, tuple[Any, Adapter, Adapter]] = {
     "fedavg": (FedAvgLora(TWO, EQUAL, "float32"), ONE, OTHER),
@@ -450,7 +554,7 @@ def test_what_is_averaged_does_not_depend_on_who_is_called_what() -> None:
     drawn = torch.Generator().manual_seed(0)
     adapters = [{A: torch.randn(1, 2, generator=drawn), B: torch.randn(2, 1, generator=drawn)} for _ in range(3)]
     cohort = Cohort(num_clients=3, participation=1.0, seed=0)
-    for kind in (FedAvgLora, FlexLora, HetLora, Flora):
+    for kind in (FedAvgLora, FlexLora, HetLora, Flora, FedAvgM, FedAdam, FedExLora, FedSaLora):
         algorithm = kind(cohort, (1, 1, 1), "float32")
         states = set()
         for order in itertools.permutations(range(3)):
@@ -478,6 +582,10 @@ CROSSING = [
     (Flora(TWO, (1, 2)), FULL),
     (FlexLora(TWO, (1, 2)), FULL),
     (HetLora(TWO, (1, 2)), FULL),
+    (FedAvgM(TWO, (1, 2)), FULL),
+    (FedAdam(TWO, (1, 2)), FULL),
+    (FedExLora(TWO, (1, 2)), FULL),
+    (FedSaLora(TWO, (1, 2)), {A: FULL[A]}),
 ]
 
 
@@ -574,6 +682,23 @@ def test_floras_stacks_have_any_rank_and_follow_on_what_the_client_has() -> None
         adopt(FakeClient(), {"0": right}, round=2)
 
 
+def test_fedexs_residuals_come_with_the_means_of_the_clients_own_shapes() -> None:
+    algorithm = FedExLora(TWO, EQUAL, "float32")
+
+    def adopt(client: FakeClient, tensors: Adapter) -> None:
+        algorithm.adopt(client, 2, GlobalAdapter(round_number=1, tensors=packed(tensors)).encode())  # type: ignore[arg-type]
+
+    residual = {f"0.{key}": tensor for key, tensor in some(shapes_at(FULL, 7)).items()}
+    adopt(client := FakeClient(), {**some(FULL), **residual})
+    assert (client.adapter[A].shape, client.frozen[A].shape) == ((1, 2), (7, 2))
+    for tensors, says in wrong(FULL):
+        with pytest.raises(MessageError, match=f"tensors: .*{re.escape(says)}"):
+            adopt(FakeClient(), {**tensors, **residual})
+    for broken in ({f"1{key[1:]}": tensor for key, tensor in residual.items()}, {f"0.{A}": residual[f"0.{A}"]}):
+        with pytest.raises(MessageError, match=r"tensors: "):
+            adopt(FakeClient(), {**some(FULL), **broken})
+
+
 def test_who_sends_no_update_is_left_out_of_the_average() -> None:
     class Garbled(FakeFleet):
         def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
@@ -612,7 +737,8 @@ def test_weights_cross_in_the_type_and_compression_of_the_settings(
     dtype: str, compression: str, framing: bytes
 ) -> None:
     """Both ways, for every algorithm whose clients send an adapter; the server keeps float32."""
-    for kind, more in ((FedAvgLora, {}), (OneShotFedAvgLora, {"num_rounds": 1}), (FedProx, {}), (Flora, {})):
+    plain = {FedAvgLora: {}, OneShotFedAvgLora: {"num_rounds": 1}, FedProx: {}, FedSaLora: {}}
+    for kind, more in (plain | {Flora: {}, FedExLora: {}, FedAvgM: {}, FedAdam: {}}).items():
         clients = [FakeClient(ONE), FakeClient(OTHER)]
         algorithm = kind(TWO, EQUAL, dtype, compression, **more)
         fleet = FakeFleet(algorithm, clients)
@@ -622,7 +748,7 @@ def test_weights_cross_in_the_type_and_compression_of_the_settings(
             assert sent[:1] == framing
             tensors = load(message.decode(sent).tensors)
             assert {str(value.dtype) for value in tensors.values()} == {f"torch.{dtype}"}
-        if kind is not Flora:
+        if kind in plain:
             assert {value.dtype for value in load(outcome.next_state).values()} == {torch.float32}
 
 

@@ -28,6 +28,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "centralized": {"algorithm": {"name": "centralized"}},
     "fedavg_lora": {"algorithm": {"name": "fedavg_lora", "weight_dtype": "float32"}},
     "flora": {"algorithm": {"name": "flora", "weight_dtype": "float32"}},
+    "fedsa_lora": {"algorithm": {"name": "fedsa_lora", "weight_dtype": "float32"}},
 }
 
 

@@ -53,8 +53,13 @@ def run(config: ExperimentConfig, out: Path, **resources: object) -> str:
             },
             1,
         ),
+        ({"clients": {"num_clients": 4, "participation": 0.75}, "algorithm": {"name": "fedadam"}}, 1),
     ],
-    ids=["everything that draws random numbers, mixed architectures", "weights and what clients remember"],
+    ids=[
+        "everything that draws random numbers, mixed architectures",
+        "weights and what clients remember",
+        "a server that knows from what clients start",
+    ],
 )
 def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
     tiny_config: MakeConfig,
