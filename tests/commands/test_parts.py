@@ -12,7 +12,7 @@ from tests.parts.test_find import RULES, Install, Write
 def test_all_parts_are_listed_with_their_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "3000")
     assert main(["parts"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + sum(map(len, BUILT_IN.values()))
