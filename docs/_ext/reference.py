@@ -70,23 +70,28 @@ def _default(field: FieldInfo) -> Any:
 
 def values(schema: dict[str, Any]) -> str:
     """What a JSON Schema lets a value be, in words."""
+    *some, last = dict.fromkeys(_kinds(schema))
+    return f"{', '.join(some)} or {last}" if some else last
+
+
+def _kinds(schema: dict[str, Any]) -> list[str]:
+    """The kinds of values, or the single values, that a JSON Schema allows."""
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(map(values, schema["anyOf"])))
+        return [kind for one in schema["anyOf"] for kind in _kinds(one)]
     if "enum" in schema or "const" in schema:
-        *some, last = [f"`{str(one).lower() if isinstance(one, bool) else one}`" for one in _choices(schema)]
-        return f"{', '.join(some)} or {last}" if some else last
+        choices = schema.get("enum", [schema.get("const")])
+        return [f"`{str(one).lower() if isinstance(one, bool) else one}`" for one in choices]
     if schema.get("type") in ("integer", "number"):
-        return _number(schema)
+        return [_number(schema)]
     if schema.get("type") == "array":
-        return f"a list of: {values(schema['items'])}" if schema.get("items") else "a list"
-    named = {"boolean": "`true` or `false`", "null": "`null`", "object": "a mapping"}
+        return [f"a list of: {values(schema['items'])}" if schema.get("items") else "a list"]
     if "pattern" in schema:
-        return "`module:object`"
-    return named.get(schema.get("type", ""), "a date" if schema.get("format") == "date" else "text")
-
-
-def _choices(schema: dict[str, Any]) -> list[Any]:
-    return schema.get("enum", [schema.get("const")])
+        return ["`module:object`"]
+    if schema.get("type") == "boolean":
+        return ["`true`", "`false`"]
+    if schema.get("format") == "date":
+        return ["a date"]
+    return [{"null": "`null`", "object": "a mapping"}.get(schema.get("type", ""), "text")]
 
 
 def _number(schema: dict[str, Any]) -> str:
