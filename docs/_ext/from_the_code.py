@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from sphinx.util.nodes import make_refnode
 def fill(app: Sphinx, docname: str, source: list[str]) -> None:
     """Fill in what is made from the code."""
     source[0] = reference.filled(source[0])
+
+
+def keep_indented(app: Sphinx, what: str, name: str, part: Any, options: Any, lines: list[str]) -> None:
+    """An indented block of a docstring that follows a paragraph is shown as it is, such as a small table of names."""
+    for place in range(len(lines) - 1, 1, -1):
+        if lines[place].startswith("    ") and not lines[place - 1].strip() and re.match(r"\S", lines[place - 2]):
+            lines[place:place] = ["::", ""]
 
 
 class LinkFolders(SphinxTransform):
@@ -59,6 +67,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register all of it with Sphinx."""
     app.add_object_type("setting", "setting", objname="setting")
     app.connect("source-read", fill)
+    app.connect("autodoc-process-docstring", keep_indented, priority=400)  # before sections are made of it
     app.add_transform(LinkFolders)
     app.add_lexer("hex", TextLexer)
     app.add_post_transform(LinkSettings)
