@@ -15,6 +15,9 @@ from semcons_ray.studies.search_space import load_sweep
 from tests.docs.pages import Block, blocks, name_of, shown_pages
 
 CODE = ("bash", "console", "json", "python", "sh", "toml", "yaml")
+REAL_MODEL = "packaged:smollm2-135m-instruct"
+"""A tiny one takes its place."""
+
 STUDIES = {"comparison": load_comparison, "sweep": load_sweep}
 
 
@@ -63,7 +66,7 @@ RUN = [page for page in shown_pages() if any(block.language in CODE for block in
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_the_blocks_of_a_page_work(page: Path, folder: Path) -> None:
+def test_the_blocks_of_a_page_work(page: Path, folder: Path, tiny_llama: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         if block.words.startswith("not run: "):
@@ -71,7 +74,7 @@ def test_the_blocks_of_a_page_work(page: Path, folder: Path) -> None:
         if block.file:
             path = folder / block.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.content, encoding="utf-8")
+            path.write_text(block.content.replace(REAL_MODEL, str(tiny_llama)), encoding="utf-8")
         if block.first == "run" and block.language == "python":
             exec(compile(block.content, block.place, "exec"), names)
         elif block.first == "run":
