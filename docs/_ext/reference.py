@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from semcons_ray.commands import cli
 from semcons_ray.commands.init import PRESETS
 from semcons_ray.config import ExperimentConfig, Settings, describe_settings, dump_yaml
+from semcons_ray.endpoints.api_model import ApiOptions
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, resolve
 from semcons_ray.parts.find import options_of
@@ -60,12 +61,16 @@ def _section(name: str, field: FieldInfo, schema: dict[str, Any]) -> Iterator[st
 
 
 def _setting(key: str, field: FieldInfo, schema: dict[str, Any]) -> str:
-    default = dump_yaml(_default(field), in_a_line=True).removesuffix("...\n").strip()
-    return f"```{{setting}} {key}\n{_capital(values(schema))}. Default: `{default}`\n\n{field.description}\n```\n"
+    told = f"{_capital(values(schema))}. Default: `{_written(_default(field))}`"
+    return f"```{{setting}} {key}\n{told}\n\n{field.description}\n```\n"
 
 
 def _default(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True)
+
+
+def _written(value: Any) -> str:
+    return dump_yaml(value, in_a_line=True).removesuffix("...\n").strip()
 
 
 def values(schema: dict[str, Any]) -> str:
@@ -98,6 +103,16 @@ def _number(schema: dict[str, Any]) -> str:
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "up to", "exclusiveMaximum": "below"}
     kind = "a whole number" if schema["type"] == "integer" else "a number"
     return " ".join([kind, *(f"{words} {schema[key]:g}" for key, words in bounds.items() if key in schema)])
+
+
+def openai() -> str:
+    """Options of clients behind an API."""
+    properties = ApiOptions.model_json_schema()["properties"]
+    rows = [
+        (f"`{name}`", values(properties[name]), f"`{_written(_default(field))}`", field.description or "")
+        for name, field in ApiOptions.model_fields.items()
+    ]
+    return _table(("option", "what it takes", "default", "what it does"), rows)
 
 
 # The command
@@ -231,6 +246,7 @@ def _capital(text: str) -> str:
 
 MAKERS: dict[str, Callable[[], str]] = {
     "settings": settings,
+    "openai": openai,
     "commands": commands,
     "parts": parts,
     "protocols": protocols,
