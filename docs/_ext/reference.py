@@ -109,10 +109,10 @@ def openai() -> str:
     """Options of clients behind an API."""
     properties = ApiOptions.model_json_schema()["properties"]
     rows = [
-        (f"`{name}`", values(properties[name]), f"`{_written(_default(field))}`", field.description or "")
+        (f"`{name}`", f"{values(properties[name])}; `{_written(_default(field))}`", field.description or "")
         for name, field in ApiOptions.model_fields.items()
     ]
-    return _table(("option", "what it takes", "default", "what it does"), rows)
+    return _table(("option", "what it takes; default", "what it does"), rows)
 
 
 # The command
