@@ -16,11 +16,11 @@ from pydantic.fields import FieldInfo
 
 from semcons_ray.commands import cli
 from semcons_ray.commands.init import PRESETS
+from semcons_ray.commands.parts import rows as parts_listed
 from semcons_ray.config import ExperimentConfig, Settings, describe_settings, dump_yaml
 from semcons_ray.endpoints.api_model import ApiOptions
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, resolve
-from semcons_ray.parts.find import options_of
+from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind
 from semcons_ray.runs import run_folder
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow, column_names
 
@@ -160,7 +160,12 @@ def _parts(kind: Kind) -> Iterator[str]:
     yield (
         f"Protocol: {{py:obj}}`{PROTOCOLS[kind].replace(':', '.')}`. Entry points of packages: `{GROUPS[kind]}`.\n"
     )
-    yield _table(("name", "what it is", "options"), [(f"`{name}`", *_told(kind, name)) for name in BUILT_IN[kind]])
+    built_in = [row for row in parts_listed([kind]) if row[1] in BUILT_IN[kind]]
+    rows = [
+        (f"`{name}`", CONTROLS.get(name, summary), f"`{options}`" if options and name not in CONTROLS else "")
+        for _, name, _, _, options, summary in built_in
+    ]
+    yield _table(("name", "what it is", "options"), rows) if rows else "None is built in.\n"
 
 
 CONTROLS = {
@@ -168,23 +173,6 @@ CONTROLS = {
     "own_answer": "A control: each client learns its own answers, which is self-training; nothing is exchanged.",
 }
 """Rules that are told by the algorithm and not by a function of their own."""
-
-
-def _told(kind: Kind, name: str) -> tuple[str, str]:
-    part = resolve(kind, name)
-    module = inspect.getdoc(inspect.getmodule(part)) if inspect.isclass(part) else inspect.getdoc(part)
-    summary = CONTROLS.get(name) or _sentence(module or "")
-    offered = _offered() if kind == "algorithm" else {}
-    options = {} if name in CONTROLS else options_of(kind, name, offered)
-    return summary, ", ".join(f"`{key}`" for key in options)
-
-
-def _offered() -> dict[str, None]:
-    """What algorithms are given by the run and not by options; the package's docstring lists it."""
-    doc = inspect.getdoc(inspect.getmodule(__import__("semcons_ray.federation.algorithms", fromlist=["_"]))) or ""
-    listed = doc.partition("options, which are its further parameters:")[2].partition("What an algorithm")[0]
-    lines = re.findall(r"^    ((?:\w+, )*\w+)  ", listed, re.M)
-    return {name.strip(): None for line in lines for name in line.split(",")}
 
 
 def protocols() -> str:
