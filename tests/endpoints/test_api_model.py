@@ -177,7 +177,7 @@ def test_options_that_do_not_do_are_refused_by_their_keys(client, options, said)
 def test_the_settings_in_the_how_to_do(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     how_to = (Path(__file__).parents[2] / "docs" / "black_box.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```yaml\n(.*?)```", how_to, re.DOTALL)
+    blocks = re.findall(r"```yaml experiment\n(.*?)```", how_to, re.DOTALL)
     first, second = (validate_config(parse_yaml(block), where="docs") for block in blocks)
     (model,) = kinds_of(first, tmp_path).values()
     assert model.environment == ("OPENAI_API_KEY",)
