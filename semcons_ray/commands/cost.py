@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from semcons_ray.config import load_config
+from semcons_ray.config import DEFAULTS
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.modeling.packaged import PREFIX, resolve_model
@@ -238,7 +238,7 @@ def split_targets(targets: str) -> list[str] | str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semcons cost` to its parser."""
-    defaults = load_config(None)
+    defaults = DEFAULTS
     parser.formatter_class = argparse.HelpFormatter  # wraps
     parser.description = (
         "Bytes that federated averaging of LoRA adapters sends, against those of semantic consensus, which sends text. "

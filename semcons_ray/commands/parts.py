@@ -15,7 +15,6 @@ from rich.table import Table
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, options_of, resolve
 from semcons_ray.parts.find import of_packages, origin
-from semcons_ray.reporting.terminal import print_whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each part, on stdout."""
+    from semcons_ray.reporting.terminal import print_whole
+
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("kind", "name", "of", "object", "options", "what it is"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "of"))

@@ -8,7 +8,14 @@ parameters.
 from semcons_ray.config.base import Settings
 from semcons_ray.config.documents import dump_yaml, parse_yaml, read_yaml
 from semcons_ray.config.endpoints import EndpointConfig, JudgeConfig
-from semcons_ray.config.experiment import ExperimentConfig, is_chosen, named_parts, setting_value, without_effect
+from semcons_ray.config.experiment import (
+    DEFAULTS,
+    ExperimentConfig,
+    is_chosen,
+    named_parts,
+    setting_value,
+    without_effect,
+)
 from semcons_ray.config.keys import (
     Section,
     Within,
@@ -57,6 +64,7 @@ from semcons_ray.config.sections import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "DEFAULT_METRICS",
     "LOCAL_PATH",
     "TEMPLATE_DATE",
