@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 import msgspec
 from pydantic.fields import FieldInfo
 
+from semcons_ray.api.parts import rows as parts_listed
 from semcons_ray.commands import cli
 from semcons_ray.commands.init import PRESETS
-from semcons_ray.commands.parts import rows as parts_listed
 from semcons_ray.config import ExperimentConfig, Settings, describe_settings, dump_yaml
 from semcons_ray.endpoints.api_model import ApiOptions
 from semcons_ray.metering.ledger import LedgerRow

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 
-from semcons_ray.commands.cost import (
+from semcons_ray.api.cost import (
     FIGURE_TARGETS,
     SHAPES,
     count_parameters,

@@ -14,7 +14,6 @@ import torch
 from clocks import empty_memory, gpu_bytes, synchronize
 from shapes import SMOLLM2, write_shape
 
-from semcons_ray.commands.progress import Progress
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig, validate_config
 from semcons_ray.data.sources import load_examples
 from semcons_ray.metering.energy import GpuMeter, estimate_draw
@@ -22,6 +21,7 @@ from semcons_ray.metering.environment import cpu_model
 from semcons_ray.metering.gpus import visible_gpus
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import resolve_model
+from semcons_ray.reporting.progress import Progress
 from semcons_ray.runs.experiment import run_experiment
 
 CLIENTS = (1, 8)
@@ -135,7 +135,6 @@ def _run(config: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, 
     """Ledger, rounds and placement of a run."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        with Progress() as progress:
-            run_experiment(validate_config(config, where=__file__), out, progress)
+        run_experiment(validate_config(config, where=__file__), out, Progress())
         placed = json.loads((out / "placement.json").read_text(encoding="utf-8"))
         return pd.read_parquet(out / "ledger.parquet"), pd.read_parquet(out / "rounds.parquet"), placed

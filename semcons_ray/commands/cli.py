@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -15,16 +16,15 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from semcons_ray import __version__
-from semcons_ray.config import Within, describe_settings, is_option, load_config, parse_setting
+import semcons_ray as sr
+from semcons_ray.api.experiments import Kind
+from semcons_ray.api.places import local_folder
+from semcons_ray.config import Layers, Within, as_study, describe_settings, is_option, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
-
-if TYPE_CHECKING:
-    from semcons_ray.runs.observers import Observer
 
 EXAMPLE = """\
 examples:
@@ -85,9 +85,14 @@ may be added. Each trial has a run folder below DIR/trials.
 example:
   semcons sweep sweep.yaml --num_rounds 2 --out runs/sweep
 """
+SCHEMA = """\
+Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
 
-
-FILES = "YAML files, each laid over those before it; without one, the defaults"
+  # yaml-language-server: $schema=config.schema.json"""
+FILES = "YAML files, each laid over those before it"
+RUN = "the run's folder, or its URL"
+DRY_RUN = "only print what would be done: data, placement, bytes, tokens, hours"
+TASKS = "tasks, groups or tags of lm-eval or YAML files, separated by commas: arc_challenge,ifeval,./my_task.yaml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,249 +164,154 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
-    from semcons_ray.commands import cost, init, parts, schema
+    from semcons_ray.api.schema import KINDS
+    from semcons_ray.commands import cost, init, parts
 
+    shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(
         prog="semcons",
         description="Simulate federated fine-tuning of language models by semantic consensus, on Ray.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **shape,
     )
-    parser.add_argument("--version", action="version", version=f"semcons {__version__}")
+    parser.add_argument("--version", action="version", version=f"semcons {sr.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, summary: str, **more: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **more,
-        )
+    def command(name: str, function: Callable[..., int], does: object, **more: Any) -> argparse.ArgumentParser:
+        summary = does if isinstance(does, str) else (inspect.getdoc(does) or "").partition("\n")[0]
+        sub = commands.add_parser(name, help=summary, description=summary, **shape, **more)
         sub.set_defaults(function=function)
         return sub
 
-    def add_out(sub: argparse.ArgumentParser, summary: str, kind: Any = str) -> None:
-        sub.add_argument("--out", type=kind, required=needs_out, metavar="DIR", help=summary)
-        told = "only print what would be done: data, placement, bytes, tokens, hours"
-        sub.add_argument("--dry-run", action="store_true", help=told)
+    def work(name: str, function: Callable[..., int], does: object, out: Any, about: str, epilog: str) -> None:
+        """A command that does what files say."""
+        file = "SWEEP" if name == "sweep" else "CONFIG"
+        files, count, told = f"[{file} ...]", "*", f"{FILES}; without one, the defaults"
+        if name == "sweep":
+            files, count, told = f"{file} ...", "+", FILES
+        usage = f"semcons {name} {files} [--any.setting value ...] (--out DIR | --dry-run)"
+        sub = command(name, function, does, usage=usage, epilog=epilog)
+        sub.add_argument("config", type=Path, nargs=count, metavar=file, help=told)
+        sub.add_argument("--out", type=out, required=needs_out, metavar="DIR", help=about)
+        sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
     sub = command("init", init.run, "Write DIR/config.yaml: every setting with its default and a comment, or a preset.")
-    sub.add_argument("folder", type=_local, metavar="DIR")
+    sub.add_argument("folder", type=local_folder, metavar="DIR")
     init.add_arguments(sub)
-
-    sub = command("schema", schema.run, "Print the JSON Schema of YAML files, by which editors complete them.")
-    schema.add_arguments(sub)
-
+    schema = "Print the JSON Schema of YAML files, by which editors complete them."
+    sub = command("schema", _schema, schema, epilog=SCHEMA)
+    kinds = f"the command that the file is for: {', '.join(KINDS)}. Default: %(default)s."
+    sub.add_argument("kind", nargs="?", choices=KINDS, default="run", metavar="COMMAND", help=kinds)
     sub = command("parts", parts.run, "List what settings can name: algorithms, rules, metrics and others.")
     parts.add_arguments(sub)
-
-    command("doctor", _doctor, "Check what this machine has, what works on it, and what to do about the rest.")
-
-    sub = command(
-        "run",
-        _run,
-        "Run an experiment; everything that it writes goes to a new folder.",
-        usage="semcons run [CONFIG ...] [--any.setting value ...] (--out DIR | --dry-run)",
-        epilog=f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}",
-    )
-    sub.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=FILES)
-    add_out(sub, "new folder for the run's files, or a URL")
-
-    sub = command("resume", _resume, "Continue a run that was stopped or failed; its numbers stay the same.")
-    sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
-
-    sub = command(
-        "compare",
-        _compare,
-        "Run algorithms on the same data, seeds, models and budget: quality against bytes, seconds and joules.",
-        usage="semcons compare [CONFIG ...] [--any.setting value ...] (--out DIR | --dry-run)",
-        epilog=COMPARE,
-    )
-    sub.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=FILES)
-    add_out(sub, "folder for all runs, tables and the figure", _local)
-
-    sub = command(
-        "sweep",
-        _sweep,
-        "Try many settings with Ray Tune: quality against bytes, seconds and joules, and the effect of each.",
-        usage="semcons sweep SWEEP ... [--any.setting value ...] (--out DIR | --dry-run)",
-        epilog=SWEEP,
-    )
-    sub.add_argument("config", type=Path, nargs="+", metavar="SWEEP", help="YAML files, each laid over those before it")
-    add_out(sub, "folder for all trials and the report", _local)
-
-    sub = command(
-        "watch", _watch, "Show a run that goes on in another process: each round that is done, until it ends."
-    )
-    sub.add_argument("folder", type=_local, metavar="DIR", help="the run's folder")
-
-    sub = command("report", _report, "Print a run's result table, and write its report.html again.")
-    sub.add_argument("folder", metavar="DIR", help="the run's folder, or its URL")
-
-    sub = command(
-        "evaluate",
-        _evaluate,
-        "Measure a finished run's base models and adapters by tasks of lm-eval, into its metrics and report.",
-    )
-    sub.add_argument("folder", metavar="RUN", help="the run's folder, or its URL")
-    sub.add_argument(
-        "--tasks",
-        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
-        required=True,
-        metavar="TASKS",
-        help="tasks, groups or tags of lm-eval or YAML files, separated by commas: arc_challenge,ifeval,./my_task.yaml",
-    )
+    command("doctor", _doctor, sr.diagnose)
+    settings = f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}"
+    work("run", _run, sr.run, str, "new folder for the run's files, or a URL", settings)
+    command("resume", _resume, sr.resume).add_argument("folder", metavar="DIR", help=RUN)
+    work("compare", _compare, sr.compare, local_folder, "folder for all runs, tables and the figure", COMPARE)
+    work("sweep", _sweep, sr.sweep, local_folder, "folder for all trials and the report", SWEEP)
+    watched = RUN.partition(",")[0]
+    command("watch", _watch, sr.watch).add_argument("folder", type=local_folder, metavar="DIR", help=watched)
+    report = "Print a run's result table, and write its report.html again."
+    command("report", _report, report).add_argument("folder", metavar="DIR", help=RUN)
+    sub = command("evaluate", _evaluate, sr.evaluate)
+    sub.add_argument("folder", metavar="RUN", help=RUN)
+    sub.add_argument("--tasks", type=_names, required=True, metavar="TASKS", help=TASKS)
     sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
-
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
 
 
-def _doctor(args: argparse.Namespace) -> int:
-    from semcons_ray.commands.doctor import diagnose, exit_code, render
+def _schema(args: argparse.Namespace) -> int:
+    from semcons_ray.api.schema import schema_text
 
-    checks = diagnose()
+    print(schema_text(args.kind), end="")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from semcons_ray.commands.doctor import exit_code, render
+
+    checks = sr.diagnose()
     render(checks)
     return exit_code(checks)
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = load_config(args.config, args.overrides)
+    settings = Layers.read(args.config, args.overrides)
     if args.dry_run:
-        from semcons_ray.commands import dry_run
-
-        if args.out:
-            _check_free(args.out)
-        dry_run.run(config)
-        return 0
-    from semcons_ray.commands.progress import Progress
-    from semcons_ray.runs.experiment import run_experiment
-
-    with _run_folder(args.out, new=True) as (folder, copying):
-        with Progress() as progress:
-            run_experiment(config, folder, *copying, progress)
-        return _finish(folder)
+        return _plan(settings, "run", args.out)
+    return _tell(sr.run(settings, out=args.out, observers=[sr.Progress()]))
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from semcons_ray.commands.progress import Progress
-    from semcons_ray.runs.experiment import resume_experiment
-
-    with _run_folder(args.folder) as (folder, copying):
-        with Progress() as progress:
-            resume_experiment(folder, *copying, progress)
-        return _finish(folder)
+    return _tell(sr.resume(args.folder, observers=[sr.Progress()]))
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from semcons_ray.reporting.summary import render_summary
-    from semcons_ray.studies.comparison import load_comparison, plan_runs, run_comparison
-
-    wanted = load_comparison(args.config, args.overrides)
+    settings = _of_study(args)
     if args.dry_run:
-        from semcons_ray.commands import dry_run
-
-        runs = plan_runs(wanted, args.out or Path())
-        dry_run.run_many([(run.arm, run.config) for run in runs[: len(wanted.arms)]], times=len(wanted.seeds))
-        return 0
-    done, failed = run_comparison(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
-    if done:
-        reference, baseline = wanted.reference, wanted.baseline
-        print(render_summary(done.summary, wanted.name, reference=reference, baseline=baseline, metrics=done.metrics))
-        print(f"table and figure: {args.out / 'table.md'}, {args.out / 'pareto.svg'}")
-    return 1 if failed else 0
+        return _plan(settings, "compare", args.out)
+    done = sr.compare(settings, out=args.out, say=_say)
+    if done.runs:
+        print(f"{done}\n\ntable and figure: {done.path / 'table.md'}, {done.figure}")
+    return 1 if done.failed else 0
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from semcons_ray.studies.search_space import describe_point, load_sweep
-
-    wanted = load_sweep(args.config, args.overrides)
+    settings = _of_study(args)
     if args.dry_run:
-        from semcons_ray.commands import dry_run
-
-        points = wanted.points()  # none if they are chosen as the sweep goes: then the first stands for all
-        labelled = [(describe_point(point), wanted.configure(point)) for point in points or [wanted.first()]]
-        dry_run.run_many(labelled, times=1 if points else wanted.num_samples)
-        return 0
-    from semcons_ray.reporting.sweep import render_sweep
-    from semcons_ray.studies.sweep import run_sweep
-
-    result, failed = run_sweep(wanted, args.out, lambda line: print(line, file=sys.stderr, flush=True))
-    if result:
-        print(render_sweep(result))
-        print(f"report: {args.out / 'report.html'}")
-    return 1 if failed else 0
+        return _plan(settings, "sweep", args.out)
+    done = sr.sweep(settings, out=args.out, say=_say)
+    if done.runs:
+        print(f"{done}\nreport: {done.figure}")
+    return 1 if done.failed else 0
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from semcons_ray.commands.watch import watch
-
-    return watch(args.folder)
+    return 0 if sr.watch(args.folder) else 1
 
 
 def _report(args: argparse.Namespace) -> int:
-    with _run_folder(args.folder) as (folder, _):
-        return _finish(folder)
+    found = sr.load(args.folder)
+    if not isinstance(found, sr.Run):
+        raise RunFolderError(f"{args.folder} is no run folder, but {found!r}")
+    found.write_report()
+    return _tell(found)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from semcons_ray.runs.tasks import evaluate_run
+    return _tell(sr.evaluate(args.folder, args.tasks, limit=args.limit, say=lambda line: _say(f"{line} ...")))
 
-    with _run_folder(args.folder) as (folder, _):
-        evaluate_run(folder, args.tasks, args.limit, lambda line: print(f"{line} ...", file=sys.stderr, flush=True))
-        return _finish(folder)
+
+def _of_study(args: argparse.Namespace) -> Layers:
+    """Settings of a comparison or a sweep; those on the command line are of its experiment."""
+    return Layers.read(args.config, as_study(args.overrides) if args.overrides else None)
+
+
+def _plan(settings: Layers, kind: Kind, out: str | Path | None) -> int:
+    print(sr.plan(settings, kind, out=out, observers=[sr.Progress()]))
+    return 0
+
+
+def _tell(run: sr.Run) -> int:
+    print(f"{run}\n\nreport: {run.report_html}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _names(words: str) -> list[str]:
+    return [name.strip() for name in words.split(",") if name.strip()]
 
 
 def _positive(words: str) -> int:
     if not words.isdecimal() or int(words) < 1:
         raise argparse.ArgumentTypeError(f"{words} is not a number above 0")
     return int(words)
-
-
-def _local(place: str) -> Path:
-    if "://" in place:
-        raise RunFolderError(f"{place} is a URL; only run, resume and report take one")
-    return Path(place)
-
-
-def _check_free(place: str) -> None:
-    if "://" in place:
-        from semcons_ray.runs.remote_folder import RemoteFolder
-
-        RemoteFolder(place).check_free()
-    else:
-        from semcons_ray.runs.run_folder import RunFolder
-
-        RunFolder.check_free(Path(place))
-
-
-@contextlib.contextmanager
-def _run_folder(place: str, *, new: bool = False) -> Iterator[tuple[Path, list[Observer]]]:
-    """A run's local folder, and, for a URL, the observer that copies each round there."""
-    if "://" not in place:
-        yield Path(place), []
-        return
-    from semcons_ray.runs.remote_folder import Copying, RemoteFolder
-
-    remote = RemoteFolder(place)
-    if new:
-        remote.check_free()
-    else:
-        remote.fetch()
-    yield remote.folder, [Copying(remote)]
-    remote.copy()
-
-
-def _finish(folder: Path) -> int:
-    from semcons_ray.reporting import read_run, render_result, write_report
-
-    print(render_result(read_run(folder)))
-    print(f"report: {write_report(folder)}")
-    return 0
 
 
 def _split_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

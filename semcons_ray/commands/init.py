@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from semcons_ray.commands.schema import schema_text
+from semcons_ray.api.schema import schema_text
 from semcons_ray.config import describe_settings
 from semcons_ray.errors import RunFolderError
 

@@ -1,70 +1,24 @@
-"""`semcons parts`: lists the parts that settings can name: those that are built in, and those of installed packages."""
+"""`semcons parts`: prints the parts that settings can name, built in or of installed packages."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
-import shutil
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
-from rich.console import Console
-from rich.table import Table
-
-from semcons_ray.errors import ConfigError
-from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, options_of, resolve
-from semcons_ray.parts.find import of_packages, origin
+from semcons_ray.api.parts import Kind, describe_groups, render_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semcons parts` to its parser."""
-    parser.add_argument(
-        "kind", nargs="?", choices=get_args(Kind), metavar="KIND",
-        help=f"only parts of this kind: {', '.join(get_args(Kind))}",
-    )  # fmt: skip
+    kinds = f"only parts of this kind: {', '.join(get_args(Kind))}"
+    parser.add_argument("kind", nargs="?", choices=get_args(Kind), metavar="KIND", help=kinds)
     parser.epilog = (
         "A setting takes module:object as well, for a part of your own. What it is to have, and the group of entry "
-        "points by\nwhich a package names its parts:\n\n"
-        + "\n".join(f"  {kind:12}{PROTOCOLS[kind]:52}{group}" for kind, group in GROUPS.items())
+        f"points by\nwhich a package names its parts:\n\n{describe_groups()}"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each part, on stdout."""
-    from semcons_ray.reporting.terminal import print_whole
-
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("kind", "name", "of", "object", "options", "what it is"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "of"))
-    for row in rows([args.kind] if args.kind else [*get_args(Kind)]):
-        table.add_row(*row)
-    width = shutil.get_terminal_size((200, 24)).columns
-    print_whole(Console(highlight=False, markup=False, soft_wrap=True, width=width), table)
+    print(render_parts([args.kind] if args.kind else [*get_args(Kind)]))
     return 0
-
-
-def rows(kinds: list[Kind]) -> Iterator[tuple[str, ...]]:
-    """For each part: kind, name, where it is from, `module:object`, options with their defaults, and what it is."""
-    for kind in kinds:
-        for name, path in BUILT_IN[kind].items():
-            yield (kind, name, "semcons_ray", path, *_described(kind, name))
-        for name, points in sorted(of_packages(kind).items()):
-            for point in points:
-                yield (kind, name, origin(point), point.value, *_described(kind, name))
-
-
-def _described(kind: Kind, name: str) -> tuple[str, str]:
-    """The options of a part and the first sentence of its docstring; in its place, what is wrong with it."""
-    try:
-        part, options = resolve(kind, name), options_of(kind, name)
-    except (ConfigError, ImportError) as error:
-        return "", f"cannot be used: {error}"
-    said = inspect.getdoc(part) if inspect.isclass(part) or inspect.isroutine(part) else getattr(part, "label", "")
-    summary = " ".join((said or "").partition("\n\n")[0].split())
-    return ", ".join(map(_option, options.values())), re.split(r"(?<=\.) (?=[A-Z])", summary, maxsplit=1)[0]
-
-
-def _option(parameter: inspect.Parameter) -> str:
-    default: Any = parameter.default
-    return parameter.name if default is parameter.empty else f"{parameter.name}={default!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,17 +20,18 @@ from semcons_ray.config.sections import UNIONS
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import STORED, PartName, part_names
 
-Paths = Path | Sequence[Path] | None
-"""YAML files, each of which is laid over those before it; None: no file, so that everything has its default."""
+Layer = str | Path | Mapping[str, Any] | ExperimentConfig
+"""Settings from one place: a YAML file, nested settings, or all of an experiment, of which those count that were
+given."""
 
 
 def load_config(
-    paths: Paths, overrides: dict[str, Any] | None = None, *, stored: bool = False
+    source: Source, overrides: dict[str, Any] | None = None, *, stored: bool = False
 ) -> ExperimentConfig:
-    """Read YAML files, and lay nested `overrides` over them.
+    """Read settings, and lay nested `overrides` over them.
 
     Args:
-        paths: The files.
+        source: Where they are read from.
         overrides: Nested settings.
         stored: Whether the settings are of a run that is only looked at: they fitted together when it began, and the
             parts that they name need not be there any more.
@@ -38,7 +39,9 @@ def load_config(
     Raises:
         ConfigError: A file is missing or not YAML, or a key or value is refused; the line names the file and the key.
     """
-    layers = Layers.read(paths, overrides)
+    if isinstance(source, ExperimentConfig) and not overrides:
+        return source
+    layers = Layers.read(source, overrides)
     if stored:
         return _validated(layers.merged(), layers.where, {STORED: True})
     return validate_config(layers.merged(), where=layers.where)
@@ -55,13 +58,17 @@ class Layers:
     parts: tuple[tuple[str, dict[str, Any]], ...]
 
     @classmethod
-    def read(cls, paths: Paths, overrides: dict[str, Any] | None = None) -> Layers:
-        """Those of YAML files, and over them those of the command line.
+    def read(cls, source: Source, overrides: dict[str, Any] | None = None) -> Layers:
+        """Those of files and mappings, and over them those of the command line.
 
         Raises:
-            ConfigError: See `read_yaml`.
+            ConfigError: See `read_yaml`; or the source is of a kind that settings cannot be read from.
         """
-        parts = [(str(path), read_yaml(path)) for path in ([paths] if isinstance(paths, Path) else paths or ())]
+        if isinstance(source, Layers):
+            parts = [*source.parts]
+        else:
+            several = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+            parts = [_layer(part) for part in several if part is not None]
         if overrides or not parts:
             parts.append(("command line", overrides or {}))
         return cls(tuple(parts))
@@ -78,6 +85,27 @@ class Layers:
         keys = [str(key) for key in takewhile(lambda key: isinstance(key, str), place)]  # not into a list
         holding = [name for name, values in self.parts if keys and has_setting(values, keys)]
         return holding[-1] if holding else ", ".join(name for name, _ in self.parts)
+
+
+Source = Layer | Sequence[Layer] | Layers | None
+"""Where settings are read from: one place or several, each laid over those before it; None: nowhere, so that everything
+has its default."""
+
+
+def _layer(part: object) -> tuple[str, dict[str, Any]]:
+    """The name of a place that has settings, and these."""
+    if isinstance(part, str | Path):
+        return str(part), read_yaml(Path(part))
+    if isinstance(part, ExperimentConfig):
+        part = part.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"settings are read from a path, a mapping or an ExperimentConfig, not from {part!r}")
+    return "the settings given", dict(part)
+
+
+def as_study(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a comparison or a sweep of an experiment that has these settings, and whose name it bears."""
+    return {"experiment": values} | {key: values[key] for key in values.keys() & {"name"}}
 
 
 Where = str | Callable[[Sequence[str | int]], str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -24,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError, first_line
-from semcons_ray.metering.environment import cpu_model, memory_limit_bytes, usable_cpus
+from semcons_ray.metering.environment import cpu_model, memory_limit_bytes, put_back, usable_cpus, with_variables
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, Gpu, cuda_fault, list_gpus, visible_gpus
 from semcons_ray.parts import use_code
 
@@ -69,27 +70,39 @@ def connect(address: str | None) -> Iterator[None]:
         yield
         return
     # Ray warns on each start that a later version will leave this variable alone for tasks without GPUs.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _callers_sigterm():
-        if address is None:
-            _start()
-        else:
-            _join(address)
-    try:
-        yield
-    finally:
-        with _callers_sigterm():
-            ray.shutdown()
+    quiet = with_variables({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
+    token = _own_token() if address is None else {}
+    with quiet, with_variables(token, replace=True), _no_handler_left():
+        before = dict(os.environ)
+        with _callers_sigterm(), _callers_random():
+            if address is None:
+                _start()
+            else:
+                _join(address)
+        # Such as PYTHONBREAKPOINT, by which the caller's breakpoint() would be Ray's debugger afterwards.
+        set_by_ray = [name for name, value in os.environ.items() if before.get(name) != value]
+        try:
+            yield
+        finally:
+            with _callers_sigterm(), _callers_random():
+                ray.shutdown()
+            put_back({name: before.get(name) for name in set_by_ray})
 
 
-def _start() -> None:
-    try:
+def _own_token() -> dict[str, str]:
+    """The variable with a token for a cluster that is started here; none if there is a token, or none is wanted."""
+    with _naming_what_stops_a_start():
         wants_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
         tokens = AuthenticationTokenLoader.instance()
         tokens.reset_cache()  # it may remember a token of an earlier HOME, which Ray's other processes would not find
-        if wants_token and not tokens.has_token(ignore_auth_mode=True):
-            # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if not wants_token or tokens.has_token(ignore_auth_mode=True):
+            return {}
+    # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _start() -> None:
+    with _naming_what_stops_a_start():
         ray.init(
             address="local",
             num_cpus=usable_cpus(),
@@ -99,6 +112,12 @@ def _start() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextlib.contextmanager
+def _naming_what_stops_a_start() -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, RayError) as error:
         folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
         said = _first_sentence(error)
@@ -133,6 +152,28 @@ def _check_reachable(address: str) -> None:
 
 def _first_sentence(error: Exception) -> str:
     return first_line(error).partition(". ")[0]
+
+
+@contextlib.contextmanager
+def _callers_random() -> Iterator[None]:
+    """Keep the state of Python's random numbers, of which Ray draws some."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+@contextlib.contextmanager
+def _no_handler_left() -> Iterator[None]:
+    """Where the caller has no handler of SIGTERM, take Ray's away at the end of the block."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

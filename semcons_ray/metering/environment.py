@@ -5,9 +5,11 @@ Imports neither torch nor ray, so it is cheap and never starts a CUDA context.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -145,3 +147,29 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+@contextlib.contextmanager
+def with_variables(values: Mapping[str, str], *, replace: bool = False) -> Iterator[None]:
+    """Have environment variables set while the block runs.
+
+    Args:
+        values: Their values by name.
+        replace: Whether these take the place of values that there are; else those are kept.
+    """
+    before = {name: os.environ.get(name) for name in values}
+    new = {name: value for name, value in values.items() if replace or before[name] is None}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        put_back({name: before[name] for name in new})
+
+
+def put_back(values: Mapping[str, str | None]) -> None:
+    """Set environment variables to what they were; None: they were not there."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -151,7 +151,7 @@ def render_summary(
         parts += [Text(), _table(in_two_lines, ""), Text(), Text(INTERVALS_NOTE)]
     stream = io.StringIO()
     width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    print_whole(Console(file=stream, width=width, color_system=None), *parts)
+    print_whole(Console(file=stream, width=width, color_system=None, force_jupyter=False), *parts)
     return stream.getvalue()
 
 

@@ -166,31 +166,43 @@ def _spreads(values: pd.Series[float]) -> bool:
     return len(values) > 0 and values.min() > 0 and values.max() > DECADE * values.min()
 
 
-def render_sweep(result: SweepResult, width: int | None = None) -> str:
-    """A table of the trials with the fronts they are on, and the effect of each key, as plain text."""
-    fronts = result.fronts()
-    table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    keys = short_keys(result.differing)
+def trial_cells(result: SweepResult) -> pd.DataFrame:
+    """The trials as texts under short headings, the best first, with the fronts that each is on."""
+    fronts, keys = result.fronts(), short_keys(result.differing)
     costs = ("bytes", "time", "energy", *(["paid"] if result.is_paid else []))
-    for heading in (*keys.values(), *result.shown.values(), *costs, "on the front of"):
-        is_text = heading in (*keys.values(), "on the front of")
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+    rows = []
     for _, row in result.trials.iterrows():
         on = [name for name, members in zip(costs[:3], fronts.values(), strict=True)
               if row["trial"] in members]  # fmt: skip
         remark = ", ".join(on) if row["status"] == "finished" else f"{row['status']} after round {row['rounds']}"
-        table.add_row(
-            *(Text(format_setting(row[key])) for key in keys),
-            *(format_number(row[column]) for column in result.shown),
-            format_quantity(row["total_bytes"], "B"),
-            format_seconds(row["seconds"]),
-            format_quantity(row["joules"], "J"),
-            *([format_usd(row["cost_usd"])] if result.is_paid else []),
-            remark + _failed(row["failed"]),
+        rows.append(
+            (
+                *(format_setting(row[key]) for key in keys),
+                *(format_number(row[column]) for column in result.shown),
+                format_quantity(row["total_bytes"], "B"),
+                format_seconds(row["seconds"]),
+                format_quantity(row["joules"], "J"),
+                *([format_usd(row["cost_usd"])] if result.is_paid else []),
+                remark + _failed(row["failed"]),
+            )
         )
+    headings = (*keys.values(), *result.shown.values(), *costs, "on the front of")
+    return pd.DataFrame(rows, columns=list(headings))
+
+
+def render_sweep(result: SweepResult, width: int | None = None) -> str:
+    """A table of the trials with the fronts they are on, and the effect of each key, as plain text."""
+    table = Table(title=Text(result.name), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    cells = trial_cells(result)
+    keys = short_keys(result.differing)
+    for heading in cells:
+        is_text = heading in (*keys.values(), "on the front of")
+        table.add_column(str(heading), justify="left" if is_text else "right", overflow="fold")
+    for row in cells.to_numpy().tolist():
+        table.add_row(*map(Text, row))
     stream = io.StringIO()
     width = width or shutil.get_terminal_size((120, 24)).columns
-    print_whole(Console(file=stream, width=width, color_system=None), table)
+    print_whole(Console(file=stream, width=width, color_system=None, force_jupyter=False), table)
     spans = sorted(result.spans().items(), key=lambda item: -item[1])
     effects = ", ".join(f"{key} {format_number(span)}" for key, span in spans if not math.isnan(span))
     return f"{stream.getvalue()}\nbest less worst {metric_name(result.metric)} by key: {effects or '–'}"
@@ -211,9 +223,7 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
     """
     templates = resources.files("semcons_ray.reporting") / "templates"
     fronts, finished = result.fronts(), result.finished
-    figures = (
-        [_front_figure(result, finished, cost, members) for cost, members in fronts.items()] if len(finished) else []
-    )
+    figures = [front_figure(result, cost) for cost in fronts] if len(finished) else []
     effects = result.effects()
     figures += [_effect_figure(result, key, effects[effects["key"] == key]) for key in result.keys if len(finished)]
     energy = " or ".join(dict.fromkeys(result.trials["energy_source"]))
@@ -243,8 +253,10 @@ def write_sweep_report(result: SweepResult, config_yaml: str, path: Path) -> Non
     write_file(path, page)
 
 
-def _front_figure(result: SweepResult, finished: pd.DataFrame, cost: str, members: list[str]) -> Figure:
+def front_figure(result: SweepResult, cost: str = "total_bytes") -> Figure:
+    """The finished trials by their metric and a cost, one of `COSTS`, and the Pareto front of the two."""
     what, unit = COSTS[cost]
+    finished, members = result.finished, result.fronts()[cost]
     shown = finished[np.isfinite(finished[cost]) & np.isfinite(finished[result.metric])]
 
     def draw(axes: Axes, canvas: Canvas) -> None:

@@ -224,12 +224,7 @@ def read_table(
     Raises:
         RunFolderError: The file is missing, damaged or lacks a column; the message names it.
     """
-    try:
-        frame = pd.read_parquet(path)
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
-    except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
-        raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
+    frame = read_frame(path)
     frame = frame.assign(**{name: value for name, value in added.items() if name not in frame})
     if absent := [name for name in columns if name not in frame]:
         raise RunFolderError(f"{path} lacks column {', '.join(absent)}: another version wrote it, or it is damaged")
@@ -240,6 +235,20 @@ def read_table(
         return frame[list(columns)].astype(dict(columns)).fillna(texts)
     except (TypeError, ValueError) as error:
         raise RunFolderError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Read a parquet file as it is.
+
+    Raises:
+        RunFolderError: The file is missing or damaged; the message names it.
+    """
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
+    except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
+        raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -547,27 +556,40 @@ def print_result(run: Run, console: Console | None = None) -> None:
 def render_result(run: Run, width: int | None = None) -> str:
     """What `print_result` prints, as plain text of `width` columns; by default the terminal's."""
     stream = io.StringIO()
-    print_result(run, Console(file=stream, width=width, color_system=None))
+    print_result(run, Console(file=stream, width=width, color_system=None, force_jupyter=False))
     return stream.getvalue()
 
 
-def _result(run: Run) -> list[RenderableType]:
-    table = Table(title=Text(f"{run.config['name']}: {run.num_rounds} of {run.config['num_rounds']} rounds"),
-                  title_justify="left", show_edge=False, pad_edge=False)  # fmt: skip
-    table.add_column("client", justify="right")
-    table.add_column("model", overflow="fold")
-    name = SHORT_NAMES[run.loss]
-    for heading in (f"base {name}", f"last {name}", "change", "ROUGE-L", "similarity"):
-        table.add_column(heading, justify="right", overflow="fold")
-    clients = quality(run.metrics)
+def result_cells(run: Run) -> pd.DataFrame:
+    """The result table as texts under short headings: a row for each client and, of several, their mean."""
+    name, clients = SHORT_NAMES[run.loss], quality(run.metrics)
+    rows = []
     for client_id, row in clients.iterrows():
         known = as_of(row["last_round"], run.num_rounds)
-        behind = f" ({known})" if known else ""
-        table.add_row(str(client_id), Text(short_model_name(row["model"])), *_quality_cells(row, run.loss, behind))
+        cells = _quality_cells(row, run.loss, f" ({known})" if known else "")
+        rows.append((str(client_id), short_model_name(row["model"]), *cells))
     if len(clients) > 1:
-        table.add_section()
         mean = mean_over_clients(clients)
-        table.add_row("mean", describe_measured(run), *_quality_cells(mean, run.loss), style="bold")
+        rows.append(("mean", describe_measured(run), *_quality_cells(mean, run.loss)))
+    headings = ("client", "model", f"base {name}", f"last {name}", "change", "ROUGE-L", "similarity")
+    return pd.DataFrame(rows, columns=headings)
+
+
+def describe_progress(run: Run) -> str:
+    """The run's name, and how many of its rounds are done."""
+    return f"{run.config['name']}: {run.num_rounds} of {run.config['num_rounds']} rounds"
+
+
+def _result(run: Run) -> list[RenderableType]:
+    table = Table(title=Text(describe_progress(run)), title_justify="left", show_edge=False, pad_edge=False)
+    cells = result_cells(run)
+    for heading in cells:
+        table.add_column(str(heading), justify="left" if heading == "model" else "right", overflow="fold")
+    for row in cells.to_numpy().tolist():
+        is_mean = row[0] == "mean"
+        if is_mean:
+            table.add_section()
+        table.add_row(*map(Text, row), style="bold" if is_mean else None)
     cost = totals(run)
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
     wall, setup = format_seconds(cost.wall_seconds), format_seconds(cost.setup_seconds)

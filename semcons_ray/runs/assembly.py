@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,6 +58,7 @@ from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embe
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
+from semcons_ray.metering.environment import with_variables
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.engine import Engine
@@ -440,9 +440,8 @@ def cluster(config: ExperimentConfig) -> Iterator[tuple[Node, ...]]:
         PlacementError: The cluster cannot be joined or started.
     """
     if config.resources.fleet == "local":
-        for name, value in IN_NVMLS_ORDER.items():
-            os.environ.setdefault(name, value)  # before anything looks for a GPU
-        yield (this_node(),)
+        with with_variables(IN_NVMLS_ORDER):  # before anything looks for a GPU
+            yield (this_node(),)
     else:
         with connect(config.resources.ray_address):
             yield list_nodes()

@@ -51,6 +51,7 @@ from semcons_ray.runs.assembly import (
     resolve_max_length,
 )
 from semcons_ray.runs.observers import Logged, Observer, Observers
+from semcons_ray.runs.own_process import as_found
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 from semcons_ray.runs.trackers import Exported, check_trackers, trackers
 from semcons_ray.tracking.run_log import run_log
@@ -72,7 +73,7 @@ def run_experiment(config: ExperimentConfig, out: Path, *observers: Observer, al
     """
     check_trackers(config)
     folder = RunFolder.create(out, config)
-    with folder.locked(), run_log(folder.log, "driver"):
+    with as_found(), folder.locked(), run_log(folder.log, "driver"):
         _execute(folder, config, Observers([Logged(), *observers]), alone)
     return folder
 
@@ -96,7 +97,7 @@ def resume_experiment(out: Path, *observers: Observer, alone: bool = True) -> Ru
     use_code(folder.code, first=False)
     config = folder.settings_to_resume(folder.read_config())
     check_trackers(config)
-    with folder.locked(), run_log(folder.log, "driver"):
+    with as_found(), folder.locked(), run_log(folder.log, "driver"):
         _execute(folder, config, Observers([Logged(), *observers]), alone)
     return folder
 
@@ -216,7 +217,7 @@ def plan_experiment(config: ExperimentConfig, observer: Observer, nodes: Sequenc
     """
     check_trackers(config)
     make_method(config)
-    with tempfile.TemporaryDirectory(prefix="semcons-") as made:
+    with as_found(), tempfile.TemporaryDirectory(prefix="semcons-") as made:
         folder = RunFolder.create(Path(made) / "run", config)
         config, split, models, revisions = _prepare(folder, config, observer)
         with contextlib.nullcontext(tuple(nodes)) if nodes else cluster(config) as found:

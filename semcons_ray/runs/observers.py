@@ -127,3 +127,10 @@ class Observers(Observer):
                 self._observers.remove(observer)
                 logger.warning("%s failed, and is left out from now on: %s", observer.name, first_line(error))
                 logger.info("%s failed so:", observer.name, exc_info=error)
+
+
+class StagesOnly(Observers):
+    """Several observers, told of the stages of a dry run but not of the plan, which is its result."""
+
+    def planned(self, text: str) -> None:
+        """Say nothing."""

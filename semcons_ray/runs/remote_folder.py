@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from semcons_ray.errors import RunFolderError
 from semcons_ray.modeling.packaged import cache_dir
 from semcons_ray.runs.observers import Observer
-from semcons_ray.runs.run_folder import Commit
+from semcons_ray.runs.run_folder import Commit, RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -154,3 +154,45 @@ class Copying(Observer):
             self._remote.copy()
         except RunFolderError as error:
             logger.warning("%s; it is tried again after the next round", error)
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a run's folder is at a URL."""
+    return "://" in str(place)
+
+
+def check_free(place: str | Path) -> None:
+    """Check that a new run can have a folder, or a URL.
+
+    Raises:
+        RunFolderError: There is something already, or it cannot be read.
+    """
+    if is_url(place):
+        RemoteFolder(str(place)).check_free()
+    else:
+        RunFolder.check_free(Path(place))
+
+
+def locate(place: str | Path, *, new: bool = False) -> tuple[Path, RemoteFolder | None]:
+    """The local folder of a run and, if `place` is a URL, the folder there, from which what there is was fetched.
+
+    Args:
+        place: A folder or a URL.
+        new: Whether the run has yet to begin; then the URL must be free.
+
+    Raises:
+        RunFolderError: See `RemoteFolder`, `RemoteFolder.check_free` and `RemoteFolder.fetch`.
+    """
+    if not is_url(place):
+        return Path(place), None
+    remote = RemoteFolder(str(place))
+    if new:
+        remote.check_free()
+    else:
+        remote.fetch()
+    return remote.folder, remote
+
+
+def copying(remote: RemoteFolder | None) -> list[Observer]:
+    """The observer that copies each round of a run at a URL; none of a run that is elsewhere."""
+    return [Copying(remote)] if remote else []

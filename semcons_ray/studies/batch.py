@@ -24,8 +24,9 @@ from pydantic import ValidationError
 from semcons_ray.config import (
     ExperimentConfig,
     Layers,
-    Paths,
     Settings,
+    Source,
+    as_study,
     merge_settings,
     refusal,
     validate_config,
@@ -66,12 +67,12 @@ class Job:
 Study = TypeVar("Study", bound=Settings)
 
 
-def load_study(kind: type[Study], paths: Paths, overrides: dict[str, Any] | None = None) -> Study:
+def load_study(kind: type[Study], source: Source, overrides: dict[str, Any] | None = None) -> Study:
     """Read the settings of a comparison or a sweep.
 
     Args:
         kind: The class of its settings, one of which is `experiment`.
-        paths: YAML files. One that has none of the study's own settings holds those of the experiment.
+        source: Where settings are read from. A place that has none of the study's own holds those of the experiment.
         overrides: Settings of the experiment that are laid over those of the files.
 
     Raises:
@@ -79,10 +80,8 @@ def load_study(kind: type[Study], paths: Paths, overrides: dict[str, Any] | None
             key.
     """
     own = kind.model_fields.keys() - ExperimentConfig.model_fields.keys()
-    read = Layers.read(paths).parts
-    parts = [(name, values if values.keys() & own else _of_experiment(values)) for name, values in read]
-    if overrides:
-        parts.append(("command line", _of_experiment(overrides)))
+    read = Layers.read(source, as_study(overrides) if overrides else None).parts
+    parts = [(name, values if values.keys() & own else as_study(values)) for name, values in read]
     study = Layers(tuple(parts))
     values = study.merged()
     experiments = [(f"{name}, experiment", part.get("experiment") or {}) for name, part in parts]
@@ -94,11 +93,6 @@ def load_study(kind: type[Study], paths: Paths, overrides: dict[str, Any] | None
         return kind.model_validate(values)
     except ValidationError as error:
         raise refusal(error, study.where) from error
-
-
-def _of_experiment(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a study that has these of an experiment, whose name is the study's."""
-    return {"experiment": values} | {key: values[key] for key in values.keys() & {"name"}}
 
 
 def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, Any]]]) -> list[ExperimentConfig]:

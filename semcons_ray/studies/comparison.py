@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from semcons_ray.config import Paths, Section, Settings, dump_yaml, merge_settings, validate_shared
+from semcons_ray.config import Section, Settings, Source, dump_yaml, merge_settings, validate_shared
 from semcons_ray.errors import RunFolderError, SemconsError, StorageError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
@@ -102,17 +102,17 @@ class ArmRun(Job):
     seed: int
 
 
-def load_comparison(paths: Paths, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
+def load_comparison(source: Source, overrides: dict[str, Any] | None = None) -> ComparisonConfig:
     """Read a comparison; settings of an experiment alone are compared over the default arms. See `batch.load_study`.
 
     Args:
-        paths: YAML files; none: the default experiment and arms.
+        source: Where settings are read from; None: the default experiment and arms.
         overrides: Settings that replace those of the experiment.
 
     Raises:
         ConfigError: A file is missing or not YAML, or a key or value is refused; the message names the key.
     """
-    return load_study(ComparisonConfig, paths, overrides)
+    return load_study(ComparisonConfig, source, overrides)
 
 
 def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
@@ -186,7 +186,7 @@ def run_comparison(
     except SemconsError as error:
         failed += 1
         say(f"{error}; the same command goes on with what is left")
-    return _write_results(comparison, runs, out), failed
+    return _write_results(comparison, out), failed
 
 
 def dump_comparison(comparison: ComparisonConfig) -> str:
@@ -207,20 +207,35 @@ def _check_folder(out: Path, runs: Sequence[ArmRun]) -> None:
         run.check_settings()
 
 
-def _write_results(comparison: ComparisonConfig, runs: Sequence[ArmRun], out: Path) -> Comparison | None:
+def finished_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
+    """The finished runs in a comparison's folder, in the order of the arms."""
     position = {arm: index for index, arm in enumerate(comparison.arms)}
-    finished = sorted((run for run in runs if run.finished), key=lambda run: position[run.arm])
-    if not finished:
-        return None
+    return sorted((run for run in plan_runs(comparison, out) if run.finished), key=lambda run: position[run.arm])
+
+
+def read_results(comparison: ComparisonConfig, out: Path) -> Comparison | None:
+    """The results of the finished runs in a comparison's folder; None if there are none.
+
+    Raises:
+        RunFolderError: A table is missing or damaged; the message names the file.
+    """
+    folders = {(run.arm, run.seed): run.folder for run in finished_runs(comparison, out)}
     landmarks = {"reference": comparison.reference, "baseline": comparison.baseline}
-    folders = {(run.arm, run.seed): run.folder for run in finished}
-    result = compare_runs(folders, first=next(iter(comparison.arms)), **landmarks)
+    return compare_runs(folders, first=next(iter(comparison.arms)), **landmarks) if folders else None
+
+
+def _write_results(comparison: ComparisonConfig, out: Path) -> Comparison | None:
+    result = read_results(comparison, out)
+    if not result:
+        return None
     write_file(out / "rounds.csv", result.rounds.to_csv(index=False))
     write_file(out / "summary.csv", result.summary.to_csv())
     write_file(out / "stages.csv", result.stages.to_csv())
     write_file(out / "metrics.csv", result.metrics.to_csv(index=False))
+    landmarks = {"reference": comparison.reference, "baseline": comparison.baseline}
     text = summary_markdown(result.summary, comparison.name, metrics=result.metrics, **landmarks)
     write_file(out / "table.md", text)
-    write_file(out / "environment.json", (finished[0].folder / "environment.json").read_text(encoding="utf-8"))
+    first = finished_runs(comparison, out)[0].folder
+    write_file(out / "environment.json", (first / "environment.json").read_text(encoding="utf-8"))
     write_pareto(result.summary, comparison.name, out)
     return result

@@ -14,9 +14,9 @@ from pydantic import Field, field_validator, model_validator
 
 from semcons_ray.config import (
     ExperimentConfig,
-    Paths,
     Section,
     Settings,
+    Source,
     Within,
     dump_yaml,
     find_setting,
@@ -263,17 +263,17 @@ class SweepConfig(Settings):
         return (key for key, _ in without_effect(validate_shared(values, where="space", shared=shared)))
 
 
-def load_sweep(paths: Paths, overrides: dict[str, Any] | None = None) -> SweepConfig:
+def load_sweep(source: Source, overrides: dict[str, Any] | None = None) -> SweepConfig:
     """Read a sweep and check all its points; see `batch.load_study`.
 
     Args:
-        paths: YAML files.
+        source: Where settings are read from.
         overrides: Settings that replace those of the experiment.
 
     Raises:
         ConfigError: A file is missing or not YAML, or a key or value is refused; the message names the key.
     """
-    sweep = load_study(SweepConfig, paths, overrides)
+    sweep = load_study(SweepConfig, source, overrides)
     sweep.check()
     return sweep
 

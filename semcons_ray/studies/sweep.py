@@ -41,12 +41,14 @@ from semcons_ray.distributed.cluster import connect, list_nodes, passed_on
 from semcons_ray.distributed.placement import Node, choose_device, in_steps, packed
 from semcons_ray.errors import PlacementError, RunFolderError, SemconsError, StorageError, writing
 from semcons_ray.federation.store import check_mark, mark
+from semcons_ray.metering.environment import with_variables
 from semcons_ray.parts import keep_code, use_code
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
 from semcons_ray.reporting.tables import columns_of, read_ledger, read_metrics, read_table
 from semcons_ray.runs.assembly import find_models, kinds_of
 from semcons_ray.runs.observers import Observer
+from semcons_ray.runs.own_process import as_found
 from semcons_ray.runs.run_folder import Commit, RoundRow, RunFolder, comparable_loss, held, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, gpu_share, perform, warn_of_losses
@@ -153,10 +155,9 @@ def _tune(
     for config in {config.client_models(): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
     needed = [name for config in configs for kind in kinds_of(config, out).values() for name in kind.environment]
-    os.environ |= _TUNE_VARIABLES
     progress = _Progress(sweep, out, len(done), total, say)
     callbacks: list[tune.Callback] = [progress, *(kind() for kind in (CSVLoggerCallback, JsonLoggerCallback))]
-    with connect(experiment.resources.ray_address):
+    with as_found(), with_variables(_TUNE_VARIABLES, replace=True), connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
         room = _Room(list_nodes())
         for config in configs:
@@ -380,7 +381,12 @@ class _Progress(tune.Callback):
         self._say(f"[{self._done:>{len(str(self._total))}}/{self._total}] {trial.config.name}: {outcome}")
 
 
-def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
+def read_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
+    """The results of the trials in a sweep's folder; None if none has any.
+
+    Raises:
+        RunFolderError: A table is missing or damaged; the message names the file.
+    """
     stopped = _stopped(sweep, out)
     trials = _trials(sweep, out)
     if not any(trial.has_results for trial in trials):
@@ -393,7 +399,7 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
             rounds = trial.rounds()
             last = {"rounds": rounds.index[-1]} | {str(name): value for name, value in rounds.iloc[-1].items()}
         rows.append({"trial": trial.name, **_encode(trial.point), "status": status, **last})
-    result = SweepResult(
+    return SweepResult(
         name=sweep.name,
         keys=tuple(sweep.space),
         metric=sweep.metric,
@@ -401,6 +407,12 @@ def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
         loss=comparable_loss(model for trial in trials for model in trial.config.scored_models),
         trials=pd.DataFrame(rows).sort_values(sweep.metric, ascending=not sweep.higher_is_better, kind="stable"),
     )
+
+
+def _write_results(sweep: SweepConfig, out: Path) -> SweepResult | None:
+    result = read_results(sweep, out)
+    if not result:
+        return None
     write_file(out / "trials.csv", result.trials.to_csv(index=False))
     write_file(out / "trials.parquet", result.trials.to_parquet(index=False))
     write_sweep_report(result, (out / "sweep.yaml").read_text(encoding="utf-8"), out / "report.html")

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from semcons_ray.commands.cli import main
-from semcons_ray.commands.dry_run import Stages, measure
-from semcons_ray.commands.forecast import Forecast, Load, Speed
 from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.reporting.progress import Progress
 from semcons_ray.runs.experiment import plan_experiment, run_experiment
+from semcons_ray.runs.forecast import Forecast, Load, Speed, measure
+from semcons_ray.runs.observers import StagesOnly
 from tests.invariants.runs import Silent
 
 pytestmark = pytest.mark.real
@@ -173,7 +174,7 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(
 
 
 def test_progress_of_a_dry_run_leaves_the_plan_to_its_result(capsys: pytest.CaptureFixture[str]) -> None:
-    with Stages() as stages:
-        stages.planned("where clients are")
-        stages.stage("reading data")
+    stages = StagesOnly([Progress()])
+    stages.planned("where clients are")
+    stages.stage("reading data")
     assert capsys.readouterr().err.strip() == "reading data ..."

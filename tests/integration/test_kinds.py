@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from semcons_ray.commands.dry_run import run as dry_run
-from semcons_ray.commands.progress import describe_round
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig, ModelConfig, TrainingConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.reporting.comparison import compare_runs
 from semcons_ray.reporting.html import render_report
+from semcons_ray.reporting.progress import describe_round
 from semcons_ray.reporting.summary import notes
 from semcons_ray.reporting.tables import metric_table, read_run, render_result
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
@@ -188,10 +188,7 @@ def test_a_parrot_that_fails_is_lost_for_the_round_and_the_run_goes_on(
     assert "pieces of eight" in rounds.loc[2, "failures"]
 
 
-def test_a_dry_run_says_what_is_not_known(
-    tiny_config: Make, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    dry_run(of_flock(tiny_config, tiny_llama))
-    shown = capsys.readouterr().out
+def test_a_dry_run_says_what_is_not_known(tiny_config: Make, tiny_llama: Path) -> None:
+    shown = str(sr.plan(of_flock(tiny_config, tiny_llama)))
     assert "no core: answers come from elsewhere" in shown
     assert "Tokens, time and cost of polly are not known here." in shown

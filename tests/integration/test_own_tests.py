@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from semcons_ray.commands.forecast import Forecast
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.reporting import write_report
 from semcons_ray.runs.experiment import plan_experiment, run_experiment
+from semcons_ray.runs.forecast import Forecast
 from tests.invariants.runs import Silent, assert_same_run
 from tests.tiny import examples
 

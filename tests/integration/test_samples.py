@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from semcons_ray.commands.forecast import Forecast
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.messages import Answers
 from semcons_ray.reporting import write_report
 from semcons_ray.runs.experiment import plan_experiment, resume_experiment, run_experiment
+from semcons_ray.runs.forecast import Forecast
 from tests.invariants.runs import Silent, StoppedError, assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from semcons_ray.api.schema import KINDS, build_schema
 from semcons_ray.commands.cli import main
 from semcons_ray.commands.init import PRESETS
-from semcons_ray.commands.schema import KINDS, build_schema
 from semcons_ray.config import (
     ExperimentConfig,
     changed_settings,

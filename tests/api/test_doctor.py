@@ -6,8 +6,8 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from semcons_ray.commands import doctor
-from semcons_ray.commands.doctor import (
+from semcons_ray.api import doctor
+from semcons_ray.api.doctor import (
     Check,
     check_cuda,
     check_hardware,
@@ -19,9 +19,8 @@ from semcons_ray.commands.doctor import (
     check_torch,
     check_torchvision,
     diagnose,
-    exit_code,
-    render,
 )
+from semcons_ray.commands.doctor import exit_code, render
 from semcons_ray.errors import ModelError
 from semcons_ray.metering.gpus import Gpu, list_gpus
 from tests.metering.fakes import FakeNvml, write_domain

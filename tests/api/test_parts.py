@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from semcons_ray.api.parts import rows
 from semcons_ray.commands.cli import main
-from semcons_ray.commands.parts import rows
 from semcons_ray.parts import BUILT_IN
 from tests.parts.conftest import module, package, working_folder  # noqa: F401
 from tests.parts.test_find import RULES, Install, Write

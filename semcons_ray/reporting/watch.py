@@ -1,4 +1,4 @@
-"""`semcons watch`: shows a run that goes on in another process, read from its folder alone."""
+"""Shows a run that goes on in another process, read from its folder alone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from semcons_ray.commands.progress import about, describe_round, round_seconds, time_left
+from semcons_ray.reporting.progress import about, describe_round, round_seconds, time_left
 from semcons_ray.runs.run_folder import Commit, RunFolder
 
 EVERY_SECONDS = 1.0
 
 
-def watch(path: Path) -> int:
+def watch(path: Path) -> bool:
     """Print each round that is or will be committed, and on a terminal what is going on, until the run ends.
 
     Returns:
-        0 if the run is finished, 1 if it has stopped before.
+        Whether the run is finished; else it has stopped before.
 
     Raises:
         UserError: It is no run folder, or one that is damaged.
@@ -40,9 +40,9 @@ def watch(path: Path) -> int:
                 time.sleep(EVERY_SECONDS)
     if folder.is_finished(num_rounds):
         console.print(f"finished; semcons report {path} writes its report", soft_wrap=True)
-        return 0
+        return True
     console.print(f"not finished, and no process runs it; semcons resume {path} goes on with it", soft_wrap=True)
-    return 1
+    return False
 
 
 def _state(folder: RunFolder, commits: Sequence[Commit], num_rounds: int) -> str:

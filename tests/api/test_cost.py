@@ -18,17 +18,16 @@ from transformers import (
     Qwen3VLTextConfig,
 )
 
-from semcons_ray.commands.cost import (
+from semcons_ray.api.cost import (
     ALL_LINEAR,
     DTYPE_BYTES,
     ENCODING_BYTES,
     SHAPES,
-    add_arguments,
     count_parameters,
     estimate,
     read_linear_maps,
-    run,
 )
+from semcons_ray.commands.cost import add_arguments, run
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.messages import Answers, PseudoLabels, PublicPrompts
 

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from rich.progress import Task, TaskID
 
-from semcons_ray.commands.progress import Progress, about, time_left
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.reporting.progress import Progress, about, time_left
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow
 from tests.reporting.builder import ledger_row, metrics_row
 
@@ -50,8 +50,8 @@ def test_who_is_left_out_is_named_with_the_reason(capsys: pytest.CaptureFixture[
 
 
 def test_a_plan_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress() as progress:
-        progress.planned("warning: data[b].jsonl: 3 of 9 rows left out")
+    progress = Progress()
+    progress.planned("warning: data[b].jsonl: 3 of 9 rows left out")
     assert "warning: data[b].jsonl: 3 of 9 rows left out\n" in capsys.readouterr().err
 
 

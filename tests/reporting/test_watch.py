@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from semcons_ray.commands import watch as module
 from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, validate_config
+from semcons_ray.reporting import watch as module
 from semcons_ray.runs.experiment import resume_experiment
 from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.run_folder import Commit, RunFolder

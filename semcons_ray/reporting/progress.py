@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
@@ -30,13 +29,6 @@ class Progress(Observer):
         self._durations: list[float] = []
         self._left = 0
         self._tokens = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bars.live.is_started:  # else rich would print an empty line before an error's
-            self._bars.stop()
 
     def stage(self, text: str) -> None:
         """Print what begins."""
@@ -71,6 +63,11 @@ class Progress(Observer):
         self._durations += round_seconds([commit])
         left = time_left(self._durations, self._left - 1)
         self._console.print(describe_round(commit, left), soft_wrap=True)
+
+    def ends(self, *, finished: bool) -> None:
+        """Remove the bar."""
+        if self._bars.live.is_started:  # else rich would print an empty line before an error's
+            self._bars.stop()
 
     def _clear(self) -> None:
         if self._task is not None:

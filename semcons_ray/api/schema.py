@@ -1,11 +1,10 @@
-"""`semcons schema`: the JSON Schema of YAML files, by which editors complete them and mark what is wrong.
+"""The JSON Schema of YAML files, by which editors complete them and mark what is wrong.
 
 It says what single settings may be. What settings ask of each other is checked when a file is read.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from typing import Any
@@ -19,24 +18,6 @@ Schema = dict[str, Any]
 STUDIES = ("compare", "sweep")
 KINDS = ("run", *STUDIES)
 """Commands whose files have a schema."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `semcons schema` to its parser."""
-    parser.add_argument(
-        "kind", nargs="?", choices=KINDS, default="run", metavar="COMMAND",
-        help=f"the command that the file is for: {', '.join(KINDS)}. Default: %(default)s.",
-    )  # fmt: skip
-    parser.epilog = (
-        "Editors with YAML's language server find the schema by a line at the head of a file, which semcons init "
-        "writes:\n\n  # yaml-language-server: $schema=config.schema.json"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print a schema on stdout."""
-    print(schema_text(args.kind), end="")
-    return 0
 
 
 def schema_text(kind: str) -> str:

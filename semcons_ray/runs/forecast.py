@@ -9,13 +9,13 @@ what its class variables say: answers as semantic consensus does (`forms_consens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from math import prod
 from statistics import fmean
 
-from semcons_ray.commands.cost import DTYPE_BYTES
 from semcons_ray.data.examples import Example
 from semcons_ray.data.split import DataSplit
 from semcons_ray.federation.algorithms import build_algorithm
@@ -24,11 +24,14 @@ from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.weights import Shapes
 from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
-from semcons_ray.runs.assembly import count_parameters
+from semcons_ray.runs.assembly import LARGE_PARAMETERS, count_parameters
 from semcons_ray.runs.experiment import Plan
 
 CHARS_A_TOKEN = 4
 """Characters of a token of which nothing is known."""
+
+MEASURED_TOKENS = 16
+"""Tokens of an answer when the speed of answering is measured."""
 
 SAMPLE = 1000
 """Most texts of a kind whose tokens are counted; further ones are taken to be as long on average."""
@@ -250,7 +253,7 @@ class Forecast:
 
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(read_config(self.plan.models[name]))
-        lora, each = self.config.model.lora, DTYPE_BYTES[self.config.algorithm.weight_dtype]
+        lora, each = self.config.model.lora, getattr(torch, self.config.algorithm.weight_dtype).itemsize
         tensors = attach_adapter(base, lora, name).named_parameters()
         sent: Shapes = {key: tuple(value.shape) for key, value in tensors if value.requires_grad}
         if isinstance(self._algorithm, FedAvgLora):
@@ -364,3 +367,46 @@ class Forecast:
         last = max((before for before in range(1, round) if client in self.participants[before]), default=1)
         missed = [[self._ranks[other] for other in self.participants[before]] for before in range(last, round)]
         return self._algorithm.received_rank(self._ranks[client], missed)
+
+
+def measure(forecast: Forecast) -> Speed | str:
+    """The speed of one worker on this machine, by a batch of each kind of work with the smallest model.
+
+    Returns:
+        The speed, or why it is not measured.
+    """
+    config, parameters = forecast.config, forecast.parameters
+    if not parameters:
+        return "all answers come from elsewhere"
+    name = min(parameters, key=parameters.__getitem__)
+    if config.generation.engine != "transformers" or config.sharding.models:
+        return "generation engines and divided models are not measured"
+    if config.resources.device == "cpu" and parameters[name] > LARGE_PARAMETERS:
+        return f"on a CPU, {name} is not measured"
+    import numpy as np
+    import torch
+
+    from semcons_ray.modeling.client_model import Pair
+    from semcons_ray.modeling.language_model import LanguageModel
+
+    if config.resources.device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no GPU"
+    torch.set_num_threads(config.resources.threads_per_worker)
+    folder, device = str(forecast.plan.models[name]), config.resources.device
+    model = LanguageModel.of(config.model, folder, device=device, trainings=[config.training])
+    training = config.training.model_copy(update={"local_steps": 1, "gradient_accumulation_steps": 1})
+    generation = config.generation.model_copy(update={"max_new_tokens": MEASURED_TOKENS})
+    pairs = [Pair(example.prompt, example.response) for example in forecast.private]
+    batch, asked = pairs[: training.batch_size], [pair.prompt for pair in pairs[: generation.batch_size]]
+
+    def rate(work: Callable[[], int]) -> float:
+        began = time.perf_counter()
+        return work() / (time.perf_counter() - began)
+
+    adapter, random = model.fresh_adapter(), np.random.default_rng(0)
+    return Speed(
+        generated=rate(lambda: model.generate(adapter, asked, generation, random)[1]),
+        scored=rate(lambda: model.negative_log_likelihood(adapter, batch, len(batch)).processed_tokens),
+        trained=rate(lambda: model.fine_tune(adapter, batch, training, random).tokens),
+        parameters=parameters[name],
+    )

@@ -1,0 +1,328 @@
+"""What one can do with experiments: the functions that the command line calls, too.
+
+Settings are given as a path to a YAML file, as a nested mapping, as an `ExperimentConfig`, or as several of these, each
+laid over those before it. Torch, Ray and the models are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from semcons_ray.api.places import local_folder, new_folder
+from semcons_ray.config import ExperimentConfig, Source, load_config
+
+if TYPE_CHECKING:
+    from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
+    from semcons_ray.runs.forecast import Forecast
+    from semcons_ray.runs.observers import Observer
+    from semcons_ray.studies.comparison import ComparisonConfig
+    from semcons_ray.studies.search_space import SweepConfig
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["run", "compare", "sweep"]
+
+
+def run(config: Source = None, *, out: str | Path | None = None, observers: Iterable[Observer] = ()) -> Run:
+    """Run an experiment; everything that it writes goes to a new folder.
+
+    It works in a thread, in a running event loop, which it blocks, and in a Ray cluster to which the process is
+    connected already. A process does one run at a time. If a run fails, the error has a note with its folder.
+
+    Args:
+        config: Settings, see this module; None: the defaults.
+        out: The new folder, or a URL to which it is copied after each round; None: a folder of its own in runs/.
+        observers: Are told of the progress.
+
+    Raises:
+        UserError: Something in the config, the data, the models, the cluster or the folder must be changed.
+        QuorumError: Too few clients answered; `resume` goes on from the last round.
+    """
+    settings = load_config(config)
+    from semcons_ray.api.results import Run
+    from semcons_ray.runs.experiment import run_experiment
+    from semcons_ray.runs.remote_folder import copying, locate
+
+    place = new_folder(settings.name) if out is None else out
+    folder, remote = locate(place, new=True)
+    with _naming(place, folder):
+        run_experiment(settings, folder, *copying(remote), *observers)
+        done = Run(folder, remote)
+        done.write_report()
+    return done
+
+
+def resume(place: str | Path, *, observers: Iterable[Observer] = ()) -> Run:
+    """Continue a run that was stopped or failed; its numbers stay the same.
+
+    Args:
+        place: The run's folder, or its URL.
+        observers: Are told of the progress.
+
+    Raises:
+        RunFolderError: It is no run folder, is damaged, or is in use; or settings in its config.yaml were changed that
+            decide the run's numbers.
+        UserError: See `run`.
+        QuorumError: See `run`.
+    """
+    from semcons_ray.api.results import Run
+    from semcons_ray.runs.experiment import resume_experiment
+    from semcons_ray.runs.remote_folder import copying, locate
+
+    folder, remote = locate(place)
+    with _naming(place, folder):
+        resume_experiment(folder, *copying(remote), *observers)
+        done = Run(folder, remote)
+        done.write_report()
+    return done
+
+
+def compare(
+    config: Source | ComparisonConfig = None,
+    *,
+    out: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Comparison:
+    """Run algorithms on the same data, seeds, models and budget: quality against bytes, seconds and joules.
+
+    What is finished in the folder is not run again.
+
+    Args:
+        config: Settings of a comparison, or of an experiment, which is then run with all default arms.
+        out: A new folder, or that of the same comparison; None: a folder of its own in runs/.
+        say: Called with a line for each run that ends; None: the lines are logged.
+
+    Returns:
+        The comparison, in which `failed` counts the runs that failed; the same call goes on with these.
+
+    Raises:
+        UserError: A setting is refused, or the folder holds something else; then nothing has been run.
+        StorageError: The disk is full, or cannot be written to.
+    """
+    from semcons_ray.api.results import Comparison
+    from semcons_ray.studies.comparison import run_comparison
+
+    wanted = _comparison(config)
+    folder = local_folder(out) if out else new_folder(wanted.name)
+    _, failed = run_comparison(wanted, folder, say or logger.info)
+    _tell_failed(failed, "runs", folder, say)
+    return Comparison(folder, failed)
+
+
+def sweep(
+    config: Source | SweepConfig,
+    *,
+    out: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Sweep:
+    """Try many settings with Ray Tune: quality against bytes, seconds and joules, and the effect of each.
+
+    What is finished in the folder is not run again.
+
+    Args:
+        config: Settings of a sweep.
+        out: A new folder, or that of the same sweep; None: a folder of its own in runs/.
+        say: Called with a line for each trial that ends; None: the lines are logged.
+
+    Returns:
+        The sweep, in which `failed` counts the trials that failed; the same call goes on with these.
+
+    Raises:
+        UserError: A setting is refused, or the folder holds something else; then nothing has been run.
+        StorageError: The disk is full, or cannot be written to.
+    """
+    wanted = _sweep(config)
+    from semcons_ray.api.results import Sweep
+    from semcons_ray.studies.sweep import run_sweep
+
+    folder = local_folder(out) if out else new_folder(wanted.name)
+    _, failed = run_sweep(wanted, folder, say or logger.info)
+    _tell_failed(failed, "trials", folder, say)
+    return Sweep(folder, failed)
+
+
+def load(place: str | Path) -> Run | Comparison | Sweep:
+    """The run, the comparison or the sweep in a folder, or the run at a URL.
+
+    Raises:
+        RunFolderError: There is none, or it cannot be read.
+    """
+    from semcons_ray.api.results import Comparison, Run, Sweep
+    from semcons_ray.runs.remote_folder import locate
+
+    folder, remote = locate(place)
+    if (folder / "comparison.yaml").is_file():
+        return Comparison(folder)
+    if (folder / "sweep.yaml").is_file():
+        return Sweep(folder)
+    return Run(folder, remote)
+
+
+def plan(
+    config: Source | ComparisonConfig | SweepConfig = None,
+    kind: Kind = "run",
+    *,
+    out: str | Path | None = None,
+    observers: Iterable[Observer] = (),
+) -> DryRun:
+    """Say what a run, a comparison or a sweep would do: data, placement, bytes, tokens, hours. Nothing is run or kept.
+
+    Data is read and divided, models are found and checked, and everything is placed, as a run does it, so what a run
+    would refuse is refused.
+
+    Args:
+        config: Settings of what `kind` says.
+        kind: "run", "compare" or "sweep".
+        out: The folder or URL of a run, which is only checked to be free.
+        observers: Are told of the stages.
+
+    Raises:
+        UserError: It would be refused.
+    """
+    if kind == "run":
+        return _plan_run(config, out, observers)
+    if kind == "compare":
+        from semcons_ray.studies.comparison import plan_runs
+
+        wanted = _comparison(config)
+        runs = plan_runs(wanted, local_folder(out or ""))[: len(wanted.arms)]
+        return _plan_many([(run.arm, run.config) for run in runs], len(wanted.seeds), observers)
+    from semcons_ray.studies.search_space import describe_point
+
+    tried = _sweep(config)
+    points = tried.points()  # none if they are chosen as the sweep goes: then the first stands for all
+    labelled = [(describe_point(point), tried.configure(point)) for point in points or [tried.first()]]
+    return _plan_many(labelled, 1 if points else tried.num_samples, observers)
+
+
+def evaluate(
+    place: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Run:
+    """Measure a finished run's base models and adapters by tasks of lm-eval, into its metrics and report.
+
+    Args:
+        place: The run's folder, or its URL.
+        tasks: Tasks, groups or tags of lm-eval, or YAML files.
+        limit: Only the first items of each task, this many; None: all.
+        say: Called with a line for each model before it is measured; None: the lines are logged.
+
+    Raises:
+        RunFolderError: It is no folder of a run that is finished, or is in use.
+        ConfigError: lm-eval is not installed, does not know a task, or lacks its data; or the run's GPU is not there.
+        ModelError: A model cannot be found or loaded.
+    """
+    from semcons_ray.api.results import Run
+    from semcons_ray.runs.own_process import as_found
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.runs.tasks import evaluate_run
+
+    folder, remote = locate(place)
+    with as_found():
+        evaluate_run(folder, tasks, limit, say or logger.info)
+    done = Run(folder, remote)
+    done.write_report()
+    return done
+
+
+def watch(folder: str | Path) -> bool:
+    """Show a run that goes on in another process: each round that is done, until it ends.
+
+    Returns:
+        Whether the run is finished; else it has stopped before.
+
+    Raises:
+        UserError: It is no run folder, or one that is damaged.
+    """
+    from semcons_ray.reporting.watch import watch
+
+    return watch(local_folder(folder))
+
+
+def _plan_run(config: Any, out: str | Path | None, observers: Iterable[Observer]) -> DryRun:
+    settings = load_config(config)
+    from semcons_ray.api.results import DryRun
+    from semcons_ray.reporting.forecast import loads_of_rounds, render_forecast
+    from semcons_ray.runs.experiment import plan_experiment
+    from semcons_ray.runs.forecast import Forecast, measure
+    from semcons_ray.runs.observers import StagesOnly
+    from semcons_ray.runs.own_process import as_found
+    from semcons_ray.runs.remote_folder import check_free
+
+    if out:
+        check_free(out)
+    told = StagesOnly(observers)
+    with as_found():
+        planned = plan_experiment(settings, told)
+        told.stage("counting tokens")
+        forecast = Forecast(planned)
+        told.stage("measuring the speed of a batch")
+        speed = measure(forecast)
+    seconds = math.nan if isinstance(speed, str) else forecast.seconds(speed)
+    table, operations = loads_of_rounds(forecast), forecast.operations
+    return DryRun(table, operations, seconds, lambda: render_forecast(forecast, speed))
+
+
+def _plan_many(runs: Sequence[tuple[str, ExperimentConfig]], times: int, observers: Iterable[Observer]) -> DryRun:
+    from semcons_ray.api.results import DryRun
+    from semcons_ray.reporting.forecast import loads_of_runs, render_forecasts
+    from semcons_ray.runs.assembly import cluster
+    from semcons_ray.runs.experiment import plan_experiment
+    from semcons_ray.runs.forecast import Forecast, measure
+    from semcons_ray.runs.observers import StagesOnly
+    from semcons_ray.runs.own_process import as_found
+
+    told = StagesOnly(observers)
+    forecasts: dict[str, Forecast] = {}
+    with as_found(), cluster(runs[0][1]) as nodes:
+        for label, config in runs:
+            told.stage(label)
+            forecasts[label] = Forecast(plan_experiment(config, told, nodes))
+        told.stage("measuring the speed of a batch")
+        speed = measure(next(iter(forecasts.values())))
+    each = forecasts.values()
+    seconds = math.nan if isinstance(speed, str) else times * sum(one.seconds(speed) for one in each)
+    operations = times * sum(one.operations for one in each)
+    table = loads_of_runs(forecasts, times)
+    return DryRun(table, operations, seconds, lambda: render_forecasts(forecasts, times, speed))
+
+
+def _comparison(config: Any) -> ComparisonConfig:
+    from semcons_ray.studies.comparison import ComparisonConfig, load_comparison
+
+    return config if isinstance(config, ComparisonConfig) else load_comparison(config)
+
+
+def _sweep(config: Any) -> SweepConfig:
+    from semcons_ray.studies.search_space import SweepConfig, load_sweep
+
+    if isinstance(config, SweepConfig):
+        config.check()
+        return config
+    return load_sweep(config)
+
+
+@contextlib.contextmanager
+def _naming(place: str | Path, folder: Path) -> Iterator[None]:
+    """Note on an error that ends the block in which folder the run is, if it has begun."""
+    try:
+        yield
+    except BaseException as error:
+        if (folder / "config.yaml").is_file():
+            error.add_note(f"The run's folder is {place}; semcons_ray.resume({str(place)!r}) goes on with it.")
+        raise
+
+
+def _tell_failed(failed: int, what: str, folder: Path, say: Callable[[str], None] | None) -> None:
+    """Warn of failures, which nobody was told of but the log."""
+    if failed and say is None:
+        logger.warning("%d %s failed, as the log says; the same call with out=%r goes on", failed, what, str(folder))
+

@@ -1,0 +1,64 @@
+"""Lists the parts that settings can name: those that are built in, and those of installed packages."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from semcons_ray.errors import ConfigError
+from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, options_of, resolve
+from semcons_ray.parts.find import of_packages, origin
+from semcons_ray.reporting.terminal import print_whole
+
+__all__ = ["Kind", "describe_groups", "render_parts", "rows"]
+
+
+def render_parts(kinds: list[Kind]) -> str:
+    """A table with a row for each part, as wide as the terminal."""
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in ("kind", "name", "of", "object", "options", "what it is"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "of"))
+    for row in rows(kinds):
+        table.add_row(*row)
+    stream, width = io.StringIO(), shutil.get_terminal_size((200, 24)).columns
+    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width, force_jupyter=False)
+    print_whole(console, table)
+    return stream.getvalue().rstrip("\n")
+
+
+def describe_groups() -> str:
+    """What a part of each kind is to have, and the group of entry points by which a package names its parts."""
+    return "\n".join(f"  {kind:12}{PROTOCOLS[kind]:52}{group}" for kind, group in GROUPS.items())
+
+
+def rows(kinds: list[Kind]) -> Iterator[tuple[str, ...]]:
+    """For each part: kind, name, where it is from, `module:object`, options with their defaults, and what it is."""
+    for kind in kinds:
+        for name, path in BUILT_IN[kind].items():
+            yield (kind, name, "semcons_ray", path, *_described(kind, name))
+        for name, points in sorted(of_packages(kind).items()):
+            for point in points:
+                yield (kind, name, origin(point), point.value, *_described(kind, name))
+
+
+def _described(kind: Kind, name: str) -> tuple[str, str]:
+    """The options of a part and the first sentence of its docstring; in its place, what is wrong with it."""
+    try:
+        part, options = resolve(kind, name), options_of(kind, name)
+    except (ConfigError, ImportError) as error:
+        return "", f"cannot be used: {error}"
+    said = inspect.getdoc(part) if inspect.isclass(part) or inspect.isroutine(part) else getattr(part, "label", "")
+    summary = " ".join((said or "").partition("\n\n")[0].split())
+    return ", ".join(map(_option, options.values())), re.split(r"(?<=\.) (?=[A-Z])", summary, maxsplit=1)[0]
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    default: Any = parameter.default
+    return parameter.name if default is parameter.empty else f"{parameter.name}={default!r}"
