@@ -32,6 +32,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+default_role = "literal"
 nitpicky = True
 # Names of other packages, and of ours that have no page: no inventory of them is loaded, as a build needs no network.
 nitpick_ignore_regex = [("py:.*", r"(?!semcons_ray\.\w+$).*")]

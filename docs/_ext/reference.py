@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import msgspec
 from pydantic.fields import FieldInfo
 
+import semcons_ray
 from semcons_ray.api.parts import rows as parts_listed
 from semcons_ray.commands import cli
 from semcons_ray.commands.init import PRESETS
@@ -182,6 +183,25 @@ def protocols() -> str:
     return "\n".join(["```{eval-rst}", *blocks, "```"])
 
 
+def api() -> str:
+    """Every public name: functions, then classes, then errors."""
+    named = [(name, getattr(semcons_ray, name)) for name in semcons_ray.__all__ if name != "__version__"]
+    classes = [(name, each) for name, each in named if inspect.isclass(each)]
+    errors = {name for name, each in classes if issubclass(each, Exception)}
+    kinds = {
+        "Functions": ("autofunction", [name for name, each in named if not inspect.isclass(each)]),
+        "Classes": ("autoclass", [name for name, _ in classes if name not in errors]),
+        "Errors": ("autoexception", sorted(errors)),
+    }
+    return "\n".join(part for title, (directive, names) in kinds.items() for part in _api(title, directive, names))
+
+
+def _api(title: str, directive: str, names: list[str]) -> Iterator[str]:
+    yield _heading(title)
+    members = "   :members:\n" if directive == "autoclass" else ""
+    yield "\n".join(["```{eval-rst}", *(f".. {directive}:: semcons_ray.{name}\n{members}" for name in names), "```"])
+
+
 def presets() -> str:
     """The presets of `semcons init`."""
     firsts = [(name, path.read_text(encoding="utf-8").partition("\n")[0]) for name, path in PRESETS.items()]
@@ -238,6 +258,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "parts": parts,
     "protocols": protocols,
+    "api": api,
     "presets": presets,
     "files": files,
     "metrics_columns": lambda: columns(MetricsRow),

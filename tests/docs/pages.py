@@ -74,7 +74,8 @@ def literals(page: Path) -> list[str]:
 class Block:
     """A block of code. The words behind its language, which readers are not shown, say what tests do with it:
 
-        run                               Python is executed; Bash is calls of semcons, with tiny settings laid over
+        run                               Python is executed, beside a config.yaml with tiny settings; Bash is calls of
+                                          semcons, over which they are laid
         run 2                             the same, and each call ends with this exit code
         not run: WHY                      nothing
         experiment, comparison, sweep     YAML is read as settings of that kind

@@ -36,7 +36,8 @@ def test_each_block_of_code_is_run_or_says_why_not(page: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_llama: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working folder of a page's blocks; modules that they write are forgotten again."""
+    """The working folder of a page's blocks, with tiny settings as its config.yaml; modules that blocks write are
+    forgotten again."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -51,6 +52,7 @@ def folder(tmp_path: Path, tiny_llama: Path, tiny_data: Path, monkeypatch: pytes
         "evaluation": {"num_answers": 3},
         "resources": {"fleet": "local", "device": "cpu"},
     }
+    (here / "config.yaml").write_text(dump_yaml(experiment))
     (tmp_path / "run.yaml").write_text(dump_yaml(experiment))
     (tmp_path / "compare.yaml").write_text(dump_yaml({"seeds": [0], "experiment": experiment}))
     (tmp_path / "sweep.yaml").write_text(dump_yaml({"experiment": experiment}))
