@@ -36,9 +36,9 @@ def test_a_lock_that_was_looked_at_can_be_taken_and_one_that_is_held_is_seen(tmp
 
 
 @contextlib.contextmanager
-def watching(path: Path) -> Iterator[list[int]]:
+def watching(path: Path) -> Iterator[list[bool]]:
     """Watch a run in another thread; the list gets the exit code."""
-    codes: list[int] = []
+    codes: list[bool] = []
     thread = threading.Thread(target=lambda: codes.append(module.watch(path)))
     thread.start()
     try:
@@ -91,7 +91,7 @@ def test_rounds_are_shown_as_they_are_committed_and_how_it_ended(
     assert re.fullmatch(
         r"round 1  mean test NLL .* pseudo-labels  \(\d+ s, [\d,]+ tokens/s, about 5 s left\)\n", seen[1]
     )
-    assert codes == [1]
+    assert codes == [False]
     assert f"semcons resume {run} goes on with it" in " ".join(capsys.readouterr().out.split())
 
     resume_experiment(run)
