@@ -15,13 +15,14 @@ from rich.table import Table
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, options_of, resolve
 from semcons_ray.parts.find import of_packages, origin
-from semcons_ray.reporting.terminal import print_whole
 
 __all__ = ["Kind", "describe_groups", "render_parts", "rows"]
 
 
 def render_parts(kinds: list[Kind]) -> str:
     """A table with a row for each part, as wide as the terminal."""
+    from semcons_ray.reporting.terminal import print_whole  # which imports pandas, and help needs none
+
     table = Table(show_edge=False, pad_edge=False)
     for heading in ("kind", "name", "of", "object", "options", "what it is"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "of"))
