@@ -1083,3 +1083,23 @@ def test_options_are_of_those_runs_that_take_them() -> None:
     for name, options in (("fedavgm", {"momentum": 0.5}), ("fedavg_lora", {})):
         config = validate_config(merge_settings(shared, {"algorithm": {"name": name}}), where="here", shared=shared)
         assert config.algorithm.options == options
+
+
+@pytest.mark.parametrize("place", ["algorithm.rule", "server.embedder"])
+def test_what_is_part_of_the_program_that_runs_is_not_for_workers(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import __main__  # as a notebook's cells are
+    from semcons_ray.consensus import rules
+
+    class Embedder:
+        dimension = 2
+
+        def embed(self, texts: list[str]) -> None: ...
+
+    section, key = place.split(".")
+    monkeypatch.setattr(__main__, "mine", {"rule": rules.medoid, "embedder": Embedder}[key], raising=False)
+    settings = {section: {key: "__main__:mine"}}
+    with pytest.raises(ConfigError, match=f"{key} __main__:mine is part of the program that runs"):
+        load_config(None, settings)
+    assert load_config(None, settings | {"resources": {"fleet": "local"}})

@@ -68,6 +68,8 @@ class ExperimentConfig(Settings):
             if not has_setting(shared, key.split(".")):
                 raise ValueError(f"{key} {setting_value(self, key)} has no effect: it needs {needs}")
         self._check_options()
+        if self.resources.fleet == "ray":
+            self._check_workers_find()
         per_round = max(1, int(self.clients.participation * self.clients.num_clients + 0.5))
         # One client alone may be run as it is: it trains, and no prompt gives a pseudo-label.
         if self.algorithm.elects and self.algorithm.min_votes > max(per_round, DEFAULT_MIN_VOTES):
@@ -174,6 +176,15 @@ class ExperimentConfig(Settings):
                     check_options(kind, name, options, setting)
                 except ConfigError as error:
                     raise ValueError(str(error)) from error
+
+    def _check_workers_find(self) -> None:
+        """Check that workers, which are other processes, can import the parts that they need."""
+        for kind, name in named_parts(self):
+            if kind in ("algorithm", "rule", "embedder", "client") and name.startswith("__main__:"):
+                raise ValueError(
+                    f"{kind} {name} is part of the program that runs, from which no worker can import it: write it "
+                    "into a module, or set resources.fleet to local"
+                )
 
     def _check_own_keys(self, client: int, own: dict[str, dict[str, Any]]) -> None:
         """Check that there is the client, and each setting that it has of its own."""
