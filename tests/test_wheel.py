@@ -14,7 +14,7 @@ import yaml
 from semcons_ray import __version__
 from semcons_ray.config import ExperimentConfig, changed_settings
 
-pytestmark = [pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.packages, pytest.mark.slow, pytest.mark.real]
 
 ROOT = Path(__file__).parents[1]
 

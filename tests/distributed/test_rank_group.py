@@ -29,6 +29,7 @@ class RankSpec:
     folder: Path
     trouble: str = ""
     times: int = 1
+    environment: tuple[str, ...] = ()
 
     def build(self) -> "RankHost":
         if self.trouble == "refuse" and dist.get_rank() == 1:

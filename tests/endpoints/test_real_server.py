@@ -16,7 +16,7 @@ from tests.endpoints.conftest import KEY, VARIABLE
 from tests.endpoints.proxy import Proxy
 from tests.endpoints.server import serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.served, pytest.mark.slow, pytest.mark.real]
 
 PAIRS = [
     Pair("What is the capital of France?", "PARIS!"),

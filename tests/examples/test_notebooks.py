@@ -26,6 +26,7 @@ def test_a_notebook_in_the_tree_has_no_outputs_and_no_paths_of_a_machine(path: P
     assert re.search(r"[\"' ](/home|/root|/Users|/work|/tmp|[A-Z]:\\\\)", path.read_text(encoding="utf-8")) is None
 
 
+@pytest.mark.packages
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

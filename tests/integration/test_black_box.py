@@ -19,7 +19,7 @@ from tests.endpoints.proxy import Fault, Proxy
 from tests.endpoints.server import Server, serving
 from tests.invariants.runs import assert_same_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.served, pytest.mark.ray, pytest.mark.slow, pytest.mark.real]
 
 MakeConfig = Callable[..., ExperimentConfig]
 KEY = "sk-test-0a1b2c3d4e5f6g7h8i9j"

@@ -1,6 +1,7 @@
 """Runs in which two clients are parrots: they answer, vote and win, and what they do not tell is nowhere a number."""
 
 import math
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,12 +172,13 @@ def test_a_worker_gets_the_variables_that_its_kind_names_and_they_are_nowhere_on
     config = config.model_copy(update={"resources": resources})
     with pytest.raises(ConfigError, match="CAGE_KEY"):
         run_experiment(config, tmp_path / "refused", Silent())
-    monkeypatch.setenv("CAGE_KEY", "open-sesame-1234")
+    key = secrets.token_hex(16)  # not written here, as the run keeps this module's code
+    monkeypatch.setenv("CAGE_KEY", key)
     run_experiment(config, tmp_path / "run", Silent())
     items = pd.read_parquet(tmp_path / "run" / "items" / "round_001.parquet")
     assert set(items.loc[items["client_id"] == 2, "answer"].dropna()) == {"opened True"}
     for path in (tmp_path / "run").rglob("*"):
-        assert not path.is_file() or b"open-sesame-1234" not in path.read_bytes()
+        assert not path.is_file() or key.encode() not in path.read_bytes()
 
 
 def test_a_parrot_that_fails_is_lost_for_the_round_and_the_run_goes_on(

@@ -17,7 +17,7 @@ from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.real]
+pytestmark = [pytest.mark.packages, pytest.mark.slow, pytest.mark.real]
 
 ROOT = Path(__file__).parents[2]
 MakeConfig = Callable[..., ExperimentConfig]

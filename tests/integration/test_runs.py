@@ -487,6 +487,6 @@ def test_beside_other_runs_only_the_counters_of_whole_gpus_are_its_own() -> None
     )
     placement = SimpleNamespace(workers=(worker("worker-0", 1.0), worker("worker-1", 0.5)))
     of = {"placement": placement, "fleet": fleet}
-    others = dict.fromkeys(("folder", "split", "algorithm", "server", "observer"))
+    others = dict.fromkeys(("folder", "split", "method", "server", "observer"))
     for alone, own in ((True, windows), (False, windows[:1])):
         assert Rounds(**cast(Any, of | others), alone=alone)._windows() == own

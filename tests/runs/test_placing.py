@@ -52,7 +52,7 @@ def test_a_large_model_is_accepted_where_its_gpu_holds_it_and_the_host_has_what_
     needs = plan.demands["8b"]
     assert 70 * GIB < needs.device_bytes <= H100
     assert needs.host_bytes < 6 * GIB
-    assert plan.draws == {"worker-0": Draw(4.0, 700.0), "server": Draw(4.0)}
+    assert plan.draws == {"worker-0": Draw(4.0, 700.0), "server": Draw(4.0), "judge": None}
 
 
 def test_eight_gpus_take_eight_workers_and_their_host_needs_no_memory_for_models(folder: Path) -> None:
