@@ -6,7 +6,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 # A package index to take torch from, for another build of it than the default index has; counts when VENV is made.
 TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
-OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes or packages or served
+OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes or packages or served or long
 ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
 # An environment in which the packages of VENV are found as well.
 ON_TOP = $(PYTHON) -m venv $(1) && $(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
@@ -25,7 +25,7 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of test-engines
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(OTHER_TESTS))"
 
-test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models
+test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models, and long ones
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)
 	$(VENV)-engines/bin/python -m pytest -m "$(OTHER_TESTS)" -p tests.no_skips
 

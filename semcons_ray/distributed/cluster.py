@@ -71,8 +71,7 @@ def connect(address: str | None) -> Iterator[None]:
         return
     # Ray warns on each start that a later version will leave this variable alone for tasks without GPUs.
     quiet = with_variables({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
-    token = _own_token() if address is None else {}
-    with quiet, with_variables(token, replace=True), _no_handler_left():
+    with quiet, _own_token() if address is None else contextlib.nullcontext(), _no_handler_left():
         before = dict(os.environ)
         with _callers_sigterm(), _callers_random():
             if address is None:
@@ -89,16 +88,23 @@ def connect(address: str | None) -> Iterator[None]:
             put_back({name: before.get(name) for name in set_by_ray})
 
 
-def _own_token() -> dict[str, str]:
-    """The variable with a token for a cluster that is started here; none if there is a token, or none is wanted."""
+@contextlib.contextmanager
+def _own_token() -> Iterator[None]:
+    """A token for a cluster that is started in the block; none if there is a token, or none is wanted."""
     with _naming_what_stops_a_start():
         wants_token = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
         tokens = AuthenticationTokenLoader.instance()
         tokens.reset_cache()  # it may remember a token of an earlier HOME, which Ray's other processes would not find
-        if not wants_token or tokens.has_token(ignore_auth_mode=True):
-            return {}
+        needed = wants_token and not tokens.has_token(ignore_auth_mode=True)
+    if not needed:
+        yield
+        return
     # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
-    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        with with_variables({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, replace=True):
+            yield
+    finally:
+        tokens.reset_cache()  # or a cluster that the caller starts later would count on a token that is gone
 
 
 def _start() -> None:

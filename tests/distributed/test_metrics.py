@@ -58,6 +58,7 @@ def scrape(url: str) -> list[tuple[str, dict[str, str], float]]:
     return [(name, dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)) for name, labels, value in found]
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.real

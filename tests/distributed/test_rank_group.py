@@ -18,7 +18,7 @@ from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ConfigError
 from semcons_ray.federation.fleet import Reply
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pandas as pd
 import psutil
@@ -39,6 +41,8 @@ def test_a_process_is_found_by_its_mark_and_measured():
     assert 0 < size["uss"] <= size["pss"] <= size["rss"]
     with psutil.Popen(["sleep", "60"], env={many.MARK: "here"}) as child:
         try:
+            while child.name() != "sleep":  # until then it is a copy of this process, with its variables
+                time.sleep(0.01)
             assert many.marked("here") == [f"{child.pid} sleep"]
         finally:
             child.kill()

@@ -79,6 +79,7 @@ def test_local_fleet_one_actor_a_client_and_packed_actors_agree_to_the_last_bit(
     assert_same_run(tmp_path / "local", tmp_path / "packed")
 
 
+@pytest.mark.long
 def test_smollm2_agrees_too(tmp_path: Path) -> None:
     config = validate_config(
         {
