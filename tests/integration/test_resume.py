@@ -143,17 +143,20 @@ def assert_terminated(process: "subprocess.Popen[str]", goes_on: str) -> None:
     assert not re.search("Traceback|SIGTERM|stack trace|Exception ignored", errors)
 
 
+LONG = [pytest.mark.long, pytest.mark.ray]
+
+
 @pytest.mark.parametrize(
     ("command", "fleet", "at", "kill"),
     [
         ("run", "local", "state/round_002.msgpack", os.kill),
         ("run", "local", "data.parquet", os.killpg),
-        pytest.param("run", "ray", "state/round_002.msgpack", os.killpg, marks=[pytest.mark.long, pytest.mark.ray]),
-        pytest.param("run", "ray", "data.parquet", os.kill, marks=[pytest.mark.long, pytest.mark.ray]),
-        pytest.param("run", "ray", "state/.mark-*", os.kill, marks=[pytest.mark.long, pytest.mark.ray]),
+        pytest.param("run", "ray", "state/round_002.msgpack", os.killpg, marks=LONG),
+        pytest.param("run", "ray", "data.parquet", os.kill, marks=LONG),
+        pytest.param("run", "ray", "state/.mark-*", os.kill, marks=LONG),
         ("compare", "local", "runs/*/*/state/round_001.msgpack", os.kill),
         ("compare", "local", "runs/*/*/state/round_001.msgpack", os.killpg),
-        pytest.param("sweep", "local", "trials/*/state/round_001.msgpack", os.kill, marks=[pytest.mark.long, pytest.mark.ray]),
+        pytest.param("sweep", "local", "trials/*/state/round_001.msgpack", os.kill, marks=LONG),
     ],
 )
 def test_sigterm_to_the_process_or_its_group_is_one_line_and_143(
@@ -179,7 +182,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("fleet", ["local", pytest.param("ray", marks=[pytest.mark.long, pytest.mark.ray])])
+@pytest.mark.parametrize("fleet", ["local", pytest.param("ray", marks=LONG)])
 def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on_to_the_same_numbers(
     fleet: str,
     tiny_config: MakeConfig,

@@ -18,7 +18,10 @@ from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.usefixtures("one_cluster")]
+pytestmark = [
+    *(pytest.mark.long, pytest.mark.ray, pytest.mark.slow, pytest.mark.real),
+    pytest.mark.usefixtures("one_cluster"),
+]
 
 MakeConfig = Callable[..., ExperimentConfig]
 

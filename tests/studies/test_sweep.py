@@ -21,7 +21,10 @@ from semcons_ray.runs.run_folder import RunFolder
 from semcons_ray.studies import sweep as module
 from semcons_ray.studies.search_space import SweepConfig, load_sweep
 
-pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.real, pytest.mark.slow, pytest.mark.usefixtures("one_cluster")]
+pytestmark = [
+    *(pytest.mark.long, pytest.mark.ray, pytest.mark.slow, pytest.mark.real),
+    pytest.mark.usefixtures("one_cluster"),
+]
 
 
 @pytest.fixture(scope="module")
