@@ -52,6 +52,21 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def labels(comparison: Path) -> pd.DataFrame:
+    """A row for each seed and round: the share of pseudo-labels that are right, and of each client's answers."""
+    rows = []
+    for folder in sorted((comparison / "runs" / "semantic-consensus").glob("seed_*")):
+        data = pd.read_parquet(folder / "data.parquet")
+        right = data.loc[data["role"] == "public", "response"].reset_index(drop=True)
+        for path in sorted((folder / "consensus").glob("round_*.parquet")):
+            votes = pd.read_parquet(path)
+            votes["right"] = votes["answer"].str.strip() == votes["prompt_id"].map(right)
+            of_clients = votes.groupby("client_id")["right"].mean().add_prefix("client_")
+            place = {"seed": folder.name.removeprefix("seed_"), "round": int(path.stem.removeprefix("round_"))}
+            rows.append(place | {"labels": votes.loc[votes["chosen"], "right"].mean()} | of_clients.to_dict())
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("comparison", type=Path, help="folder that semcons compare wrote")
@@ -60,9 +75,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     table = clients(args.comparison)
     table.to_csv(args.out / "clients.csv", index=False, float_format="%.4f")
+    right = labels(args.comparison)
+    right.to_csv(args.out / "labels.csv", index=False, float_format="%.4f")
     means = summary(table)
     means.to_csv(args.out / "summary.csv", index=False, float_format="%.4f")
-    print(table.round(3).to_string(index=False), means.round(3).to_string(index=False), sep="\n\n")
+    print(*(each.round(3).to_string(index=False) for each in (right, table, means)), sep="\n\n")
 
 
 if __name__ == "__main__":
