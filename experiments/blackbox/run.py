@@ -4,26 +4,26 @@ comparison."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from semcons_ray.reporting.intervals import mean_and_half_width
-from semcons_ray.reporting.tables import read_run
+from semcons_ray.reporting.tables import Run, read_run
 
 HERE = Path(__file__).parent
 SCORE = "exact_match"
 
 
-def clients(comparison: Path) -> pd.DataFrame:
+def clients(runs: Sequence[Run]) -> pd.DataFrame:
     """A row for each seed and client.
 
     base, first, last: exact match of the base model, and after the first and the last round.
     votes_won: share of all prompts of all rounds whose label is the client's answer.
     """
     rows = []
-    for folder in sorted((comparison / "runs" / "semantic-consensus").glob("seed_*")):
-        run = read_run(folder)
+    for run in runs:
         scores = run.metrics.pivot_table(index="client_id", columns="round", values=SCORE)
         votes = run.consensus.groupby("client_id")["chosen"].mean()
         models = run.metrics.drop_duplicates("client_id").set_index("client_id")["model"]
@@ -52,17 +52,17 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def labels(comparison: Path) -> pd.DataFrame:
+def labels(runs: Sequence[Run]) -> pd.DataFrame:
     """A row for each seed and round: the share of pseudo-labels that are right, and of each client's answers."""
     rows = []
-    for folder in sorted((comparison / "runs" / "semantic-consensus").glob("seed_*")):
-        data = pd.read_parquet(folder / "data.parquet")
-        right = data.loc[data["role"] == "public", "response"].reset_index(drop=True)
-        for path in sorted((folder / "consensus").glob("round_*.parquet")):
-            votes = pd.read_parquet(path)
-            votes["right"] = votes["answer"].str.strip() == votes["prompt_id"].map(right)
+    for run in runs:
+        references = run.data.loc[run.data["role"] == "public", "response"].reset_index(drop=True)
+        answers = run.consensus.assign(
+            right=run.consensus["answer"].str.strip() == run.consensus["prompt_id"].map(references)
+        )
+        for round, votes in answers.groupby("round"):
             of_clients = votes.groupby("client_id")["right"].mean().add_prefix("client_")
-            place = {"seed": folder.name.removeprefix("seed_"), "round": int(path.stem.removeprefix("round_"))}
+            place = {"seed": run.config["seed"], "round": round}
             rows.append(place | {"labels": votes.loc[votes["chosen"], "right"].mean()} | of_clients.to_dict())
     return pd.DataFrame(rows)
 
@@ -73,9 +73,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table = clients(args.comparison)
+    runs = [read_run(folder) for folder in sorted((args.comparison / "runs" / "semantic-consensus").glob("seed_*"))]
+    table = clients(runs)
     table.to_csv(args.out / "clients.csv", index=False, float_format="%.4f")
-    right = labels(args.comparison)
+    right = labels(runs)
     right.to_csv(args.out / "labels.csv", index=False, float_format="%.4f")
     means = summary(table)
     means.to_csv(args.out / "summary.csv", index=False, float_format="%.4f")

@@ -23,7 +23,6 @@ from semcons_ray.config import DEFAULTS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `semcons cost` to its parser."""
-    defaults = DEFAULTS
     parser.formatter_class = argparse.HelpFormatter  # wraps
     parser.description = (
         "Bytes that federated averaging of LoRA adapters sends, against those of semantic consensus, which sends text. "
@@ -71,14 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clients",
         type=int,
-        default=defaults.clients.num_clients,
+        default=DEFAULTS.clients.num_clients,
         metavar="C",
         help="Number of clients, for the total; all take part in every round. Default: %(default)s.",
     )
     parser.add_argument(
         "--rounds",
         type=int,
-        default=defaults.num_rounds,
+        default=DEFAULTS.num_rounds,
         metavar="N",
         help="Number of rounds, for the total. Default: %(default)s.",
     )

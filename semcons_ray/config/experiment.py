@@ -32,7 +32,7 @@ from semcons_ray.config.sections import (
     takes_options,
 )
 from semcons_ray.errors import ConfigError
-from semcons_ray.parts import BUILT_IN, STORED, Kind, PartName, check_options, part_names, resolve
+from semcons_ray.parts import BUILT_IN, ON_WORKERS, STORED, Kind, PartName, check_options, part_names, resolve
 
 
 class ExperimentConfig(Settings):
@@ -180,7 +180,7 @@ class ExperimentConfig(Settings):
     def _check_workers_find(self) -> None:
         """Check that workers, which are other processes, can import the parts that they need."""
         for kind, name in named_parts(self):
-            if kind in ("algorithm", "rule", "embedder", "client") and name.startswith("__main__:"):
+            if kind in ON_WORKERS and name.startswith("__main__:"):
                 raise ValueError(
                     f"{kind} {name} is part of the program that runs, from which no worker can import it: write it "
                     "into a module, or set resources.fleet to local"

@@ -19,7 +19,7 @@ from semcons_ray.messages import Prompt
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Place
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.client_model import Pair, Score, State, Task
+from semcons_ray.modeling.client_model import SAMPLING, Pair, Score, State, Task
 from semcons_ray.modeling.engine import Engine
 
 if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
@@ -132,9 +132,7 @@ class AdapterModel:
 
     def answer(self, prompts: Sequence[Prompt], task: Task) -> list[list[str]]:
         """See `ClientModel.answer`; the first answers are those of a client that draws no more."""
-        wanted = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop")
-        settings = {name: getattr(task, name) for name in wanted}
-        generation = GenerationConfig(batch_size=self.batch_size, **settings)
+        generation = GenerationConfig(batch_size=self.batch_size, **{name: getattr(task, name) for name in SAMPLING})
         if self.engine is not None:
             return self._engine_answers(self.engine, prompts, task, generation)
         samples = []

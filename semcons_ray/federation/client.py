@@ -25,7 +25,7 @@ from semcons_ray.federation.weights import non_finite, pack
 from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
 from semcons_ray.metering.ledger import Ledger, Work
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.client_model import ClientModel, Pair, Purpose, Scores, State, Task
+from semcons_ray.modeling.client_model import SAMPLING, ClientModel, Pair, Purpose, Scores, State, Task
 
 _PURPOSES: dict[Stage, Purpose] = {"fine_tune": "learn", "generate": "answer", "evaluate": "evaluate"}
 
@@ -266,8 +266,7 @@ class Client:
         Raises:
             ValueError: The model gave others than were asked for.
         """
-        asked = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop")
-        with self._task(stage, round, work, **{name: getattr(generation, name) for name in asked}) as task:
+        with self._task(stage, round, work, **{name: getattr(generation, name) for name in SAMPLING}) as task:
             samples = [[*answers] for answers in self.model.answer(prompts, task)]
         if [len(answers) for answers in samples] != [len(prompts)] * generation.num_samples:
             raise ValueError(

@@ -16,6 +16,9 @@ State = Mapping[str, Tensor | bytes]
 
 Purpose = Literal["learn", "answer", "evaluate"]
 
+SAMPLING = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop")
+"""What a `Task` says of how answers are sampled, under the names that it has in the settings, too."""
+
 
 @dataclass(frozen=True)
 class Pair:

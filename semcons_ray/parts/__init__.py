@@ -4,12 +4,13 @@ object of one's own by `module:object`."""
 from semcons_ray.parts.code import keep_code, use_code
 from semcons_ray.parts.find import SECRET, build, check_options, names, options_of, path_of, resolve
 from semcons_ray.parts.setting import STORED, PartName, part_names
-from semcons_ray.parts.table import BUILT_IN, GROUPS, OFFERED, PROTOCOLS, Kind
+from semcons_ray.parts.table import BUILT_IN, GROUPS, OFFERED, ON_WORKERS, PROTOCOLS, Kind
 
 __all__ = [
     "BUILT_IN",
     "GROUPS",
     "OFFERED",
+    "ON_WORKERS",
     "PROTOCOLS",
     "SECRET",
     "STORED",

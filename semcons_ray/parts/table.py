@@ -103,5 +103,8 @@ OFFERED: dict[Kind, tuple[str, ...]] = {
 }
 """What classes of each kind get by name where they have parameters for it, and so are no options of theirs."""
 
+ON_WORKERS: tuple[Kind, ...] = ("algorithm", "rule", "embedder", "client")
+"""Kinds of which workers or the server, which may be other processes, need the code; the others work on the driver."""
+
 GROUPS: dict[Kind, str] = {kind: f"semcons_ray.{kind}s" for kind in BUILT_IN}
 """Groups of entry points by which installed packages name parts of their own."""

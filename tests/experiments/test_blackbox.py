@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -33,6 +34,14 @@ def test_the_gain_of_a_client_is_paired_by_seed() -> None:
     # t(0.975, 1) = 12.706; the gains are 0.1 and 0.3, whose standard error is 0.1.
     assert row["half_width"] == pytest.approx(1.2706, abs=1e-4)
     assert row["votes_won"] == pytest.approx(0.3)
+
+
+def test_labels_are_right_if_they_are_what_the_data_has() -> None:
+    data = pd.DataFrame({"role": ["test", "public", "public"], "response": ["9", "4", "6"]})
+    votes = [(1, 0, 0, "4 ", True), (1, 0, 1, "5", False), (1, 1, 0, "7", True), (1, 1, 1, "6", False)]
+    consensus = pd.DataFrame(votes, columns=["round", "prompt_id", "client_id", "answer", "chosen"])
+    table = blackbox.labels([SimpleNamespace(config={"seed": 3}, data=data, consensus=consensus)])
+    assert table.to_dict("records") == [{"seed": 3, "round": 1, "labels": 0.5, "client_0": 0.5, "client_1": 0.5}]
 
 
 def test_the_skills_are_questions_with_one_answer() -> None:
