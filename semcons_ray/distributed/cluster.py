@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -73,19 +73,24 @@ def connect(address: str | None) -> Iterator[None]:
     quiet = with_variables({"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"})
     with quiet, _own_token() if address is None else contextlib.nullcontext(), _no_handler_left():
         before = dict(os.environ)
-        with _callers_sigterm(), _callers_random():
-            if address is None:
-                _start()
-            else:
-                _join(address)
-        # Such as PYTHONBREAKPOINT, by which the caller's breakpoint() would be Ray's debugger afterwards.
-        set_by_ray = [name for name, value in os.environ.items() if before.get(name) != value]
+        set_by_ray: list[str] = []  # such as PYTHONBREAKPOINT, by which breakpoint() would be Ray's debugger afterwards
         try:
+            try:
+                with _callers_sigterm(), _callers_random():
+                    if address is None:
+                        _start()
+                    else:
+                        _join(address)
+            finally:
+                set_by_ray += [name for name, value in os.environ.items() if before.get(name) != value]
             yield
         finally:
             with _callers_sigterm(), _callers_random():
                 ray.shutdown()
             put_back({name: before.get(name) for name in set_by_ray})
+            # Ray's own process remembers that clusters want a token, and which; one that the caller starts may not.
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
@@ -100,11 +105,8 @@ def _own_token() -> Iterator[None]:
         yield
         return
     # Ray would write a token to HOME, which may not be writable, or where another run may be writing its own.
-    try:
-        with with_variables({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, replace=True):
-            yield
-    finally:
-        tokens.reset_cache()  # or a cluster that the caller starts later would count on a token that is gone
+    with with_variables({"RAY_AUTH_TOKEN": secrets.token_hex(32)}, replace=True):
+        yield
 
 
 def _start() -> None:

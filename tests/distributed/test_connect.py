@@ -83,6 +83,42 @@ os.environ["HOME"] = "/proc/nowhere"
     assert done.stdout == "worked\n", done.stderr
 
 
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["no token", "a token at HOME"])
+@pytest.mark.parametrize("first", ["connect(None)", "connect('127.0.0.1:1')"], ids=["after one here", "after none"])
+def test_a_cluster_that_the_caller_starts_afterwards_is_as_without(
+    first: str, token: str | None, tmp_path: Path
+) -> None:
+    if token is not None:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    before = f"""
+import contextlib, os
+import ray
+from ray.cluster_utils import Cluster
+from semcons_ray.distributed.cluster import connect
+from semcons_ray.errors import PlacementError
+
+variables = dict(os.environ)
+with contextlib.suppress(PlacementError), {first}:
+    pass
+assert os.environ == variables
+cluster = Cluster()
+cluster.add_node(num_cpus=1, include_dashboard=False)
+ray.init(address=cluster.address, log_to_driver=False)
+
+@ray.remote
+class Actor:
+    def answer(self):
+        return "answered"
+
+print(ray.get(Actor.remote().answer.remote()))
+ray.shutdown()
+cluster.shutdown()
+"""
+    done = driver(before=before, HOME=str(tmp_path))
+    assert done.stdout == "answered\nworked\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "says"),
     [
