@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from semcons_ray.api.experiments import compare, evaluate, load, plan, resume, run, sweep, watch
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
+    from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
     from semcons_ray.consensus.rules import Ballots, Rule
     from semcons_ray.data.partition import Partition
     from semcons_ray.data.selection import Selection
@@ -62,10 +63,13 @@ __all__ = [
     "Commit",
     "Comparison",
     "ComparisonConfig",
+    "Competence",
     "ConfigError",
     "DataError",
+    "Defence",
     "DryRun",
     "EngineError",
+    "Evidence",
     "ExperimentConfig",
     "MessageError",
     "ModelError",
@@ -79,6 +83,7 @@ __all__ = [
     "Reply",
     "RoundOutcome",
     "Rule",
+    "Ruling",
     "Run",
     "RunFolderError",
     "Selection",
@@ -109,6 +114,7 @@ _HOMES = {
     "semcons_ray.api.experiments": ("compare", "evaluate", "load", "plan", "resume", "run", "sweep", "watch"),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
+    "semcons_ray.consensus.evidence": ("Competence", "Defence", "Evidence", "Ruling"),
     "semcons_ray.consensus.rules": ("Ballots", "Rule"),
     "semcons_ray.data.partition": ("Partition",),
     "semcons_ray.data.selection": ("Selection",),

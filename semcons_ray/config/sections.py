@@ -501,6 +501,17 @@ class AlgorithmConfig(Settings):
     options: Options = Field(default_factory=dict, description="Options of the algorithm, as {beta: 0.9}.")
     rule: RuleName = Field("medoid", description="How the server elects one answer for each prompt.")
     rule_options: Options = Field(default_factory=dict, description="Options of the rule, as {temperature: 0.1}.")
+    competence: Annotated[str, PartName("competence")] = Field(
+        "equal",
+        description="How much each client's vote weighs, by how good it seems to be at a prompt. equal: all the same.",
+    )
+    competence_options: Options = Field(
+        default_factory=dict, description="Options of the competence, as {power: 3}."
+    )
+    defence: Annotated[str, PartName("defence")] = Field(
+        "none", description="Whose votes are taken away, against clients that send bad answers on purpose."
+    )
+    defence_options: Options = Field(default_factory=dict, description="Options of the defence.")
     agreement_threshold: float | None = Field(
         None,
         ge=-1,

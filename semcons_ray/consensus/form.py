@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import rules
+from semcons_ray.consensus.evidence import Competence, Defence, Evidence, equal, no_defence
 from semcons_ray.consensus.tallies import present_vectors, shared_tallies, tallies
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import build
@@ -31,6 +32,10 @@ class Election:
         options: The rule's options.
         threshold: Least agreement, in [-1, 1], for a prompt to give a pseudo-label; None: no threshold.
         min_votes: Least number of clients that answered for a prompt to give a pseudo-label.
+        competence: A name of a competence, see `parts`: how much each client's vote weighs.
+        competence_options: Its options.
+        defence: A name of a defence, see `parts`: whose votes are taken away.
+        defence_options: Its options.
 
     Raises:
         ConfigError: A setting is unknown or out of range.
@@ -40,6 +45,10 @@ class Election:
     options: Mapping[str, Any] = field(default_factory=dict)
     threshold: float | None = None
     min_votes: int = 2
+    competence: str = "equal"
+    competence_options: Mapping[str, Any] = field(default_factory=dict)
+    defence: str = "none"
+    defence_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not -1 <= self.threshold <= 1:
@@ -47,11 +56,30 @@ class Election:
         if self.min_votes < 1:
             raise ConfigError(f"algorithm.min_votes must be at least 1, not {self.min_votes}")
         self.scores()
+        self.weighs()
+        self.defends()
 
     def scores(self) -> rules.Rule:
         """The rule with its options."""
         rule: rules.Rule = build("rule", self.rule, self.options, setting="algorithm.rule_options")
         return rule
+
+    def weighs(self) -> Competence:
+        """The competence with its options."""
+        setting = "algorithm.competence_options"
+        competence: Competence = build("competence", self.competence, self.competence_options, setting=setting)
+        return competence
+
+    def defends(self) -> Defence:
+        """The defence with its options."""
+        setting = "algorithm.defence_options"
+        defence: Defence = build("defence", self.defence, self.defence_options, setting=setting)
+        return defence
+
+    @property
+    def counts_all_alike(self) -> bool:
+        """Whether nothing is weighed, so that every client has one vote."""
+        return self.weighs() is equal and self.defends() is no_defence
 
 
 @dataclass(frozen=True)
@@ -64,14 +92,19 @@ class Consensus:
             answered.
         similarity: Mean cosine of an answer to the other clients' answers to its prompt, (P, C) float32, in which each
             client has the same weight, evenly over its samples; NaN where it is missing or no other client answered.
-        abstained: Whether a prompt gives no pseudo-label, (P,) bool: too few clients answered it, or there is a
-            threshold and its agreement is below that or undefined.
+        abstained: Whether a prompt gives no pseudo-label, (P,) bool: too few clients have a vote that counts, or there
+            is a threshold and its agreement is below that or undefined.
+        votes: What each answer's vote counts, (P, C) float32, of as many votes in all as there are clients: by default
+            each client has one, in equal shares of those of its samples that are there.
+        trust: How far each client is trusted from now on, (N,) float32, N being the number of clients.
     """
 
     winner: Tensor
     agreement: Tensor
     similarity: Tensor
     abstained: Tensor
+    votes: Tensor
+    trust: Tensor
 
 
 @torch.no_grad()
@@ -84,6 +117,11 @@ def form_consensus(
     voters: Tensor | None = None,
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
+    opinions: Tensor | None = None,
+    prompts: Tensor | None = None,
+    confidence: Tensor | None = None,
+    known: Tensor | None = None,
+    trust: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> Consensus:
     """Elect one answer for each prompt.
@@ -107,6 +145,11 @@ def form_consensus(
             has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
         weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
+        opinions: See `Evidence`, as the next four. None: each answer is an opinion of its own.
+        prompts: For defences: vectors of the prompts.
+        confidence: For competence: how sure clients say that they are.
+        known: For competence: answers that the server knows.
+        trust: For defences: from the round before. None: everybody is trusted.
         chunk_bytes: Memory that a chunk of prompts may take. None: 1 GiB on a GPU; on a CPU 2 MiB for each thread,
             which stays in the cache, so that a chunk is read from memory once, however often a rule goes over it.
 
@@ -136,14 +179,45 @@ def form_consensus(
     num_clients = shares.sum(dim=1, keepdim=True).round()
     similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
+    votes, weighted = shares, similarity
+    num_voters = int(of_clients.max()) + 1 if num_answers else 0
+    trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
+    if not election.counts_all_alike:
+        own = torch.arange(num_answers, device=device).expand_as(mask)
+        evidence = Evidence(
+            vectors=embeddings,
+            present=mask,
+            voters=of_clients,
+            shares=shares,
+            opinions=(own if opinions is None else opinions.to(device)).where(mask, -1),
+            similarity=similarity,
+            trust=trust,
+            prompts=None if prompts is None else prompts.to(device),
+            confidence=None if confidence is None else confidence.to(device),
+            known=None if known is None else known.to(device),
+            chunks=chunks,
+        )
+        weight = _weights(election.weighs()(evidence), mask, f"algorithm.competence {election.competence}")
+        ruling = election.defends()(evidence)
+        trust = ruling.trust
+        votes = shares * weight * _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
+        mask = votes > 0
+        counting = Evidence.of_clients(evidence, votes).gt(0).sum(dim=1, keepdim=True)
+        # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
+        votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
+        num_clients = counting.float()
+        _, to_all, to_own = shared_tallies(embeddings, mask, of_clients, votes, chunks)
+        others = num_clients - evidence.of_clients(votes)[:, of_clients]
+        weighted = ((to_all - to_own) / others.clamp(min=1e-30)).where(num_clients > 1, 1.0).where(mask, torch.nan)
+
     winner = torch.full((num_prompts,), -1, device=device)
     needs_vectors = getattr(score, "needs_vectors", True)
     for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
         ballots = rules.Ballots(
             vectors=present_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
             present=mask[here],
-            similarity=similarity[here],
-            shares=shares[here],
+            similarity=weighted[here],
+            shares=votes[here],
             voters=of_clients,
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
@@ -154,12 +228,12 @@ def form_consensus(
         winner[here] = rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
 
     # The agreement of a client with itself is undefined; it was a number so far because rules need a score.
-    similarity = similarity.where(num_clients > 1, torch.nan)
+    similarity = similarity.where(shares.sum(dim=1, keepdim=True).round() > 1, torch.nan)
     agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1).where(winner >= 0, torch.nan)
     abstained = (num_clients[:, 0] < election.min_votes) | (winner < 0)
     if election.threshold is not None:
         abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
-    return Consensus(winner, agreement, similarity, abstained)
+    return Consensus(winner, agreement, similarity, abstained, votes, trust)
 
 
 def _checked(scores: Tensor, present: Tensor, rule: str) -> Tensor:
@@ -175,6 +249,21 @@ def _checked(scores: Tensor, present: Tensor, rule: str) -> Tensor:
     if bool(scores.isnan().any()):
         raise ConfigError(f"algorithm.rule {rule} gives scores that are no numbers (NaN)")
     return scores
+
+
+def _weights(weights: Tensor, present: Tensor, setting: str) -> Tensor:
+    """Weights of votes as a part gives them, (P, C) float32, 0 where an answer is missing.
+
+    Raises:
+        ConfigError: They are no weights of these answers.
+    """
+    if not isinstance(weights, Tensor) or weights.shape != present.shape:
+        found = _describe(weights) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ConfigError(f"{setting} gives {found}, not weights of shape {tuple(present.shape)}")
+    weights = weights.float().where(present, 0.0)
+    if not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ConfigError(f"{setting} gives weights that are negative or not finite")
+    return weights
 
 
 def _shares(mask: Tensor, voters: Tensor) -> Tensor:

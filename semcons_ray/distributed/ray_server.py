@@ -67,11 +67,11 @@ class RayServer:
                     f"users, or lower resources.server_gpus"
                 ) from None
 
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         """See `ServerProtocol.begin`."""
         self._heard.clear()
         self._pending.clear()
-        self._tell("begin", round, tuple(client_ids))
+        self._tell("begin", round, tuple(client_ids), kept)
 
     def collect(self, client_id: int, uplink: bytes) -> None:
         """See `ServerProtocol.collect`."""

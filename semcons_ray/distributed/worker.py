@@ -125,9 +125,9 @@ class ServerActor:
             self._failure = error
             raise
 
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes) -> None:
         """See `Server.begin`."""
-        self._loaded().begin(round, client_ids)
+        self._loaded().begin(round, client_ids, kept)
 
     def collect(self, client_id: int, uplink: bytes) -> None:
         """See `Server.collect`."""

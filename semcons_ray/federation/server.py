@@ -6,10 +6,12 @@ or as many samples as it draws; P public prompts; D embedding dimension.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -38,6 +40,8 @@ class Verdict:
         agreement: Similarity of the elected answer, (P,); NaN where fewer than two clients answered.
         abstained: Whether a prompt gave no pseudo-label, (P,).
         labels: The pseudo-labels, as they are sent to clients.
+        votes: What each answer's vote counted, (P, B); see `Consensus.votes`.
+        kept: What the server keeps for the next round, to be given to `begin`.
         rows: Ledger rows of the server's work.
         refused: Clients whose message was invalid and so has no vote, each with the reason.
     """
@@ -51,15 +55,39 @@ class Verdict:
     agreement: npt.NDArray[np.float32]
     abstained: npt.NDArray[np.bool_]
     labels: PseudoLabels
+    votes: npt.NDArray[np.float32]
+    kept: bytes
     rows: tuple[LedgerRow, ...]
     refused: Mapping[int, str]
+
+
+class ServerState(msgspec.Struct, frozen=True):
+    """What is kept of the server from round to round.
+
+    Attributes:
+        labels: The encoded `PseudoLabels` of the last exchange.
+        kept: See `Verdict`; empty before the first exchange.
+    """
+
+    labels: bytes
+    kept: bytes = b""
+
+    def encode(self) -> bytes:
+        """The state as bytes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, state: bytes) -> Self:
+        """The state in these bytes."""
+        return msgspec.msgpack.decode(state, type=cls)
 
 
 class ServerProtocol(Protocol):
     """The server as algorithms and experiments see it, wherever it runs."""
 
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
-        """Begin a round in which the answers of these clients are awaited."""
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
+        """Begin a round in which the answers of these clients are awaited; `kept` is what the last verdict said to
+        keep."""
         ...
 
     def collect(self, client_id: int, uplink: bytes) -> None:
@@ -111,7 +139,9 @@ class Server:
         num_prompts: Number P of public prompts.
         election: Consensus rule and its settings.
         num_samples: How many answers a client gives to each prompt, by client id; empty: one.
-        prompts: Public prompts to embed together with their answers, (P,); empty: answers are embedded alone.
+        prompts: The public prompts as texts, (P,), for defences, and to be embedded together with their answers; empty:
+            there is no need of them.
+        embeds_both: Whether answers are embedded together with their prompts.
         references: For rule `reference`, the data's own answers, (P,), which become the pseudo-labels instead of
             elected ones: an upper bound. Empty for every other rule.
         seed: The experiment's seed.
@@ -126,6 +156,7 @@ class Server:
         election: Election,
         num_samples: Sequence[int] = (),
         prompts: Sequence[str] = (),
+        embeds_both: bool = False,
         references: Sequence[str] = (),
         seed: int,
         ledger: Ledger,
@@ -135,13 +166,15 @@ class Server:
         self._election = election
         self._samples_of = num_samples
         self._prompts = prompts
+        self._embeds_both = embeds_both
         self._references = references
         self._seed = seed
         self._ledger = ledger
 
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         """See `ServerProtocol.begin`."""
         self._round = round
+        self._trust: dict[int, float] = msgspec.msgpack.decode(kept, type=dict[int, float]) if kept else {}
         # Columns are in an order drawn for the round, not in that of client ids: the rounding of sums over clients
         # depends on their order, and a client's id must change no result.
         draws = priorities(self._seed, round, client_ids, self._num_prompts)
@@ -191,7 +224,7 @@ class Server:
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
-        if not self._prompts:
+        if not self._embeds_both:
             return answers
         return [f"{prompt}\n{answer}" for prompt, answer in zip(self._prompts, answers, strict=True)]
 
@@ -210,6 +243,8 @@ class Server:
             if embeddings is None:
                 embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
             device = embeddings.device
+            weighs = not self._election.counts_all_alike
+            trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
             consensus = form_consensus(
                 embeddings,
                 (lengths > 0).to(device),
@@ -218,7 +253,11 @@ class Server:
                 voters=torch.tensor([numbers[c] for c in client_ids]) if has_several else None,
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
+                opinions=opinions_of(answers) if weighs else None,
+                prompts=self._embedder.embed(self._prompts) if weighs and self._prompts else None,
+                trust=trust,
             )
+            self._trust |= dict(zip(numbers, consensus.trust.tolist(), strict=True))
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
             if self._references:
@@ -243,6 +282,8 @@ class Server:
             agreement=consensus.agreement.cpu().numpy(),
             abstained=abstained,
             labels=labels,
+            votes=consensus.votes.cpu().numpy()[:, ascending],
+            kept=msgspec.msgpack.encode(self._trust) if weighs else b"",
             rows=tuple(self._ledger.take()),
             refused=self._refused,
         )
@@ -259,6 +300,28 @@ class Server:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def opinions_of(answers: Sequence[Sequence[str]]) -> Tensor:
+    """Which answers to a prompt are the same text but for case, spaces and punctuation, (P, B) int64.
+
+    Args:
+        answers: For each of B ballots P answers.
+    """
+    numbers = [
+        _numbered([" ".join(_WORDS.findall(answer.casefold())) or answer for answer in to_prompt])
+        for to_prompt in zip(*answers, strict=True)
+    ]
+    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, len(answers))
+
+
+_WORDS = re.compile(r"-?\w+(?:[.,/]\w+)*")
+"""Words and numbers; a sign, a decimal point or a slash makes another number."""
+
+
+def _numbered(texts: Sequence[str]) -> list[int]:
+    first: dict[str, int] = {}
+    return [first.setdefault(text, place) for place, text in enumerate(texts)]
 
 
 SAMPLES = ("sample", "A sample, of 2 sentences. The other.")
@@ -308,6 +371,7 @@ class ServerSpec:
     references: tuple[str, ...]
     seed: int
     num_samples: tuple[int, ...] = ()
+    embeds_both: bool = False
 
     def build(self) -> Server:
         """Load the embedder and make the server.
@@ -326,6 +390,7 @@ class ServerSpec:
             election=self.election,
             num_samples=self.num_samples,
             prompts=self.prompts,
+            embeds_both=self.embeds_both,
             references=self.references,
             seed=self.seed,
             ledger=ledger,

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["algorithm", "rule", "client", "partition", "selection", "metric", "embedder", "reader", "tracker"]
+Kind = Literal[
+    "algorithm",
+    "rule",
+    "competence",
+    "defence",
+    "client",
+    "partition",
+    "selection",
+    "metric",
+    "embedder",
+    "reader",
+    "tracker",
+]
 """What can be named in the settings and replaced by an object of one's own."""
 
 BUILT_IN: dict[Kind, dict[str, str]] = {
@@ -41,6 +53,12 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         # With these two the labels are not what is elected; the medoid still is, to measure how far clients agree.
         "reference": "semcons_ray.consensus.rules:medoid",
         "own_answer": "semcons_ray.consensus.rules:medoid",
+    },
+    "competence": {
+        "equal": "semcons_ray.consensus.evidence:equal",
+    },
+    "defence": {
+        "none": "semcons_ray.consensus.evidence:no_defence",
     },
     "client": {
         "openai": "semcons_ray.endpoints.api_model:ApiModel",
@@ -81,6 +99,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
 PROTOCOLS: dict[Kind, str] = {
     "algorithm": "semcons_ray.federation.fleet:Algorithm",
     "rule": "semcons_ray.consensus.rules:Rule",
+    "competence": "semcons_ray.consensus.evidence:Competence",
+    "defence": "semcons_ray.consensus.evidence:Defence",
     "client": "semcons_ray.modeling.client_model:ClientModel",
     "partition": "semcons_ray.data.partition:Partition",
     "selection": "semcons_ray.data.selection:Selection",
@@ -103,7 +123,7 @@ OFFERED: dict[Kind, tuple[str, ...]] = {
 }
 """What classes of each kind get by name where they have parameters for it, and so are no options of theirs."""
 
-ON_WORKERS: tuple[Kind, ...] = ("algorithm", "rule", "embedder", "client")
+ON_WORKERS: tuple[Kind, ...] = ("algorithm", "rule", "competence", "defence", "embedder", "client")
 """Kinds of which workers or the server, which may be other processes, need the code; the others work on the driver."""
 
 GROUPS: dict[Kind, str] = {kind: f"semcons_ray.{kind}s" for kind in BUILT_IN}

@@ -154,7 +154,16 @@ def make_method(config: ExperimentConfig) -> Method:
         raise ConfigError(f"evaluation.metrics: {min(taken)} is another column of metrics.parquet; use module:object")
     return Method(
         build_algorithm(algorithm, cohort, config.client_ranks(), config.num_rounds),
-        Election(algorithm.rule, algorithm.options_of_rule, algorithm.agreement_threshold, algorithm.min_votes),
+        Election(
+            algorithm.rule,
+            algorithm.options_of_rule,
+            algorithm.agreement_threshold,
+            algorithm.min_votes,
+            competence=algorithm.competence,
+            competence_options=algorithm.competence_options,
+            defence=algorithm.defence,
+            defence_options=algorithm.defence_options,
+        ),
         metrics,
     )
 
@@ -660,7 +669,8 @@ def parts(
         threads=resources.threads_per_worker,
         num_prompts=len(split.public),
         election=method.election,
-        prompts=tuple(text_of(example.prompt) for example in split.public) if config.server.embed != "answer" else (),
+        prompts=tuple(text_of(example.prompt) for example in split.public),
+        embeds_both=config.server.embed == "prompt_and_answer",
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
         num_samples=tuple(own.num_samples for own in config.client_generation()),

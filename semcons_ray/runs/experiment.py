@@ -276,7 +276,7 @@ class Rounds:
                 failures="; ".join(reason for _, reason in sorted(visitor.lost.items())),
                 num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
                 mean_agreement=_mean(verdict.agreement) if verdict else math.nan,
-                label_churn=label_churn(PseudoLabels.decode(state), verdict.labels, len(self.split.public))
+                label_churn=label_churn(self._labels_before(round, state), verdict.labels, len(self.split.public))
                 if verdict
                 else math.nan,
             ),
@@ -334,6 +334,11 @@ class Rounds:
                         mine = items[whose == client]
                         own[client] = {column: value(mine, key) for column, key in OWN_METRICS.items()}
         return own, rows
+
+    def _labels_before(self, round: int, state: bytes) -> PseudoLabels:
+        """The pseudo-labels that clients had to learn in the round."""
+        (downlink,) = self.method.algorithm.downlinks(round, state, [0]).values()
+        return PseudoLabels.decode(downlink)
 
     def _metrics(
         self, round: int, outcome: RoundOutcome, own: Mapping[int, Mapping[str, float]]

@@ -16,6 +16,7 @@ import semcons_ray as sr
 from semcons_ray.api.places import new_folder
 from semcons_ray.commands.cli import main
 from semcons_ray.config import dump_config, dump_yaml
+from semcons_ray.federation.server import ServerState
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.reporting.tables import mean_by_round
 from tests.invariants.runs import StoppedError
@@ -70,7 +71,7 @@ def test_a_run_has_its_tables_and_says_what_is_in_their_columns(run: sr.Run) -> 
 def test_labels_are_those_that_clients_were_sent(run: sr.Run, tiny_config: Make, tmp_path: Path) -> None:
     for one in (run, sr.run(tiny_config(algorithm={"rule": "reference"}), out=tmp_path / "reference")):
         last = one.config.num_rounds - 1  # in the last round nobody answers
-        sent = PseudoLabels.decode((one.path / f"state/server_{last:03d}").read_bytes())
+        sent = PseudoLabels.decode(ServerState.decode((one.path / f"state/server_{last:03d}").read_bytes()).labels)
         labels = one.labels(last)
         assert tuple(labels["prompt_id"]) == sent.prompt_ids
         assert tuple(labels["label"]) == sent.responses

@@ -34,7 +34,7 @@ class FakeServer:
         self.spec = spec
         self.heard: list[str] = []
 
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         self.heard.append(f"begin {round} {client_ids}")
 
     def collect(self, client_id: int, uplink: bytes) -> None:

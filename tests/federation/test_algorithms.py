@@ -25,11 +25,13 @@ from semcons_ray.federation.algorithms.scaffold import Scaffold
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.fleet import LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.server import ServerState
 from semcons_ray.messages import NO_LABELS, PseudoLabels
 from semcons_ray.metering.ledger import Place
 from semcons_ray.parts import BUILT_IN
 
 LABELS = PseudoLabels(round_number=1, prompt_ids=(0, 2), responses=("x", "y"))
+STATE = ServerState(b"labels", b"earlier").encode()
 COHORT = Cohort(num_clients=3, participation=1.0, seed=0)
 
 
@@ -47,15 +49,15 @@ class Notes:
         return b"answers"
 
     # as a server
-    def begin(self, round: int, client_ids: Sequence[int]) -> None:
-        self.taken.append(("begin", round, tuple(client_ids)))
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
+        self.taken.append(("begin", round, tuple(client_ids), kept))
 
     def collect(self, client_id: int, uplink: bytes) -> None:
         self.taken.append(("collect", client_id, uplink))
 
     def conclude(self) -> Any:
         self.taken.append("conclude")
-        return type("Verdict", (), {"labels": LABELS, "refused": self.refused})()
+        return type("Verdict", (), {"labels": LABELS, "kept": b"trust", "refused": self.refused})()
 
 
 def reply(client_id: int, round: int = 1) -> Reply:
@@ -95,22 +97,22 @@ def test_a_client_trains_on_the_labels_it_is_sent_and_then_answers() -> None:
 
 def test_a_round_collects_as_answers_come_and_hands_out_the_consensus() -> None:
     fleet, server = Backwards(), Notes()
-    outcome = SemanticConsensus(COHORT).run_round(1, b"labels", fleet, server, evaluate=True)  # type: ignore[arg-type]
+    outcome = SemanticConsensus(COHORT).run_round(1, STATE, fleet, server, evaluate=True)  # type: ignore[arg-type]
     assert fleet.asked == (1, dict.fromkeys(range(3), b"labels"), True)
     assert server.taken == [
-        ("begin", 1, (0, 1, 2)),
+        ("begin", 1, (0, 1, 2), b"earlier"),
         ("collect", 2, b"from 2"),
         ("collect", 1, b"from 1"),
         ("collect", 0, b"from 0"),
         "conclude",
     ]
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
-    assert PseudoLabels.decode(outcome.next_state) == LABELS
+    assert ServerState.decode(outcome.next_state) == ServerState(LABELS.encode(), b"trust")
 
 
 def test_who_sends_no_answers_is_left_out_of_the_round() -> None:
     fleet, server = Backwards(), Notes(refused={1: "no message"})
-    outcome = SemanticConsensus(COHORT).run_round(1, b"labels", fleet, server, evaluate=True)  # type: ignore[arg-type]
+    outcome = SemanticConsensus(COHORT).run_round(1, STATE, fleet, server, evaluate=True)  # type: ignore[arg-type]
     assert fleet.left_out == (1, {1: "no message"})
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]  # its work was done all the same
     assert sorted(outcome.evaluations) == [0, 2]
@@ -120,11 +122,12 @@ def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -
     client, fleet, server = Notes(), Backwards(), Notes()
     algorithm = SemanticConsensus(COHORT, exchanges=range(2, 4))
     state = algorithm.first_state()
-    assert algorithm.visit(client, 1, state) == b""  # type: ignore[arg-type]
+    labels = NO_LABELS.encode()
+    assert algorithm.visit(client, 1, labels) == b""  # type: ignore[arg-type]
     assert [note[0] for note in client.taken] == ["fine_tune"]
-    assert algorithm.visit(client, 2, state) == b"answers"  # type: ignore[arg-type]
+    assert algorithm.visit(client, 2, labels) == b"answers"  # type: ignore[arg-type]
     outcome = algorithm.run_round(1, state, fleet, server, evaluate=True)  # type: ignore[arg-type]
-    assert fleet.asked == (1, dict.fromkeys(range(3), state), True)
+    assert fleet.asked == (1, dict.fromkeys(range(3), labels), True)
     assert server.taken == []
     assert [reply.client_id for reply in outcome.replies] == [0, 1, 2]
     assert (outcome.next_state, outcome.verdict) == (state, None)
@@ -135,10 +138,11 @@ def test_before_the_first_exchange_clients_train_and_the_server_is_not_asked() -
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_the_first_round_has_no_labels_and_each_further_one_those_of_the_last(compression: str) -> None:
     algorithm = SemanticConsensus(COHORT, compression=compression)
-    assert algorithm.first_state() == NO_LABELS.encode(compression)
-    outcome = algorithm.run_round(1, b"labels", Backwards(), Notes(), evaluate=True)  # type: ignore[arg-type]
-    assert outcome.next_state == LABELS.encode(compression)
-    assert algorithm.downlinks(2, outcome.next_state, [1, 2]) == dict.fromkeys([1, 2], outcome.next_state)
+    first = algorithm.first_state()
+    assert ServerState.decode(first) == ServerState(NO_LABELS.encode(compression))
+    assert algorithm.downlinks(1, first, [2]) == {2: NO_LABELS.encode(compression)}
+    outcome = algorithm.run_round(1, STATE, Backwards(), Notes(), evaluate=True)  # type: ignore[arg-type]
+    assert algorithm.downlinks(2, outcome.next_state, [1, 2]) == dict.fromkeys([1, 2], LABELS.encode(compression))
 
 
 def test_local_only_sends_nothing_either_way() -> None:
@@ -159,9 +163,9 @@ def test_nobody_answers_in_the_last_round_since_nobody_would_learn_it() -> None:
     labels = LABELS.encode()
     assert algorithm.visit(client, 3, labels) == b""  # type: ignore[arg-type]
     assert [note[0] for note in client.taken] == ["fine_tune"]
-    outcome = algorithm.run_round(3, labels, fleet, server, evaluate=True)  # type: ignore[arg-type]
+    outcome = algorithm.run_round(3, STATE, fleet, server, evaluate=True)  # type: ignore[arg-type]
     assert server.taken == []
-    assert (outcome.next_state, outcome.verdict) == (labels, None)
+    assert (outcome.next_state, outcome.verdict) == (STATE, None)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,16 @@ class Compass:
 
 
 def server(
-    rule: str = "medoid", prompts: Sequence[str] = (), num_samples: Sequence[int] = (), **settings: Any
+    rule: str = "medoid",
+    prompts: Sequence[str] = (),
+    num_samples: Sequence[int] = (),
+    *,
+    embeds_both: bool = False,
+    **settings: Any,
 ) -> Server:
     return Server(
         Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, num_samples=num_samples, seed=0,
-        ledger=Ledger("server", "n"),
+        embeds_both=embeds_both, ledger=Ledger("server", "n"),
     )  # fmt: skip
 
 
@@ -64,7 +69,7 @@ def test_the_middle_answer_wins_and_becomes_the_pseudo_label() -> None:
 
 
 def test_answers_are_embedded_with_their_prompts_if_there_are_any() -> None:
-    judge = server(prompts=("a", "b"))
+    judge = server(prompts=("a", "b"), embeds_both=True)
     judge.begin(1, [0, 1, 2])
     judge.collect(0, uplink(0, "right", "left"))
     judge.collect(1, uplink(1, "left", ""))
@@ -328,7 +333,7 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     def build(**more: Any) -> Server:
         spec = {"prompts": ("a", "b"), "references": (), "election": Election(min_votes=1), "seed": 0} | more
         return ServerSpec(
-            f"{__name__}:Noted", {"turn": 2}, device=device, threads=3, num_prompts=2, **spec
+            f"{__name__}:Noted", {"turn": 2}, device=device, threads=3, num_prompts=2, embeds_both=True, **spec
         ).build()
 
     judge = build()

@@ -54,6 +54,7 @@ def test_settings_tell_which_parts_they_name() -> None:
     named = [*named_parts(validate_config(values, where="test"))]
     assert {*named} == {
         ("algorithm", "semantic_consensus"), ("rule", "medoid"), ("partition", "dirichlet"), ("metric", "chrF"),
+        ("competence", "equal"), ("defence", "none"),
         ("selection", "stratified"), ("embedder", "sentence_transformers"), ("tracker", "tensorboard"),
     }  # fmt: skip
 

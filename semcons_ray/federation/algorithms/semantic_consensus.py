@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, ClassVar
 from semcons_ray.federation.algorithms.local_only import own_labels, train_apart
 from semcons_ray.federation.fleet import RoundOutcome, Visitor, own_evaluations
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.server import ServerProtocol
+from semcons_ray.federation.server import ServerProtocol, ServerState
 from semcons_ray.messages import NO_LABELS, PseudoLabels, decode_downlink
 
 if TYPE_CHECKING:  # the driver and the server run algorithms without loading transformers
@@ -71,12 +71,13 @@ class SemanticConsensus:
     forms_consensus: ClassVar[bool] = True
 
     def first_state(self) -> bytes:
-        """An encoded `PseudoLabels` message with no labels."""
-        return NO_LABELS.encode(self.compression)
+        """A `ServerState` with no labels."""
+        return ServerState(NO_LABELS.encode(self.compression)).encode()
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
         """The pseudo-labels, the same for all clients; an empty message in self-training."""
-        return dict.fromkeys(client_ids, b"" if self.self_training else state)
+        labels = ServerState.decode(state).labels
+        return dict.fromkeys(client_ids, b"" if self.self_training else labels)
 
     def run_round(
         self, round: int, state: bytes, fleet: Visitor, server: ServerProtocol, *, evaluate: bool
@@ -85,7 +86,7 @@ class SemanticConsensus:
 
         Args:
             round: The round, from 1.
-            state: The encoded `PseudoLabels` of the round before.
+            state: The `ServerState` of the round before.
             fleet: Visits clients.
             server: Embeds answers while other clients are still at work, and forms the consensus.
             evaluate: Whether clients are measured on the test set after their visit.
@@ -97,7 +98,7 @@ class SemanticConsensus:
         downlinks = self.downlinks(round, state, participants)
         if round not in self.exchanges or self.self_training:
             return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
-        server.begin(round, participants)
+        server.begin(round, participants, ServerState.decode(state).kept)
         replies = []
         for reply in fleet.visit(round, downlinks, evaluate=evaluate):
             server.collect(reply.client_id, reply.uplink)
@@ -107,7 +108,7 @@ class SemanticConsensus:
             fleet.leave_out(round, verdict.refused)
         return RoundOutcome(
             replies=tuple(sorted(replies, key=lambda reply: reply.client_id)),
-            next_state=verdict.labels.encode(self.compression),
+            next_state=ServerState(verdict.labels.encode(self.compression), verdict.kept).encode(),
             evaluations=own_evaluations([reply for reply in replies if reply.client_id not in verdict.refused]),
             verdict=verdict,
         )
