@@ -19,7 +19,7 @@ from semcons_ray.reporting.drawing import CLIENT_COLOURS, MARKERS, save
 from semcons_ray.reporting.terminal import print_whole
 
 WIDTH = 120
-KEYS = ["rule", "defence", "attack", "share"]
+KEYS = ["rule", "competence", "defence", "attack", "share"]
 ACROSS = 4
 """Panels of the figure in a row."""
 
@@ -82,7 +82,7 @@ def _cell(row: pd.Series) -> str:
     return f"{part('captured')} / {part('accuracy')}%"
 
 
-def write_attack_figure(summary: pd.DataFrame, folder: Path) -> None:
+def draw_attacks(summary: pd.DataFrame, folder: Path) -> None:
     """Draw attack.svg and attack.png in a folder: a panel for each attack, labels captured by the share of attackers.
 
     Args:

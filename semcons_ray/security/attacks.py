@@ -172,14 +172,27 @@ class Sleeper:
         return scene.together(_runners_up(scene))
 
 
-def adaptive(scene: Scene, *, share: Annotated[float, Field(gt=0, le=1)] = 0.3) -> Sequence[Draws]:
-    """Knows the defence: on a share of the prompts the second most common answer, elsewhere as if honest.
+def adaptive(
+    scene: Scene,
+    *,
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    sureness: Annotated[float, Field(gt=0, le=1)] = 0.6,
+) -> Sequence[Draws]:
+    """Knows the defence `Independent`, and so stays below what it looks for: the second most common answer, on a share of
+    the prompts only, and not with all draws. All else is as if honest. Of one draw, all are the second answer.
 
-    So attackers agree with one another no more than clients of one skill do, and with what others say, too.
+    Args:
+        scene: What attackers know.
+        share: Of the prompts.
+        sureness: Share of an attacker's draws, rounded to the nearest number of draws.
     """
     targets = scene.random.random(len(scene.prompts)) < share
-    wanted = _runners_up(scene)
-    return scene.mixed([text if here else None for text, here in zip(wanted, targets, strict=True)])
+    wanted = [text if here else None for text, here in zip(_runners_up(scene), targets, strict=True)]
+    num_sure = max(1, round(sureness * scene.num_samples))
+    return tuple(
+        (*together[:num_sure], *honest[num_sure:])
+        for together, honest in zip(scene.mixed(wanted), (scene.cover() for _ in range(scene.count)), strict=True)
+    )
 
 
 def _runners_up(scene: Scene) -> list[str]:
