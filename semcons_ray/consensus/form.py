@@ -203,13 +203,13 @@ def form_consensus(
         ruling, max_wins = defence(evidence), getattr(defence, "max_wins", None)
         trust = ruling.trust
         votes = shares * weight * _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
-        mask = votes > 0
+        given, mask = mask, votes > 0
         counting = Evidence.of_clients(evidence, votes).gt(0).sum(dim=1, keepdim=True)
         # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
         votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
         num_clients = counting.float()
         if voters is None:
-            to_all, to_own = nearness(embeddings, mask, votes, chunks), votes * norms.square()
+            to_all, to_own = nearness(embeddings, given, votes, chunks), votes * norms.square()
         else:
             _, to_all, to_own = shared_tallies(embeddings, mask, of_clients, votes, chunks)
         others = num_clients - evidence.of_clients(votes)[:, of_clients]
@@ -271,7 +271,7 @@ def _share_wins(
         num_together: For how many prompts at a time.
     """
     num_prompts = len(winner)
-    num_clients = len(voters[present.any(dim=0)].unique())
+    num_clients = int(voters[present.any(dim=0)].bincount().gt(0).sum())
     most = math.ceil(num_prompts * max(max_wins, 1 / max(num_clients, 1)) - 1e-9)
     left = present.clone()
     while True:
@@ -286,7 +286,7 @@ def _share_wins(
         if not bool(lost.any()):
             return
         left[lost] &= voters != client[lost][:, None]
-        for part in lost.nonzero().flatten().split(num_together):
+        for part in torch.split(lost.nonzero().flatten(), num_together):
             winner[part] = elect(part, left[part])
 
 

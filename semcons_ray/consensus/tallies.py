@@ -38,7 +38,8 @@ def tallies(embeddings: Tensor, mask: Tensor, chunks: Sequence[slice]) -> tuple[
 
 
 def nearness(embeddings: Tensor, mask: Tensor, votes: Tensor, chunks: Sequence[slice]) -> Tensor:
-    """Products of the vectors with the sum of all votes to their prompt, (P, C) float32, where `votes` is (P, C)."""
+    """Products of the vectors with the sum of all votes to their prompt, (P, C) float32, where `votes` is (P, C), and 0
+    at least where `mask` is false."""
     found = torch.empty(mask.shape, device=mask.device)
     for here in chunks:
         vectors = present_vectors(embeddings[here], mask[here])

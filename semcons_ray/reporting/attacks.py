@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from semcons_ray.reporting.intervals import mean_and_half_width
 from semcons_ray.reporting.drawing import CLIENT_COLOURS, MARKERS, save
+from semcons_ray.reporting.intervals import mean_and_half_width
 from semcons_ray.reporting.terminal import print_whole
 
 WIDTH = 120
@@ -52,8 +52,9 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
         width: In characters; None: the terminal's.
     """
     attacked = summary[summary["share"] > 0]
-    table = Table(title=Text("Labels captured, and accuracy of all labels"), title_justify="left",
-                  box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
+    title = Text("Labels captured, and accuracy of all labels")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                  padding=(0, 1), collapse_padding=True)  # fmt: skip
     for name in ("rule", "defence", "attack"):
         table.add_column(name)
     shares = sorted(summary["share"].unique())
@@ -65,7 +66,7 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
             by_share = pd.concat([alone, rows]).set_index("share")
             cells = [_cell(by_share.loc[share]) if share in by_share.index else "–" for share in shares]
             table.add_row(str(rule), str(defence), str(attack), *cells)
-    note = "captured / accuracy: a label is captured if it is the attackers', wrong, and would not be there without them."
+    note = "captured / accuracy: captured labels are the attackers', wrong, and would not be there without them."
     seeds = f" Means over {num_runs} runs, ± half of the 95% t-interval." if num_runs > 1 else ""
     stream = io.StringIO()
     width = width or shutil.get_terminal_size((WIDTH, 24)).columns
@@ -99,7 +100,7 @@ def draw_attacks(summary: pd.DataFrame, folder: Path) -> None:
 
 def _draw(canvas: Canvas, summary: pd.DataFrame, attacks: list[str], down: int, across: int) -> None:
     panels = canvas.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
-    elections = [*summary.groupby(["rule", "defence"], sort=False).groups]
+    elections = summary[["rule", "defence"]].drop_duplicates().to_numpy().tolist()
     for axes, attack in zip(panels, attacks, strict=False):
         for place, (rule, defence) in enumerate(elections):
             of_election = summary[(summary["rule"] == rule) & (summary["defence"] == defence)]
@@ -116,8 +117,8 @@ def _draw(canvas: Canvas, summary: pd.DataFrame, attacks: list[str], down: int, 
             )
         axes.set_title(attack.replace("_", " "), fontsize=10, loc="left")
         axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in panels[len(attacks) :]:
         axes.set_axis_off()
     canvas.supxlabel("malicious clients, of all", fontsize=10)

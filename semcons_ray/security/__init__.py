@@ -1,1 +1,1 @@
-"""Clients that mean harm: what they send, and how much of the labels they win."""
+"""Attacks on the consensus, and what answers tell of private data."""

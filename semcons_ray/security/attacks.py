@@ -178,8 +178,8 @@ def adaptive(
     share: Annotated[float, Field(gt=0, le=1)] = 1.0,
     sureness: Annotated[float, Field(gt=0, le=1)] = 0.6,
 ) -> Sequence[Draws]:
-    """Knows the defence `Independent`, and so stays below what it looks for: the second most common answer, on a share of
-    the prompts only, and not with all draws. All else is as if honest. Of one draw, all are the second answer.
+    """Knows the defence `Independent`, and stays below what that looks for: the second most common answer, on a share
+    of the prompts, and not with all draws. All else is as if honest. Where a client draws once, that is the draw.
 
     Args:
         scene: What attackers know.

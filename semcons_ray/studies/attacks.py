@@ -19,10 +19,11 @@ import pandas as pd
 from semcons_ray.consensus import Election
 from semcons_ray.errors import ConfigError
 from semcons_ray.federation.server import opinions_of
+from semcons_ray.parts import build, names
 from semcons_ray.reporting.attacks import draw_attacks, render_attacks, summarize_attacks
-from semcons_ray.runs.run_folder import write_file
+from semcons_ray.runs.run_folder import RunFolder, write_file
 from semcons_ray.security.attacks import Attack, Draws, Scene
-from semcons_ray.studies.labels import Answered, elect, names_of
+from semcons_ray.studies.labels import Answered, elect, elections, names_of, parse_part
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Attacks:
 
 def attack_table(
     runs: Sequence[Answered],
-    elections: Sequence[Election],
+    ways: Sequence[Election],
     attacks: Mapping[str, Attack],
     shares: Sequence[float],
     say: Callable[[str], None],
@@ -82,7 +83,7 @@ def attack_table(
 
     Args:
         runs: Runs with different seeds, at least one.
-        elections: Rules, competences and defences.
+        ways: Rules, competences and defences.
         attacks: The attacks by name.
         shares: Which shares of all clients are malicious. Honest clients are those of a run, and attackers come in
             addition; their number is rounded.
@@ -100,7 +101,7 @@ def attack_table(
     num_rounds = 1 + max((_honest_rounds(attack) for attack in attacks.values()), default=0)
     rows = []
     for run in runs:
-        for election in elections:
+        for election in ways:
             usual = elect(_lengthened(run, num_rounds), election, _most_samples(run))
             keys = {"seed": run.seed, **dict(zip(("rule", "competence", "defence"), names_of(election), strict=True))}
 
@@ -113,6 +114,39 @@ def attack_table(
             rows += [one | {"lost": unharmed["accuracy"] - one["accuracy"]} for one in (unharmed, *tried)]
             say(f"seed {run.seed}: {keys['rule']} with competence {keys['competence']}, defence {keys['defence']}")
     return Attacks(pd.DataFrame(rows))
+
+
+def ways_to_elect(folder: Path, rules: Sequence[str], defences: Sequence[str]) -> list[Election]:
+    """Every rule with every defence; what else an election needs is set as in a run's folder.
+
+    Args:
+        folder: The run's folder.
+        rules: See `studies.labels.elections`; none: the run's rule.
+        defences: The same for defences.
+
+    Raises:
+        RunFolderError: It is no run folder.
+        ConfigError: There is no such part, or it refuses its options.
+    """
+    algorithm = RunFolder(folder).stored_config().algorithm
+    rule, competence, _ = names_of(
+        Election(
+            algorithm.rule,
+            algorithm.options_of_rule,
+            competence=algorithm.competence,
+            competence_options=algorithm.competence_options,
+        )
+    )
+    return elections(folder, rules or [rule], [competence], defences)
+
+
+def make_attacks(wanted: Sequence[str]) -> dict[str, Attack]:
+    """Attacks by their names, perhaps with options: "backdoor {trigger: gcd}"; none: all that have a name.
+
+    Raises:
+        ConfigError: There is no such attack, or it refuses its options.
+    """
+    return {words: build("attack", *parse_part(words), setting="--attacks") for words in wanted or names("attack")}
 
 
 def play(
