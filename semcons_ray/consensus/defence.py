@@ -128,7 +128,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
 
     It is the correlation of vectors: the mean product of what is left of two clients' answers when what an answer
     shares with its prompt is removed, and then the mean over clients; divided by the mean square of what is left of a
-    single answer. So of clients that give one answer each it is 1 for those that give the same, and 0 for strangers.
+    single answer. So of clients that give one answer each it is near 1 for the few that give the same, and 0 for strangers.
 
     It is exact as long as N P D is at most `SKETCH`. Beyond, every so many prompts are looked at, `LOOKED_AT` at most,
     and vectors of several prompts are added up with random signs for each dimension: products of such sums are by

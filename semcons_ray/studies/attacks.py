@@ -32,9 +32,9 @@ class Outcome:
 
     Attributes:
         num_attackers: Number K of attackers.
-        captured: Share of the prompts whose label is an answer of the attackers', wrong, and not what would be elected
+        captured: Share of the prompts of known answer whose label is an answer of the attackers', wrong, and not what would be elected
             without them; mean over the rounds in which they do harm.
-        accuracy: Share of the prompts whose label is right, in the same rounds.
+        accuracy: Share of the same prompts whose label is right, in the same rounds.
     """
 
     num_attackers: int
@@ -178,9 +178,10 @@ def play(
     )
     labels = elect(attacked, election, _most_samples(run))
     harmed = sorted(labels)[honest_rounds:]
-    right = [run.is_right(labels[number]) == 1 for number in harmed]
-    captured = [_are_theirs(labels[number], usual[number], sent[number]) for number in harmed]
-    return Outcome(count, float(np.mean(np.array(captured) & ~np.array(right))), float(np.mean(right)))
+    known = [bool(text) for text in run.references]
+    right = np.array([run.is_right(labels[number]) == 1 for number in harmed])[:, known]
+    theirs = np.array([_are_theirs(labels[number], usual[number], sent[number]) for number in harmed])[:, known]
+    return Outcome(count, float((theirs & ~right).mean()), float(right.mean()))
 
 
 def _honest_rounds(attack: Attack) -> int:
