@@ -28,6 +28,9 @@ SURE = {1.0: 1, 0.75: 3}
 """Shares of its draws with which a client gives an answer that it is taken to be sure of, each looked at by itself, and
 how many times the margin clients may then agree more than is usual: a lesser sureness is less of a sign."""
 
+ALIKE = 0.5
+"""Colluders have at least this correlation, which is below 1 since they are a part of the mean that is removed."""
+
 IN_COMMON = 2 / 3
 """Colluders have at least this share of the answers that they are sure of in common, or of the fewer of the two."""
 
@@ -44,8 +47,8 @@ class Independent:
     is how often two clients are sure of one answer (`sure_agreement`), and, for answers that say the same in other
     words, `likeness`. Each client has one that agrees with it most. What most clients have in common with that one is
     usual, however much it is: models of one base have habits in common, and agree in errors, too. Two clients are
-    linked if they have more in common than is usual, by `margin` and by as much again as is usual, and at least
-    `IN_COMMON` of what they are sure of. Those linked, also by way of others, are taken to work together unless they
+    linked if they have more in common than is usual, by `margin` and by as much again as is usual, and much in
+    any case (`IN_COMMON`, `ALIKE`). Those linked, also by way of others, are taken to work together unless they
     are over half of all: they lose their votes, and their trust, which grows back by `recovery` in each round in which
     nothing is found.
 
@@ -62,14 +65,14 @@ class Independent:
         max_wins: See `Defence`.
     """
 
-    margin: Annotated[float, Field(ge=0, le=1)] = 0.05
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.06
     recovery: Annotated[float, Field(ge=0, le=1)] = 0.25
     max_wins: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def __call__(self, evidence: Evidence) -> Ruling:
         """See `Defence`."""
         alike, echoes = likeness(evidence)
-        linked = _beyond_usual(alike, self.margin)
+        linked = _beyond_usual(alike, self.margin) & (alike >= ALIKE)
         for sureness, times in [*SURE.items()][: 1 if _draws_once(evidence) else None]:
             agreement = sure_agreement(evidence, sureness)
             sure = agreement.diagonal()
