@@ -35,12 +35,14 @@ def expertise(
     x = (a - c) / (1 - c), as in Cohen's kappa, or 0 if that is negative. A share `even` of all weight is given to the
     clients evenly, since estimates are noisy and a part may have no expert, and the rest by x.
 
-    The prompt itself is not among its neighbours: what a client says to a prompt gives it no weight there.
+    The prompt itself is not among its neighbours: no answer speaks for itself.
 
-    It is the payment of multi-task peer prediction, which is highest for those who answer by what they know (A.
-    Dasgupta, A. Ghosh, "Crowdsourced judgement elicitation with endogenous proficiency", WWW 2013, section 3), as a
-    weight; neighbourhoods are those of Smoothie (arXiv:2412.04692). Time is O(P B log(P B) + P^2 (D + N)), memory
-    O(P B) and a block of cosines.
+    x is the payment of multi-task peer prediction, which is highest for those who answer by what they know (A.
+    Dasgupta, A. Ghosh, "Crowdsourced judgement elicitation with endogenous proficiency", WWW 2013), as a weight;
+    neighbourhoods are those of Smoothie (arXiv:2412.04692). Time is O(P B + P^2 (D + N)), memory O(P B) and a
+    block of cosines.
+
+    With one sample a client (`generation.num_samples`) agreement is noisy; several make it, and the vote, much better.
     """
     if evidence.prompts is None:
         raise ValueError("competence expertise needs the vectors of the prompts")
@@ -56,25 +58,27 @@ def expertise(
 def _agreement(evidence: Evidence, given: Tensor) -> tuple[Tensor, Tensor]:
     """For each client the share of other clients' votes that are for its answer: at the prompt, and at all others;
     each (P, N), where `given` says who answered which prompt."""
-    texts, voters, shares = evidence.texts, evidence.voters, evidence.shares.double()
-    prompts = torch.arange(len(texts), device=texts.device)[:, None]
-
-    def votes(*keys: Tensor) -> Tensor:
-        """For each ballot, all votes for its text that have the same of these keys, (P, B)."""
-        combined = texts
-        for key in keys:
-            combined = combined * (int(key.max()) + 1) + key
-        _, places = combined.unique(return_inverse=True)
-        sums = shares.new_zeros(int(places.max()) + 1).index_add_(0, places.flatten(), shares.flatten())
-        return sums[places]
-
-    here = votes(prompts) - votes(prompts, voters)
-    elsewhere = votes() - votes(voters) - here
+    shares = evidence.shares.double().T.contiguous()  # by ballot, as clients are gone through one by one
+    num_ballots, num_prompts = shares.shape
+    # An answer's text has one number at each prompt, and one anywhere.
+    here = evidence.opinions.T.clamp(min=0) + num_ballots * torch.arange(num_prompts, device=shares.device)
+    anywhere = evidence.texts.T.clamp(min=0).contiguous()
+    totals = [torch.zeros(shares.numel(), device=shares.device, dtype=shares.dtype) for _ in range(2)]
+    own = torch.zeros_like(totals[0])
+    agreeing = shares.new_zeros(2, evidence.num_clients, num_prompts)
+    for total, numbers in zip(totals, (here, anywhere), strict=True):
+        total.index_add_(0, numbers.flatten(), shares.flatten())
+    by_client = torch.split(evidence.voters.argsort(stable=True), evidence.voters.bincount().tolist())
+    for client, ballots in enumerate(by_client):
+        votes = shares[ballots]
+        for kind, numbers in enumerate((here[ballots], anywhere[ballots])):
+            own.index_add_(0, numbers.flatten(), votes.flatten())
+            agreeing[kind, client] = (votes * (totals[kind][numbers] - own[numbers])).sum(dim=0)
+            own[numbers] = 0
     others = given.sum(dim=1, keepdim=True) - given
-    others_elsewhere = others.sum(dim=0) - others
-    agreement = evidence.of_clients(shares * here) / others.clamp(min=1)
-    chance = evidence.of_clients(shares * elsewhere) / others_elsewhere.clamp(min=1)
-    return agreement, chance
+    at_prompt, at_all = agreeing.transpose(1, 2)
+    at_others = at_all - at_prompt
+    return at_prompt / others.clamp(min=1), at_others / (others.sum(dim=0) - others).clamp(min=1)
 
 
 def _among_neighbours(
@@ -94,5 +98,5 @@ def _among_neighbours(
         cosines.diagonal(start).fill_(-torch.inf)
         farthest = cosines.topk(min(neighbours, num_prompts - 1), dim=1).values[:, -1:]
         sums[start : start + rows] = (cosines >= farthest - TOLERANCE).float() @ known
-    one, other, counts = sums.double().split(num_clients, dim=1)
+    one, other, counts = torch.split(sums.double(), num_clients, dim=1)
     return one / counts.clamp(min=1), other / counts.clamp(min=1)

@@ -243,7 +243,7 @@ def read_answered(folder: Path) -> Answered:
     config, split = opened.stored_config(), read_split(opened.data)
     files = sorted((folder / "consensus").glob("round_*.parquet"))
     if not files:
-        raise UserError(f"{folder} has no answers to public prompts from which labels could be elected")
+        raise UserError(f"{folder} has no answers to public prompts to elect labels from")
     if not any(example.response for example in split.public):
         raise UserError(f"{folder}: no public prompt has a response, so it is not known which answers are right")
     samples: dict[int, dict[Any, list[list[str]]]] = {}

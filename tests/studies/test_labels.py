@@ -1,6 +1,7 @@
 """Label tables: how many labels are right, worked out by hand from answers that are written down here."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import semcons_ray as sr
+from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
 from semcons_ray.errors import ConfigError, UserError
 from semcons_ray.messages import Answers
-from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part
+from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
 PLURALITY = Election("plurality", {"min_cosine": 1.0})
 PROMPTS = ("one", "two", "three", "four")
@@ -139,7 +142,7 @@ def test_more_samples_than_were_drawn_are_refused() -> None:
 def test_a_part_is_written_with_its_options() -> None:
     assert parse_part("medoid") == ("medoid", {})
     assert parse_part("plurality {min_cosine: 0.95}") == ("plurality", {"min_cosine": 0.95})
-    with pytest.raises(ConfigError, match="cannot read the options of 'plurality {min_cosine'"):
+    with pytest.raises(ConfigError, match=r"cannot read the options of 'plurality \{min_cosine'"):
         parse_part("plurality {min_cosine")
 
 
@@ -147,3 +150,45 @@ def test_the_table_is_written_as_csv(tmp_path: Path) -> None:
     labels = label_table([RUN], [PLURALITY])
     labels.write(tmp_path / "labels.csv")
     assert list(pd.read_csv(tmp_path / "labels.csv")) == list(labels.table)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config: Callable[..., sr.ExperimentConfig], tmp_path_factory: pytest.TempPathFactory) -> sr.Run:
+    algorithm = {"first_exchange": 1, "rule": "plurality", "plurality_similarity": 0.9, "competence": "expertise",
+                 "agreement_threshold": 0.1, "compression": "zstd"}  # fmt: skip
+    config = tiny_config(num_rounds=3, seed=1, algorithm=algorithm, generation={"num_samples": 2})
+    return sr.run(config, out=tmp_path_factory.mktemp("runs") / "labels")
+
+
+@pytest.mark.real
+def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr.Run) -> None:
+    labels = sr.labels(run.path, rules=["plurality {min_cosine: 0.9}"], competences=["expertise"], num_samples=[2])
+    algorithm = run.config.algorithm
+    election = Election("plurality", {"min_cosine": 0.9}, algorithm.agreement_threshold, competence="expertise")
+    elected = elect(read_answered(run.path), election, 2)
+    assert set(elected) == {1, 2}
+    for round, of_round in elected.items():
+        own = run.labels(round).set_index("prompt_id")["label"]
+        assert {prompt: label for prompt, label in enumerate(of_round) if label} == own.to_dict()
+        told = labels.table[(labels.table["round"] == round) & (labels.table["competence"] == "expertise")].iloc[0]
+        assert told["uplink_bytes"] == run.ledger.loc[run.ledger["round"] == round, "uplink_bytes"].sum()
+        assert told["abstained"] == pytest.approx(1 - len(own) / 6)
+
+
+@pytest.mark.real
+def test_the_command_prints_the_table_and_names_what_is_missing(
+    run: sr.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv = tmp_path / "labels.csv"
+    assert main(["labels", str(run.path), "--rules", "medoid", "--samples", "1", "--csv", str(csv)]) == 0
+    printed = capsys.readouterr().out
+    assert "random_client" in printed
+    assert f"table: {csv}" in printed
+    assert pd.read_csv(csv)["competence"].dropna().unique().tolist() == ["equal", "expertise"]
+    bare = tmp_path / "bare"
+    shutil.copytree(run.path, bare)
+    shutil.rmtree(bare / "consensus")
+    assert main(["labels", str(bare)]) == 2
+    assert capsys.readouterr().err == f"semcons: {bare} has no answers to public prompts to elect labels from\n"
+    assert main(["labels", str(run.path), "--rules", "medoids"]) == 2
+    assert "medoid" in capsys.readouterr().err
