@@ -249,7 +249,7 @@ def read_answered(folder: Path) -> Answered:
     samples: dict[int, dict[Any, list[list[str]]]] = {}
     for file in files:
         of_clients = samples[int(file.stem.removeprefix("round_"))] = {}
-        answers = read_frame(file).sort_values(["client_id", "sample", "prompt_id"])
+        answers = read_frame(file).sort_values("prompt_id")
         for client, of_client in answers.groupby("client_id"):
             of_clients[client] = [drawn["answer"].tolist() for _, drawn in of_client.groupby("sample")]
     embedder, options = embedder_of(config, opened.revisions())
