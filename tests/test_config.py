@@ -204,6 +204,7 @@ def test_what_was_probably_meant(key, meant):
         ({"generation": {"temperature": 0, "num_samples": 2}}, ("generation.num_samples 2", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"num_samples": 2}}, ("generation.num_samples 2", "algorithm")),
         ({"algorithm": {"rule": "own_answer"}, "generation": {"num_samples": 2}}, ("num_samples 2", "own_answer")),
+        ({"generation": {"send_draws": "choice"}}, ("generation.send_draws choice", "generation.num_samples over 1")),
         ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),
         (

@@ -160,6 +160,20 @@ def test_one_draw_is_written_as_if_there_were_never_more():
         Answers.decode(bytes(body) + b"\xa7further\x91\x91\xa1a")
 
 
+def test_counts_are_there_where_draws_are_counted_and_cost_little():
+    fields = {"round_number": 1, "client_id": 2, "num_examples": 64, "answers": ("Paris", "")}
+    message = Answers(**fields, counts=((200, 0),))
+    assert len(message.encode()) == len(EXAMPLE.encode()) + 7 + 1 + 1 + 2 + 1
+    assert Answers.decode(message.encode("zstd")) == message
+    both = Answers(**fields, further=(("", "Rome"),), counts=((3, 0), (0, 1)))
+    assert Answers.decode(both.encode()) == both
+    for bad in (((3, 1),), ((0, 0),), ((3,),), ((3, 0), (1, 1))):
+        with pytest.raises(MessageError, match="needs a count for each answer, and 0 for an empty one"):
+            Answers(**fields, counts=bad)
+    with pytest.raises(MessageError, match="counts"):
+        Answers.decode(plain({**fields_of(EXAMPLE), "counts": [[-1, 0]]}))
+
+
 @given(global_adapters)
 def test_size_of_global_adapters(message):
     assert len(message.encode()) == 43 + size_of_int(message.round_number) + size_of_bytes(message.tensors)

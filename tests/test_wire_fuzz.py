@@ -53,7 +53,10 @@ EXAMPLES: dict[type[Message], Message] = {
     AdapterUpdate: AdapterUpdate(round_number=3, client_id=0, num_examples=200, tensors=TENSORS),
     GlobalAdapter: GlobalAdapter(round_number=2, tensors=TENSORS),
 }
-SEVERAL = structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS))
+SEVERAL = [
+    structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS)),
+    structs.replace(EXAMPLES[Answers], further=(("", "x", "", "", ""),), counts=((3, 0, 7, 1, 2), (0, 1, 0, 0, 0))),
+]
 
 packb = msgspec.msgpack.encode
 LONG_HEADS = (b"\xdb", b"\xc6", b"\xdd", b"\xdf", b"\xc9")  # text, bytes, array, map, extension, of 32-bit lengths
@@ -179,6 +182,10 @@ def check_right(message: Message) -> None:
             assert type(text) is str
             assert len(text) <= 2**20
             text.encode()
+    if isinstance(message, Answers) and message.counts:
+        for texts, counts in zip(message.samples, message.counts, strict=True):
+            assert all(type(count) is int and count >= 0 for count in counts)
+            assert [count > 0 for count in counts] == [text != "" for text in texts]
     if isinstance(message, PseudoLabels):
         assert len(message.prompt_ids) == len(message.responses)
         assert sorted({*message.prompt_ids}) == list(message.prompt_ids)
@@ -190,7 +197,7 @@ def check_right(message: Message) -> None:
 def test_a_mutant_is_refused_or_right(kind: type[Message]) -> None:
     rng = random.Random(kind.__name__)
     right = 0
-    further = [SEVERAL] * 9 if kind is Answers else []
+    further = SEVERAL * 5 if kind is Answers else []
     for _ in range(NUM_MUTANTS):
         data = mutant(rng, rng.choice([EXAMPLES[kind]] * 9 + list(EXAMPLES.values()) + further))
         try:

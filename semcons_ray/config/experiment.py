@@ -443,6 +443,7 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         "answers that are sampled and sent: generation.temperature over 0, and algorithm.name semantic_consensus with "
         "an algorithm.rule other than own_answer",
     ),
+    (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
     (
         ("generation.stop",),
         lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,

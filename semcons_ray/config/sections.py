@@ -471,8 +471,14 @@ class GenerationConfig(Settings):
     num_samples: int = Field(
         1,
         ge=1,
-        description="Answers that a client draws to each public prompt. All are sent and are in the vote, in which the "
-        "client's weight is divided evenly over them. More than 1 need a temperature over 0.",
+        description="Answers that a client draws to each public prompt, over which its weight in the vote is divided "
+        "evenly. More than 1 need a temperature over 0.",
+    )
+    send_draws: Literal["all", "counted", "choice"] = Field(
+        "all",
+        description="What a client sends of its draws. all: each; counted: those that differ by more than case, spaces "
+        "and punctuation, each with the number of draws that say so, which is fewer bytes where answers are short; "
+        "choice: the most common one with its number, which has the client's whole vote.",
     )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
@@ -490,6 +496,11 @@ class GenerationConfig(Settings):
         description="transformers: each client's own model answers; vllm: one engine for each base model answers for "
         "all its clients together (install it with `make vllm`).",
     )
+
+    @property
+    def most_sent(self) -> int:
+        """Most answers to a prompt that a client sends."""
+        return 1 if self.send_draws == "choice" else self.num_samples
 
 
 class AlgorithmConfig(Settings):

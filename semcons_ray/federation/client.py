@@ -20,6 +20,7 @@ from semcons_ray.errors import NotFiniteError
 from semcons_ray.evaluation.harness import Harness, TaskScore
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.fleet import Evaluation
+from semcons_ray.federation.opinions import reduced
 from semcons_ray.federation.randomness import Stage, stream
 from semcons_ray.federation.weights import non_finite, pack
 from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
@@ -130,14 +131,19 @@ class Client:
 
     def answer(self, round: int, compression: str = "none") -> bytes:
         """Answer every public prompt, `generation.num_samples` times, and return the encoded `Answers` message."""
+        send, counts = self.generation.send_draws, list[tuple[int, ...]]()
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            first, *further = self._samples(self.prompts, round, "generate", self.generation, work)
+            samples = [*map(tuple, self._samples(self.prompts, round, "generate", self.generation, work))]
+            if send != "all":
+                samples, counts = reduced(samples, send)
+            first, *further = samples
             uplink = Answers(
                 round_number=round,
                 client_id=self.client_id,
                 num_examples=len(self.private),
-                answers=tuple(first),
-                further=tuple(map(tuple, further)),
+                answers=first,
+                further=tuple(further),
+                counts=tuple(counts),
             ).encode(compression)
             work.uplink_bytes = len(uplink)
         return uplink

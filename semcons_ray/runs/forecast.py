@@ -1,10 +1,10 @@
 """What a run would send and compute, calculated from its plan.
 
 Who takes part in which round and the bytes of public prompts are exact. The rest is estimated: answers are taken to be
-as long as the responses of the private data, cut at `generation.max_new_tokens`, every prompt to give a pseudo-label,
-and weights not to be compressed. Tokens are those of models that are here. An algorithm of one's own is taken to send
-what its class variables say: answers as semantic consensus does (`forms_consensus`), adapters as FedAvg does
-(`averages_weights`), or nothing.
+as long as the responses of the private data, cut at `generation.max_new_tokens`, a client's draws to be all different,
+every prompt to give a pseudo-label, and weights not to be compressed. Tokens are those of models that are here. An
+algorithm of one's own is taken to send what its class variables say: answers as semantic consensus does
+(`forms_consensus`), adapters as FedAvg does (`averages_weights`), or nothing.
 """
 
 from __future__ import annotations
@@ -237,6 +237,11 @@ class Forecast:
         message = Answers(round_number=1, client_id=0, num_examples=1, answers=self._likely_answers)
         return len(message.encode(self.config.algorithm.compression))
 
+    def _bytes_of_answers(self, client: int) -> int:
+        own = self._generation_of[client]
+        counts = len(self._likely_answers) if own.send_draws != "all" else 0
+        return own.most_sent * (self._answer_bytes + counts)
+
     @cached_property
     def _label_bytes(self) -> int:
         ids = tuple(range(len(self._likely_answers)))
@@ -327,7 +332,7 @@ class Forecast:
         algorithm = self.config.algorithm
         up, down = 0.0, 0.0
         if algorithm.learns_prompts and not self._labels_itself:
-            up += self._answer_bytes * self._generation_of[client].num_samples if self._sends_answers(round) else 0
+            up += self._bytes_of_answers(client) if self._sends_answers(round) else 0
             down += self._label_bytes if self._learns(round) else len(NO_LABELS.encode(algorithm.compression))
         if self._sends_weights(round):
             up += self._weight_bytes(client, self._ranks[client])
