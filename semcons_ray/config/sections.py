@@ -588,7 +588,7 @@ class AlgorithmConfig(Settings):
         """`ema_decay` if it is set, else the algorithm's default."""
         if self.ema_decay is not None:
             return self.ema_decay
-        return MOVING_AVERAGE if self.any_models else 0.0
+        return MOVING_AVERAGE if self.keeps_models else 0.0
 
     @property
     def options_of_algorithm(self) -> Options:
@@ -610,6 +610,16 @@ class AlgorithmConfig(Settings):
         return self.is_so("any_models")
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether clients send token probabilities, which the server averages."""
+        return self.is_so("exchanges_tokens")
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether each client keeps a model of its own, that learns from nobody's weights."""
+        return self.any_models or self.exchanges_tokens
+
+    @property
     def averages_weights(self) -> bool:
         """Whether clients send adapter weights, which the server averages."""
         return self.is_so("averages_weights")
@@ -622,6 +632,11 @@ class AlgorithmConfig(Settings):
     @property
     def learns_prompts(self) -> bool:
         """Whether clients train on answers to the public prompts."""
+        return self.draws_answers or self.exchanges_tokens
+
+    @property
+    def draws_answers(self) -> bool:
+        """Whether clients train on answers to the public prompts that are sampled."""
         return self.forms_consensus or self.self_labels
 
     @property
