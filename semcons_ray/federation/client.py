@@ -5,6 +5,7 @@ It does not know in which process or on which machine it runs, nor what its mode
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels, T
 from semcons_ray.metering.ledger import Ledger, Work
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.client_model import SAMPLING, ClientModel, Pair, Purpose, Scores, State, Targets, Task
+
+logger = logging.getLogger(__name__)
 
 _PURPOSES: dict[Stage, Purpose] = {"fine_tune": "learn", "generate": "answer", "evaluate": "evaluate"}
 
@@ -139,13 +142,14 @@ class Client:
         Args:
             round: The round, from 1.
             targets: Answers to all public prompts, or none, and what may come at each of their tokens. Of an answer
-                longer than the client's own may be, the first `generation.max_new_tokens` tokens are learnt.
+                longer than the client's own may be, the first `generation.max_new_tokens` tokens are learnt; those with
+                a token that the model does not know, as only a faulty client sends, are left out.
             weight: Weight of a token of these in the loss, where one of a private example has 1; 0 leaves them out.
             ema_decay: See `Task`.
             downlink_bytes: Length of the message that brought the targets, for the ledger.
 
         Raises:
-            MessageError: The targets are not of the public prompts, or of tokens that the model does not know.
+            MessageError: The targets are not of the public prompts.
         """
         if targets.answers and len(targets.answers) != len(self.prompts):
             raise MessageError(f"TokenTargets: {len(targets.answers)} answers to {len(self.prompts)} prompts")
@@ -153,7 +157,8 @@ class Client:
         rows = zip(targets.answers, targets.tokens, targets.probabilities, strict=True)
         for prompt, (answer, tokens, chances) in zip(self.prompts, rows, strict=False):
             if max(*answer, int(tokens.max())) >= known:
-                raise MessageError(f"TokenTargets: a token over {known - 1}, the last that the model knows")
+                logger.warning("client %d, round %d: targets of a token over %d", self.client_id, round, known - 1)
+                continue
             likely = torch.from_numpy(tokens[:most].astype(np.int64))
             shares = torch.from_numpy(chances[:most].astype(np.float32))
             learnt = Targets(answer[:most], likely, shares / shares.sum(dim=1, keepdim=True))

@@ -56,8 +56,8 @@ class TokenProbabilities:
             top_k: The number K that is expected.
 
         Raises:
-            MessageError: An answer is empty, there are not K tokens and probabilities for each of its places, or the
-                probabilities of a place are none.
+            MessageError: An answer is empty, there are not K different tokens and probabilities for each of its places,
+                or the probabilities of a place are none.
         """
         if not all(answers):
             raise MessageError("scores: an answer without a token")
@@ -69,9 +69,13 @@ class TokenProbabilities:
         sums = chances.astype(np.float64).sum(axis=1)
         if not ((chances >= 0).all() and (sums > 0).all() and (sums <= 1 + ROUNDING).all()):
             raise MessageError("scores: numbers that are no probabilities")
+        likely = np.frombuffer(tokens, TOKEN).reshape(-1, top_k)
+        ascending = np.sort(likely, axis=1)
+        if (ascending[:, 1:] == ascending[:, :-1]).any():
+            raise MessageError("scores: a token twice at one place")
         return cls(
             answers,
-            tuple(np.split(np.frombuffer(tokens, TOKEN).reshape(-1, top_k), ends)[:-1]),
+            tuple(np.split(likely, ends)[:-1]),
             tuple(np.split(chances, ends)[:-1]),
         )
 

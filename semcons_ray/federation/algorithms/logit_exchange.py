@@ -9,21 +9,22 @@ at each token of public texts, which are learnt by cross-entropy with soft targe
 What is FedMD's: equal weights; the average as target; private and public data. What is FedMKT's: K tokens a place, the
 loss. What differs here:
 
-    answers       both have public data with answers, at whose tokens everybody is scored. Here public prompts have none,
-                  as in semantic consensus. So each client scores its own greedy answer, whose tokens it sends as well;
-                  the server elects the most common answer, and averages over the clients whose own begins with the same
-                  tokens up to there: at the first token over all. Targets are ready in the next round, as pseudo-labels
+    answers       both have public data with answers, at whose tokens everybody is scored. Here public prompts have
+                  none, as in semantic consensus. So each client scores its own greedy answer, whose tokens it sends as
+                  well; the server elects the most common answer, and averages over the clients whose own begins with
+                  the same tokens up to there: at the first token over all. Targets are ready in the next round, as
+                  pseudo-labels are
     probabilities clients send probabilities, not logits; the mean's K largest are made to add up to 1
     selection     FedMKT learns only from those whose loss on the answer is lower, which needs the right answer
     server        FedMKT has a large model at the server, which learns and teaches; here there is none
-    one tokenizer FedMKT aligns the tokens of different tokenizers; here all clients have one model, with ranks of
-                  their own
-    joined        targets are learnt in the same steps as private data, as pseudo-labels are, not before them
+    tokenizers    FedMKT aligns the tokens of different ones; here all clients have one model, with ranks of their own
+    steps         targets are learnt in the same steps as private data, as pseudo-labels are, not before them
 """
 
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -85,14 +86,7 @@ class LogitExchange:
         replies = tuple(sorted(fleet.visit(round, downlinks, evaluate=evaluate), key=lambda reply: reply.client_id))
         ledger = Ledger("driver", socket.gethostname())
         with ledger.stage("aggregate", round=round):
-            given, refused = dict[int, TokenProbabilities](), dict[int, str]()
-            for reply in replies:
-                try:
-                    given[reply.client_id] = self.received(reply, given)
-                except MessageError as error:
-                    refused[reply.client_id] = str(error)
-            if refused:
-                fleet.leave_out(round, refused)
+            given = self.usable(round, replies, fleet)
             targets = self.targets(round, given)
         usable = [reply for reply in replies if reply.client_id in given]
         return RoundOutcome(
@@ -102,19 +96,37 @@ class LogitExchange:
             rows=tuple(ledger.take()),
         )
 
-    def received(self, reply: Reply, others: Mapping[int, TokenProbabilities]) -> TokenProbabilities:
+    def usable(self, round: int, replies: Sequence[Reply], fleet: Visitor) -> dict[int, TokenProbabilities]:
+        """The valid scores by client; clients that sent invalid ones, or of another number of prompts than most, are
+        left out of the round.
+
+        Raises:
+            QuorumError: Too few are left.
+        """
+        given, refused = dict[int, TokenProbabilities](), dict[int, str]()
+        for reply in replies:
+            try:
+                given[reply.client_id] = self.received(reply)
+            except MessageError as error:
+                refused[reply.client_id] = str(error)
+        numbers = Counter(len(scores.answers) for scores in given.values())
+        asked = max(numbers, key=lambda number: (numbers[number], number), default=0)
+        for client_id in [client_id for client_id, scores in given.items() if len(scores.answers) != asked]:
+            found = len(given.pop(client_id).answers)
+            refused[client_id] = f"client {client_id}, round {round}: TokenScores: {found} answers to {asked} prompts"
+        if refused:
+            fleet.leave_out(round, refused)
+        return given
+
+    def received(self, reply: Reply) -> TokenProbabilities:
         """Decode and check what a client sent.
 
         Raises:
-            MessageError: The message is not of this client and round, or holds no such scores, or not of as many
-                prompts as others'; it names the client.
+            MessageError: The message is not of this client and round, or holds no such scores; it names the client.
         """
         who = {"client_id": reply.client_id, "round": reply.round}
         message = decode_uplink(TokenScores, reply.uplink, **who)
         with naming(**who):
-            for scores in others.values():
-                if (found := len(message.answers)) != (asked := len(scores.answers)):
-                    raise MessageError(f"TokenScores: {found} answers, where another client has {asked}")
             return TokenProbabilities.unpacked(message.answers, message.tokens, message.probabilities, self.top_k)
 
     def targets(self, round: int, given: Mapping[int, TokenProbabilities]) -> TokenTargets:
