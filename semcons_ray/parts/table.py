@@ -25,6 +25,7 @@ Kind = Literal[
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "algorithm": {
         "semantic_consensus": "semcons_ray.federation.algorithms.semantic_consensus:SemanticConsensus",
+        "logit_exchange": "semcons_ray.federation.algorithms.logit_exchange:LogitExchange",
         "local_only": "semcons_ray.federation.algorithms.local_only:LocalOnly",
         "centralized": "semcons_ray.federation.algorithms.centralized:Centralized",
         "fedavg_lora": "semcons_ray.federation.algorithms.fedavg_lora:FedAvgLora",

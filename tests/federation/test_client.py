@@ -17,6 +17,7 @@ from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.fleet import Evaluation
+from semcons_ray.federation.opinions import reduced
 from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
@@ -303,6 +304,21 @@ def test_the_first_of_several_samples_is_the_answer_of_one(make_client: MakeClie
     ((*_, tokens, num_bytes), *_) = work(client.ledger.take(), "tokens", "uplink_bytes")
     assert 2 * row.tokens < tokens <= 3 * 2 * 6
     assert num_bytes == len(sent)
+
+
+@pytest.mark.parametrize("send", ["counted", "choice"])
+def test_a_client_counts_its_own_draws(make_client: MakeClient, send: Any) -> None:
+    client = make_client()
+    client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6)
+    every = Answers.decode(client.answer(3))
+    client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6, send_draws=send)
+    client.ledger.take()
+    sent = client.answer(3)
+    message = Answers.decode(sent)
+    assert ([*message.samples], [*message.counts]) == reduced(every.samples, send)
+    assert len(message.counts) < 6
+    assert work(client.ledger.take(), "uplink_bytes")[0][-1] == len(sent) < len(every.encode())
+    client.label_prompts(3)  # of one draw, which nobody counts
 
 
 class OneWord:

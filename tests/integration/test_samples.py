@@ -38,7 +38,9 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     run = tmp_path / "run"
     run_experiment(config, run, Silent())
     table = votes(run)
-    assert [*table] == ["prompt_id", "client_id", "sample", "answer", "similarity", "chosen", "agreement", "abstained"]
+    columns = ["prompt_id", "client_id", "sample", "answer", "draws", "similarity", "chosen", "agreement", "abstained"]
+    assert [*table] == columns
+    assert set(table["draws"]) == {1}
     assert table.groupby("client_id")["sample"].unique().map(list).to_dict() == {0: [0, 1], 1: [0, 1], 2: [0, 1, 2]}
     assert len(table) == 6 * 7
     assert table.groupby("prompt_id")["chosen"].sum().max() == 1
@@ -64,6 +66,33 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     assert first["client_id"].tolist() == votes(single)["client_id"].tolist()
     assert set(votes(single)["sample"]) == {0}
     write_report(run)
+
+
+def test_counted_draws_are_fewer_bytes_and_elect_the_same(tmp_path: Path, tiny_config: Make) -> None:
+    runs = {}
+    for send in ("all", "counted", "choice"):
+        one_token = {"max_new_tokens": 1, "top_k": 2}
+        config = tiny_config(num_rounds=2, **settings(num_samples=6, **one_token, send_draws=send))
+        run_experiment(config, tmp_path / send, Silent())
+        runs[send] = votes(tmp_path / send)
+        assert runs[send].groupby(["prompt_id", "client_id"])["draws"].sum().max() <= 6
+    ledgers = {send: pd.read_parquet(tmp_path / send / "ledger.parquet") for send in runs}
+    sent = {send: ledger["uplink_bytes"].sum() for send, ledger in ledgers.items()}
+    assert sent["choice"] < sent["counted"] < sent["all"]
+    labels = [runs[send].query("chosen").set_index("prompt_id")["answer"].to_dict() for send in ("all", "counted")]
+    assert labels[0] == labels[1]
+    assert len(runs["choice"]) == 6 * 3
+    most = runs["counted"].groupby(["prompt_id", "client_id"])["draws"].max()
+    assert runs["choice"].set_index(["prompt_id", "client_id"])["draws"].to_dict() == most.to_dict()
+    write_report(tmp_path / "counted")
+    forecasts = {
+        send: Forecast(plan_experiment(tiny_config(num_rounds=2, **settings(num_samples=4, send_draws=send)), Silent()))
+        for send in runs
+    }
+    loads = {send: forecast.rounds[1] for send, forecast in forecasts.items()}
+    assert {load.generated for load in loads.values()} == {loads["all"].generated}
+    assert loads["counted"].uplink_bytes == loads["all"].uplink_bytes + 3 * 4 * 6  # at most; a count is a byte
+    assert loads["choice"].uplink_bytes == loads["counted"].uplink_bytes / 4
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:
