@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from semcons_ray.api.doctor import Check, diagnose
-    from semcons_ray.api.experiments import compare, evaluate, load, plan, resume, run, sweep, watch
+    from semcons_ray.api.experiments import compare, evaluate, labels, load, plan, resume, run, sweep, watch
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from semcons_ray.runs.observers import Observer
     from semcons_ray.runs.run_folder import Commit
     from semcons_ray.studies.comparison import ComparisonConfig
+    from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.search_space import SweepConfig
     from semcons_ray.tracking.trackers import Tracker
 
@@ -71,6 +72,7 @@ __all__ = [
     "EngineError",
     "Evidence",
     "ExperimentConfig",
+    "Labels",
     "MessageError",
     "ModelError",
     "NotFiniteError",
@@ -101,6 +103,7 @@ __all__ = [
     "compare",
     "diagnose",
     "evaluate",
+    "labels",
     "load",
     "plan",
     "resume",
@@ -111,7 +114,9 @@ __all__ = [
 
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
-    "semcons_ray.api.experiments": ("compare", "evaluate", "load", "plan", "resume", "run", "sweep", "watch"),
+    "semcons_ray.api.experiments": (
+        *("compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
+    ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
     "semcons_ray.consensus.evidence": ("Competence", "Defence", "Evidence", "Ruling"),
@@ -128,6 +133,7 @@ _HOMES = {
     "semcons_ray.runs.observers": ("Observer",),
     "semcons_ray.runs.run_folder": ("Commit",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
+    "semcons_ray.studies.labels": ("Labels",),
     "semcons_ray.studies.search_space": ("SweepConfig",),
     "semcons_ray.tracking.trackers": ("Tracker",),
 }

@@ -120,6 +120,7 @@ def form_consensus(
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
     opinions: Tensor | None = None,
+    texts: Tensor | None = None,
     prompts: Tensor | None = None,
     confidence: Tensor | None = None,
     known: Tensor | None = None,
@@ -151,7 +152,8 @@ def form_consensus(
             nothing in `Evidence.shares`. None: as many as are here.
         weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
-        opinions: See `Evidence`, as the next four. None: each answer is an opinion of its own.
+        opinions: See `Evidence`, as the next five. None: each answer is an opinion of its own.
+        texts: For competence: which answers are equal, to whichever prompt. None: no two are.
         prompts: For defences: vectors of the prompts.
         confidence: For competence: how sure clients say that they are.
         known: For competence: answers that the server knows.
@@ -191,12 +193,14 @@ def form_consensus(
     trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
     if not election.counts_all_alike:
         own = torch.arange(num_answers, device=device).expand_as(mask)
+        apart = torch.arange(mask.numel(), device=device).view_as(mask)
         evidence = Evidence(
             vectors=embeddings,
             present=mask,
             voters=of_clients,
             shares=shares if num_draws is None else draws / num_draws.to(device),
             opinions=(own if opinions is None else opinions.to(device)).where(mask, -1),
+            texts=(apart if texts is None else texts.to(device)).where(mask, -1),
             similarity=similarity,
             trust=trust,
             prompts=None if prompts is None else prompts.to(device),

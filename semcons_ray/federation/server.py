@@ -274,6 +274,9 @@ class Server:
                 lengths=lengths.to(device),
                 opinions=opinions_of(answers) if weighs else None,
                 confidence=torch.tensor(confidence).T if says_confidence else None,
+                texts=opinions_of([(text,) for row in answers for text in row]).view(len(answers), -1).T
+                if weighs
+                else None,
                 prompts=self._embedder.embed(self._prompts) if weighs and self._prompts else None,
                 trust=trust,
             )

@@ -210,7 +210,7 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     data = config.data
 
     def embed(texts: Sequence[str]) -> Tensor:
-        name, options = _embedder(config, revisions)
+        name, options = embedder_of(config, revisions)
         return build_embedder(name, options, "cpu").embed(texts)
 
     sources = _load_sources(config, revisions)
@@ -228,7 +228,7 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     return split
 
 
-def _embedder(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Name and options of the server's embedder, with the commit of its model."""
     server, options = config.server, config.server.options_of_embedder
     if server.model:
@@ -661,7 +661,7 @@ def parts(
     config, algorithm = placement.config, method.algorithm
     resources, failures = config.resources, config.failures
     uses_gpu = resources.device == "cuda"
-    embedder, embedder_options = _embedder(config, placement.revisions)
+    embedder, embedder_options = embedder_of(config, placement.revisions)
     server_spec = ServerSpec(
         embedder=embedder,
         embedder_options=embedder_options,
