@@ -15,6 +15,7 @@ from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
+from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
@@ -191,6 +192,28 @@ def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr
         told = labels.table[(labels.table["round"] == round) & (labels.table["competence"] == "expertise")].iloc[0]
         assert told["uplink_bytes"] == run.ledger.loc[run.ledger["round"] == round, "uplink_bytes"].sum()
         assert told["abstained"] == pytest.approx(1 - len(own) / 6)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("send", ["counted", "choice"])
+def test_counted_draws_are_those_that_were_drawn_as_far_as_they_were_sent(
+    run: sr.Run, tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path, send: str
+) -> None:
+    generation = {**run.config.generation.model_dump(), "send_draws": send, "num_samples": 4, "top_k": 2}
+    runs = {}
+    for sent in ("all", send):
+        config = tiny_config(num_rounds=2, seed=1, algorithm={"first_exchange": 1},
+                             generation={**generation, "max_new_tokens": 1, "send_draws": sent})  # fmt: skip
+        runs[sent] = read_answered(sr.run(config, out=tmp_path / sent).path).samples[1]
+    for client, samples in runs[send].items():
+        for drawn, told in zip(zip(*runs["all"][client], strict=True), zip(*samples, strict=True), strict=True):
+            said, heard = ([*map(opinion_of, filter(None, texts))] for texts in (drawn, told))
+            if send == "counted":
+                assert sorted(said) == sorted(heard)
+                assert told[0] == next(filter(None, drawn), "")
+            else:
+                assert heard == [heard[0]] * max(map(said.count, said))
+                assert len(told) == 4
 
 
 @pytest.mark.real
