@@ -411,4 +411,3 @@ def _tell_failed(failed: int, what: str, folder: Path, say: Callable[[str], None
     """Warn of failures, which nobody was told of but the log."""
     if failed and say is None:
         logger.warning("%d %s failed, as the log says; the same call with out=%r goes on", failed, what, str(folder))
-

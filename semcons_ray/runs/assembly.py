@@ -673,7 +673,7 @@ def parts(
         embeds_both=config.server.embed == "prompt_and_answer",
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
-        num_samples=tuple(own.num_samples for own in config.client_generation()),
+        generation=config.client_generation(),
     )
     public_prompts = b""
     if algorithm.uses_public_prompts:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from semcons_ray.config import dump_yaml, parse_yaml
+from semcons_ray.config import GenerationConfig, dump_yaml, parse_yaml
 from semcons_ray.consensus import Election
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import ConfigError, UserError
@@ -89,8 +89,8 @@ class Answered:
         }
 
     def num_samples(self, most: int) -> list[int]:
-        """Samples of each client by its id, at most this many."""
-        have = [0] * (max(max(clients) for clients in self.samples.values()) + 1)
+        """Samples of each client by its id, at most this many; 1 for one that has none."""
+        have = [1] * (max(max(clients) for clients in self.samples.values()) + 1)
         for clients in self.samples.values():
             for client, samples in clients.items():
                 have[client] = min(most, len(samples))
@@ -190,7 +190,7 @@ def elect(run: Answered, election: Election, num_samples: int) -> dict[int, list
         run.embedder,
         num_prompts=len(run.prompts),
         election=election,
-        num_samples=run.num_samples(num_samples),
+        generation=[GenerationConfig(num_samples=count) for count in run.num_samples(num_samples)],
         prompts=run.prompts,
         embeds_both=run.embeds_both,
         seed=run.seed,
@@ -243,15 +243,16 @@ def read_answered(folder: Path) -> Answered:
     config, split = opened.stored_config(), read_split(opened.data)
     files = sorted((folder / "consensus").glob("round_*.parquet"))
     if not files:
-        raise UserError(f"{folder} has no answers to public prompts from which labels could be elected")
+        raise UserError(f"{folder} has no answers to public prompts to elect labels from")
     if not any(example.response for example in split.public):
         raise UserError(f"{folder}: no public prompt has a response, so it is not known which answers are right")
     samples: dict[int, dict[Any, list[list[str]]]] = {}
+    num_samples: dict[Any, int] = {client: own.num_samples for client, own in enumerate(config.client_generation())}
     for file in files:
         of_clients = samples[int(file.stem.removeprefix("round_"))] = {}
-        answers = read_frame(file).sort_values(["client_id", "sample", "prompt_id"])
+        answers = read_frame(file).sort_values(["client_id", "prompt_id", "sample"])
         for client, of_client in answers.groupby("client_id"):
-            of_clients[client] = [drawn["answer"].tolist() for _, drawn in of_client.groupby("sample")]
+            of_clients[client] = _draws(of_client, num_samples[client])
     embedder, options = embedder_of(config, opened.revisions())
     return Answered(
         samples=samples,
@@ -264,6 +265,17 @@ def read_answered(folder: Path) -> Answered:
         embeds_both=config.server.embed == "prompt_and_answer",
         compression=config.algorithm.compression,
     )
+
+
+def _draws(answers: pd.DataFrame, num_samples: int) -> list[list[str]]:
+    """A client's draws, each P answers, from its rows of the table of answers by prompt and sample: an answer that
+    stands for several draws is there as often, and a draw that was not sent is an empty text."""
+    draws = []
+    for _, given in answers.groupby("prompt_id"):
+        counts = given["draws"].tolist() if "draws" in given else 1
+        texts = given["answer"].repeat(counts)
+        draws.append([*texts, *[""] * (num_samples - len(texts))])
+    return [*map(list, zip(*draws, strict=True))]
 
 
 def elections(

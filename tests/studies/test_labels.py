@@ -1,6 +1,7 @@
 """Label tables: how many labels are right, worked out by hand from answers that are written down here."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import semcons_ray as sr
+from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
+from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
+from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
-from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part
+from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
 PLURALITY = Election("plurality", {"min_cosine": 1.0})
 PROMPTS = ("one", "two", "three", "four")
@@ -131,6 +136,23 @@ def test_a_round_of_one_run_alone_and_a_client_that_did_not_answer() -> None:
     assert "2 prompts are left out" in str(labels)
 
 
+def trusts_once(evidence: Evidence) -> Ruling:
+    """Defence: votes count by trust, and afterwards nobody is trusted any more."""
+    return Ruling(evidence.trust[evidence.voters].expand_as(evidence.shares), torch.zeros_like(evidence.trust))
+
+
+def test_elections_are_those_of_the_runs_server_by_its_seed_and_with_trust_kept() -> None:
+    tied = replace(RUN, samples={1: {0: [["a"] * 4], 1: [["b"] * 4]}})
+    by_seed = [elect(replace(tied, seed=seed), PLURALITY, 1)[1] for seed in range(5)]
+    assert {label for labels in by_seed for label in labels} == {"a", "b"}
+    assert len({tuple(map(str, labels)) for labels in by_seed}) > 1
+    assert by_seed[3] == elect(replace(tied, seed=3), PLURALITY, 1)[1]
+    twice = replace(RUN, samples={1: RUN.samples[1], 2: RUN.samples[1]})
+    elected = elect(twice, replace(PLURALITY, defence=f"{__name__}:trusts_once"), 2)
+    assert elected[1][:3] == ["a", "b", "c"]
+    assert elected[2] == [None] * 4
+
+
 def test_more_samples_than_were_drawn_are_refused() -> None:
     with pytest.raises(UserError, match=r"--samples 3: clients have drawn 2 at most \(generation.num_samples\)"):
         label_table([RUN], [PLURALITY], [1, 3])
@@ -139,7 +161,7 @@ def test_more_samples_than_were_drawn_are_refused() -> None:
 def test_a_part_is_written_with_its_options() -> None:
     assert parse_part("medoid") == ("medoid", {})
     assert parse_part("plurality {min_cosine: 0.95}") == ("plurality", {"min_cosine": 0.95})
-    with pytest.raises(ConfigError, match="cannot read the options of 'plurality {min_cosine'"):
+    with pytest.raises(ConfigError, match=r"cannot read the options of 'plurality \{min_cosine'"):
         parse_part("plurality {min_cosine")
 
 
@@ -147,3 +169,67 @@ def test_the_table_is_written_as_csv(tmp_path: Path) -> None:
     labels = label_table([RUN], [PLURALITY])
     labels.write(tmp_path / "labels.csv")
     assert list(pd.read_csv(tmp_path / "labels.csv")) == list(labels.table)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config: Callable[..., sr.ExperimentConfig], tmp_path_factory: pytest.TempPathFactory) -> sr.Run:
+    algorithm = {"first_exchange": 1, "rule": "plurality", "plurality_similarity": 0.9, "competence": "expertise",
+                 "agreement_threshold": 0.1, "compression": "zstd"}  # fmt: skip
+    config = tiny_config(num_rounds=3, seed=1, algorithm=algorithm, generation={"num_samples": 2})
+    return sr.run(config, out=tmp_path_factory.mktemp("runs") / "labels")
+
+
+@pytest.mark.real
+def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr.Run) -> None:
+    labels = sr.labels(run.path, rules=["plurality {min_cosine: 0.9}"], competences=["expertise"], num_samples=[2])
+    algorithm = run.config.algorithm
+    election = Election("plurality", {"min_cosine": 0.9}, algorithm.agreement_threshold, competence="expertise")
+    elected = elect(read_answered(run.path), election, 2)
+    assert set(elected) == {1, 2}
+    for round, of_round in elected.items():
+        own = run.labels(round).set_index("prompt_id")["label"]
+        assert {prompt: label for prompt, label in enumerate(of_round) if label} == own.to_dict()
+        told = labels.table[(labels.table["round"] == round) & (labels.table["competence"] == "expertise")].iloc[0]
+        assert told["uplink_bytes"] == run.ledger.loc[run.ledger["round"] == round, "uplink_bytes"].sum()
+        assert told["abstained"] == pytest.approx(1 - len(own) / 6)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("send", ["counted", "choice"])
+def test_counted_draws_are_those_that_were_drawn_as_far_as_they_were_sent(
+    run: sr.Run, tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path, send: str
+) -> None:
+    generation = {**run.config.generation.model_dump(), "send_draws": send, "num_samples": 4, "top_k": 2}
+    runs = {}
+    for sent in ("all", send):
+        config = tiny_config(num_rounds=2, seed=1, algorithm={"first_exchange": 1},
+                             generation={**generation, "max_new_tokens": 1, "send_draws": sent})  # fmt: skip
+        runs[sent] = read_answered(sr.run(config, out=tmp_path / sent).path).samples[1]
+    for client, samples in runs[send].items():
+        for drawn, told in zip(zip(*runs["all"][client], strict=True), zip(*samples, strict=True), strict=True):
+            said, heard = ([*map(opinion_of, filter(None, texts))] for texts in (drawn, told))
+            if send == "counted":
+                assert sorted(said) == sorted(heard)
+                assert told[0] == next(filter(None, drawn), "")
+            else:
+                assert heard == [heard[0]] * max(map(said.count, said))
+                assert len(told) == 4
+
+
+@pytest.mark.real
+def test_the_command_prints_the_table_and_names_what_is_missing(
+    run: sr.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    csv = tmp_path / "labels.csv"
+    assert main(["labels", str(run.path), "--rules", "medoid", "--samples", "1", "--csv", str(csv)]) == 0
+    printed = capsys.readouterr().out
+    assert "random_client" in printed
+    assert f"table: {csv}" in printed
+    assert pd.read_csv(csv)["competence"].dropna().unique().tolist() == ["equal", "expertise"]
+    bare = tmp_path / "bare"
+    shutil.copytree(run.path, bare)
+    shutil.rmtree(bare / "consensus")
+    assert main(["labels", str(bare)]) == 2
+    assert capsys.readouterr().err == f"semcons: {bare} has no answers to public prompts to elect labels from\n"
+    assert main(["labels", str(run.path), "--rules", "medoids"]) == 2
+    assert "medoid" in capsys.readouterr().err
