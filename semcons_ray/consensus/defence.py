@@ -73,7 +73,8 @@ class Independent:
         """See `Defence`."""
         alike, echoes = likeness(evidence)
         linked = _beyond_usual(alike, self.margin) & (alike >= ALIKE)
-        for sureness, times in [*SURE.items()][: 1 if _draws_once(evidence) else None]:
+        all_are_sure = torch.equal(evidence.shares, evidence.present.float())
+        for sureness, times in [*SURE.items()][: 1 if all_are_sure else None]:
             agreement = sure_agreement(evidence, sureness)
             sure = agreement.diagonal()
             linked |= _beyond_usual(agreement, times * self.margin) & (
@@ -107,7 +108,7 @@ def sure_agreement(evidence: Evidence, sureness: float) -> Tensor:
     rows = torch.arange(num_prompts, device=evidence.opinions.device)[:, None]
     answers = (evidence.opinions.clamp(min=0) + num_ballots * rows).flatten()
     voters, shares = evidence.voters.expand_as(evidence.present).flatten(), evidence.shares.flatten()
-    if not _draws_once(evidence):
+    if not _has_one_ballot_each(evidence):
         keys, places = torch.unique(answers * evidence.num_clients + voters, return_inverse=True)
         shares = torch.zeros(len(keys), device=shares.device).index_add_(0, places, shares)
         answers, voters = keys // evidence.num_clients, keys % evidence.num_clients
@@ -121,8 +122,7 @@ def sure_agreement(evidence: Evidence, sureness: float) -> Tensor:
     return sketch @ sketch.T / max(num_prompts, 1)
 
 
-def _draws_once(evidence: Evidence) -> bool:
-    """Whether each client has one ballot."""
+def _has_one_ballot_each(evidence: Evidence) -> bool:
     return len(evidence.voters) == evidence.num_clients
 
 
@@ -131,7 +131,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
 
     It is the correlation of vectors: the mean product of what is left of two clients' answers when what an answer
     shares with its prompt is removed, and then the mean over clients; divided by the mean square of what is left of a
-    single answer. So of clients that give one answer each it is near 1 for the few that give the same, and 0 for strangers.
+    single answer. So of clients that give one answer each it is near 1 for few that give the same, and 0 for strangers.
 
     It is exact as long as N P D is at most `SKETCH`. Beyond, every so many prompts are looked at, `LOOKED_AT` at most,
     and vectors of several prompts are added up with random signs for each dimension: products of such sums are by
@@ -142,7 +142,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
         The correlation, (N, N) float32, and whether the cosine of an answer to its prompt is above `ECHO`, (P, B).
     """
     num_prompts, num_ballots, dimension = evidence.vectors.shape
-    num_clients, device, draws_once = evidence.num_clients, evidence.vectors.device, _draws_once(evidence)
+    num_clients, device, alone = evidence.num_clients, evidence.vectors.device, _has_one_ballot_each(evidence)
     step = max(1, math.ceil(num_prompts / LOOKED_AT))
     places = range(0, num_prompts, step)
     num_groups = min(max(1, SKETCH // max(num_clients * dimension, 1)), len(places))
@@ -155,7 +155,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
         if evidence.prompts is not None:
             to_prompt[prompt] = vectors @ evidence.prompts[prompt]
         place = prompt // step
-        if prompt % step == 0 and draws_once:
+        if prompt % step == 0 and alone:
             sketch[place % num_groups].addcmul_(vectors, signs[place])
         elif prompt % step == 0:
             shared = vectors * evidence.shares[prompt, :, None] * signs[place]

@@ -18,7 +18,7 @@ import pandas as pd
 
 from semcons_ray.consensus import Election
 from semcons_ray.errors import ConfigError
-from semcons_ray.federation.server import opinions_of
+from semcons_ray.federation.opinions import opinions_of
 from semcons_ray.parts import build, names
 from semcons_ray.reporting.attacks import draw_attacks, render_attacks, summarize_attacks
 from semcons_ray.runs.run_folder import RunFolder, write_file
@@ -32,8 +32,8 @@ class Outcome:
 
     Attributes:
         num_attackers: Number K of attackers.
-        captured: Share of the prompts of known answer whose label is an answer of the attackers', wrong, and not what would be elected
-            without them; mean over the rounds in which they do harm.
+        captured: Share of the prompts whose label is an answer of the attackers', wrong, and not what would be elected
+            without them; of prompts whose right answer is known, and mean over the rounds in which they do harm.
         accuracy: Share of the same prompts whose label is right, in the same rounds.
     """
 

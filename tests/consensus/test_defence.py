@@ -26,6 +26,7 @@ def evidence(
         voters=voters,
         shares=present / counts[:, voters].clamp(min=1),
         opinions=opinions,
+        texts=opinions,
         similarity=torch.zeros(opinions.shape),
         trust=torch.full((num_clients,), trust),
         prompts=prompts,

@@ -50,7 +50,7 @@ class Says:
 
 
 def played(attack: Says, share: float, election: Election = PLURALITY, run: Answered = RUN) -> Outcome:
-    longer = replace(run, samples={number: run.samples[1] for number in range(1, 6)})
+    longer = replace(run, samples=dict.fromkeys(range(1, 6), run.samples[1]))
     return play(run, election, attack, share, elect(longer, election, 1))
 
 
@@ -101,7 +101,7 @@ def test_the_table_has_what_is_lost(tmp_path: Path) -> None:
 
 
 def test_what_is_no_share_and_what_are_no_answers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--shares must be above 0 and under 1, not 1$"):
+    with pytest.raises(ConfigError, match="--shares must be above 0 and under 1, not 1"):
         attack_table([RUN], [PLURALITY], {"says": Says("xxxx")}, [0.5, 1.0], print)
     with pytest.raises(ConfigError, match="attack Says must give 2 attackers 1 answers to each prompt"):
         played(Says("xxx"), 0.4)
