@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from semcons_ray.config import dump_yaml, parse_yaml
+from semcons_ray.config import ExperimentConfig, GenerationConfig, dump_yaml, parse_yaml
 from semcons_ray.consensus import Election
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import ConfigError, UserError
@@ -88,13 +88,13 @@ class Answered:
             if any(map(any, samples))
         }
 
-    def num_samples(self, most: int) -> list[int]:
-        """Samples of each client by its id, at most this many."""
-        have = [0] * (max(max(clients) for clients in self.samples.values()) + 1)
+    def generation(self, num_samples: int) -> list[GenerationConfig]:
+        """How clients would have answered, by id, if they had drawn at most that many samples."""
+        have = [1] * (max(max(clients) for clients in self.samples.values()) + 1)
         for clients in self.samples.values():
             for client, samples in clients.items():
-                have[client] = min(most, len(samples))
-        return have
+                have[client] = min(num_samples, len(samples))
+        return [GenerationConfig(num_samples=count) for count in have]
 
     def uplink_bytes(self, round: int, num_samples: int) -> int:
         """Length of all of `messages`."""
@@ -146,8 +146,8 @@ def label_table(runs: Sequence[Answered], elections: Iterable[Election], num_sam
         prompts with a label; value, the share of labels that are right, by exact match; difference, that share less a
         random client's at the same prompts; both with the ends _low and _high of their 95% intervals over prompts, by
         the bootstrap, and _half_width, that of the t-interval over runs; abstained, the share of prompts without a
-        label; uplink_bytes, encoded, of all clients in the round; and for each category of prompts a column such as
-        "category: gcd", the share of its labels that are right.
+        label; uplink_bytes of all clients in the round, encoded with every sample; and for each category of prompts a
+        column such as "category: gcd", the share of its labels that are right.
 
         Beside the elections stand rows with the rules in `BESIDE`. random_client is the mean over clients and their
         first samples, which is what drawing a client gives on average, and so is own_answer, where each client learns
@@ -190,7 +190,7 @@ def elect(run: Answered, election: Election, num_samples: int) -> dict[int, list
         run.embedder,
         num_prompts=len(run.prompts),
         election=election,
-        num_samples=run.num_samples(num_samples),
+        generation=run.generation(num_samples),
         prompts=run.prompts,
         embeds_both=run.embeds_both,
         seed=run.seed,
@@ -232,7 +232,8 @@ def joint_errors(round: int, runs: Sequence[Answered]) -> pd.DataFrame:
 
 
 def read_answered(folder: Path) -> Answered:
-    """The answers that a run has stored.
+    """The answers that a run has stored. Where clients sent numbers of equal draws, these are drawn here in an order at
+    random; where they sent their choice alone, that is all there is of them.
 
     Raises:
         RunFolderError: A file is missing or damaged.
@@ -246,12 +247,7 @@ def read_answered(folder: Path) -> Answered:
         raise UserError(f"{folder} has no answers to public prompts to elect labels from")
     if not any(example.response for example in split.public):
         raise UserError(f"{folder}: no public prompt has a response, so it is not known which answers are right")
-    samples: dict[int, dict[Any, list[list[str]]]] = {}
-    for file in files:
-        of_clients = samples[int(file.stem.removeprefix("round_"))] = {}
-        answers = read_frame(file).sort_values("prompt_id")
-        for client, of_client in answers.groupby("client_id"):
-            of_clients[client] = [drawn["answer"].tolist() for _, drawn in of_client.groupby("sample")]
+    samples = {int(file.stem.removeprefix("round_")): _samples(read_frame(file), config) for file in files}
     embedder, options = embedder_of(config, opened.revisions())
     return Answered(
         samples=samples,
@@ -313,6 +309,28 @@ def parse_part(words: str) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise ConfigError(f"cannot read the options of {words!r}; an example: 'trimmed {{trim: 0.3}}'") from error
     return name.strip(), options
+
+
+def _samples(answers: pd.DataFrame, config: ExperimentConfig) -> dict[int, list[list[str]]]:
+    """A round's samples by client, each P answers."""
+    if "draws" not in answers:  # of a run of a time when every draw was sent
+        answers["draws"] = 1
+    samples = {}
+    for client, generation in enumerate(config.client_generation()):
+        of_client = answers[answers["client_id"] == client].sort_values(["prompt_id", "sample"])
+        if generation.send_draws == "choice":
+            of_client = of_client.assign(draws=1)
+        drawn = []
+        for _, to_prompt in of_client.groupby("prompt_id"):
+            drawn.append(to_prompt["answer"].repeat(to_prompt["draws"].tolist()).tolist())
+        if generation.send_draws == "counted":  # equal ones stand together, and some may be missing
+            padded = [one + [""] * (generation.num_samples - len(one)) for one in drawn]
+            drawn = (
+                np.random.default_rng([config.seed, client]).permuted(np.array(padded, dtype=object), axis=1).tolist()
+            )
+        if drawn:
+            samples[client] = [*map(list, zip(*drawn, strict=True))]
+    return samples
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
+from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
@@ -191,6 +192,22 @@ def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr
         told = labels.table[(labels.table["round"] == round) & (labels.table["competence"] == "expertise")].iloc[0]
         assert told["uplink_bytes"] == run.ledger.loc[run.ledger["round"] == round, "uplink_bytes"].sum()
         assert told["abstained"] == pytest.approx(1 - len(own) / 6)
+
+
+@pytest.mark.real
+def test_draws_that_were_counted_are_all_there_again_and_a_choice_is_one(
+    run: sr.Run, tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path
+) -> None:
+    overrides = {1: {"generation": {"send_draws": "counted"}}, 2: {"generation": {"send_draws": "choice"}}}
+    config = tiny_config(seed=1, algorithm={"first_exchange": 1}, generation={"num_samples": 2},
+                         clients={"overrides": overrides})  # fmt: skip
+    shorter = sr.run(config, out=tmp_path / "run")
+    every, fewer = (read_answered(path).samples[1] for path in (run.path, shorter.path))
+    assert fewer[0] == every[0]
+    for to_prompt, again in zip(zip(*every[1], strict=True), zip(*fewer[1], strict=True), strict=True):
+        assert sorted(map(opinion_of, to_prompt)) == sorted(map(opinion_of, again))
+    assert len(fewer[2]) == 1
+    assert all(text in draws for text, *draws in zip(*fewer[2], *every[2], strict=True))
 
 
 @pytest.mark.real
