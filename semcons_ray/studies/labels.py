@@ -366,7 +366,7 @@ def _beside(round: int, runs: Sequence[Answered], counts: Sequence[int]) -> list
         _Arm(REFERENCE, "", "", 0, known, nothing),
         _Arm(ANY_CLIENT, "", "", 1, [_any(right) for right in firsts], once),
     ]
-    for count in counts if max(counts) > 1 else ():
+    for count in (count for count in counts if count > 1):
         right = [_any(np.concatenate([one[:, :count] for one in of_run], axis=1)) for of_run in drawn]
         arms.append(_Arm(ANY_DRAW, "", "", count, right, [run.uplink_bytes(round, count) for run in runs]))
     return arms
