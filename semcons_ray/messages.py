@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import struct
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -131,7 +133,9 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     a client draws several answers to each prompt, `answers` has the first ones, and `further` P of each other draw.
 
     A client may say the same more shortly: then these are answers that differ, and `counts` has how many of its draws
-    each of them stands for, in the same order; 0 goes with an empty text.
+    each of them stands for, in the same order; 0 goes with an empty text. And it may say how likely its model finds
+    each of these answers: `confidence` is mean log-likelihoods of tokens, float32, little-endian; NaN goes with an
+    empty text.
     """
 
     round_number: Natural
@@ -140,6 +144,7 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     answers: tuple[Text, ...]
     further: tuple[tuple[Text, ...], ...] = ()
     counts: tuple[tuple[Natural, ...], ...] = ()
+    confidence: bytes = b""
 
     def __post_init__(self) -> None:
         if any(len(sample) != len(self.answers) for sample in self.further):
@@ -148,6 +153,19 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
             stands_for = [tuple(map(bool, sample)) for sample in self.counts]
             if stands_for != [tuple(map(bool, sample)) for sample in self.samples]:
                 raise MessageError("Answers: needs a count for each answer, and 0 for an empty one")
+        if self.confidence:
+            if len(self.confidence) != 4 * len(self.answers) * len(self.samples):
+                raise MessageError("Answers: needs a confidence for each answer")
+            pairs = zip(itertools.chain(*self.samples), itertools.chain(*self.confidences), strict=True)
+            if any(not (-math.inf < value <= 0 if text else math.isnan(value)) for text, value in pairs):
+                raise MessageError("Answers: a confidence is over 0 or not finite, or is not NaN with an empty answer")
+
+    @property
+    def confidences(self) -> tuple[tuple[float, ...], ...]:
+        """What `confidence` says of each of `samples`; NaN where it says nothing."""
+        if not self.confidence:
+            return ((math.nan,) * len(self.answers),) * len(self.samples)
+        return tuple(struct.iter_unpack(f"<{len(self.answers)}f", self.confidence))
 
     @property
     def samples(self) -> tuple[tuple[str, ...], ...]:

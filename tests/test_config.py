@@ -212,6 +212,10 @@ def test_what_was_probably_meant(key, meant):
             {"algorithm": {"name": "logit_exchange", "answer_last_round": True}},
             ("algorithm.answer_last_round True", "algorithm.name semantic_consensus"),
         ),
+        (
+            {"algorithm": {"rule": "own_answer"}, "generation": {"send_confidence": True}},
+            ("generation.send_confidence True", "answers that are sent"),
+        ),
         ({"generation": {"send_draws": "choice"}}, ("generation.send_draws choice", "generation.num_samples over 1")),
         ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),

@@ -1,3 +1,4 @@
+import math
 import pickle
 import re
 import struct
@@ -180,6 +181,22 @@ def test_counts_are_there_where_draws_are_counted_and_cost_little():
             Answers(**fields, counts=bad)
     with pytest.raises(MessageError, match="counts"):
         Answers.decode(plain({**fields_of(EXAMPLE), "counts": [[-1, 0]]}))
+
+
+def test_confidence_is_four_bytes_an_answer():
+    fields = {"round_number": 1, "client_id": 2, "num_examples": 64, "answers": ("Paris", "")}
+    message = Answers(**fields, confidence=struct.pack("<2f", -0.5, math.nan))
+    assert len(message.encode()) == len(EXAMPLE.encode()) + 11 + 2 + 4 * 2
+    decoded = Answers.decode(message.encode("zstd"))
+    assert decoded.confidences[0][0] == -0.5
+    both = Answers(**fields, further=(("", "Rome"),), confidence=struct.pack("<4f", -1, math.nan, math.nan, 0))
+    assert str(both.confidences) == "((-1.0, nan), (nan, 0.0))"
+    assert str(EXAMPLE.confidences) == "((nan, nan),)"
+    for bad in ((-0.5,), (-0.5, 0.0), (0.5, math.nan), (math.nan, math.nan), (-math.inf, math.nan)):
+        with pytest.raises(MessageError, match="confidence"):
+            Answers(**fields, confidence=struct.pack(f"<{len(bad)}f", *bad))
+    with pytest.raises(MessageError, match="confidence"):
+        Answers.decode(plain({**fields_of(EXAMPLE), "confidence": b"\x00\x00"}))
 
 
 @given(global_adapters)

@@ -4,6 +4,7 @@ All is drawn from seeds, so a failure comes again.
 """
 
 import json
+import math
 import random
 import struct
 import tracemalloc
@@ -65,6 +66,7 @@ EXAMPLES: dict[type[Message], Message] = {
 SEVERAL = [
     structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS)),
     structs.replace(EXAMPLES[Answers], further=(("", "x", "", "", ""),), counts=((3, 0, 7, 1, 2), (0, 1, 0, 0, 0))),
+    structs.replace(EXAMPLES[Answers], confidence=struct.pack("<5f", -1, math.nan, -0.5, 0, -9e9)),
 ]
 
 packb = msgspec.msgpack.encode
@@ -195,6 +197,11 @@ def check_right(message: Message) -> None:
             assert type(text) is str
             assert len(text) <= 2**20
             text.encode()
+    if isinstance(message, Answers) and message.confidence:
+        values = struct.unpack(f"<{len(message.answers) * len(message.samples)}f", message.confidence)
+        texts = [text for sample in message.samples for text in sample]
+        pairs = zip(texts, values, strict=True)
+        assert all(-math.inf < value <= 0 if text else math.isnan(value) for text, value in pairs)
     if isinstance(message, Answers) and message.counts:
         for texts, counts in zip(message.samples, message.counts, strict=True):
             assert all(type(count) is int and count >= 0 for count in counts)

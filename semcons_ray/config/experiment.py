@@ -453,6 +453,14 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         "answers that are sampled and sent: generation.temperature over 0, and algorithm.name semantic_consensus with "
         "an algorithm.rule other than own_answer",
     ),
+    (
+        ("generation.send_confidence",),
+        lambda config: (
+            config.algorithm.forms_consensus and config.algorithm.rule != "own_answer" and bool(config.scored_models)
+        ),
+        "answers that are sent, by algorithm.name semantic_consensus with an algorithm.rule other than own_answer, and "
+        "a client whose model tells likelihoods",
+    ),
     (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
     (
         ("generation.stop",),

@@ -480,6 +480,11 @@ class GenerationConfig(Settings):
         "and punctuation, each with the number of draws that say so, which is fewer bytes where answers are short; "
         "choice: the most common one with its number, which has the client's whole vote.",
     )
+    send_confidence: bool = Field(
+        False,
+        description="Whether a client sends with each answer how likely its model finds it: the mean log-likelihood of "
+        "its tokens, for an algorithm.competence that asks for it. Models that tell no likelihoods send none.",
+    )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
         description="Texts at which an answer ends, as [Question:]; it is cut before the first of them. Empty: there "

@@ -196,6 +196,7 @@ class Client:
                 answers=first,
                 further=tuple(further),
                 counts=tuple(counts),
+                confidence=self._confidence(samples, work) if self.generation.send_confidence else b"",
             ).encode(compression)
             work.uplink_bytes = len(uplink)
         return uplink
@@ -342,6 +343,20 @@ class Client:
         score = self.model.score(pairs)
         work.tokens += score.processed_tokens
         return score.nll, score.num_tokens, score.num_bytes
+
+    def _confidence(self, samples: Sequence[Sequence[str]], work: Work) -> bytes:
+        """See `Answers`: mean log-likelihood (nats a token) of each answer, of a conversation of all responses in it;
+        empty if the model does not tell. Equal answers are scored once."""
+        if not isinstance(self.model, Scores):
+            return b""
+        given = [(prompt, answer) for answers in samples for prompt, answer in zip(self.prompts, answers, strict=True)]
+        pairs = [Pair(prompt, answer) for prompt, answer in dict.fromkeys(given) if answer]
+        nll, lengths, _ = self._likelihood(pairs, work)
+        means = {
+            (pair.prompt, pair.response): -total / max(length, 1)
+            for pair, total, length in zip(pairs, nll, lengths, strict=True)
+        }
+        return np.array([means.get(one, math.nan) for one in given], "<f4").tobytes()
 
     def _samples(
         self, prompts: Sequence[Prompt], round: int, stage: Stage, generation: GenerationConfig, work: Work

@@ -6,6 +6,7 @@ or as many samples as it draws; P public prompts; D embedding dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -36,6 +37,7 @@ class Verdict:
         samples: Which of its client's samples each is, from 0, (B,).
         answers: The answers, shape (B, P); an empty text where one is missing.
         draws: How many of its client's draws each answer stands for, (B, P): 1, unless the client counts them.
+        confidence: How likely its client's model finds each answer, (B, P): see `Answers`; NaN where it does not say.
         similarity: Mean cosine of an answer to the others of its prompt, (P, B); see `Consensus.similarity`.
         winner: Id of the client whose answer was elected, (P,); -1 where none was.
         winning_sample: Which of that client's samples it was, (P,); -1 where none was.
@@ -52,6 +54,7 @@ class Verdict:
     samples: tuple[int, ...]
     answers: tuple[tuple[str, ...], ...]
     draws: tuple[tuple[int, ...], ...]
+    confidence: tuple[tuple[float, ...], ...]
     similarity: npt.NDArray[np.float32]
     winner: npt.NDArray[np.int64]
     winning_sample: npt.NDArray[np.int64]
@@ -232,6 +235,8 @@ class Server:
                     raise MessageError(f"Answers: {found} samples of each answer, not up to {asked.most_sent} counted")
                 if (most := max(map(sum, zip(*message.counts, strict=True)), default=0)) > asked.num_samples:
                     raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
+            if message.confidence and not asked.send_confidence:
+                raise MessageError("Answers: confidence that was not asked for")
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
@@ -245,7 +250,7 @@ class Server:
             client_ids = [client for client, _ in self._ballots]
             sent = self._answers
             ballots = [self._ballot(client, sample) for client, sample in self._ballots]
-            answers, draws = [texts for texts, _ in ballots], [counts for _, counts in ballots]
+            answers, draws, confidence = zip(*ballots, strict=True) if ballots else ((), (), ())
             weights = [float(sent[c].num_examples) if c in sent else 0.0 for c in client_ids]
             numbers = {client: number for number, client in enumerate(self._asked)}
             has_several = len(self._ballots) > len(numbers)
@@ -255,6 +260,7 @@ class Server:
                 embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
             device = embeddings.device
             weighs = not self._election.counts_all_alike
+            says_confidence = any(own.send_confidence for own in self._asked.values())
             trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
             consensus = form_consensus(
                 embeddings,
@@ -267,6 +273,7 @@ class Server:
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
                 opinions=opinions_of(answers) if weighs else None,
+                confidence=torch.tensor(confidence).T if says_confidence else None,
                 texts=opinions_of([(text,) for row in answers for text in row]).view(len(answers), -1).T
                 if weighs
                 else None,
@@ -293,6 +300,7 @@ class Server:
             samples=tuple(self._ballots[column][1] for column in ascending),
             answers=tuple(answers[column] for column in ascending),
             draws=tuple(draws[column] for column in ascending),
+            confidence=tuple(confidence[column] for column in ascending),
             similarity=consensus.similarity.cpu().numpy()[:, ascending],
             winner=of_winner[:, 0],
             winning_sample=of_winner[:, 1],
@@ -305,13 +313,16 @@ class Server:
             refused=self._refused,
         )
 
-    def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The texts of a ballot, (P,), and how many draws each of them stands for; all empty if none came."""
+    def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
+        """The texts of a ballot, (P,), how many draws each of them stands for, and the client's confidence in it; all
+        empty if none came."""
+        every = self._num_prompts
         counts = self._asked[client].send_draws != "all"
         if client not in self._answers or sample >= len(self._answers[client].samples):
-            return ("",) * self._num_prompts, (int(not counts),) * self._num_prompts
+            return ("",) * every, (int(not counts),) * every, (math.nan,) * every
         message = self._answers[client]
-        return message.samples[sample], message.counts[sample] if counts else (1,) * self._num_prompts
+        draws = message.counts[sample] if counts else (1,) * every
+        return message.samples[sample], draws, message.confidences[sample]
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`."""

@@ -484,6 +484,7 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
                 "sample": sample,
                 "answer": verdict.answers[column][prompt],
                 "draws": verdict.draws[column][prompt],
+                "confidence": verdict.confidence[column][prompt],
                 "similarity": verdict.similarity[prompt, column],
                 "chosen": bool(elected[prompt] == (client, sample) and not verdict.abstained[prompt]),
                 "agreement": verdict.agreement[prompt],

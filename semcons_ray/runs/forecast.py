@@ -250,8 +250,8 @@ class Forecast:
 
     def _bytes_of_answers(self, client: int) -> int:
         own = self._generation_of[client]
-        counts = len(self._likely_answers) if own.send_draws != "all" else 0
-        return own.most_sent * (self._answer_bytes + counts)
+        beside = (own.send_draws != "all") + 4 * own.send_confidence  # a count is a byte, if it is under 128
+        return own.most_sent * (self._answer_bytes + beside * len(self._likely_answers))
 
     @cached_property
     def _label_bytes(self) -> int:
@@ -337,7 +337,8 @@ class Forecast:
         answers = prompts if self._sends_answers(round) or (self._labels_itself and self._learns(round)) else 0
         if self._sends_answers(round) and not algorithm.exchanges_tokens:
             answers *= self._generation_of[client].num_samples
-        scored = answers * (lengths.prompt + lengths.answer) if algorithm.exchanges_tokens else 0.0
+        scores = algorithm.exchanges_tokens or self._generation_of[client].send_confidence
+        scored = answers * (lengths.prompt + lengths.answer) if scores and self._sends_answers(round) else 0.0
         return Load(trained=passes * tokens, generated=answers * lengths.answer, scored=scored)
 
     def _traffic(self, client: int, round: int) -> Load:

@@ -25,6 +25,7 @@ from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
 from tests.federation.rows import work
+from tests.parrots import Parrot
 
 EXAMPLES = [Example(f"add one and {word}", f"it is {word}", "add") for word in ("two", "three", "four", "five")]
 MakeClient = Callable[..., Client]
@@ -319,6 +320,30 @@ def test_a_client_counts_its_own_draws(make_client: MakeClient, send: Any) -> No
     assert len(message.counts) < 6
     assert work(client.ledger.take(), "uplink_bytes")[0][-1] == len(sent) < len(every.encode())
     client.label_prompts(3)  # of one draw, which nobody counts
+
+
+def test_confidence_is_the_mean_log_likelihood_of_what_is_sent(make_client: MakeClient) -> None:
+    client = make_client()
+    client.fine_tune(1, NO_LABELS)
+    client.generation = GenerationConfig(max_new_tokens=3, num_samples=4, top_k=2, send_draws="counted")
+    plain = Answers.decode(client.answer(2))
+    client.ledger.take()
+    client.generation = client.generation.model_copy(update={"send_confidence": True})
+    sent = client.answer(2)
+    message = Answers.decode(sent)
+    assert (message.samples, message.counts) == (plain.samples, plain.counts)
+    for texts, values in zip(message.samples, message.confidences, strict=True):
+        for prompt, text, value in zip(client.prompts, texts, values, strict=True):
+            if not text:
+                assert math.isnan(value)
+                continue
+            score = adapted(client).score([Pair(prompt, text)])
+            assert value == pytest.approx(-score.nll_sum / score.num_tokens[0], rel=1e-5)
+    (row,) = client.ledger.take()
+    assert row.uplink_bytes == len(sent) == len(plain.encode()) + 11 + 2 + len(message.confidence)
+    client.model = Parrot(Path("nowhere"))
+    client.model.restore({})
+    assert Answers.decode(client.answer(2)).confidence == b""  # it tells no likelihoods
 
 
 class OneWord:

@@ -1,5 +1,7 @@
+import math
 import re
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -203,6 +205,42 @@ def test_a_client_that_counts_otherwise_than_it_is_asked_to_has_no_vote(send: st
     judge.begin(1, [0])
     judge.collect(0, message)
     assert judge.conclude().refused == {0: f"client 0, round 1: Answers: {says}"}
+
+
+def sure(evidence: Evidence) -> Tensor:
+    """Competence: what clients say of how likely an answer is; who says nothing has half a vote."""
+    assert evidence.confidence is not None
+    return evidence.confidence.exp().nan_to_num(0.5)
+
+
+def test_what_clients_say_of_their_confidence_reaches_competence() -> None:
+    asked = GenerationConfig(send_confidence=True)
+    judge = Server(
+        Compass(), num_prompts=2, election=Election("plurality", competence=f"{__name__}:sure"), seed=0,
+        generation=[asked] * 3, ledger=Ledger("server", "n"),
+    )  # fmt: skip
+    judge.begin(1, [0, 1, 2])
+    for client, (word, values) in enumerate({"left": (-3, math.nan), "right": (-0.1, math.nan)}.items()):
+        answers = Answers(
+            round_number=1, client_id=client, num_examples=1, answers=(word, ""), confidence=struct.pack("<2f", *values)
+        )
+        judge.collect(client, answers.encode())
+    judge.collect(2, uplink(2, "middle", "right"))
+    verdict = judge.conclude()
+    weights = [math.exp(-3), math.exp(-0.1), 0.5]
+    assert verdict.votes[0] == pytest.approx([3 * one / sum(weights) for one in weights])
+    assert verdict.labels.responses[0] == "right"
+    assert np.array(verdict.confidence)[:, 0] == pytest.approx([-3, -0.1, math.nan], nan_ok=True)
+
+
+def test_confidence_that_was_not_asked_for_is_refused() -> None:
+    judge = server()
+    judge.begin(1, [0])
+    answers = Answers(
+        round_number=1, client_id=0, num_examples=1, answers=("left", ""), confidence=struct.pack("<2f", -1, math.nan)
+    )
+    judge.collect(0, answers.encode())
+    assert judge.conclude().refused == {0: "client 0, round 1: Answers: confidence that was not asked for"}
 
 
 def test_two_clients_with_two_samples_by_hand() -> None:

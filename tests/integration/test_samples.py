@@ -38,8 +38,11 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     run = tmp_path / "run"
     run_experiment(config, run, Silent())
     table = votes(run)
-    columns = ["prompt_id", "client_id", "sample", "answer", "draws", "similarity", "chosen", "agreement", "abstained"]
-    assert [*table] == columns
+    assert [*table] == [
+        *("prompt_id", "client_id", "sample", "answer", "draws", "confidence"),
+        *("similarity", "chosen", "agreement", "abstained"),
+    ]
+    assert table["confidence"].isna().all()
     assert set(table["draws"]) == {1}
     assert table.groupby("client_id")["sample"].unique().map(list).to_dict() == {0: [0, 1], 1: [0, 1], 2: [0, 1, 2]}
     assert len(table) == 6 * 7
@@ -93,6 +96,28 @@ def test_counted_draws_are_fewer_bytes_and_elect_the_same(tmp_path: Path, tiny_c
     assert {load.generated for load in loads.values()} == {loads["all"].generated}
     assert loads["counted"].uplink_bytes == loads["all"].uplink_bytes + 3 * 4 * 6  # at most; a count is a byte
     assert loads["choice"].uplink_bytes == loads["counted"].uplink_bytes / 4
+
+
+def test_confidence_is_sent_counted_and_kept(tmp_path: Path, tiny_config: Make) -> None:
+    runs = {}
+    for send in (False, True):
+        config = tiny_config(num_rounds=2, **settings(num_samples=2, send_confidence=send))
+        runs[send] = Forecast(plan_experiment(config, Silent())).rounds[1]
+        run_experiment(config, tmp_path / str(send), Silent())
+    ledgers = {send: pd.read_parquet(tmp_path / str(send) / "ledger.parquet") for send in runs}
+    by_client = {
+        send: ledger[ledger["stage"] == "generate"].groupby("client_id")["uplink_bytes"].sum().tolist()
+        for send, ledger in ledgers.items()
+    }
+    assert by_client[True] == [without + 11 + 2 + 2 * 6 * 4 for without in by_client[False]]
+    assert runs[True].uplink_bytes == runs[False].uplink_bytes + 3 * 2 * 6 * 4
+    assert runs[True].scored > runs[False].scored
+    tables = {send: votes(tmp_path / str(send)) for send in runs}
+    given = tables[True]["confidence"]
+    assert (given[tables[True]["answer"] != ""] < 0).all()
+    pd.testing.assert_frame_equal(
+        tables[True].drop(columns="confidence"), tables[False].drop(columns="confidence"), check_exact=True
+    )
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:
