@@ -43,7 +43,9 @@ def expertise(
     neighbourhoods are those of Smoothie (arXiv:2412.04692). Time is O(P B + P^2 (D + N)), memory O(P B) and a
     block of cosines.
 
-    With one sample a client (`generation.num_samples`) agreement is noisy; several make it, and the vote, much better.
+    Agreement is noisy with one sample a client; several (`generation.num_samples`) make it, and the vote, better. Liars
+    that all send one text lose weight by it, and those that agree on another lie for each prompt gain much: it does not
+    replace a defence.
     """
     if evidence.prompts is None:
         raise ValueError("competence expertise needs the vectors of the prompts")
