@@ -36,7 +36,7 @@ class Verdict:
         client_ids: The client of each ballot, ascending, shape (B,).
         samples: Which of its client's samples each is, from 0, (B,).
         answers: The answers, shape (B, P); an empty text where one is missing.
-        draws: How many of its client's draws each answer stands for, (B, P): 1, unless the client counts them.
+        draws: How many of its client's draws each answer stands for, (B, P): 1, unless it is the client's choice.
         confidence: How likely its client's model finds each answer, (B, P): see `Answers`; NaN where it does not say.
         similarity: Mean cosine of an answer to the others of its prompt, (P, B); see `Consensus.similarity`.
         winner: Id of the client whose answer was elected, (P,); -1 where none was.
@@ -188,8 +188,8 @@ class Server:
         ordered = [client_ids[place] for place in order]
         alike = GenerationConfig()
         self._asked = {client: self._generation[client] if self._generation else alike for client in ordered}
-        num_ballots = [own.most_sent for own in self._asked.values()]
-        self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.most_sent)]
+        num_ballots = [own.num_sent for own in self._asked.values()]
+        self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.num_sent)]
         # Among equals a client is drawn, so that more samples are no more chances, and then its first sample wins.
         ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat(num_ballots, axis=1)
         most = max(num_ballots, default=1)
@@ -228,13 +228,12 @@ class Server:
             if len(message.answers) != self._num_prompts:
                 raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
             found, asked = len(message.samples), self._asked[client_id]
-            if asked.send_draws == "all" and (message.counts or found != asked.num_samples):
-                raise MessageError(f"Answers: {found} samples of each answer, not {asked.num_samples}")
-            if asked.send_draws != "all":
-                if not message.counts or found > asked.most_sent:
-                    raise MessageError(f"Answers: {found} samples of each answer, not up to {asked.most_sent} counted")
-                if (most := max(map(sum, zip(*message.counts, strict=True)), default=0)) > asked.num_samples:
-                    raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
+            if found != asked.num_sent:
+                raise MessageError(f"Answers: {found} samples of each answer, not {asked.num_sent}")
+            if bool(message.counts) != (asked.send_draws == "choice"):
+                raise MessageError("Answers: counts of draws that were not asked for, or none that were")
+            if (most := max(message.counts, default=0)) > asked.num_samples:
+                raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
             if message.confidence and not asked.send_confidence:
                 raise MessageError("Answers: confidence that was not asked for")
         return message
@@ -315,14 +314,12 @@ class Server:
 
     def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
         """The texts of a ballot, (P,), how many draws each of them stands for, and the client's confidence in it; all
-        empty if none came."""
+        empty if its client is missing."""
         every = self._num_prompts
-        counts = self._asked[client].send_draws != "all"
-        if client not in self._answers or sample >= len(self._answers[client].samples):
-            return ("",) * every, (int(not counts),) * every, (math.nan,) * every
+        if client not in self._answers:
+            return ("",) * every, (0,) * every, (math.nan,) * every
         message = self._answers[client]
-        draws = message.counts[sample] if counts else (1,) * every
-        return message.samples[sample], draws, message.confidences[sample]
+        return message.samples[sample], message.counts or (1,) * every, message.confidences[sample]
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`."""
