@@ -13,6 +13,7 @@ from torch import Tensor
 import semcons_ray as sr
 from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
+from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
 from semcons_ray.messages import Answers
 from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
@@ -132,6 +133,23 @@ def test_a_round_of_one_run_alone_and_a_client_that_did_not_answer() -> None:
     assert elect(silent, PLURALITY, 1)[2] == [None] * 4
     assert "Round" in str(labels)
     assert "2 prompts are left out" in str(labels)
+
+
+def trusts_once(evidence: Evidence) -> Ruling:
+    """Defence: votes count by trust, and afterwards nobody is trusted any more."""
+    return Ruling(evidence.trust[evidence.voters].expand_as(evidence.shares), torch.zeros_like(evidence.trust))
+
+
+def test_elections_are_those_of_the_runs_server_by_its_seed_and_with_trust_kept() -> None:
+    tied = replace(RUN, samples={1: {0: [["a"] * 4], 1: [["b"] * 4]}})
+    by_seed = [elect(replace(tied, seed=seed), PLURALITY, 1)[1] for seed in range(5)]
+    assert {label for labels in by_seed for label in labels} == {"a", "b"}
+    assert len({tuple(map(str, labels)) for labels in by_seed}) > 1
+    assert by_seed[3] == elect(replace(tied, seed=3), PLURALITY, 1)[1]
+    twice = replace(RUN, samples={1: RUN.samples[1], 2: RUN.samples[1]})
+    elected = elect(twice, replace(PLURALITY, defence=f"{__name__}:trusts_once"), 2)
+    assert elected[1][:3] == ["a", "b", "c"]
+    assert elected[2] == [None] * 4
 
 
 def test_more_samples_than_were_drawn_are_refused() -> None:
