@@ -263,6 +263,12 @@ class PromptsConfig(Settings):
     columns: Columns = Field(
         default_factory=dict, description="What the columns of prompts.source hold; written as data.columns."
     )
+    sentinels: int = Field(
+        0,
+        ge=0,
+        description="How many of the public prompts are drawn whose answers, the data's own, the server knows, for "
+        "algorithm.competence sentinels. Clients are not told which; known answers become their labels.",
+    )
     selection: Annotated[str, PartName("selection")] = Field(
         "stratified",
         description="How they are chosen: at random, evenly over categories, or spread out in embedding space "

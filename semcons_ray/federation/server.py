@@ -19,6 +19,7 @@ from torch import Tensor
 
 from semcons_ray.config import GenerationConfig
 from semcons_ray.consensus import NORM_TOLERANCE, Election, form_consensus
+from semcons_ray.consensus.evidence import UNKNOWN
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
 from semcons_ray.federation.opinions import opinions_of
 from semcons_ray.federation.randomness import priorities
@@ -134,6 +135,9 @@ class TextEmbedder(Protocol):
         ...
 
 
+NOTHING_KNOWN: Mapping[int, str] = {}
+
+
 class Server:
     """The server's part of the protocol, in this process.
 
@@ -148,8 +152,9 @@ class Server:
         prompts: The public prompts as texts, (P,), for defences, and to be embedded together with their answers; empty:
             there is no need of them.
         embeds_both: Whether answers are embedded together with their prompts.
-        references: For rule `reference`, the data's own answers, (P,), which become the pseudo-labels instead of
-            elected ones: an upper bound. Empty for every other rule.
+        known: Answers that it knows, by prompt, which become the pseudo-labels instead of elected ones: else it would
+            hand out answers of which it knows that they are wrong, or tell by leaving them out which ones it knows. For
+            the rule `reference` all, an upper bound.
         seed: The experiment's seed.
         ledger: Where its work is recorded.
     """
@@ -163,7 +168,7 @@ class Server:
         generation: Sequence[GenerationConfig] = (),
         prompts: Sequence[str] = (),
         embeds_both: bool = False,
-        references: Sequence[str] = (),
+        known: Mapping[int, str] = NOTHING_KNOWN,
         seed: int,
         ledger: Ledger,
     ) -> None:
@@ -173,7 +178,7 @@ class Server:
         self._generation = generation
         self._prompts = prompts
         self._embeds_both = embeds_both
-        self._references = references
+        self._known = known
         self._seed = seed
         self._ledger = ledger
 
@@ -261,6 +266,7 @@ class Server:
             weighs = not self._election.counts_all_alike
             says_confidence = any(own.send_confidence for own in self._asked.values())
             trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
+            opinions, right = self._opinions(answers) if weighs else (None, None)
             consensus = form_consensus(
                 embeddings,
                 (lengths > 0).to(device),
@@ -271,7 +277,8 @@ class Server:
                 num_draws=torch.tensor([self._asked[c].num_samples for c in client_ids]),
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
-                opinions=opinions_of(answers) if weighs else None,
+                opinions=opinions,
+                known=right,
                 confidence=torch.tensor(confidence).T if says_confidence else None,
                 texts=opinions_of([(text,) for row in answers for text in row]).view(len(answers), -1).T
                 if weighs
@@ -282,9 +289,8 @@ class Server:
             self._trust |= dict(zip(numbers, consensus.trust.tolist(), strict=True))
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
-            if self._references:
-                winner, abstained = np.full_like(winner, -1), np.zeros_like(abstained)
-                elected = dict(enumerate(self._references))
+            winner[[*self._known]], abstained[[*self._known]] = -1, False
+            elected |= self._known
             labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
             labels = PseudoLabels(
                 round_number=self._round,
@@ -311,6 +317,16 @@ class Server:
             rows=tuple(self._ledger.take()),
             refused=self._refused,
         )
+
+    def _opinions(self, answers: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None]:
+        """See `Evidence.opinions` and `Evidence.known`."""
+        if not self._known:
+            return opinions_of(answers), None
+        # Right answers are compared as if they were a last ballot.
+        opinions = opinions_of([*answers, [self._known.get(prompt, "") for prompt in range(self._num_prompts)]])
+        right = opinions[:, -1].where(opinions[:, -1] < len(answers), -1)
+        right[[prompt for prompt in range(self._num_prompts) if prompt not in self._known]] = UNKNOWN
+        return opinions[:, :-1], right
 
     def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
         """The texts of a ballot, (P,), how many draws each of them stands for, and the client's confidence in it; all
@@ -379,7 +395,7 @@ class ServerSpec:
     num_prompts: int
     election: Election
     prompts: tuple[str, ...]
-    references: tuple[str, ...]
+    known: Mapping[int, str]
     seed: int
     generation: tuple[GenerationConfig, ...] = ()
     embeds_both: bool = False
@@ -402,7 +418,7 @@ class ServerSpec:
             generation=self.generation,
             prompts=self.prompts,
             embeds_both=self.embeds_both,
-            references=self.references,
+            known=self.known,
             seed=self.seed,
             ledger=ledger,
         )

@@ -286,7 +286,7 @@ def test_missing_clients_and_empty_answers_have_no_vote() -> None:
 
 def test_references_are_handed_out_instead_of_what_was_elected() -> None:
     judge = Server(
-        Compass(), num_prompts=2, election=Election(), references=("north", "south"), seed=0,
+        Compass(), num_prompts=2, election=Election(), known={0: "north", 1: "south"}, seed=0,
         ledger=Ledger("server", "n"),
     )  # fmt: skip
     judge.begin(1, [0, 1])
@@ -296,6 +296,29 @@ def test_references_are_handed_out_instead_of_what_was_elected() -> None:
     assert verdict.labels.responses == ("north", "south")
     assert verdict.winner.tolist() == [-1, -1]
     assert verdict.agreement[0] == pytest.approx(0.766, abs=1e-3)  # cos 40 degrees: how far the clients agree
+
+
+def knows(evidence: Evidence) -> Tensor:
+    """Competence: who gives a known answer has all the weight there."""
+    assert evidence.known is not None
+    return (evidence.opinions == evidence.known[:, None]).float() + 1e-3
+
+
+def test_known_answers_reach_competence_and_become_labels_and_others_are_elected() -> None:
+    judge = Server(
+        Compass(), num_prompts=3, election=Election("plurality", competence=f"{__name__}:knows"), seed=0,
+        known={0: "LEFT.", 2: "south"}, ledger=Ledger("server", "n"),
+    )  # fmt: skip
+    judge.begin(1, [0, 1, 2])
+    for client, word in enumerate(("left", "right", "right")):
+        judge.collect(client, uplink(client, word, word, word))
+    verdict = judge.conclude()
+    assert verdict.labels.responses == ("LEFT.", "right", "south")
+    assert verdict.winner.tolist()[::2] == [-1, -1]
+    assert verdict.winner[1] in (1, 2)
+    assert verdict.abstained.tolist() == [False] * 3
+    assert verdict.votes[0] == pytest.approx([3 * 1.001 / 1.003, 3e-3 / 1.003, 3e-3 / 1.003], rel=1e-4)
+    assert verdict.votes[1].tolist() == verdict.votes[2].tolist() == [1, 1, 1]  # unknown, and known to nobody
 
 
 def test_a_round_without_any_answer_abstains() -> None:
@@ -444,7 +467,7 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     monkeypatch.setattr(Noted, "made", [])
 
     def build(**more: Any) -> Server:
-        spec = {"prompts": ("a", "b"), "references": (), "election": Election(min_votes=1), "seed": 0} | more
+        spec = {"prompts": ("a", "b"), "known": {}, "election": Election(min_votes=1), "seed": 0} | more
         return ServerSpec(
             f"{__name__}:Noted", {"turn": 2}, device=device, threads=3, num_prompts=2, embeds_both=True, **spec
         ).build()
@@ -457,7 +480,7 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     for client, word in enumerate(("right", "left", "middle")):
         judge.collect(client, uplink(client, word, ""))
     assert judge.conclude().labels.responses == ("left",)  # as it is with prompts, and as one vote is enough
-    judge = build(references=("north", "south"))
+    judge = build(known={0: "north", 1: "south"})
     judge.begin(1, [0])
     assert judge.conclude().labels.responses == ("north", "south")
 

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
@@ -114,6 +115,26 @@ def test_confidence_is_sent_counted_and_kept(tmp_path: Path, tiny_config: Make) 
     pd.testing.assert_frame_equal(
         tables[True].drop(columns="confidence"), tables[False].drop(columns="confidence"), check_exact=True
     )
+
+
+def test_sentinels_are_the_same_whoever_asks_and_their_answers_are_labels(tmp_path: Path, tiny_config: Make) -> None:
+    config = tiny_config(
+        num_rounds=3,
+        algorithm={"rule": "plurality", "first_exchange": 1, "competence": "sentinels"},
+        prompts={"sentinels": 2},
+    )
+    run = sr.run(config, out=tmp_path / "run")
+    labels = [run.labels(round).set_index("prompt_id") for round in (1, 2)]
+    known = [of_round[of_round["client_id"] == -1] for of_round in labels]
+    assert known[0].index.tolist() == known[1].index.tolist()
+    assert len(known[0]) == 2
+    data = pd.read_parquet(tmp_path / "run" / "data.parquet").query("role == 'public'").reset_index()
+    assert known[0]["label"].tolist() == data["response"][known[0].index].tolist()
+    assert len(labels[0]) == run.rounds.set_index("round").loc[1, "num_labels"]
+    with pytest.raises(sr.ConfigError, match=r"competence sentinels needs prompts\.sentinels over 0"):
+        tiny_config(algorithm={"competence": "sentinels"})
+    with pytest.raises(sr.ConfigError, match=r"prompts\.sentinels 7 is over prompts\.budget 6"):
+        tiny_config(algorithm={"competence": "sentinels"}, prompts={"sentinels": 7})
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:
