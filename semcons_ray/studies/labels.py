@@ -278,7 +278,8 @@ def elections(
         ConfigError: There is no such part, or it refuses its options.
     """
     algorithm = RunFolder(folder).stored_config().algorithm
-    ways = itertools.product(rules, BUILT_IN["competence"] if competences is None else competences, defences)
+    by_answers = [name for name in BUILT_IN["competence"] if name != "sentinels"]  # which needs right ones
+    ways = itertools.product(rules, by_answers if competences is None else competences, defences)
     made = []
     for way in ways:
         (rule, options), (competence, of_competence), (defence, of_defence) = map(parse_part, way)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election, form_consensus
-from semcons_ray.consensus.competence import expertise
-from semcons_ray.consensus.evidence import Evidence
+from semcons_ray.consensus.competence import expertise, sentinels
+from semcons_ray.consensus.evidence import UNKNOWN, Evidence
+from semcons_ray.errors import ConfigError
 
 
 def evidence(answers: list[list[str]], voters: list[int] | None = None, prompts: Tensor | None = None) -> Evidence:
@@ -175,3 +176,19 @@ def test_those_who_know_win_against_more_who_do_not() -> None:
 def test_prompts_without_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="needs the vectors of the prompts"):
         expertise(replace(evidence(TWO_KNOW), prompts=None))
+
+
+def test_who_is_right_at_the_known_prompts_most_like_this_one_has_the_weight() -> None:
+    """Prompts 0 and 1 are known; 2 is like 0, 3 like 1, and 4 like both. Client 0 is right at 0 in one of two draws,
+    client 1 at 1; nobody says what is right at 1 but client 1."""
+    prompts = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1], [0.5**0.5, 0.5**0.5]])
+    given = evidence([["a", *"xxxx"], ["b", *"xxxx"], ["c", "y", *"xxx"]], [0, 0, 1], prompts)
+    told = replace(given, known=torch.tensor([0, 2, UNKNOWN, UNKNOWN, UNKNOWN]))
+    weights = sentinels(told, neighbours=1, even=0.2)
+    expected = [[0.6, 0.6, 0.2], [0.2, 0.2, 1.0]]
+    torch.testing.assert_close(weights, torch.tensor([*expected, *expected, [0.4, 0.4, 0.6]]))
+    torch.testing.assert_close(sentinels(told, neighbours=9, even=0.2), torch.tensor([0.4, 0.4, 0.6]).expand(5, 3))
+    nobody = replace(given, known=torch.tensor([-1, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]))
+    torch.testing.assert_close(sentinels(nobody), torch.full((5, 3), 0.1))
+    with pytest.raises(ConfigError, match=r"sentinels needs prompts\.sentinels over 0"):
+        sentinels(given)

@@ -15,7 +15,6 @@ from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
-from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
@@ -195,19 +194,16 @@ def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr
 
 
 @pytest.mark.real
-def test_draws_that_were_counted_are_all_there_again_and_a_choice_is_one(
-    run: sr.Run, tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path
+def test_a_choice_is_as_many_draws_as_it_stands_for(
+    tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path
 ) -> None:
-    overrides = {1: {"generation": {"send_draws": "counted"}}, 2: {"generation": {"send_draws": "choice"}}}
-    config = tiny_config(seed=1, algorithm={"first_exchange": 1}, generation={"num_samples": 2},
-                         clients={"overrides": overrides})  # fmt: skip
-    shorter = sr.run(config, out=tmp_path / "run")
-    every, fewer = (read_answered(path).samples[1] for path in (run.path, shorter.path))
-    assert fewer[0] == every[0]
-    for to_prompt, again in zip(zip(*every[1], strict=True), zip(*fewer[1], strict=True), strict=True):
-        assert sorted(map(opinion_of, to_prompt)) == sorted(map(opinion_of, again))
-    assert len(fewer[2]) == 1
-    assert all(text in draws for text, *draws in zip(*fewer[2], *every[2], strict=True))
+    generation = {"max_new_tokens": 1, "top_k": 2, "num_samples": 4, "send_draws": "choice"}
+    config = tiny_config(num_rounds=2, algorithm={"first_exchange": 1}, generation=generation)
+    run = sr.run(config, out=tmp_path / "run")
+    of_clients = read_answered(run.path).samples[1]
+    for (client, prompt), row in run.answers(1).set_index(["client_id", "prompt_id"]).iterrows():
+        draws = [sample[prompt] for sample in of_clients[client]]
+        assert draws == [row["answer"]] * row["draws"] + [""] * (4 - row["draws"])
 
 
 @pytest.mark.real
