@@ -175,7 +175,7 @@ def label_table(runs: Sequence[Answered], elections: Iterable[Election], num_sam
         arms = _beside(round, have, counts)
         for election, count, labels in elected:
             right = [run.is_right(labels[place][round])[:, None] for place, run in zip(there, have, strict=True)]
-            arms.append(_Arm(*_names(election), count, right, [run.uplink_bytes(round, count) for run in have]))
+            arms.append(_Arm(*names_of(election), count, right, [run.uplink_bytes(round, count) for run in have]))
         tables.append(_table(round, arms, have, [questions[place] for place in there]))
     pairs = [joint_errors(round, [run for run in runs if round in run.samples]) for round in rounds]
     left_out = sum(not reference for run in runs for reference in run.references)
@@ -299,7 +299,7 @@ def elections(
 
 
 def parse_part(words: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a part that is written as by `_names`.
+    """Name and options of a part that is written as by `names_of`.
 
     Raises:
         ConfigError: The options are no mapping.
@@ -418,7 +418,7 @@ def _mean(right: FloatArray) -> FloatArray:
     return means
 
 
-def _names(election: Election) -> tuple[str, str, str]:
+def names_of(election: Election) -> tuple[str, str, str]:
     """Rule, competence and defence with their options, as they are written on the command line."""
     parts = (
         (election.rule, election.options),
