@@ -59,6 +59,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "competence": {
         "equal": "semcons_ray.consensus.evidence:equal",
         "expertise": "semcons_ray.consensus.competence:expertise",
+        "sentinels": "semcons_ray.consensus.competence:sentinels",
     },
     "defence": {
         "none": "semcons_ray.consensus.evidence:no_defence",
