@@ -20,7 +20,6 @@ from semcons_ray.consensus.tallies import present_vectors
 SKETCH = 2**20
 """Numbers that the sketches of all clients' answers have together; of vectors at least D for each client."""
 
-
 LOOKED_AT = 512
 """Prompts on which `likeness` is looked at, at most."""
 
@@ -35,7 +34,10 @@ IN_COMMON = 2 / 3
 """Colluders have at least this share of the answers that they are sure of in common, or of the fewer of the two."""
 
 ECHO = 0.95
-"""Cosine of an answer to its prompt from which on it says nothing else."""
+"""Cosine of an answer to its prompt above which it says nothing else."""
+
+NEAR_PROMPT = 0.75
+"""Mean cosine of all answers to a prompt above which none is an echo, as where both are embedded together."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
     Frequency Moments", STOC 1996), with a noise of one in the root of the numbers that a client's sketch has.
 
     Returns:
-        The correlation, (N, N) float32, and whether the cosine of an answer to its prompt is above `ECHO`, (P, B).
+        The correlation, (N, N) float32, and whether an answer is an echo (`ECHO`, `NEAR_PROMPT`), (P, B).
     """
     num_prompts, num_ballots, dimension = evidence.vectors.shape
     num_clients, device, alone = evidence.num_clients, evidence.vectors.device, _has_one_ballot_each(evidence)
@@ -164,7 +166,8 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
     centre = sketch.mean(dim=1, keepdim=True)
     left = ((1 - to_prompt.square()) * evidence.shares)[::step].sum() / num_clients - centre.square().sum()
     flat = (sketch - centre).transpose(0, 1).reshape(num_clients, -1)
-    return flat @ flat.T / left.clamp(min=1e-6), to_prompt > ECHO
+    mean = to_prompt.sum(dim=1, keepdim=True) / evidence.present.sum(dim=1, keepdim=True).clamp(min=1)
+    return flat @ flat.T / left.clamp(min=1e-6), (to_prompt > ECHO) & (mean <= NEAR_PROMPT)
 
 
 def _mixed(numbers: Tensor) -> Tensor:

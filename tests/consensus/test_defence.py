@@ -108,8 +108,11 @@ def test_clients_that_say_the_same_in_other_words_are_found_by_their_vectors() -
 def test_an_answer_that_is_its_prompt_again_has_no_vote() -> None:
     vectors = torch.eye(4).expand(NUM_PROMPTS, 4, 4)
     prompts = torch.eye(4)[1].expand(NUM_PROMPTS, 4)
-    ruling = Independent()(evidence(torch.arange(4).expand(NUM_PROMPTS, 4), torch.arange(4), vectors, prompts))
+    different = torch.arange(4).expand(NUM_PROMPTS, 4)
+    ruling = Independent()(evidence(different, torch.arange(4), vectors, prompts))
     assert ruling.votes[0].tolist() == [1, 0, 1, 1]
+    together = torch.nn.functional.normalize(vectors + 9 * prompts[:, None], dim=2)  # as if embedded with the prompt
+    assert Independent()(evidence(different, torch.arange(4), together, prompts)).votes.all()
     assert ruling.trust.tolist() == [1, 1, 1, 1]
 
 
