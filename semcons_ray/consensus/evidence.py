@@ -6,6 +6,7 @@ Legend: P prompts, B ballots to each (one of each client, or several samples of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,6 +59,17 @@ class Evidence:
     def num_clients(self) -> int:
         """Number N of clients."""
         return len(self.trust)
+
+    def without(self, ballots: Tensor) -> Evidence:
+        """The same where some ballots, (P, B) bool, are missing."""
+        return dataclasses.replace(
+            self,
+            present=self.present & ~ballots,
+            shares=self.shares.masked_fill(ballots, 0.0),
+            opinions=self.opinions.masked_fill(ballots, -1),
+            texts=self.texts.masked_fill(ballots, -1),
+            similarity=self.similarity.masked_fill(ballots, torch.nan),
+        )
 
     def of_clients(self, values: Tensor) -> Tensor:
         """Sums over each client's ballots, (P, N), of values by ballot, (P, B)."""

@@ -209,11 +209,13 @@ def form_consensus(
             known=None if known is None else known.to(device),
             chunks=chunks,
         )
-        weight = _weights(election.weighs()(evidence), mask, f"algorithm.competence {election.competence}")
         defence = election.defends()
         ruling, max_wins = defence(evidence), getattr(defence, "max_wins", None)
         trust = ruling.trust
-        votes = shares * weight * _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
+        left = _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
+        # Whoever has no vote is no witness of others' competence, either.
+        weight = election.weighs()(evidence.without(left == 0))
+        votes = shares * left * _weights(weight, mask, f"algorithm.competence {election.competence}")
         given, mask = mask, votes > 0
         counting = Evidence.of_clients(evidence, votes).gt(0).sum(dim=1, keepdim=True)
         # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.

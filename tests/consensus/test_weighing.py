@@ -105,6 +105,23 @@ def test_an_answer_whose_vote_was_taken_away_is_not_elected_and_does_not_count(r
     assert consensus.abstained.tolist() == [True, True]  # only two votes count
 
 
+def second_without_the_last(evidence: Evidence) -> Tensor:
+    """Competence: the second client's weight, if nothing of the last one's answers is there."""
+    unheard = not evidence.present[:, -1].any() and evidence.shares[:, -1].sum() == 0 and bool(
+        (evidence.opinions[:, -1] == -1).all()
+    )
+    return torch.tensor([1.0, 5.0 if unheard else 1.0, 1.0]).expand_as(evidence.shares)
+
+
+def test_competence_goes_by_answers_that_have_a_vote() -> None:
+    vectors = torch.tensor([[UP, RIGHT, LEFT]])
+    competence = own(second_without_the_last)
+    assert form(Election("plurality", competence=competence), vectors).winner.tolist() == [0]
+    barred = form(Election("plurality", competence=competence, defence=own(bars_the_last)), vectors)
+    assert barred.winner.tolist() == [1]
+    torch.testing.assert_close(barred.votes, torch.tensor([[1 / 3, 5 / 3, 0]]))
+
+
 def test_where_no_vote_is_left_nothing_is_elected() -> None:
     consensus = form(Election("plurality", defence=own(bars_all)), TWO_AGAINST_ONE)
     assert consensus.winner.tolist() == [-1, -1]
