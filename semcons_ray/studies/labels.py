@@ -313,8 +313,8 @@ def parse_part(words: str) -> tuple[str, dict[str, Any]]:
 
 
 def _samples(answers: pd.DataFrame, config: ExperimentConfig) -> dict[int, list[list[str]]]:
-    """A round's samples by client, each P answers: an answer that stands for several draws is there as often, and a draw
-    that was not sent is an empty text."""
+    """A round's samples by client, each P answers: an answer that stands for several draws is there as often, and a
+    draw that was not sent is an empty text."""
     if "draws" not in answers:  # of a run of a time when every draw was sent
         answers["draws"] = 1
     samples = {}
