@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from semcons_ray.api.doctor import Check, diagnose
-    from semcons_ray.api.experiments import compare, evaluate, load, plan, resume, run, sweep, watch
+    from semcons_ray.api.experiments import audit, compare, evaluate, load, plan, resume, run, sweep, watch
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from semcons_ray.reporting.progress import Progress
     from semcons_ray.runs.observers import Observer
     from semcons_ray.runs.run_folder import Commit
+    from semcons_ray.security.audit import Audit
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.search_space import SweepConfig
     from semcons_ray.tracking.trackers import Tracker
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Algorithm",
     "AnswerMetric",
+    "Audit",
     "Ballots",
     "Check",
     "Client",
@@ -98,6 +100,7 @@ __all__ = [
     "UserError",
     "Visitor",
     "__version__",
+    "audit",
     "compare",
     "diagnose",
     "evaluate",
@@ -111,7 +114,7 @@ __all__ = [
 
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
-    "semcons_ray.api.experiments": ("compare", "evaluate", "load", "plan", "resume", "run", "sweep", "watch"),
+    "semcons_ray.api.experiments": ("audit", "compare", "evaluate", "load", "plan", "resume", "run", "sweep", "watch"),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
     "semcons_ray.consensus.evidence": ("Competence", "Defence", "Evidence", "Ruling"),
@@ -127,6 +130,7 @@ _HOMES = {
     "semcons_ray.reporting.progress": ("Progress",),
     "semcons_ray.runs.observers": ("Observer",),
     "semcons_ray.runs.run_folder": ("Commit",),
+    "semcons_ray.security.audit": ("Audit",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
     "semcons_ray.studies.search_space": ("SweepConfig",),
     "semcons_ray.tracking.trackers": ("Tracker",),

@@ -218,6 +218,7 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("folder", metavar="RUN", help=RUN)
     sub.add_argument("--tasks", type=_names, required=True, metavar="TASKS", help=TASKS)
     sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    command("audit", _audit, sr.audit).add_argument("folders", nargs="+", metavar="RUN", help=RUN)
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -283,6 +284,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     return _tell(sr.evaluate(args.folder, args.tasks, limit=args.limit, say=lambda line: _say(f"{line} ...")))
+
+
+def _audit(args: argparse.Namespace) -> int:
+    for number, folder in enumerate(args.folders):
+        found = sr.audit(folder, say=lambda line: _say(f"{line} ..."))
+        print(f"{chr(10) if number else ''}{folder}\n\n{found}")
+    return 0
 
 
 def _of_study(args: argparse.Namespace) -> Layers:

@@ -23,6 +23,7 @@ from semcons_ray.config import (
     setting_value,
 )
 from semcons_ray.consensus import Election
+from semcons_ray.data.canaries import with_canaries, write_canaries
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.data.sources import is_files, load_examples, pin_data
@@ -54,7 +55,7 @@ from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec, ModelsSpec
 from semcons_ray.federation.kinds import KindModels
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embedder
+from semcons_ray.federation.server import ServerProtocol, ServerSpec, TextEmbedder, build_embedder
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
@@ -210,8 +211,7 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     data = config.data
 
     def embed(texts: Sequence[str]) -> Tensor:
-        name, options = _embedder(config, revisions)
-        return build_embedder(name, options, "cpu").embed(texts)
+        return embedder_of(config, revisions).embed(texts)
 
     sources = _load_sources(config, revisions)
     tallies = [tally for each in sources if each for tally in (each.tally, each.turns) if tally]
@@ -224,8 +224,17 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
         source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed, test=test, public=public
     )
     folder.write_tallies([*tallies, *_held_out(split)])
+    if data.canaries:
+        split, canaries = with_canaries(split, source.examples, data.canaries, config.seed)
+        write_canaries(canaries, folder.canaries)
     write_split(split, folder.data)
     return split
+
+
+def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> TextEmbedder:
+    """The server's embedder, on the CPU; see `build_embedder`."""
+    name, options = _embedder(config, revisions)
+    return build_embedder(name, options, "cpu")
 
 
 def _embedder(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
