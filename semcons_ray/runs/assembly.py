@@ -231,6 +231,19 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     return split
 
 
+def unused_examples(
+    config: ExperimentConfig, split: DataSplit, revisions: Mapping[str, str] = NO_REVISIONS
+) -> list[Example]:
+    """Examples of the private data's source that are in no part of the split.
+
+    Raises:
+        DataError: The data is not there any more, or malformed.
+    """
+    used = {text_of(example.prompt) for example in split.examples()}
+    source, _, _ = _load_sources(config, revisions)
+    return [example for example in source.examples if text_of(example.prompt) not in used]
+
+
 def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> TextEmbedder:
     """The server's embedder, on the CPU; see `build_embedder`."""
     name, options = _embedder(config, revisions)

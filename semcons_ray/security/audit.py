@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,15 +16,16 @@ from rich.table import Table
 
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.canaries import Canary, read_canaries, without_canaries
+from semcons_ray.data.examples import Example
 from semcons_ray.data.split import DataSplit, read_split
-from semcons_ray.errors import RunFolderError, UserError, writing
+from semcons_ray.errors import DataError, RunFolderError, UserError, writing
 from semcons_ray.federation.fleet import client_folder
 from semcons_ray.messages import text_of
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.exported import load_base, response_nll, with_adapter
 from semcons_ray.reporting.tables import read_run
 from semcons_ray.reporting.terminal import print_whole
-from semcons_ray.runs.assembly import embedder_of, find_models
+from semcons_ray.runs.assembly import embedder_of, find_models, unused_examples
 from semcons_ray.runs.run_folder import RunFolder
 from semcons_ray.runs.tasks import device_here
 from semcons_ray.security.canaries import in_models, in_texts, recovered
@@ -172,7 +173,7 @@ def audit_run(out: Path, say: Callable[[str], None]) -> Audit:
     if sent:
         say(f"comparing {len(answers)} answers with private examples")
         embed = embedder_of(config, folder.revisions()).embed
-        told = _disclosure(config, split, sent, embed, random)
+        told = _disclosure(config, split, _unused(config, split, folder, say), sent, embed, random)
         mixes = _mixes(split, answers, embed, random)
         scores["answers"] = in_texts(canaries, sent)
         if algorithm.elects:
@@ -185,28 +186,45 @@ def audit_run(out: Path, say: Callable[[str], None]) -> Audit:
     return result
 
 
+def _unused(
+    config: ExperimentConfig, split: DataSplit, folder: RunFolder, say: Callable[[str], None]
+) -> list[Example]:
+    try:
+        return unused_examples(config, split, folder.revisions())
+    except DataError as error:
+        say(f"only examples of the run itself are held out, which makes leaks harder to see: {error}")
+        return []
+
+
 def _disclosure(
     config: ExperimentConfig,
     split: DataSplit,
-    sent: dict[int, list[str]],
+    unused: Sequence[Example],
+    sent: Mapping[int, Sequence[str]],
     embed: Embed,
     random: np.random.Generator,
 ) -> pd.DataFrame:
-    """The train-against-held-out test; a client's own test set is the best comparison, if it has one."""
-    own = split.client_test or ((),) * len(split.private)
-    if config.data.partition == "natural" and not all(own[client] for client in sent):
-        raise UserError(
-            "with data.partition natural, clients differ in more than categories, so only their own held-out examples "
-            "can be compared with private ones; set data.client_test_fraction"
-        )
+    """The train-against-held-out test.
+
+    Held out are a client's own test set, the test set of all, others' private examples and what is used nowhere; where
+    clients are natural, only what is their own.
+    """
     shares = {}
     for client in sent:
-        others = (one for other, share in enumerate(split.private) if other != client for one in share)
-        shares[client] = Shares(split.private[client], own[client] or [*split.test, *others])
+        trained = split.private[client]
+        tested = split.client_test[client] if split.client_test else ()
+        others = [one for other, share in enumerate(split.private) if other != client for one in share]
+        held_out = [*tested, *unused, *split.test, *others]
+        if config.data.partition == "natural":
+            held_out = [one for one in held_out if one.owner == trained[0].owner]
+        shares[client] = Shares(trained, held_out)
     public = [text_of(example.prompt) for example in split.public]
     table = disclosure(shares, sent, public, embed, random)
     if table.empty:
-        raise UserError("no category of private examples has others on which nobody trained; raise data.num_test")
+        raise UserError(
+            "no private example has others of its category, and with data.partition natural of its client, on which "
+            "nobody trained; raise data.num_test or data.client_test_fraction"
+        )
     return table
 
 

@@ -29,6 +29,9 @@ Embed = Callable[[Sequence[str]], Tensor]
 GRAM = 4
 """Words of an n-gram: shorter ones are shared by sentences that have nothing else in common."""
 
+PER_TRAINED = 5
+"""Held-out examples for each trained one that are enough: more would make the test hardly sharper, and take longer."""
+
 SCORES = ("exact copy", "rare words", "meaning")
 
 COLUMNS = ["client_id", "score", "num_trained", "num_held_out", "trained", "held_out", "effect", "p"]
@@ -43,17 +46,23 @@ class Shares:
 
     Attributes:
         trained: Private examples of the client.
-        held_out: Examples on which it did not train.
+        held_out: Examples on which it did not train, in the order in which they are to be preferred.
     """
 
     trained: Sequence[Example]
     held_out: Sequence[Example]
 
     def matched(self) -> Shares:
-        """Only the categories in which there are examples of both kinds."""
-        both = {one.category for one in self.trained} & {one.category for one in self.held_out}
-        trained, held_out = ([one for one in part if one.category in both] for part in (self.trained, self.held_out))
-        return Shares(trained, held_out)
+        """Only the categories in which there are examples of both kinds, of those held out at most `PER_TRAINED` for
+        each that was trained on: the first."""
+        room = Counter(one.category for one in self.trained for _ in range(PER_TRAINED))
+        held_out = []
+        for one in self.held_out:
+            if room[one.category] > 0:
+                room[one.category] -= 1
+                held_out.append(one)
+        both = {one.category for one in held_out}
+        return Shares([one for one in self.trained if one.category in both], held_out)
 
 
 def disclosure(
