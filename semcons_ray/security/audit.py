@@ -173,7 +173,8 @@ def audit_run(out: Path, say: Callable[[str], None]) -> Audit:
     if sent:
         say(f"comparing {len(answers)} answers with private examples")
         embed = embedder_of(config, folder.revisions()).embed
-        told = _disclosure(config, split, _unused(config, split, folder, say), sent, embed, random)
+        unused = _unused(config, split, folder, say)
+        told = audit_answers(config, split, unused, sent, embed, random)
         mixes = _mixes(split, answers, embed, random)
         scores["answers"] = in_texts(canaries, sent)
         if algorithm.elects:
@@ -196,21 +197,32 @@ def _unused(
         return []
 
 
-def _disclosure(
+def audit_answers(
     config: ExperimentConfig,
     split: DataSplit,
     unused: Sequence[Example],
-    sent: Mapping[int, Sequence[str]],
+    answers: Mapping[int, Sequence[str]],
     embed: Embed,
     random: np.random.Generator,
 ) -> pd.DataFrame:
-    """The train-against-held-out test.
+    """The train-against-held-out test of a run's answers, see `disclosure`.
 
-    Held out are a client's own test set, the test set of all, others' private examples and what is used nowhere; where
+    Held out are a client's own test set, what is used nowhere, the test set of all and others' private examples; where
     clients are natural, only what is their own.
+
+    Args:
+        config: The run's settings.
+        split: Its data, without canaries.
+        unused: Examples of the data that are in no part of the split.
+        answers: All answers that a client has sent, by client id.
+        embed: The run's embedder.
+        random: Random numbers of the permutations.
+
+    Raises:
+        UserError: Nothing is held out that private examples could be compared with.
     """
     shares = {}
-    for client in sent:
+    for client in answers:
         trained = split.private[client]
         tested = split.client_test[client] if split.client_test else ()
         others = [one for other, share in enumerate(split.private) if other != client for one in share]
@@ -219,7 +231,7 @@ def _disclosure(
             held_out = [one for one in held_out if one.owner == trained[0].owner]
         shares[client] = Shares(trained, held_out)
     public = [text_of(example.prompt) for example in split.public]
-    table = disclosure(shares, sent, public, embed, random)
+    table = disclosure(shares, answers, public, embed, random)
     if table.empty:
         raise UserError(
             "no private example has others of its category, and with data.partition natural of its client, on which "

@@ -34,7 +34,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flock(data: Path, others: Path, rate: float, **more: Any) -> dict[str, Any]:
     """Settings of three clients, of which the first leaks at a rate."""
-    kind = "experiments.audit.leaky:Leaky"
+    kind = "tests.security.leaky:Leaky"
     options = {"texts": str(others), "whole": True}
     return {
         "num_rounds": 1,
