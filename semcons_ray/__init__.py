@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from semcons_ray.api.doctor import Check, diagnose
-    from semcons_ray.api.experiments import audit, compare, evaluate, load, plan, resume, run, sweep, watch
+    from semcons_ray.api.experiments import audit, compare, evaluate, labels, load, plan, resume, run, sweep, watch
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from semcons_ray.runs.run_folder import Commit
     from semcons_ray.security.audit import Audit
     from semcons_ray.studies.comparison import ComparisonConfig
+    from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.search_space import SweepConfig
     from semcons_ray.tracking.trackers import Tracker
 
@@ -73,6 +74,7 @@ __all__ = [
     "EngineError",
     "Evidence",
     "ExperimentConfig",
+    "Labels",
     "MessageError",
     "ModelError",
     "NotFiniteError",
@@ -104,6 +106,7 @@ __all__ = [
     "compare",
     "diagnose",
     "evaluate",
+    "labels",
     "load",
     "plan",
     "resume",
@@ -114,7 +117,9 @@ __all__ = [
 
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
-    "semcons_ray.api.experiments": ("audit", "compare", "evaluate", "load", "plan", "resume", "run", "sweep", "watch"),
+    "semcons_ray.api.experiments": (
+        *("audit", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
+    ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
     "semcons_ray.consensus.evidence": ("Competence", "Defence", "Evidence", "Ruling"),
@@ -132,6 +137,7 @@ _HOMES = {
     "semcons_ray.runs.run_folder": ("Commit",),
     "semcons_ray.security.audit": ("Audit",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
+    "semcons_ray.studies.labels": ("Labels",),
     "semcons_ray.studies.search_space": ("SweepConfig",),
     "semcons_ray.tracking.trackers": ("Tracker",),
 }

@@ -1,4 +1,4 @@
-"""The five messages between clients and the server: their fields, encoding and validation.
+"""The messages between clients and the server: their fields, encoding and validation.
 
 Schema (docs/wire.md has the same in prose). A message is one byte of framing, then a MessagePack map; the
 framing byte is 0 for plain and 1 for zstd. The map has the key `type` (below) and the fields of the class, in
@@ -8,14 +8,17 @@ Decoding checks types, ranges and sizes, and that the bytes are exactly those th
 nothing can hide between the fields. Checks that need a receiver's knowledge are made there: the number of prompts in
 federation/client.py and server.py, an adapter's shapes in federation/weights.py.
 
-Legend: P public prompts. Semantic consensus uses the first three: everything that leaves a client is an `Answers`. The
-weight-averaging baselines use the last two.
+Legend: P public prompts, N tokens of all answers of a message, K tokens of a place. Semantic consensus uses the first
+three: everything that leaves a client is an `Answers`. The weight-averaging baselines use the next two, the exchange of
+token probabilities the last two.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import struct
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -128,6 +131,11 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
 
     `num_examples` is the client's number of private examples, by which weighted rules weigh clients, as FedAvg does. If
     a client draws several answers to each prompt, `answers` has the first ones, and `further` P of each other draw.
+
+    A client may say the same more shortly: then these are answers that differ, and `counts` has how many of its draws
+    each of them stands for, in the same order; 0 goes with an empty text. And it may say how likely its model finds
+    each of these answers: `confidence` is mean log-likelihoods of tokens, float32, little-endian; NaN goes with an
+    empty text.
     """
 
     round_number: Natural
@@ -135,10 +143,29 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     num_examples: Positive
     answers: tuple[Text, ...]
     further: tuple[tuple[Text, ...], ...] = ()
+    counts: tuple[tuple[Natural, ...], ...] = ()
+    confidence: bytes = b""
 
     def __post_init__(self) -> None:
         if any(len(sample) != len(self.answers) for sample in self.further):
             raise MessageError("Answers: samples of different numbers of prompts")
+        if self.counts:
+            stands_for = [tuple(map(bool, sample)) for sample in self.counts]
+            if stands_for != [tuple(map(bool, sample)) for sample in self.samples]:
+                raise MessageError("Answers: needs a count for each answer, and 0 for an empty one")
+        if self.confidence:
+            if len(self.confidence) != 4 * len(self.answers) * len(self.samples):
+                raise MessageError("Answers: needs a confidence for each answer")
+            pairs = zip(itertools.chain(*self.samples), itertools.chain(*self.confidences), strict=True)
+            if any(not (-math.inf < value <= 0 if text else math.isnan(value)) for text, value in pairs):
+                raise MessageError("Answers: a confidence is over 0 or not finite, or is not NaN with an empty answer")
+
+    @property
+    def confidences(self) -> tuple[tuple[float, ...], ...]:
+        """What `confidence` says of each of `samples`; NaN where it says nothing."""
+        if not self.confidence:
+            return ((math.nan,) * len(self.answers),) * len(self.samples)
+        return tuple(struct.iter_unpack(f"<{len(self.answers)}f", self.confidence))
 
     @property
     def samples(self) -> tuple[tuple[str, ...], ...]:
@@ -189,12 +216,43 @@ class GlobalAdapter(Message, frozen=True, kw_only=True, tag="global_adapter"):
     tensors: bytes
 
 
+Token = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+
+
+class TokenScores(Message, frozen=True, kw_only=True, tag="token_scores"):
+    """Client to server, in the exchange of token probabilities: P answers as token ids, and the K likeliest tokens at
+    each of their N places, (N, K) uint32, with their probabilities, (N, K) float16, both little-endian."""
+
+    max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
+
+    round_number: Natural
+    client_id: Natural
+    answers: tuple[tuple[Token, ...], ...]
+    tokens: bytes
+    probabilities: bytes
+
+
+class TokenTargets(Message, frozen=True, kw_only=True, tag="token_targets"):
+    """Server to client, in the exchange of token probabilities: P elected answers, or none at all, with the averages,
+    as in `TokenScores`."""
+
+    max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
+
+    round_number: Natural
+    answers: tuple[tuple[Token, ...], ...]
+    tokens: bytes
+    probabilities: bytes
+
+
 NO_LABELS = PseudoLabels(round_number=0, prompt_ids=(), responses=())
 """The pseudo-labels before the first exchange."""
 
+NO_TARGETS = TokenTargets(round_number=0, answers=(), tokens=b"", probabilities=b"")
+"""The targets before the first exchange."""
 
-Uplink = TypeVar("Uplink", Answers, AdapterUpdate)
-Downlink = TypeVar("Downlink", PseudoLabels, GlobalAdapter)
+
+Uplink = TypeVar("Uplink", Answers, AdapterUpdate, TokenScores)
+Downlink = TypeVar("Downlink", PseudoLabels, GlobalAdapter, TokenTargets)
 
 
 def decode_uplink(

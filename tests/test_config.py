@@ -204,6 +204,19 @@ def test_what_was_probably_meant(key, meant):
         ({"generation": {"temperature": 0, "num_samples": 2}}, ("generation.num_samples 2", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"num_samples": 2}}, ("generation.num_samples 2", "algorithm")),
         ({"algorithm": {"rule": "own_answer"}, "generation": {"num_samples": 2}}, ("num_samples 2", "own_answer")),
+        (
+            {"algorithm": {"name": "logit_exchange"}, "generation": {"temperature": 0.5}},
+            ("generation.temperature 0.5", "answers that are sampled"),
+        ),
+        (
+            {"algorithm": {"name": "logit_exchange", "answer_last_round": True}},
+            ("algorithm.answer_last_round True", "algorithm.name semantic_consensus"),
+        ),
+        (
+            {"algorithm": {"rule": "own_answer"}, "generation": {"send_confidence": True}},
+            ("generation.send_confidence True", "answers that are sent"),
+        ),
+        ({"generation": {"send_draws": "choice"}}, ("generation.send_draws choice", "generation.num_samples over 1")),
         ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),
         (
@@ -351,6 +364,10 @@ ALONE = {"clients": {"models": MIXED["models"]}, "model": {"name": "polly"}}
             "algorithm.name fedavg_lora needs clients' weights, and polly of clients.models has none",
         ),
         ({**ALONE, "algorithm": {"name": "centralized"}}, "algorithm.name centralized needs clients' weights"),
+        (
+            {**ALONE, "algorithm": {"name": "logit_exchange"}},
+            "algorithm.name logit_exchange needs token probabilities, and polly of clients.models has none",
+        ),
         (
             {"clients": MIXED, "sharding": {"models": {"polly": 2}}},
             "sharding.models names polly of clients.models, which is not loaded here",
@@ -647,6 +664,18 @@ def test_ranks_are_dealt_out_in_turn():
         ({"algorithm": {"name": "fedavg_lora"}, "clients": {"lora_ranks": [4, 8]}}, "needs equal ranks"),
         ({"algorithm": {"name": "fedavg_lora"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
         ({"algorithm": {"name": "centralized"}, "clients": {"mix": {"a": 1, "b": 1}}}, "needs one architecture"),
+        (
+            {"algorithm": {"name": "logit_exchange"}, "clients": {"mix": {"a": 1, "b": 1}}},
+            r"algorithm\.name logit_exchange needs one tokenizer, and clients\.mix gives clients several models$",
+        ),
+        (
+            {"algorithm": {"name": "logit_exchange"}, "model": {"name": "a"}, "sharding": {"models": {"a": 2}}},
+            r"algorithm\.name logit_exchange needs models that are whole, and sharding\.models divides them$",
+        ),
+        (
+            {"algorithm": {"name": "logit_exchange", "options": {"top_k": 0}}},
+            r"algorithm\.options\.top_k: Input should be greater than or equal to 1 \(got 0\)",
+        ),
         *(
             ({"algorithm": {"name": name}, "model": {"lora": lora}}, rf"\.name {name} .*model\.lora\.{key} trains more")
             for name in ("ffa_lora", "flora", "flexlora", "hetlora", "fedex_lora", "fedsa_lora")

@@ -1,3 +1,4 @@
+import math
 import pickle
 import re
 import struct
@@ -20,13 +21,15 @@ from semcons_ray.messages import (
     Message,
     PseudoLabels,
     PublicPrompts,
+    TokenScores,
+    TokenTargets,
     Turn,
     decode_downlink,
     decode_uplink,
 )
 
 WIRE_PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
-KINDS = [PublicPrompts, Answers, PseudoLabels, AdapterUpdate, GlobalAdapter]
+KINDS = [PublicPrompts, Answers, PseudoLabels, AdapterUpdate, GlobalAdapter, TokenScores, TokenTargets]
 EXAMPLE = Answers(round_number=1, client_id=2, num_examples=64, answers=("Paris", ""))
 UPDATE = AdapterUpdate(round_number=1, client_id=2, num_examples=64, tensors=b"\x00\xff")
 GLOBAL = GlobalAdapter(round_number=1, tensors=b"\x00\xff")
@@ -56,7 +59,13 @@ pseudo_labels = (
 blobs = st.binary(max_size=70_000)
 adapter_updates = st.builds(AdapterUpdate, round_number=numbers, client_id=numbers, num_examples=counts, tensors=blobs)
 global_adapters = st.builds(GlobalAdapter, round_number=numbers, tensors=blobs)
-any_message = public_prompts | answers | pseudo_labels | adapter_updates | global_adapters
+token_ids = st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=20).map(tuple), max_size=20).map(tuple)
+probabilities = {"answers": token_ids, "tokens": blobs, "probabilities": blobs}
+token_scores = st.builds(TokenScores, round_number=numbers, client_id=numbers, **probabilities)
+token_targets = st.builds(TokenTargets, round_number=numbers, **probabilities)
+any_message = (
+    public_prompts | answers | pseudo_labels | adapter_updates | global_adapters | token_scores | token_targets
+)
 compressions = st.sampled_from(["none", "zstd"])
 
 
@@ -160,9 +169,55 @@ def test_one_draw_is_written_as_if_there_were_never_more():
         Answers.decode(bytes(body) + b"\xa7further\x91\x91\xa1a")
 
 
+def test_counts_are_there_where_draws_are_counted_and_cost_little():
+    fields = {"round_number": 1, "client_id": 2, "num_examples": 64, "answers": ("Paris", "")}
+    message = Answers(**fields, counts=((200, 0),))
+    assert len(message.encode()) == len(EXAMPLE.encode()) + 7 + 1 + 1 + 2 + 1
+    assert Answers.decode(message.encode("zstd")) == message
+    both = Answers(**fields, further=(("", "Rome"),), counts=((3, 0), (0, 1)))
+    assert Answers.decode(both.encode()) == both
+    for bad in (((3, 1),), ((0, 0),), ((3,),), ((3, 0), (1, 1))):
+        with pytest.raises(MessageError, match="needs a count for each answer, and 0 for an empty one"):
+            Answers(**fields, counts=bad)
+    with pytest.raises(MessageError, match="counts"):
+        Answers.decode(plain({**fields_of(EXAMPLE), "counts": [[-1, 0]]}))
+
+
+def test_confidence_is_four_bytes_an_answer():
+    fields = {"round_number": 1, "client_id": 2, "num_examples": 64, "answers": ("Paris", "")}
+    message = Answers(**fields, confidence=struct.pack("<2f", -0.5, math.nan))
+    assert len(message.encode()) == len(EXAMPLE.encode()) + 11 + 2 + 4 * 2
+    decoded = Answers.decode(message.encode("zstd"))
+    assert decoded.confidences[0][0] == -0.5
+    both = Answers(**fields, further=(("", "Rome"),), confidence=struct.pack("<4f", -1, math.nan, math.nan, 0))
+    assert str(both.confidences) == "((-1.0, nan), (nan, 0.0))"
+    assert str(EXAMPLE.confidences) == "((nan, nan),)"
+    for bad in ((-0.5,), (-0.5, 0.0), (0.5, math.nan), (math.nan, math.nan), (-math.inf, math.nan)):
+        with pytest.raises(MessageError, match="confidence"):
+            Answers(**fields, confidence=struct.pack(f"<{len(bad)}f", *bad))
+    with pytest.raises(MessageError, match="confidence"):
+        Answers.decode(plain({**fields_of(EXAMPLE), "confidence": b"\x00\x00"}))
+
+
 @given(global_adapters)
 def test_size_of_global_adapters(message):
     assert len(message.encode()) == 43 + size_of_int(message.round_number) + size_of_bytes(message.tensors)
+
+
+def size_of_probabilities(message):
+    ids = size_of_array([size_of_array([size_of_int(token) for token in answer]) for answer in message.answers])
+    return ids + size_of_bytes(message.tokens) + size_of_bytes(message.probabilities)
+
+
+@given(token_scores)
+def test_size_of_token_scores(message):
+    integers = size_of_int(message.round_number) + size_of_int(message.client_id)
+    assert len(message.encode()) == 72 + integers + size_of_probabilities(message)
+
+
+@given(token_targets)
+def test_size_of_token_targets(message):
+    assert len(message.encode()) == 63 + size_of_int(message.round_number) + size_of_probabilities(message)
 
 
 def test_zstd_makes_real_answers_smaller_and_short_ones_hardly_larger():
@@ -372,6 +427,7 @@ def test_what_would_be_too_long_is_neither_sent_nor_unpacked(compression, monkey
 def test_texts_and_tensors_have_limits_of_their_own():
     assert PublicPrompts.max_bytes == Answers.max_bytes == PseudoLabels.max_bytes == 1 << 26
     assert AdapterUpdate.max_bytes == GlobalAdapter.max_bytes == 1 << 30
+    assert TokenScores.max_bytes == TokenTargets.max_bytes == 1 << 30
 
 
 def test_who_has_sent_what_is_held_against_what_it_says():

@@ -4,6 +4,7 @@ All is drawn from seeds, so a failure comes again.
 """
 
 import json
+import math
 import random
 import struct
 import tracemalloc
@@ -19,9 +20,11 @@ from msgspec import structs
 from semcons_ray.consensus import Election
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.logit_exchange import LogitExchange
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import Server
+from semcons_ray.federation.token_probabilities import TokenProbabilities
 from semcons_ray.federation.weights import check_shapes, pack, shapes_of, unpack
 from semcons_ray.messages import (
     PLAIN,
@@ -32,6 +35,8 @@ from semcons_ray.messages import (
     Message,
     PseudoLabels,
     PublicPrompts,
+    TokenScores,
+    TokenTargets,
     Turn,
 )
 from semcons_ray.metering.ledger import Ledger
@@ -45,6 +50,7 @@ ADAPTER: Adapter = {
     for half, shape in (("A", (2, 6)), ("B", (6, 2)))
 }
 TENSORS = pack(ADAPTER, "float16")
+TWO = struct.pack("<II", 5, 70_000)
 TEXTS = ("Paris", "", "eine längere Antwort, " * 9, "日本", "\x00")
 EXAMPLES: dict[type[Message], Message] = {
     PublicPrompts: PublicPrompts(prompts=(*TEXTS, (Turn("system", "s"), Turn("user", "q")))),
@@ -52,8 +58,16 @@ EXAMPLES: dict[type[Message], Message] = {
     PseudoLabels: PseudoLabels(round_number=2, prompt_ids=(0, 2, 3), responses=TEXTS[:3]),
     AdapterUpdate: AdapterUpdate(round_number=3, client_id=0, num_examples=200, tensors=TENSORS),
     GlobalAdapter: GlobalAdapter(round_number=2, tensors=TENSORS),
+    TokenScores: TokenScores(
+        round_number=3, client_id=1, answers=((5, 70_000), (9,)), tokens=TWO * 3, probabilities=b"\x00\x30" * 6
+    ),
+    TokenTargets: TokenTargets(round_number=2, answers=((5, 9),), tokens=TWO * 2, probabilities=b"\x00\x30" * 4),
 }
-SEVERAL = structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS))
+SEVERAL = [
+    structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS)),
+    structs.replace(EXAMPLES[Answers], further=(("", "x", "", "", ""),), counts=((3, 0, 7, 1, 2), (0, 1, 0, 0, 0))),
+    structs.replace(EXAMPLES[Answers], confidence=struct.pack("<5f", -1, math.nan, -0.5, 0, -9e9)),
+]
 
 packb = msgspec.msgpack.encode
 LONG_HEADS = (b"\xdb", b"\xc6", b"\xdd", b"\xdf", b"\xc9")  # text, bytes, array, map, extension, of 32-bit lengths
@@ -168,7 +182,11 @@ def check_right(message: Message) -> None:
         value = getattr(message, name, 1)
         assert type(value) is int
         assert (name == "num_examples") <= value < 2**63
-    for name in ("prompts", "answers", "responses"):
+    of_tokens = isinstance(message, (TokenScores, TokenTargets))
+    if of_tokens:
+        assert all(type(token) is int and 0 <= token < 2**32 for answer in message.answers for token in answer)
+        assert {type(message.tokens), type(message.probabilities)} == {bytes}
+    for name in () if of_tokens else ("prompts", "answers", "responses"):
         prompts = getattr(message, name, ())
         conversations = [prompt for prompt in prompts if type(prompt) is tuple] if name == "prompts" else []
         for turns in conversations:
@@ -179,6 +197,15 @@ def check_right(message: Message) -> None:
             assert type(text) is str
             assert len(text) <= 2**20
             text.encode()
+    if isinstance(message, Answers) and message.confidence:
+        values = struct.unpack(f"<{len(message.answers) * len(message.samples)}f", message.confidence)
+        texts = [text for sample in message.samples for text in sample]
+        pairs = zip(texts, values, strict=True)
+        assert all(-math.inf < value <= 0 if text else math.isnan(value) for text, value in pairs)
+    if isinstance(message, Answers) and message.counts:
+        for texts, counts in zip(message.samples, message.counts, strict=True):
+            assert all(type(count) is int and count >= 0 for count in counts)
+            assert [count > 0 for count in counts] == [text != "" for text in texts]
     if isinstance(message, PseudoLabels):
         assert len(message.prompt_ids) == len(message.responses)
         assert sorted({*message.prompt_ids}) == list(message.prompt_ids)
@@ -190,7 +217,7 @@ def check_right(message: Message) -> None:
 def test_a_mutant_is_refused_or_right(kind: type[Message]) -> None:
     rng = random.Random(kind.__name__)
     right = 0
-    further = [SEVERAL] * 9 if kind is Answers else []
+    further = SEVERAL * 5 if kind is Answers else []
     for _ in range(NUM_MUTANTS):
         data = mutant(rng, rng.choice([EXAMPLES[kind]] * 9 + list(EXAMPLES.values()) + further))
         try:
@@ -291,12 +318,12 @@ class Postman:
 
     adapter_shapes = shapes_of(ADAPTER)
 
-    def __init__(self, uplink: bytes) -> None:
-        self.uplink = uplink
+    def __init__(self, uplink: bytes, honest: bytes = EXAMPLES[AdapterUpdate].encode()) -> None:
+        self.uplink, self.honest = uplink, honest
         self.lost: Mapping[int, str] = {}
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        yield structs.replace(reply(EXAMPLES[AdapterUpdate].encode()), client_id=0)
+        yield structs.replace(reply(self.honest), client_id=0)
         yield reply(self.uplink)
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
@@ -319,6 +346,27 @@ def test_no_update_of_one_client_gets_to_the_average_but_one_that_fits() -> None
             assert list(fleet.lost) == [1]
             assert fleet.lost[1].startswith("client 1, round 3: ")
             assert all(torch.equal(mean[key], value) for key, value in unpack(TENSORS).items())
+            refused += 1
+    assert refused > NUM_MUTANTS / 4
+
+
+def test_no_token_probabilities_of_one_client_get_to_the_average_but_those_that_fit() -> None:
+    rng = random.Random("tokens")
+    algorithm = LogitExchange(Cohort(num_clients=2, participation=1.0, seed=0), exchanges=range(1, 9), top_k=2)
+    own = EXAMPLES[TokenScores]
+    honest = structs.replace(own, client_id=0).encode()
+    refused = 0
+    for _ in range(NUM_MUTANTS // 2):
+        fleet = Postman(mutant(rng, own), honest)
+        state = algorithm.run_round(3, b"", fleet, None, evaluate=False).next_state  # type: ignore[arg-type]
+        targets = TokenTargets.decode(state)
+        found = TokenProbabilities.unpacked(targets.answers, targets.tokens, targets.probabilities, 2)
+        sums = [chances.astype(float).sum(axis=1) for chances in found.probabilities]
+        assert all(abs(total - 1) < 1e-2 for totals in sums for total in totals)
+        if fleet.lost:
+            assert list(fleet.lost) == [1]
+            assert fleet.lost[1].startswith("client 1, round 3: ")
+            assert targets.answers == own.answers  # type: ignore[attr-defined]
             refused += 1
     assert refused > NUM_MUTANTS / 4
 

@@ -18,6 +18,7 @@ from semcons_ray.config import validate_config
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.sources import load_examples
 from semcons_ray.data.split import divide
+from semcons_ray.federation.server import build_embedder
 from semcons_ray.messages import text_of
 from semcons_ray.runs.assembly import embedder_of
 from semcons_ray.security.audit import ALPHA, audit_answers
@@ -81,7 +82,7 @@ def _leaked(example: Example, *, whole: bool) -> str:
 
 def rows(num_runs: int) -> Iterator[dict[str, Any]]:
     """A row for each run."""
-    embed = embedder_of(CONFIG).embed
+    embed = build_embedder(*embedder_of(CONFIG, {}), "cpu").embed
     for condition, (source, whole, rates) in CONDITIONS.items():
         data, others = halves(source)
         texts = [one.response for one in others.examples]

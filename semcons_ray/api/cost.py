@@ -160,12 +160,13 @@ def estimate(
     prompts: int = 500,
     tokens: int = 100,
     bytes_per_token: float = 4.0,
+    samples: int = 1,
     clients: int = 1,
     rounds: int = 1,
 ) -> Cost:
     """Bytes of federated averaging of LoRA adapters, and of semantic consensus, if every client is in every round.
 
-    Weights: an adapter goes up, and the average comes down. Text: for each prompt an answer goes up and a pseudo-label
+    Weights: an adapter goes up, and the average comes down. Text: for each prompt answers go up and a pseudo-label
     comes down; the public prompts, assumed to be as long as the answers, come down once.
 
     Args:
@@ -176,6 +177,7 @@ def estimate(
         prompts: Number of public prompts.
         tokens: Tokens of an answer.
         bytes_per_token: Bytes of a token when it is sent.
+        samples: Answers to a prompt that a client sends.
         clients: Number of clients.
         rounds: Number of rounds.
 
@@ -183,7 +185,7 @@ def estimate(
         ConfigError: A target or dtype is unknown, or a number is not positive.
     """
     numbers = {"rank": rank, "prompts": prompts, "tokens": tokens, "clients": clients, "rounds": rounds}
-    for name, value in {**numbers, "bytes-per-token": bytes_per_token}.items():
+    for name, value in {**numbers, "samples": samples, "bytes-per-token": bytes_per_token}.items():
         if not 0 < value < math.inf:
             raise ConfigError(f"--{name} must be a positive number, not {value}")
     if dtype not in DTYPE_BYTES:
@@ -194,7 +196,7 @@ def estimate(
     return Cost(
         parameters=parameters,
         weights=Traffic(uplink_bytes=adapter_bytes, downlink_bytes=adapter_bytes, once_bytes=0),
-        text=Traffic(uplink_bytes=text_bytes, downlink_bytes=text_bytes, once_bytes=text_bytes),
+        text=Traffic(uplink_bytes=samples * text_bytes, downlink_bytes=text_bytes, once_bytes=text_bytes),
         clients=clients,
         rounds=rounds,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from semcons_ray.api.places import local_folder, new_folder
 from semcons_ray.config import ExperimentConfig, Source, load_config
+from semcons_ray.errors import UserError
 
 if TYPE_CHECKING:
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
     from semcons_ray.runs.observers import Observer
     from semcons_ray.security.audit import Audit
     from semcons_ray.studies.comparison import ComparisonConfig
+    from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.search_space import SweepConfig
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["run", "compare", "sweep"]
+
+RULES = ("medoid", "plurality {min_cosine: 0.95}", "plurality {min_cosine: 1.0}")
+"""Rules of which `labels` makes a table unless others are given."""
 
 
 def run(config: Source = None, *, out: str | Path | None = None, observers: Iterable[Observer] = ()) -> Run:
@@ -259,6 +264,43 @@ def audit(place: str | Path, *, say: Callable[[str], None] | None = None) -> Aud
     return found
 
 
+def labels(
+    *places: str | Path,
+    rules: Sequence[str] = RULES,
+    competences: Sequence[str] | None = None,
+    defences: Sequence[str] = ("none",),
+    num_samples: Sequence[int] = (),
+) -> Labels:
+    """Count the labels that each rule and competence gets right, from answers that runs have stored.
+
+    Nothing is trained. Every rule is tried with every competence, defence and number of samples; what else an election
+    needs is set as in the first run.
+
+    Args:
+        places: Folders or URLs of runs, which differ in their seeds only.
+        rules: Names of rules; one with options is "plurality {min_cosine: 0.95}".
+        competences: The same for competences; None: all that are built in.
+        defences: The same for defences.
+        num_samples: How many of a client's samples to use, the first ones; none: 1, 2, 4 and so on, and all.
+
+    Raises:
+        RunFolderError: One is no run folder, or a file of it is missing or damaged.
+        UserError: A run has no answers, or no public prompt of it has a response; or clients drew fewer samples.
+        ConfigError: There is no such part, or it refuses its options.
+        ModelError: A run's embedder cannot be loaded.
+    """
+    from semcons_ray.runs.own_process import as_found
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.studies.labels import elections, label_table, read_answered
+
+    if not places:
+        raise UserError("labels needs the folder of a run")
+    folders = [locate(place)[0] for place in places]
+    ways = elections(folders[0], rules, competences, defences)
+    with as_found():
+        return label_table([read_answered(folder) for folder in folders], ways, num_samples)
+
+
 def watch(folder: str | Path) -> bool:
     """Show a run that goes on in another process: each round that is done, until it ends.
 
@@ -351,4 +393,3 @@ def _tell_failed(failed: int, what: str, folder: Path, say: Callable[[str], None
     """Warn of failures, which nobody was told of but the log."""
     if failed and say is None:
         logger.warning("%d %s failed, as the log says; the same call with out=%r goes on", failed, what, str(folder))
-

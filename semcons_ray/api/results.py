@@ -131,8 +131,10 @@ class Run:
         """All answers to the public prompts in a round.
 
         Columns: prompt_id and prompt, client_id, sample (the number of the client's answer, from 0), answer (empty:
-        none), similarity (mean cosine to other clients' answers), chosen (whether it was elected), agreement (of the
-        prompt's answers, cosine) and abstained (whether the prompt gave no pseudo-label).
+        none), draws (how many of the client's draws it stands for), confidence (mean log-likelihood of its tokens in
+        nats; NaN: the client does not say), similarity (mean cosine to other clients' answers),
+        chosen (whether it was elected), agreement (of the prompt's answers, cosine) and abstained (whether the prompt
+        gave no pseudo-label).
 
         Raises:
             UserError: No consensus was formed in the round.

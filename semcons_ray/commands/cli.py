@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import semcons_ray as sr
-from semcons_ray.api.experiments import Kind
+from semcons_ray.api.experiments import RULES, Kind
 from semcons_ray.api.places import local_folder
 from semcons_ray.config import Layers, Within, as_study, describe_settings, is_option, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
@@ -36,6 +36,8 @@ examples:
   semcons resume runs/first                            continue after a crash
   semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
   semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
+  semcons labels runs/first                            how many labels each rule gets right, from its stored answers
+  semcons audit runs/first                             whether private text shows in its answers and models
 """
 COMPARE = """\
 CONFIG says what is compared; every part of it may be left out:
@@ -84,6 +86,14 @@ may be added. Each trial has a run folder below DIR/trials.
 
 example:
   semcons sweep sweep.yaml --num_rounds 2 --out runs/sweep
+"""
+LABELS = """\
+A part with options is written 'plurality {min_cosine: 0.95}'. Every rule is tried with every competence, defence and
+number of samples. Answers are right if they match the public prompts' own responses exactly, but for case, punctuation
+and articles.
+
+example:
+  semcons labels runs/seed-0 runs/seed-1 --rules medoid 'plurality {min_cosine: 0.95}' --csv labels.csv
 """
 SCHEMA = """\
 Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
@@ -219,6 +229,14 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("--tasks", type=_names, required=True, metavar="TASKS", help=TASKS)
     sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
     command("audit", _audit, sr.audit).add_argument("folders", nargs="+", metavar="RUN", help=RUN)
+    sub = command("labels", _labels, sr.labels, epilog=LABELS)
+    sub.add_argument("folders", nargs="+", metavar="RUN", help="folders or URLs of runs, of several seeds")
+    sub.add_argument("--rules", nargs="+", default=RULES, metavar="RULE", help=f"default: {', '.join(RULES)}")
+    sub.add_argument("--competences", nargs="+", metavar="NAME", help="default: all that are built in")
+    sub.add_argument("--defences", nargs="+", default=["none"], metavar="NAME", help="default: none")
+    samples = "how many of a client's samples to use, the first ones. Default: 1, 2, 4 and so on, and all"
+    sub.add_argument("--samples", type=_positive, nargs="+", default=(), metavar="N", help=samples)
+    sub.add_argument("--csv", type=local_folder, metavar="FILE", help="a file for the table, with all its columns")
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -290,6 +308,15 @@ def _audit(args: argparse.Namespace) -> int:
     for number, folder in enumerate(args.folders):
         found = sr.audit(folder, say=lambda line: _say(f"{line} ..."))
         print(f"{chr(10) if number else ''}{folder}\n\n{found}")
+    return 0
+
+
+def _labels(args: argparse.Namespace) -> int:
+    given = {"rules": args.rules, "competences": args.competences, "defences": args.defences}
+    found = sr.labels(*args.folders, **given, num_samples=args.samples)
+    if args.csv:
+        found.write(args.csv)
+    print(f"{found}\n\ntable: {args.csv}" if args.csv else found)
     return 0
 
 

@@ -57,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Tokens of an answer; public prompts are assumed to be as long. Default: %(default)s.",
     )
     parser.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Answers to a prompt that a client sends; with generation.send_draws counted, those that differ. "
+        "Default: %(default)s.",
+    )
+    parser.add_argument(
         "--encoding",
         choices=ENCODING_BYTES,
         default="utf-8",
@@ -96,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         ModelError: See `read_linear_maps`.
         ConfigError: See `estimate`.
     """
-    settings: dict[str, Any] = {name: getattr(args, name) for name in ("rank", "dtype", "prompts", "tokens")}
+    settings: dict[str, Any] = {name: getattr(args, name) for name in ("rank", "dtype", "prompts", "tokens", "samples")}
     settings |= {"clients": args.clients, "rounds": args.rounds}
     settings["bytes_per_token"] = (
         ENCODING_BYTES[args.encoding] if args.bytes_per_token is None else args.bytes_per_token
@@ -105,14 +113,16 @@ def run(args: argparse.Namespace) -> int:
     cost = estimate(read_linear_maps(args.model), targets=split_targets(args.targets), **settings)
     console = Console(highlight=False, markup=False)
     adapter = f"LoRA of rank {args.rank} on {args.targets}, {cost.parameters:,} parameters in {args.dtype}"
-    answers = f"{args.prompts:,} prompts, {args.tokens:,} tokens an answer"
+    samples = f"{args.samples:,} answers to each, " if args.samples > 1 else ""
+    answers = f"{args.prompts:,} prompts, {samples}{args.tokens:,} tokens an answer"
     console.print(f"weights: {args.model}, {adapter}")
     console.print(f"text: {answers}, {settings['bytes_per_token']:g} bytes a token ({encoding})")
     console.print(cost_table(cost))
     console.print(
         "Analytic, not measured. Weights: one adapter up and the average of all down, as in FedAvg. Text: the answers "
-        "up, as many pseudo-labels down, and the public prompts once. Left out: framing and prompt ids (at most 10 "
-        "bytes a prompt), and abstention, which sends fewer pseudo-labels. What a run really sent is in its ledger."
+        "up, a pseudo-label a prompt down, and the public prompts once. Left out: framing and prompt ids (at most 10 "
+        "bytes a prompt), counts of answers (a byte each), and abstention, which sends fewer pseudo-labels. What a run "
+        "really sent is in its ledger."
     )
     if args.figure:
         draw_figure(args.figure, args.model, args.targets, **settings)

@@ -102,7 +102,8 @@ class ExperimentConfig(Settings):
                 f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
             )
         if not self.algorithm.any_models and len(set(self.client_models())) > 1:
-            raise ValueError(f"algorithm.name {name} needs one architecture, and clients.mix gives clients several")
+            what = "tokenizer" if self.algorithm.exchanges_tokens else "architecture"
+            raise ValueError(f"algorithm.name {name} needs one {what}, and clients.mix gives clients several models")
         if not self.algorithm.is_so("any_ranks") and len(set(self.client_ranks())) > 1:
             raise ValueError(
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
@@ -131,8 +132,9 @@ class ExperimentConfig(Settings):
             return
         named = f"{', '.join(used)} of clients.models"
         if not self.algorithm.any_models:
+            what = "token probabilities" if self.algorithm.exchanges_tokens else "clients' weights"
             raise ValueError(
-                f"algorithm.name {self.algorithm.name} needs clients' weights, and {named} has none; "
+                f"algorithm.name {self.algorithm.name} needs {what}, and {named} has none; "
                 "semantic_consensus and local_only need none"
             )
         if divided := [name for name in used if name in self.sharding.models]:
@@ -263,6 +265,9 @@ class ExperimentConfig(Settings):
             raise ValueError(f"sharding.models names {', '.join(unknown)}, which no client has")
         if self.resources.fleet == "local":
             raise ValueError("sharding.models needs resources.fleet ray")
+        if self.algorithm.exchanges_tokens:
+            name = self.algorithm.name
+            raise ValueError(f"algorithm.name {name} needs models that are whole, and sharding.models divides them")
         if self.evaluation.lm_eval.tasks:
             raise ValueError("evaluation.lm_eval.tasks needs models that are whole, and sharding.models divides them")
         if self.model.quantization != "none":
@@ -418,9 +423,14 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     (("algorithm.trim",), _rule_is("trimmed"), "algorithm.rule trimmed"),
     (("algorithm.num_byzantine",), _rule_is("multi_krum"), "algorithm.rule multi_krum"),
     (
-        ("algorithm.pseudo_label_weight", "algorithm.first_exchange", "generation.temperature"),
+        ("algorithm.pseudo_label_weight", "algorithm.first_exchange"),
         lambda config: config.algorithm.learns_prompts,
-        "algorithm.name semantic_consensus, or algorithm.self_labels",
+        "algorithm.name semantic_consensus or logit_exchange, or algorithm.self_labels",
+    ),
+    (
+        ("generation.temperature",),
+        lambda config: config.algorithm.draws_answers,
+        "answers that are sampled: algorithm.name semantic_consensus, or algorithm.self_labels",
     ),
     (
         ("algorithm.answer_last_round", "server.embed"),
@@ -429,7 +439,7 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     ),
     (
         ("generation.top_p", "generation.top_k"),
-        lambda config: config.algorithm.learns_prompts and config.generation.temperature > 0,
+        lambda config: config.algorithm.draws_answers and config.generation.temperature > 0,
         "answers that are sampled: generation.temperature over 0, and algorithm.name semantic_consensus or "
         "algorithm.self_labels",
     ),
@@ -444,14 +454,23 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         "an algorithm.rule other than own_answer",
     ),
     (
+        ("generation.send_confidence",),
+        lambda config: (
+            config.algorithm.forms_consensus and config.algorithm.rule != "own_answer" and bool(config.scored_models)
+        ),
+        "answers that are sent, by algorithm.name semantic_consensus with an algorithm.rule other than own_answer, and "
+        "a client whose model tells likelihoods",
+    ),
+    (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
+    (
         ("generation.stop",),
         lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,
         "answers: evaluation.num_answers over 0, algorithm.name semantic_consensus or algorithm.self_labels",
     ),
     (
         ("algorithm.ema_decay",),
-        lambda config: config.algorithm.any_models,
-        "algorithm.name semantic_consensus or local_only, with which each client keeps a model of its own",
+        lambda config: config.algorithm.keeps_models,
+        "an algorithm.name with which each client keeps a model of its own, such as semantic_consensus or local_only",
     ),
     (
         ("algorithm.self_labels", "algorithm.weight_dtype"),

@@ -478,8 +478,19 @@ class GenerationConfig(Settings):
     num_samples: int = Field(
         1,
         ge=1,
-        description="Answers that a client draws to each public prompt. All are sent and are in the vote, in which the "
-        "client's weight is divided evenly over them. More than 1 need a temperature over 0.",
+        description="Answers that a client draws to each public prompt, over which its weight in the vote is divided "
+        "evenly. More than 1 need a temperature over 0.",
+    )
+    send_draws: Literal["all", "counted", "choice"] = Field(
+        "all",
+        description="What a client sends of its draws. all: each; counted: those that differ by more than case, spaces "
+        "and punctuation, each with the number of draws that say so, which is fewer bytes where answers are short; "
+        "choice: the most common one with its number, which has the client's whole vote.",
+    )
+    send_confidence: bool = Field(
+        False,
+        description="Whether a client sends with each answer how likely its model finds it: the mean log-likelihood of "
+        "its tokens, for an algorithm.competence that asks for it. Models that tell no likelihoods send none.",
     )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
@@ -497,6 +508,11 @@ class GenerationConfig(Settings):
         description="transformers: each client's own model answers; vllm: one engine for each base model answers for "
         "all its clients together (install it with `make vllm`).",
     )
+
+    @property
+    def most_sent(self) -> int:
+        """Most answers to a prompt that a client sends."""
+        return 1 if self.send_draws == "choice" else self.num_samples
 
 
 class AlgorithmConfig(Settings):
@@ -584,7 +600,7 @@ class AlgorithmConfig(Settings):
         """`ema_decay` if it is set, else the algorithm's default."""
         if self.ema_decay is not None:
             return self.ema_decay
-        return MOVING_AVERAGE if self.any_models else 0.0
+        return MOVING_AVERAGE if self.keeps_models else 0.0
 
     @property
     def options_of_algorithm(self) -> Options:
@@ -606,6 +622,16 @@ class AlgorithmConfig(Settings):
         return self.is_so("any_models")
 
     @property
+    def exchanges_tokens(self) -> bool:
+        """Whether clients send token probabilities, which the server averages."""
+        return self.is_so("exchanges_tokens")
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether each client keeps a model of its own, that learns from nobody's weights."""
+        return self.any_models or self.exchanges_tokens
+
+    @property
     def averages_weights(self) -> bool:
         """Whether clients send adapter weights, which the server averages."""
         return self.is_so("averages_weights")
@@ -618,6 +644,11 @@ class AlgorithmConfig(Settings):
     @property
     def learns_prompts(self) -> bool:
         """Whether clients train on answers to the public prompts."""
+        return self.draws_answers or self.exchanges_tokens
+
+    @property
+    def draws_answers(self) -> bool:
+        """Whether clients train on answers to the public prompts that are sampled."""
         return self.forms_consensus or self.self_labels
 
     @property

@@ -23,9 +23,11 @@ class Evidence:
             may hold anything.
         present: Which answers are there, (P, B) bool.
         voters: The client of each ballot as a number from 0, (B,) int64; a client's samples are in their order.
-        shares: Each ballot's share of its client's vote, (P, B) float32; 0 where it is missing.
+        shares: Share of its client's draws that each ballot stands for, (P, B) float32; 0 where it is missing. A
+            client's add up to less than 1 where draws are missing or were not sent.
         opinions: Which answers to a prompt are the same text, (P, B) int64: equal numbers, from 0 to B-1, are equal
             texts; -1 where an answer is missing.
+        texts: The same for the answers to all prompts together, (P, B) int64, from 0 to P B - 1, or -1.
         similarity: Mean cosine of an answer to the other clients' answers, (P, B); NaN where it is missing.
         trust: How far each client was trusted after the round before, (N,) float32 from 0 to 1; 1 for new ones.
         prompts: Unit vectors of the prompts, (P, D); None where they are not embedded.
@@ -41,6 +43,7 @@ class Evidence:
     voters: Tensor
     shares: Tensor
     opinions: Tensor
+    texts: Tensor
     similarity: Tensor
     trust: Tensor
     prompts: Tensor | None

@@ -115,9 +115,12 @@ def form_consensus(
     priority: Tensor,
     *,
     voters: Tensor | None = None,
+    draws: Tensor | None = None,
+    num_draws: Tensor | None = None,
     weights: Tensor | None = None,
     lengths: Tensor | None = None,
     opinions: Tensor | None = None,
+    texts: Tensor | None = None,
     prompts: Tensor | None = None,
     confidence: Tensor | None = None,
     known: Tensor | None = None,
@@ -143,9 +146,14 @@ def form_consensus(
             is favoured, and is all that decides for the rule random_client.
         voters: The client of each answer as a number from 0, (C,) int64, a client's samples in their order: a client
             has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
+        draws: How many of its client's draws each answer stands for, (P, C): with several, it has as many of the equal
+            shares. None: one each.
+        num_draws: How many draws each answer's client made, (C,), of which those that are missing here count for
+            nothing in `Evidence.shares`. None: as many as are here.
         weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
-        opinions: See `Evidence`, as the next four. None: each answer is an opinion of its own.
+        opinions: See `Evidence`, as the next five. None: each answer is an opinion of its own.
+        texts: For competence: which answers are equal, to whichever prompt. None: no two are.
         prompts: For defences: vectors of the prompts.
         confidence: For competence: how sure clients say that they are.
         known: For competence: answers that the server knows.
@@ -163,7 +171,8 @@ def form_consensus(
     device = embeddings.device
     mask = mask.to(device)
     of_clients = torch.arange(num_answers, device=device) if voters is None else voters.to(device)
-    shares = _shares(mask, of_clients)
+    draws = mask.float() if draws is None else draws.to(device, torch.float32).where(mask, 0.0)
+    shares = _shares(draws, of_clients)
     if weights is not None:
         weights = weights.to(device, torch.float32)
     priority = priority.to(device)
@@ -184,12 +193,14 @@ def form_consensus(
     trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
     if not election.counts_all_alike:
         own = torch.arange(num_answers, device=device).expand_as(mask)
+        apart = torch.arange(mask.numel(), device=device).view_as(mask)
         evidence = Evidence(
             vectors=embeddings,
             present=mask,
             voters=of_clients,
-            shares=shares,
+            shares=shares if num_draws is None else draws / num_draws.to(device),
             opinions=(own if opinions is None else opinions.to(device)).where(mask, -1),
+            texts=(apart if texts is None else texts.to(device)).where(mask, -1),
             similarity=similarity,
             trust=trust,
             prompts=None if prompts is None else prompts.to(device),
@@ -266,11 +277,11 @@ def _weights(weights: Tensor, present: Tensor, setting: str) -> Tensor:
     return weights
 
 
-def _shares(mask: Tensor, voters: Tensor) -> Tensor:
-    """Each answer's share of its client's vote, (P, C) float32; 0 where it is missing."""
-    present = mask.float()
-    counts = torch.zeros_like(present).index_add_(1, voters, present)
-    return present / counts[:, voters].clamp(min=1)
+def _shares(draws: Tensor, voters: Tensor) -> Tensor:
+    """Each answer's share of its client's vote, (P, C) float32, by the draws that it stands for; 0 where it is
+    missing."""
+    counts = torch.zeros_like(draws).index_add_(1, voters, draws)
+    return draws / counts[:, voters].clamp(min=1)
 
 
 def _check_norms(norms: Tensor, mask: Tensor) -> None:

@@ -19,7 +19,7 @@ from semcons_ray.messages import Prompt
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow, Place
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.client_model import SAMPLING, Pair, Score, State, Task
+from semcons_ray.modeling.client_model import SAMPLING, Pair, Score, State, Targets, Task
 from semcons_ray.modeling.engine import Engine
 
 if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
@@ -170,6 +170,21 @@ class AdapterModel:
     def score(self, pairs: Sequence[Pair]) -> Score:
         """See `Scores.score`."""
         return self.base.negative_log_likelihood(self.adapter, pairs, self.batch_size, frozen=self.frozen)
+
+    def likeliest(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], top_k: int, max_tokens: int
+    ) -> tuple[list[Targets], int]:
+        """See `LanguageModel.likeliest`: of the first `max_tokens` tokens of answers, given as texts."""
+        ids = [
+            self.base.response_ids(prompt, answer)[:max_tokens]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return self.base.likeliest(self.adapter, prompts, ids, top_k, self.batch_size, frozen=self.frozen)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.base.model.get_output_embeddings().weight.shape[0])
 
     def score_options(
         self, questions: Sequence[tuple[Prompt, Sequence[str]]]

@@ -5,6 +5,7 @@ It does not know in which process or on which machine it runs, nor what its mode
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,20 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from semcons_ray.config import GenerationConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import NotFiniteError
+from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.evaluation.harness import Harness, TaskScore
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.fleet import Evaluation
+from semcons_ray.federation.opinions import reduced
 from semcons_ray.federation.randomness import Stage, stream
+from semcons_ray.federation.token_probabilities import TokenProbabilities
 from semcons_ray.federation.weights import non_finite, pack
-from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels
+from semcons_ray.messages import AdapterUpdate, Answers, Prompt, PseudoLabels, TokenScores
 from semcons_ray.metering.ledger import Ledger, Work
 from semcons_ray.modeling.adapter import Adapter
-from semcons_ray.modeling.client_model import SAMPLING, ClientModel, Pair, Purpose, Scores, State, Task
+from semcons_ray.modeling.client_model import SAMPLING, ClientModel, Pair, Purpose, Scores, State, Targets, Task
+
+logger = logging.getLogger(__name__)
 
 _PURPOSES: dict[Stage, Purpose] = {"fine_tune": "learn", "generate": "answer", "evaluate": "evaluate"}
 
@@ -117,30 +124,110 @@ class Client:
             MessageError: A label's prompt id is not that of a public prompt.
         """
         labels.check_prompts(len(self.prompts))
-        pairs = list(self.private)
-        if weight > 0:
-            answered = zip(labels.prompt_ids, labels.responses, strict=True)
-            pairs += [Pair(self.prompts[prompt_id], response, weight) for prompt_id, response in answered]
+        answered = zip(labels.prompt_ids, labels.responses, strict=True)
+        public = [Pair(self.prompts[prompt_id], response, weight) for prompt_id, response in answered]
+        self._learn(round, public if weight > 0 else [], ema_decay, downlink_bytes, adjust)
+
+    def distil(
+        self,
+        round: int,
+        targets: TokenProbabilities,
+        *,
+        weight: float = 1.0,
+        ema_decay: float = 0.0,
+        downlink_bytes: int = 0,
+    ) -> None:
+        """The local update: the model learns the private examples together with token probabilities.
+
+        Args:
+            round: The round, from 1.
+            targets: Answers to all public prompts, or none, and what may come at each of their tokens. Of an answer
+                longer than the client's own may be, the first `generation.max_new_tokens` tokens are learnt; those with
+                a token that the model does not know, as only a faulty client sends, are left out.
+            weight: Weight of a token of these in the loss, where one of a private example has 1; 0 leaves them out.
+            ema_decay: See `Task`.
+            downlink_bytes: Length of the message that brought the targets, for the ledger.
+
+        Raises:
+            MessageError: The targets are not of the public prompts.
+        """
+        if targets.answers and len(targets.answers) != len(self.prompts):
+            raise MessageError(f"TokenTargets: {len(targets.answers)} answers to {len(self.prompts)} prompts")
+        most, known, public = self.generation.max_new_tokens, self._adapted.num_tokens, list[Pair]()
+        rows = zip(targets.answers, targets.tokens, targets.probabilities, strict=True)
+        for prompt, (answer, tokens, chances) in zip(self.prompts, rows, strict=False):
+            if max(*answer, int(tokens.max())) >= known:
+                logger.warning("client %d, round %d: targets of a token over %d", self.client_id, round, known - 1)
+                continue
+            likely = torch.from_numpy(tokens[:most].astype(np.int64))
+            shares = torch.from_numpy(chances[:most].astype(np.float32))
+            learnt = Targets(answer[:most], likely, shares / shares.sum(dim=1, keepdim=True))
+            public.append(Pair(prompt, "", weight, learnt))
+        self._learn(round, public if weight > 0 else [], ema_decay, downlink_bytes)
+
+    def _learn(
+        self,
+        round: int,
+        public: Sequence[Pair],
+        ema_decay: float,
+        downlink_bytes: int,
+        adjust: Callable[[Any], None] | None = None,
+    ) -> None:
+        pairs = [*self.private, *public]
         with self.ledger.stage("fine_tune", round=round, client_id=self.client_id) as work:
             work.downlink_bytes = downlink_bytes
             with self._task("fine_tune", round, work, ema_decay=ema_decay, adjust=adjust) as task:
                 self.model.learn(pairs, task)
         self.train_loss = task.loss
-        self.num_pseudo_labels = len(pairs) - len(self.private)
+        self.num_pseudo_labels = len(public)
 
     def answer(self, round: int, compression: str = "none") -> bytes:
         """Answer every public prompt, `generation.num_samples` times, and return the encoded `Answers` message."""
+        send, counts = self.generation.send_draws, list[tuple[int, ...]]()
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            first, *further = self._samples(self.prompts, round, "generate", self.generation, work)
+            samples = [*map(tuple, self._samples(self.prompts, round, "generate", self.generation, work))]
+            if send != "all":
+                samples, counts = reduced(samples, send)
+            first, *further = samples
             uplink = Answers(
                 round_number=round,
                 client_id=self.client_id,
                 num_examples=len(self.private),
-                answers=tuple(first),
-                further=tuple(map(tuple, further)),
+                answers=first,
+                further=tuple(further),
+                counts=tuple(counts),
+                confidence=self._confidence(samples, work) if self.generation.send_confidence else b"",
             ).encode(compression)
             work.uplink_bytes = len(uplink)
         return uplink
+
+    def token_scores(self, round: int, top_k: int, compression: str = "none") -> bytes:
+        """Answer every public prompt greedily, and return an encoded `TokenScores` message: the answers' tokens, and
+        the `top_k` likeliest tokens at each of their places."""
+        most = self.generation.max_new_tokens
+        with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
+            (answers,) = self._samples(self.prompts, round, "generate", self._greedy, work)
+            likely, processed = self._adapted.likeliest(self.prompts, answers, top_k, most)
+            work.tokens += processed
+            scores = TokenProbabilities(
+                answers=tuple(tuple(one.answer) for one in likely),
+                tokens=tuple(one.tokens.numpy() for one in likely),
+                probabilities=tuple(one.probabilities.numpy() for one in likely),
+            )
+            tokens, probabilities = scores.packed()
+            uplink = TokenScores(
+                round_number=round,
+                client_id=self.client_id,
+                answers=scores.answers,
+                tokens=tokens,
+                probabilities=probabilities,
+            ).encode(compression)
+            work.uplink_bytes = len(uplink)
+        return uplink
+
+    @property
+    def _greedy(self) -> GenerationConfig:
+        return self.generation.model_copy(update={"temperature": 0.0, "num_samples": 1})
 
     def evaluate(self, round: int) -> Evaluation:
         """Answer the first `num_answers` prompts of the test set greedily. If the model can, score the reference
@@ -152,8 +239,7 @@ class Client:
                 options, tokens = self.model.score_options(self.questions)
                 work.tokens += tokens
             prompts = [pair.prompt for pair in self.test[: self.num_answers]]
-            greedy = self.generation.model_copy(update={"temperature": 0.0, "num_samples": 1})
-            (answers,) = self._samples(prompts, round, "evaluate", greedy, work)
+            (answers,) = self._samples(prompts, round, "evaluate", self._greedy, work)
             tasks: tuple[TaskScore, ...] = ()
             if self.harness and round in self.harness.rounds and isinstance(self.model, AdapterModel):
                 with self.model.held() as (model, name):
@@ -257,6 +343,20 @@ class Client:
         score = self.model.score(pairs)
         work.tokens += score.processed_tokens
         return score.nll, score.num_tokens, score.num_bytes
+
+    def _confidence(self, samples: Sequence[Sequence[str]], work: Work) -> bytes:
+        """See `Answers`: mean log-likelihood (nats a token) of each answer, of a conversation of all responses in it;
+        empty if the model does not tell. Equal answers are scored once."""
+        if not isinstance(self.model, Scores):
+            return b""
+        given = [(prompt, answer) for answers in samples for prompt, answer in zip(self.prompts, answers, strict=True)]
+        pairs = [Pair(prompt, answer) for prompt, answer in dict.fromkeys(given) if answer]
+        nll, lengths, _ = self._likelihood(pairs, work)
+        means = {
+            (pair.prompt, pair.response): -total / max(length, 1)
+            for pair, total, length in zip(pairs, nll, lengths, strict=True)
+        }
+        return np.array([means.get(one, math.nan) for one in given], "<f4").tobytes()
 
     def _samples(
         self, prompts: Sequence[Prompt], round: int, stage: Stage, generation: GenerationConfig, work: Work

@@ -6,7 +6,7 @@ or as many samples as it draws; P public prompts; D embedding dimension.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from semcons_ray.config import GenerationConfig
 from semcons_ray.consensus import NORM_TOLERANCE, Election, form_consensus
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
+from semcons_ray.federation.opinions import opinions_of
 from semcons_ray.federation.randomness import priorities
 from semcons_ray.messages import Answers, PseudoLabels, decode_uplink, naming
 from semcons_ray.metering.gpus import this_place
@@ -34,6 +36,8 @@ class Verdict:
         client_ids: The client of each ballot, ascending, shape (B,).
         samples: Which of its client's samples each is, from 0, (B,).
         answers: The answers, shape (B, P); an empty text where one is missing.
+        draws: How many of its client's draws each answer stands for, (B, P): 1, unless the client counts them.
+        confidence: How likely its client's model finds each answer, (B, P): see `Answers`; NaN where it does not say.
         similarity: Mean cosine of an answer to the others of its prompt, (P, B); see `Consensus.similarity`.
         winner: Id of the client whose answer was elected, (P,); -1 where none was.
         winning_sample: Which of that client's samples it was, (P,); -1 where none was.
@@ -49,6 +53,8 @@ class Verdict:
     client_ids: tuple[int, ...]
     samples: tuple[int, ...]
     answers: tuple[tuple[str, ...], ...]
+    draws: tuple[tuple[int, ...], ...]
+    confidence: tuple[tuple[float, ...], ...]
     similarity: npt.NDArray[np.float32]
     winner: npt.NDArray[np.int64]
     winning_sample: npt.NDArray[np.int64]
@@ -138,7 +144,7 @@ class Server:
         embedder: Turns texts into unit vectors.
         num_prompts: Number P of public prompts.
         election: Consensus rule and its settings.
-        num_samples: How many answers a client gives to each prompt, by client id; empty: one.
+        generation: How each client answers, by client id; empty: as by default, with one answer.
         prompts: The public prompts as texts, (P,), for defences, and to be embedded together with their answers; empty:
             there is no need of them.
         embeds_both: Whether answers are embedded together with their prompts.
@@ -154,7 +160,7 @@ class Server:
         *,
         num_prompts: int,
         election: Election,
-        num_samples: Sequence[int] = (),
+        generation: Sequence[GenerationConfig] = (),
         prompts: Sequence[str] = (),
         embeds_both: bool = False,
         references: Sequence[str] = (),
@@ -164,7 +170,7 @@ class Server:
         self._embedder = embedder
         self._num_prompts = num_prompts
         self._election = election
-        self._samples_of = num_samples
+        self._generation = generation
         self._prompts = prompts
         self._embeds_both = embeds_both
         self._references = references
@@ -180,11 +186,13 @@ class Server:
         draws = priorities(self._seed, round, client_ids, self._num_prompts)
         order = np.lexsort((client_ids, draws[0])).tolist()
         ordered = [client_ids[place] for place in order]
-        self._num_samples = {client: self._samples_of[client] if self._samples_of else 1 for client in ordered}
-        self._ballots = [(client, sample) for client, count in self._num_samples.items() for sample in range(count)]
+        alike = GenerationConfig()
+        self._asked = {client: self._generation[client] if self._generation else alike for client in ordered}
+        num_ballots = [own.most_sent for own in self._asked.values()]
+        self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.most_sent)]
         # Among equals a client is drawn, so that more samples are no more chances, and then its first sample wins.
-        ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat([*self._num_samples.values()], axis=1)
-        most = max(self._num_samples.values(), default=1)
+        ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat(num_ballots, axis=1)
+        most = max(num_ballots, default=1)
         self._priority = torch.from_numpy(ranks - np.array([sample / most for _, sample in self._ballots]))
         self._answers: dict[int, Answers] = {}
         self._refused: dict[int, str] = {}
@@ -215,12 +223,20 @@ class Server:
     def _decoded(self, client_id: int, uplink: bytes) -> Answers:
         message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
         with naming(client_id, self._round):
-            if client_id not in self._num_samples:
+            if client_id not in self._asked:
                 raise MessageError("Answers: from a client that was not asked")
             if len(message.answers) != self._num_prompts:
                 raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
-            if (found := len(message.samples)) != (asked := self._num_samples[client_id]):
-                raise MessageError(f"Answers: {found} samples of each answer, not {asked}")
+            found, asked = len(message.samples), self._asked[client_id]
+            if asked.send_draws == "all" and (message.counts or found != asked.num_samples):
+                raise MessageError(f"Answers: {found} samples of each answer, not {asked.num_samples}")
+            if asked.send_draws != "all":
+                if not message.counts or found > asked.most_sent:
+                    raise MessageError(f"Answers: {found} samples of each answer, not up to {asked.most_sent} counted")
+                if (most := max(map(sum, zip(*message.counts, strict=True)), default=0)) > asked.num_samples:
+                    raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
+            if message.confidence and not asked.send_confidence:
+                raise MessageError("Answers: confidence that was not asked for")
         return message
 
     def _embedded(self, answers: Sequence[str]) -> Sequence[str]:
@@ -232,11 +248,11 @@ class Server:
         """See `ServerProtocol.conclude`."""
         with self._ledger.stage("consensus", round=self._round):
             client_ids = [client for client, _ in self._ballots]
-            nothing = ("",) * self._num_prompts
             sent = self._answers
-            answers = [sent[c].samples[sample] if c in sent else nothing for c, sample in self._ballots]
+            ballots = [self._ballot(client, sample) for client, sample in self._ballots]
+            answers, draws, confidence = zip(*ballots, strict=True) if ballots else ((), (), ())
             weights = [float(sent[c].num_examples) if c in sent else 0.0 for c in client_ids]
-            numbers = {client: number for number, client in enumerate(self._num_samples)}
+            numbers = {client: number for number, client in enumerate(self._asked)}
             has_several = len(self._ballots) > len(numbers)
             lengths = torch.tensor([[len(answer) for answer in row] for row in answers]).T
             embeddings = self._embeddings
@@ -244,6 +260,7 @@ class Server:
                 embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
             device = embeddings.device
             weighs = not self._election.counts_all_alike
+            says_confidence = any(own.send_confidence for own in self._asked.values())
             trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
             consensus = form_consensus(
                 embeddings,
@@ -251,9 +268,15 @@ class Server:
                 self._election,
                 self._priority,
                 voters=torch.tensor([numbers[c] for c in client_ids]) if has_several else None,
+                draws=torch.tensor(draws).T,
+                num_draws=torch.tensor([self._asked[c].num_samples for c in client_ids]),
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
                 opinions=opinions_of(answers) if weighs else None,
+                confidence=torch.tensor(confidence).T if says_confidence else None,
+                texts=opinions_of([(text,) for row in answers for text in row]).view(len(answers), -1).T
+                if weighs
+                else None,
                 prompts=self._embedder.embed(self._prompts) if weighs and self._prompts else None,
                 trust=trust,
             )
@@ -276,6 +299,8 @@ class Server:
             client_ids=tuple(client_ids[column] for column in ascending),
             samples=tuple(self._ballots[column][1] for column in ascending),
             answers=tuple(answers[column] for column in ascending),
+            draws=tuple(draws[column] for column in ascending),
+            confidence=tuple(confidence[column] for column in ascending),
             similarity=consensus.similarity.cpu().numpy()[:, ascending],
             winner=of_winner[:, 0],
             winning_sample=of_winner[:, 1],
@@ -287,6 +312,17 @@ class Server:
             rows=tuple(self._ledger.take()),
             refused=self._refused,
         )
+
+    def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
+        """The texts of a ballot, (P,), how many draws each of them stands for, and the client's confidence in it; all
+        empty if none came."""
+        every = self._num_prompts
+        counts = self._asked[client].send_draws != "all"
+        if client not in self._answers or sample >= len(self._answers[client].samples):
+            return ("",) * every, (int(not counts),) * every, (math.nan,) * every
+        message = self._answers[client]
+        draws = message.counts[sample] if counts else (1,) * every
+        return message.samples[sample], draws, message.confidences[sample]
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`."""
@@ -300,28 +336,6 @@ class Server:
 
     def close(self) -> None:
         """Nothing to free."""
-
-
-def opinions_of(answers: Sequence[Sequence[str]]) -> Tensor:
-    """Which answers to a prompt are the same text but for case, spaces and punctuation, (P, B) int64.
-
-    Args:
-        answers: For each of B ballots P answers.
-    """
-    numbers = [
-        _numbered([" ".join(_WORDS.findall(answer.casefold())) or answer for answer in to_prompt])
-        for to_prompt in zip(*answers, strict=True)
-    ]
-    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, len(answers))
-
-
-_WORDS = re.compile(r"-?\w+(?:[.,/]\w+)*")
-"""Words and numbers; a sign, a decimal point or a slash makes another number."""
-
-
-def _numbered(texts: Sequence[str]) -> list[int]:
-    first: dict[str, int] = {}
-    return [first.setdefault(text, place) for place, text in enumerate(texts)]
 
 
 SAMPLES = ("sample", "A sample, of 2 sentences. The other.")
@@ -370,7 +384,7 @@ class ServerSpec:
     prompts: tuple[str, ...]
     references: tuple[str, ...]
     seed: int
-    num_samples: tuple[int, ...] = ()
+    generation: tuple[GenerationConfig, ...] = ()
     embeds_both: bool = False
 
     def build(self) -> Server:
@@ -388,7 +402,7 @@ class ServerSpec:
             embedder,
             num_prompts=self.num_prompts,
             election=self.election,
-            num_samples=self.num_samples,
+            generation=self.generation,
             prompts=self.prompts,
             embeds_both=self.embeds_both,
             references=self.references,

@@ -20,6 +20,20 @@ SAMPLING = ("num_samples", "temperature", "top_p", "top_k", "max_new_tokens", "s
 """What a `Task` says of how answers are sampled, under the names that it has in the settings, too."""
 
 
+class Targets(NamedTuple):
+    """What is to be learnt of an answer of T tokens instead of the answer: what may come at each place, K tokens.
+
+    Attributes:
+        answer: The tokens of the answer, (T,), which are read.
+        tokens: The tokens that may come, (T, K) int64.
+        probabilities: How likely each of them is to be, (T, K) float32; those of a place add up to 1.
+    """
+
+    answer: Sequence[int]
+    tokens: Tensor
+    probabilities: Tensor
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt and the response to learn or score, with its weight in the loss; of a conversation, all responses.
@@ -28,11 +42,13 @@ class Pair:
         prompt: The question, or a conversation that ends in it.
         response: The answer.
         weight: Its weight in the loss; 1 for a private example.
+        targets: For models that are adapted here: what is learnt in the place of `response`.
     """
 
     prompt: Prompt
     response: str
     weight: float = 1.0
+    targets: Targets | None = None
 
 
 class Score(NamedTuple):

@@ -37,7 +37,7 @@ from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import ChatFormat, Encoded
-from semcons_ray.modeling.client_model import Pair, Score
+from semcons_ray.modeling.client_model import Pair, Score, Targets
 from semcons_ray.modeling.decoding import Decoding, chosen_tokens
 from semcons_ray.modeling.device import enough_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
@@ -106,12 +106,15 @@ class Batch(NamedTuple):
         labels: Tokens of responses, (N,), row after row.
         weights: Weight of each label in the loss, (N,).
         scored: Where the label's logits are, (N,): the place before it, counted over all rows.
+        targets: Where anything is learnt from `Targets`: tokens, (N, K) int64, and their probabilities, (N, K), for
+            each label; else None.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     weights: Tensor
     scored: Tensor
+    targets: tuple[Tensor, Tensor] | None = None
 
 
 class LanguageModel:
@@ -350,7 +353,7 @@ class LanguageModel:
             frozen: An adapter of any rank that is added to the base model and not trained.
             adjust: Called with the master weights before each step, to change their gradients.
         """
-        segments = [Segment(text.ids, text.learnt, pair.weight) for pair in pairs for text in self._texts(pair)]
+        segments = [segment for pair in pairs for segment in self._segments(pair)]
         lengths = [len(segment.ids) for segment in segments]
         alone = [[i] for i in range(len(segments))]
         together = pack(lengths, self._max_length, generator) if training.packing else alone
@@ -550,6 +553,44 @@ class LanguageModel:
             processed_tokens=sum(len(text.ids) for parts in texts for text in parts),
         )
 
+    def response_ids(self, prompt: Prompt, response: str) -> list[int]:
+        """Tokens of a response to a prompt, with those that end it."""
+        text = self._texts(Pair(prompt, response))[-1]
+        begin, end = text.learnt[-1]
+        return text.ids[begin:end]
+
+    @torch.no_grad()
+    def likeliest(
+        self,
+        adapter: Adapter,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        top_k: int,
+        batch_size: int,
+        *,
+        frozen: Adapter | None = None,
+    ) -> tuple[list[Targets], int]:
+        """The `top_k` likeliest tokens at each place of answers, given as token ids; see `fine_tune` for `frozen`.
+
+        Returns:
+            For each prompt, these tokens and their probabilities among all, and the number of tokens that went through
+            the model.
+        """
+        self.load_adapter(adapter)
+        segments = [self._asked(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
+        found: dict[int, Targets] = {}
+        with self._beside(frozen), self._room_to("score answers", f"generation.batch_size {batch_size}", ASK_LESS):
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                rows = self._collate([[segments[i]] for i in batch])
+                parts = [part.float().softmax(dim=1).topk(top_k) for part in self._logits(rows)]
+                chances, tokens = (torch.cat(one).cpu() for one in zip(*parts, strict=True))
+                lengths = [len(answers[i]) for i in batch]
+                by_answer = zip(torch.split(tokens, lengths), torch.split(chances, lengths), strict=True)
+                found |= {i: Targets(answers[i], *likely) for i, likely in zip(batch, by_answer, strict=True)}
+        return [found[i] for i in range(len(segments))], sum(len(segment.ids) for segment in segments)
+
     @torch.no_grad()
     def option_nll(
         self,
@@ -628,6 +669,17 @@ class LanguageModel:
         """What is learnt or scored of a pair: see `ChatFormat.parts`."""
         return [self.chat.encode(*part) for part in self.chat.parts(pair.prompt, pair.response)]
 
+    def _segments(self, pair: Pair) -> list[Segment]:
+        """What is learnt of a pair."""
+        if pair.targets is not None:
+            return [self._asked(pair.prompt, pair.targets.answer)._replace(weight=pair.weight, targets=pair.targets)]
+        return [Segment(text.ids, text.learnt, pair.weight) for text in self._texts(pair)]
+
+    def _asked(self, prompt: Prompt, answer: Sequence[int]) -> Segment:
+        """A question with an answer's tokens behind it."""
+        ids = self.chat.prompt_ids(prompt)
+        return Segment([*ids, *answer], ((len(ids), len(ids) + len(answer)),))
+
     def _encode(self, pair: Pair) -> tuple[list[int], int]:
         """Ids of a question with its answer, and where the answer begins."""
         [text] = self._texts(pair)
@@ -643,7 +695,7 @@ class LanguageModel:
         labels, scored, weights = list[int](), list[int](), list[float]()
         for row, segments in enumerate(rows):
             end = width - lengths[row] if pad_left else 0
-            for tokens, learnt, weight in segments:
+            for tokens, learnt, weight, _ in segments:
                 begin, end = end, end + len(tokens)
                 ids[row, begin:end] = torch.tensor(tokens)
                 mask[row, begin:end] = 1
@@ -664,16 +716,48 @@ class LanguageModel:
         whole = [*inputs.values(), *(torch.tensor(numbers, dtype=torch.long) for numbers in (labels, scored))]
         *read, on_labels, on_scored = to_device(whole, self.device)
         (on_weights,) = to_device([torch.tensor(weights, dtype=torch.float32)], self.device)
-        return Batch(dict(zip(inputs, read, strict=True)), on_labels, on_weights, on_scored)
+        targets = self._targets([segment for segments in rows for segment in segments])
+        return Batch(dict(zip(inputs, read, strict=True)), on_labels, on_weights, on_scored, targets)
+
+    def _targets(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor] | None:
+        """See `Batch.targets`; what is learnt as it is written has its own tokens, with probability 1."""
+        most = max((segment.targets.tokens.shape[1] for segment in segments if segment.targets), default=0)
+        if not most:
+            return None
+        tokens, chances = list[Tensor](), list[Tensor]()
+        for segment in segments:
+            written = [segment.ids[place] for begin, end in segment.learnt for place in range(begin, end)]
+            single = Targets(written, torch.tensor(written)[:, None], torch.ones(len(written), 1))
+            _, likely, probabilities = segment.targets or single
+            room = (0, most - likely.shape[1])
+            tokens.append(torch.nn.functional.pad(likely, room))
+            chances.append(torch.nn.functional.pad(probabilities, room))
+        (on_tokens,), (on_chances,) = (to_device([torch.cat(part)], self.device) for part in (tokens, chances))
+        return on_tokens, on_chances
 
     def _token_nll(self, batch: Batch) -> Tensor:
-        """NLL (nats) of each label, (N,)."""
+        """NLL (nats) of each label, (N,); where there are targets, cross-entropy with their probabilities."""
+        parts = self._logits(batch)
+        if batch.targets is None:
+            wanted = torch.split(batch.labels, LOSS_ROWS)
+            losses = [
+                torch.nn.functional.cross_entropy(part.float(), labels, reduction="none")
+                for part, labels in zip(parts, wanted, strict=True)
+            ]
+        else:
+            tokens, chances = (torch.split(part, LOSS_ROWS) for part in batch.targets)
+            losses = [
+                -(part.float().log_softmax(dim=1).gather(1, likely) * probabilities).sum(dim=1)
+                for part, likely, probabilities in zip(parts, tokens, chances, strict=True)
+            ]
+        return torch.cat(losses)
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Logits of the N scored positions, a few rows at a time: float32 copies of all would be the most memory that a
+        model of many tokens takes."""
         self._scored = lambda hidden: hidden.flatten(0, 1).index_select(0, batch.scored)
         logits = self.model(**batch.inputs, use_cache=False).logits
-        # A few rows at a time: float32 copies of all would be the most memory that a model of many tokens takes.
-        parts = zip(torch.split(logits.squeeze(0), LOSS_ROWS), torch.split(batch.labels, LOSS_ROWS), strict=True)
-        losses = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
-        return torch.cat(losses)
+        return torch.split(logits.squeeze(0), LOSS_ROWS)
 
     def _only_scored(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Hook before the output embedding, so that only logits of the N scored positions are computed, (1, N, V)."""

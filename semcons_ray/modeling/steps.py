@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from semcons_ray.config import TrainingConfig
+from semcons_ray.modeling.client_model import Targets
 
 LENGTH_WINDOW = 8
 """Number of steps whose examples are sorted by length together: less padding, and steps are still random."""
@@ -23,11 +24,13 @@ class Segment(NamedTuple):
         learnt: Where its responses are, which are learnt or scored: for each, the first place and the one after the
             last.
         weight: Weight of their tokens in the loss.
+        targets: What is learnt at these places instead of the tokens that are there; None: those.
     """
 
     ids: list[int]
     learnt: tuple[tuple[int, int], ...] = ()
     weight: float = 1.0
+    targets: Targets | None = None
 
     @property
     def num_learnt(self) -> int:

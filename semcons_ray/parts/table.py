@@ -25,6 +25,7 @@ Kind = Literal[
 BUILT_IN: dict[Kind, dict[str, str]] = {
     "algorithm": {
         "semantic_consensus": "semcons_ray.federation.algorithms.semantic_consensus:SemanticConsensus",
+        "logit_exchange": "semcons_ray.federation.algorithms.logit_exchange:LogitExchange",
         "local_only": "semcons_ray.federation.algorithms.local_only:LocalOnly",
         "centralized": "semcons_ray.federation.algorithms.centralized:Centralized",
         "fedavg_lora": "semcons_ray.federation.algorithms.fedavg_lora:FedAvgLora",
@@ -56,6 +57,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     },
     "competence": {
         "equal": "semcons_ray.consensus.evidence:equal",
+        "expertise": "semcons_ray.consensus.competence:expertise",
     },
     "defence": {
         "none": "semcons_ray.consensus.evidence:no_defence",

@@ -42,8 +42,9 @@ ESTIMATED = (
 )
 
 OWN = (
-    "An algorithm of your own is taken to send answers as semantic_consensus does if it says forms_consensus, weights "
-    "as fedavg_lora does if it says averages_weights, and else nothing."
+    "An algorithm of your own is taken to send answers as semantic_consensus does if it says forms_consensus, token "
+    "probabilities as logit_exchange does if it says exchanges_tokens, weights as fedavg_lora does if it says "
+    "averages_weights, and else nothing."
 )
 
 

@@ -159,24 +159,24 @@ def describe_setting(config: Mapping[str, Any]) -> str:
     if algorithm["name"] not in BUILT_IN["algorithm"]:
         rule = _with_options(algorithm["rule"], algorithm["rule_options"])
         return sentence + f"They do as {named} says; where it elects answers, by {rule}. Seed {config['seed']}."
+    stored = AlgorithmConfig.model_validate(algorithm, context={STORED: True})
+    rounds = stored.exchanges(config["num_rounds"])
+    begins = f"From round {rounds.start} on they" if rounds.start > 1 else "They"
+    public = f"{_count(prompts['budget'], 'public prompt')} ({prompts['selection']})"
+    if algorithm["name"] == "logit_exchange":
+        return sentence + f"{begins} exchange token probabilities of answers to {public}. Seed {config['seed']}."
     if algorithm["name"] != "semantic_consensus":
         weights = f"Adapters are exchanged in {algorithm['weight_dtype']}"
         return sentence + f"{weights}, by the algorithm {named}.{own} Seed {config['seed']}."
     if algorithm["rule"] == "own_answer":
-        return sentence + (
-            f"Each learns its own answers to {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); "
-            f"nothing is exchanged. Seed {config['seed']}."
-        )
-    stored = AlgorithmConfig.model_validate(algorithm, context={STORED: True})
-    rounds = stored.exchanges(config["num_rounds"])
-    begins = f"From round {rounds.start} on they" if rounds.start > 1 else "They"
+        return sentence + f"Each learns its own answers to {public}; nothing is exchanged. Seed {config['seed']}."
     threshold = algorithm["agreement_threshold"]
     under = "" if threshold is None else f" or an agreement of {threshold:g}"
     abstains = f"and abstains under {_count(algorithm['min_votes'], 'answer')}{under}"
     rule = _with_options(algorithm["rule"].replace("_", " "), algorithm["rule_options"])
     return sentence + (
-        f"{begins} answer {_count(prompts['budget'], 'public prompt')} ({prompts['selection']}); by the {rule} rule "
-        f"the server keeps one answer to each as a pseudo-label, {abstains}. Seed {config['seed']}."
+        f"{begins} answer {public}; by the {rule} rule the server keeps one answer to each as a pseudo-label, "
+        f"{abstains}. Seed {config['seed']}."
     )
 
 

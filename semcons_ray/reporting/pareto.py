@@ -151,7 +151,8 @@ def _colour(algorithm: str) -> str:
     if algorithm not in BUILT_IN["algorithm"]:
         return OTHERS
     settings = AlgorithmConfig(name=algorithm)
-    return WEIGHTS if settings.averages_weights else ANSWERS if settings.forms_consensus else NOTHING
+    says = settings.forms_consensus or settings.exchanges_tokens
+    return WEIGHTS if settings.averages_weights else ANSWERS if says else NOTHING
 
 
 def _axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Series[float]:

@@ -55,7 +55,7 @@ from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec, ModelsSpec
 from semcons_ray.federation.kinds import KindModels
 from semcons_ray.federation.randomness import Cohort
-from semcons_ray.federation.server import ServerProtocol, ServerSpec, TextEmbedder, build_embedder
+from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embedder
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
@@ -211,7 +211,8 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
     data = config.data
 
     def embed(texts: Sequence[str]) -> Tensor:
-        return embedder_of(config, revisions).embed(texts)
+        name, options = embedder_of(config, revisions)
+        return build_embedder(name, options, "cpu").embed(texts)
 
     sources = _load_sources(config, revisions)
     tallies = [tally for each in sources if each for tally in (each.tally, each.turns) if tally]
@@ -244,13 +245,7 @@ def unused_examples(
     return [example for example in source.examples if text_of(example.prompt) not in used]
 
 
-def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str] = NO_REVISIONS) -> TextEmbedder:
-    """The server's embedder, on the CPU; see `build_embedder`."""
-    name, options = _embedder(config, revisions)
-    return build_embedder(name, options, "cpu")
-
-
-def _embedder(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Name and options of the server's embedder, with the commit of its model."""
     server, options = config.server, config.server.options_of_embedder
     if server.model:
@@ -683,7 +678,7 @@ def parts(
     config, algorithm = placement.config, method.algorithm
     resources, failures = config.resources, config.failures
     uses_gpu = resources.device == "cuda"
-    embedder, embedder_options = _embedder(config, placement.revisions)
+    embedder, embedder_options = embedder_of(config, placement.revisions)
     server_spec = ServerSpec(
         embedder=embedder,
         embedder_options=embedder_options,
@@ -695,7 +690,7 @@ def parts(
         embeds_both=config.server.embed == "prompt_and_answer",
         references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
         seed=config.seed,
-        num_samples=tuple(own.num_samples for own in config.client_generation()),
+        generation=config.client_generation(),
     )
     public_prompts = b""
     if algorithm.uses_public_prompts:

@@ -483,6 +483,8 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
                 "client_id": client,
                 "sample": sample,
                 "answer": verdict.answers[column][prompt],
+                "draws": verdict.draws[column][prompt],
+                "confidence": verdict.confidence[column][prompt],
                 "similarity": verdict.similarity[prompt, column],
                 "chosen": bool(elected[prompt] == (client, sample) and not verdict.abstained[prompt]),
                 "agreement": verdict.agreement[prompt],
@@ -490,6 +492,7 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
             }
             for prompt in range(len(verdict.winner))
             for column, (client, sample) in enumerate(zip(verdict.client_ids, verdict.samples, strict=True))
+            if sample == 0 or verdict.draws[column][prompt]  # not what only fills up a client's counted answers
         ]
     )
 

@@ -1,9 +1,10 @@
 """What a run would send and compute, calculated from its plan.
 
 Who takes part in which round and the bytes of public prompts are exact. The rest is estimated: answers are taken to be
-as long as the responses of the private data, cut at `generation.max_new_tokens`, every prompt to give a pseudo-label,
-and weights not to be compressed. Tokens are those of models that are here. An algorithm of one's own is taken to send
-what its class variables say: answers as semantic consensus does (`forms_consensus`), adapters as FedAvg does
+as long as the responses of the private data, cut at `generation.max_new_tokens`, a client's draws to be all different,
+every prompt to give a pseudo-label, and weights not to be compressed. Tokens are those of models that are here. An
+algorithm of one's own is taken to send what its class variables say: answers as semantic consensus does
+(`forms_consensus`), token probabilities as the exchange of those does (`exchanges_tokens`), adapters as FedAvg does
 (`averages_weights`), or nothing.
 """
 
@@ -21,14 +22,18 @@ from semcons_ray.data.split import DataSplit
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.token_probabilities import PROBABILITY, TOKEN
 from semcons_ray.federation.weights import Shapes
-from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
+from semcons_ray.messages import NO_LABELS, NO_TARGETS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
 from semcons_ray.runs.assembly import LARGE_PARAMETERS, count_parameters
 from semcons_ray.runs.experiment import Plan
 
 CHARS_A_TOKEN = 4
 """Characters of a token of which nothing is known."""
+
+ID_BYTES = 3
+"""Bytes of a token id under 65,536 in a message."""
 
 MEASURED_TOKENS = 16
 """Tokens of an answer when the speed of answering is measured."""
@@ -237,6 +242,17 @@ class Forecast:
         message = Answers(round_number=1, client_id=0, num_examples=1, answers=self._likely_answers)
         return len(message.encode(self.config.algorithm.compression))
 
+    def _token_bytes(self, client: int) -> float:
+        """Of token probabilities: each token of an answer, and those that are likely at its place."""
+        top_k = getattr(self._algorithm, "top_k", 1)
+        likely = top_k * (TOKEN.itemsize + PROBABILITY.itemsize)
+        return len(self.plan.split.public) * self._lengths[client].answer * (ID_BYTES + likely)
+
+    def _bytes_of_answers(self, client: int) -> int:
+        own = self._generation_of[client]
+        beside = (own.send_draws != "all") + 4 * own.send_confidence  # a count is a byte, if it is under 128
+        return own.most_sent * (self._answer_bytes + beside * len(self._likely_answers))
+
     @cached_property
     def _label_bytes(self) -> int:
         ids = tuple(range(len(self._likely_answers)))
@@ -319,15 +335,20 @@ class Forecast:
         if training.local_steps:
             passes = training.local_steps * training.step_size / max(examples * lengths.texts + labels, 1)
         answers = prompts if self._sends_answers(round) or (self._labels_itself and self._learns(round)) else 0
-        if self._sends_answers(round):
+        if self._sends_answers(round) and not algorithm.exchanges_tokens:
             answers *= self._generation_of[client].num_samples
-        return Load(trained=passes * tokens, generated=answers * lengths.answer)
+        scores = algorithm.exchanges_tokens or self._generation_of[client].send_confidence
+        scored = answers * (lengths.prompt + lengths.answer) if scores and self._sends_answers(round) else 0.0
+        return Load(trained=passes * tokens, generated=answers * lengths.answer, scored=scored)
 
     def _traffic(self, client: int, round: int) -> Load:
         algorithm = self.config.algorithm
         up, down = 0.0, 0.0
-        if algorithm.learns_prompts and not self._labels_itself:
-            up += self._answer_bytes * self._generation_of[client].num_samples if self._sends_answers(round) else 0
+        if algorithm.exchanges_tokens:
+            up += self._token_bytes(client) if self._sends_answers(round) else 0
+            down += self._token_bytes(client) if self._learns(round) else len(NO_TARGETS.encode(algorithm.compression))
+        elif algorithm.learns_prompts and not self._labels_itself:
+            up += self._bytes_of_answers(client) if self._sends_answers(round) else 0
             down += self._label_bytes if self._learns(round) else len(NO_LABELS.encode(algorithm.compression))
         if self._sends_weights(round):
             up += self._weight_bytes(client, self._ranks[client])

@@ -20,6 +20,7 @@ from semcons_ray.data.examples import Example
 from semcons_ray.data.split import DataSplit, read_split
 from semcons_ray.errors import DataError, RunFolderError, UserError, writing
 from semcons_ray.federation.fleet import client_folder
+from semcons_ray.federation.server import build_embedder
 from semcons_ray.messages import text_of
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.exported import load_base, response_nll, with_adapter
@@ -172,7 +173,7 @@ def audit_run(out: Path, say: Callable[[str], None]) -> Audit:
     scores: dict[str, Floats] = {}
     if sent:
         say(f"comparing {len(answers)} answers with private examples")
-        embed = embedder_of(config, folder.revisions()).embed
+        embed = build_embedder(*embedder_of(config, folder.revisions()), "cpu").embed
         unused = _unused(config, split, folder, say)
         told = audit_answers(config, split, unused, sent, embed, random)
         mixes = _mixes(split, answers, embed, random)

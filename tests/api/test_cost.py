@@ -112,6 +112,11 @@ def test_the_worked_example():
     assert cost.total_ratio == pytest.approx(cost.ratio * 40 / 41)
 
 
+def test_several_answers_go_up_and_one_label_comes_down():
+    text = estimate(read_linear_maps("qwen3-8b"), prompts=500, tokens=100, samples=8).text
+    assert (text.uplink_bytes, text.downlink_bytes, text.once_bytes) == (1_600_000, 200_000, 200_000)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_built_in_shape_has_the_published_number_of_parameters(name):
     shape = SHAPES[name]

@@ -23,6 +23,7 @@ Make = Callable[..., ExperimentConfig]
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "semantic_consensus": {},
     "own_answer": {"algorithm": {"rule": "own_answer"}},
+    "logit_exchange": {"algorithm": {"name": "logit_exchange"}},
     "local_only": {"algorithm": {"name": "local_only"}},
     "centralized": {"algorithm": {"name": "centralized"}},
     "fedavg_lora": {"algorithm": {"name": "fedavg_lora"}, "training": {"local_steps": 2}},
@@ -42,7 +43,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_is_foretold_happens(name: str, tmp_path: Path, tiny_config: Make) -> None:
     given = ALGORITHMS[name]
-    averages = "algorithm" in given and "name" in given["algorithm"] and name not in ("local_only", "centralized")
+    alone = ("local_only", "centralized", "logit_exchange")
+    averages = "algorithm" in given and "name" in given["algorithm"] and name not in alone
     weights = {"weight_dtype": "float32"} if averages else {}
     config = tiny_config(
         num_rounds=4,
@@ -58,13 +60,16 @@ def test_what_is_foretold_happens(name: str, tmp_path: Path, tiny_config: Make) 
     by_round = ledger.groupby(["round", "stage"])[["tokens", "uplink_bytes", "downlink_bytes"]].sum()
     for round, load in enumerate(forecast.rounds):
         found = by_round.loc[round]
-        assert found["tokens"].get("evaluate", 0) == pytest.approx(load.scored)
-        learns = name in ("semantic_consensus", "own_answer", "own labels") and round > 2
+        if name != "logit_exchange":  # which scores its answers where it gives them
+            assert found["tokens"].get("evaluate", 0) == pytest.approx(load.scored)
+        learns = name in ("semantic_consensus", "own_answer", "own labels", "logit_exchange") and round > 2
         trained = found["tokens"].get("fine_tune", 0)
         assert trained == pytest.approx(load.trained, rel=0.5 if learns or name == "fedavg_lora" else 0.05)
         generated = found["tokens"].get("generate", 0)
         assert (generated > 0) == (load.generated > 0)
-        assert generated <= load.generated * 8  # an untrained model says anything, up to generation.max_new_tokens
+        scored = load.scored if name == "logit_exchange" else 0
+        # An untrained model says anything, up to generation.max_new_tokens.
+        assert generated <= load.generated * 8 + scored
         for way, foretold in (("uplink_bytes", load.uplink_bytes), ("downlink_bytes", load.downlink_bytes)):
             assert found[way].sum() == pytest.approx(foretold, rel=0.1 if weights else 2, abs=120)
     if name == "semantic_consensus":

@@ -20,6 +20,7 @@ from semcons_ray.federation.algorithms.flexlora import FlexLora
 from semcons_ray.federation.algorithms.flora import Flora
 from semcons_ray.federation.algorithms.hetlora import HetLora
 from semcons_ray.federation.algorithms.local_only import LocalOnly
+from semcons_ray.federation.algorithms.logit_exchange import LogitExchange
 from semcons_ray.federation.algorithms.one_shot_fedavg_lora import OneShotFedAvgLora
 from semcons_ray.federation.algorithms.scaffold import Scaffold
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
@@ -185,6 +186,7 @@ def test_algorithms_are_built_by_name() -> None:
     common = {"compression": "none"}
     own = {
         "semantic_consensus": {"pseudo_label_weight": 0.25, "first_exchange": 3, "ema_decay": 0.75},
+        "logit_exchange": {"pseudo_label_weight": 0.25, "first_exchange": 3, "options": {"top_k": "5"}},
         "local_only": {"ema_decay": 0.75},
         "centralized": {},
     }
@@ -211,6 +213,7 @@ def test_algorithms_are_built_by_name() -> None:
     averaging = (COHORT, ranks, "float32", "none", True, 0.25, range(3, 7))
     assert built == {
         "semantic_consensus": SemanticConsensus(COHORT, 0.25, "none", range(3, 7), 0.75),
+        "logit_exchange": LogitExchange(COHORT, 0.25, "none", range(3, 7), 0.5, top_k=5),
         "local_only": LocalOnly(COHORT, 0.75),
         "centralized": Centralized(COHORT),
         "fedavg_lora": FedAvgLora(*averaging),
@@ -233,7 +236,7 @@ def test_algorithms_are_built_by_name() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN["algorithm"])
 def test_only_those_that_leave_each_client_its_own_model_have_a_moving_average(name: str) -> None:
-    expected = 0.5 if name in ("semantic_consensus", "local_only") else 0.0
+    expected = 0.5 if name in ("semantic_consensus", "logit_exchange", "local_only") else 0.0
     assert AlgorithmConfig(name=name).moving_average == expected
     assert getattr(build_algorithm(AlgorithmConfig(name=name), COHORT, (4,) * 3, 3), "ema_decay", 0.0) == expected
 

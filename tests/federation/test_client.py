@@ -17,6 +17,7 @@ from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.fleet import Evaluation
+from semcons_ray.federation.opinions import reduced
 from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
@@ -24,6 +25,7 @@ from semcons_ray.metering.ledger import Ledger
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
 from tests.federation.rows import work
+from tests.parrots import Parrot
 
 EXAMPLES = [Example(f"add one and {word}", f"it is {word}", "add") for word in ("two", "three", "four", "five")]
 MakeClient = Callable[..., Client]
@@ -303,6 +305,45 @@ def test_the_first_of_several_samples_is_the_answer_of_one(make_client: MakeClie
     ((*_, tokens, num_bytes), *_) = work(client.ledger.take(), "tokens", "uplink_bytes")
     assert 2 * row.tokens < tokens <= 3 * 2 * 6
     assert num_bytes == len(sent)
+
+
+@pytest.mark.parametrize("send", ["counted", "choice"])
+def test_a_client_counts_its_own_draws(make_client: MakeClient, send: Any) -> None:
+    client = make_client()
+    client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6)
+    every = Answers.decode(client.answer(3))
+    client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6, send_draws=send)
+    client.ledger.take()
+    sent = client.answer(3)
+    message = Answers.decode(sent)
+    assert ([*message.samples], [*message.counts]) == reduced(every.samples, send)
+    assert len(message.counts) < 6
+    assert work(client.ledger.take(), "uplink_bytes")[0][-1] == len(sent) < len(every.encode())
+    client.label_prompts(3)  # of one draw, which nobody counts
+
+
+def test_confidence_is_the_mean_log_likelihood_of_what_is_sent(make_client: MakeClient) -> None:
+    client = make_client()
+    client.fine_tune(1, NO_LABELS)
+    client.generation = GenerationConfig(max_new_tokens=3, num_samples=4, top_k=2, send_draws="counted")
+    plain = Answers.decode(client.answer(2))
+    client.ledger.take()
+    client.generation = client.generation.model_copy(update={"send_confidence": True})
+    sent = client.answer(2)
+    message = Answers.decode(sent)
+    assert (message.samples, message.counts) == (plain.samples, plain.counts)
+    for texts, values in zip(message.samples, message.confidences, strict=True):
+        for prompt, text, value in zip(client.prompts, texts, values, strict=True):
+            if not text:
+                assert math.isnan(value)
+                continue
+            score = adapted(client).score([Pair(prompt, text)])
+            assert value == pytest.approx(-score.nll_sum / score.num_tokens[0], rel=1e-5)
+    (row,) = client.ledger.take()
+    assert row.uplink_bytes == len(sent) == len(plain.encode()) + 11 + 2 + len(message.confidence)
+    client.model = Parrot(Path("nowhere"))
+    client.model.restore({})
+    assert Answers.decode(client.answer(2)).confidence == b""  # it tells no likelihoods
 
 
 class OneWord:

@@ -1,5 +1,7 @@
+import math
 import re
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -8,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from semcons_ray.config import GenerationConfig
 from semcons_ray.consensus import Election
+from semcons_ray.consensus.evidence import Evidence
 from semcons_ray.errors import ModelError
 from semcons_ray.federation.server import SAMPLES, Server, ServerSpec, build_embedder
 from semcons_ray.messages import Answers, PseudoLabels
@@ -36,13 +40,23 @@ def server(
     prompts: Sequence[str] = (),
     num_samples: Sequence[int] = (),
     *,
+    send: Any = "all",
     embeds_both: bool = False,
     **settings: Any,
 ) -> Server:
     return Server(
-        Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, num_samples=num_samples, seed=0,
-        embeds_both=embeds_both, ledger=Ledger("server", "n"),
+        Compass(), num_prompts=2, election=Election(rule, **settings), prompts=prompts, seed=0, embeds_both=embeds_both,
+        generation=[GenerationConfig(num_samples=count, send_draws=send) for count in num_samples],
+        ledger=Ledger("server", "n"),
     )  # fmt: skip
+
+
+def counted(client_id: int, *ballots: tuple[Sequence[str], Sequence[int]]) -> bytes:
+    """Answers with, for each ballot, texts and counts."""
+    (first, *further), counts = zip(*((tuple(texts), tuple(numbers)) for texts, numbers in ballots), strict=True)
+    return Answers(
+        round_number=1, client_id=client_id, num_examples=1, answers=first, further=tuple(further), counts=counts
+    ).encode()
 
 
 def uplink(client_id: int, *answers: str, round_number: int = 1, num_examples: int = 1) -> bytes:
@@ -103,6 +117,132 @@ def test_samples_are_ballots_that_share_their_clients_vote() -> None:
     assert verdict.similarity.shape == (2, 7)
 
 
+@pytest.mark.parametrize("rule", ["medoid", "plurality"])
+def test_counted_draws_elect_and_agree_as_if_each_were_sent(rule: str) -> None:
+    draws = {0: ["left", "middle", "left", "left"], 1: ["right", "", "middle", "middle"]}
+    every, less = server(rule, num_samples=(4, 4)), server(rule, num_samples=(4, 4), send="counted")
+    every.begin(1, [0, 1])
+    less.begin(1, [0, 1])
+    for client, words in draws.items():
+        every.collect(client, samples(client, *([word, "left"] for word in words)))
+        distinct = [word for word in dict.fromkeys(words) if word]
+        ballots = [([word, "left" * (not place)], [words.count(word), 4 * (not place)]) for place, word in
+                   enumerate(distinct)]  # fmt: skip
+        less.collect(client, counted(client, *ballots))
+    one, other = every.conclude(), less.conclude()
+    assert other.labels == one.labels
+    assert other.agreement == pytest.approx(one.agreement, abs=1e-6)
+    assert other.winner.tolist() == one.winner.tolist()
+    assert np.array(other.draws).T.tolist()[0] == [3, 1, 0, 0, 1, 2, 0, 0]
+    assert np.array(one.draws).tolist() == np.ones((8, 2)).tolist()
+    # Of client 0's vote three quarters are for "left"; of client 1's, of whose draws one is missing, two thirds for
+    # "middle".
+    assert other.votes[0] == pytest.approx([3 / 4, 1 / 4, 0, 0, 1 / 3, 2 / 3, 0, 0])
+    assert one.votes[0] == pytest.approx([1 / 4] * 4 + [1 / 3, 0, 1 / 3, 1 / 3])
+
+
+def consistent(evidence: Evidence) -> Tensor:
+    """Competence: a part of the draws that say the same, however many ballots they are."""
+    same = (evidence.opinions[:, :, None] == evidence.opinions[:, None]) & (evidence.voters[:, None] == evidence.voters)
+    return (same * evidence.shares[:, None]).sum(dim=2)
+
+
+def test_how_far_a_client_agrees_with_itself_is_the_same_whatever_it_sends() -> None:
+    """Client 0 says "left" in 3 of 4 draws, client 1 "right" in 2 of 4, with one that is empty."""
+    weights = {}
+    for send, (first, second) in {
+        "all": (
+            samples(0, *[["left"] * 2] * 3, ["middle"] * 2),
+            samples(1, *[["right"] * 2] * 2, [""] * 2, ["middle"] * 2),
+        ),
+        "counted": (
+            counted(0, (["left"] * 2, [3] * 2), (["middle"] * 2, [1] * 2)),
+            counted(1, (["right"] * 2, [2] * 2), (["middle"] * 2, [1] * 2)),
+        ),
+        "choice": (counted(0, (["left"] * 2, [3] * 2)), counted(1, (["right"] * 2, [2] * 2))),
+    }.items():
+        judge = server("plurality", num_samples=(4, 4), send=send, competence=f"{__name__}:consistent")
+        judge.begin(1, [0, 1])
+        judge.collect(0, first)
+        judge.collect(1, second)
+        verdict = judge.conclude()
+        assert verdict.refused == {}
+        assert verdict.labels.responses == ("left", "left")
+        weights[send] = {
+            word: sum(verdict.votes[0, place] for place, texts in enumerate(verdict.answers) if texts[0] == word)
+            for word in ("left", "right")
+        }
+    # 3/4 of a vote at 3/4 each, and 2/3 at 1/2; of a choice, a whole vote.
+    assert weights["all"]["left"] / weights["all"]["right"] == pytest.approx((9 / 16) / (1 / 3))
+    assert weights["counted"] == pytest.approx(weights["all"])
+    assert weights["choice"]["left"] / weights["choice"]["right"] == pytest.approx(3 / 2)
+
+
+def test_a_choice_is_one_ballot_with_a_whole_vote() -> None:
+    judge = server("plurality", num_samples=(8, 8, 8), send="choice")
+    judge.begin(1, [0, 1, 2])
+    for client, (word, count) in enumerate({"left": 8, "right": 2, "": 0}.items()):
+        judge.collect(client, counted(client, ([word, "left"], [count, 1])))
+    verdict = judge.conclude()
+    assert (verdict.client_ids, verdict.samples) == ((0, 1, 2), (0, 0, 0))
+    assert verdict.votes.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert np.array(verdict.draws).T.tolist() == [[8, 2, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("send", "message", "says"),
+    [
+        ("all", counted(0, (["left"] * 2, [1, 1]), (["left"] * 2, [1, 1])), "2 samples of each answer, not 2"),
+        ("counted", samples(0, ["left"] * 2, ["left"] * 2), "2 samples of each answer, not up to 2 counted"),
+        ("counted", counted(0, *[(["left"] * 2, [1, 1])] * 3), "3 samples of each answer, not up to 2 counted"),
+        ("counted", counted(0, (["left"] * 2, [1, 2]), (["right"] * 2, [1, 1])), "counts 3 draws of 2"),
+        ("choice", counted(0, *[(["left"] * 2, [1, 1])] * 2), "2 samples of each answer, not up to 1 counted"),
+        ("choice", counted(0, (["left"] * 2, [1, 3])), "counts 3 draws of 2"),
+    ],
+)
+def test_a_client_that_counts_otherwise_than_it_is_asked_to_has_no_vote(send: str, message: bytes, says: str) -> None:
+    judge = server(num_samples=(2,), send=send)
+    judge.begin(1, [0])
+    judge.collect(0, message)
+    assert judge.conclude().refused == {0: f"client 0, round 1: Answers: {says}"}
+
+
+def sure(evidence: Evidence) -> Tensor:
+    """Competence: what clients say of how likely an answer is; who says nothing has half a vote."""
+    assert evidence.confidence is not None
+    return evidence.confidence.exp().nan_to_num(0.5)
+
+
+def test_what_clients_say_of_their_confidence_reaches_competence() -> None:
+    asked = GenerationConfig(send_confidence=True)
+    judge = Server(
+        Compass(), num_prompts=2, election=Election("plurality", competence=f"{__name__}:sure"), seed=0,
+        generation=[asked] * 3, ledger=Ledger("server", "n"),
+    )  # fmt: skip
+    judge.begin(1, [0, 1, 2])
+    for client, (word, values) in enumerate({"left": (-3, math.nan), "right": (-0.1, math.nan)}.items()):
+        answers = Answers(
+            round_number=1, client_id=client, num_examples=1, answers=(word, ""), confidence=struct.pack("<2f", *values)
+        )
+        judge.collect(client, answers.encode())
+    judge.collect(2, uplink(2, "middle", "right"))
+    verdict = judge.conclude()
+    weights = [math.exp(-3), math.exp(-0.1), 0.5]
+    assert verdict.votes[0] == pytest.approx([3 * one / sum(weights) for one in weights])
+    assert verdict.labels.responses[0] == "right"
+    assert np.array(verdict.confidence)[:, 0] == pytest.approx([-3, -0.1, math.nan], nan_ok=True)
+
+
+def test_confidence_that_was_not_asked_for_is_refused() -> None:
+    judge = server()
+    judge.begin(1, [0])
+    answers = Answers(
+        round_number=1, client_id=0, num_examples=1, answers=("left", ""), confidence=struct.pack("<2f", -1, math.nan)
+    )
+    judge.collect(0, answers.encode())
+    assert judge.conclude().refused == {0: "client 0, round 1: Answers: confidence that was not asked for"}
+
+
 def test_two_clients_with_two_samples_by_hand() -> None:
     """At 0 and 40, and 40 and 90 degrees: an answer's similarity is its mean cosine to the other client's."""
     judge = server(num_samples=(2, 2))
@@ -125,8 +265,8 @@ def test_more_samples_are_no_more_chances_in_a_tie() -> None:
     wins = []
     for count in (1, 8):
         judge = Server(
-            Compass(), num_prompts=40, election=Election("random_client"), num_samples=(count, 1), seed=0,
-            ledger=Ledger("server", "n"),
+            Compass(), num_prompts=40, election=Election("random_client"), seed=0,
+            generation=[GenerationConfig(num_samples=count), GenerationConfig()], ledger=Ledger("server", "n"),
         )  # fmt: skip
         judge.begin(1, [0, 1])
         judge.collect(0, samples(0, *[["left"] * 40, *[["middle"] * 40] * (count - 1)]))

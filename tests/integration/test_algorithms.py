@@ -48,7 +48,7 @@ def test_runs_and_leaves_the_model_that_it_measured(tiny_config: MakeConfig, tmp
     assert plain_nll(config, tmp_path / "run") == pytest.approx(last[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", [*AVERAGING, "logit_exchange"])
 def test_a_run_that_was_stopped_in_mid_round_goes_on_to_the_same_numbers(
     tiny_config: MakeConfig, tmp_path: Path, name: str
 ) -> None:

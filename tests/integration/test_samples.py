@@ -38,7 +38,12 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     run = tmp_path / "run"
     run_experiment(config, run, Silent())
     table = votes(run)
-    assert [*table] == ["prompt_id", "client_id", "sample", "answer", "similarity", "chosen", "agreement", "abstained"]
+    assert [*table] == [
+        *("prompt_id", "client_id", "sample", "answer", "draws", "confidence"),
+        *("similarity", "chosen", "agreement", "abstained"),
+    ]
+    assert table["confidence"].isna().all()
+    assert set(table["draws"]) == {1}
     assert table.groupby("client_id")["sample"].unique().map(list).to_dict() == {0: [0, 1], 1: [0, 1], 2: [0, 1, 2]}
     assert len(table) == 6 * 7
     assert table.groupby("prompt_id")["chosen"].sum().max() == 1
@@ -64,6 +69,55 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     assert first["client_id"].tolist() == votes(single)["client_id"].tolist()
     assert set(votes(single)["sample"]) == {0}
     write_report(run)
+
+
+def test_counted_draws_are_fewer_bytes_and_elect_the_same(tmp_path: Path, tiny_config: Make) -> None:
+    runs = {}
+    for send in ("all", "counted", "choice"):
+        one_token = {"max_new_tokens": 1, "top_k": 2}
+        config = tiny_config(num_rounds=2, **settings(num_samples=6, **one_token, send_draws=send))
+        run_experiment(config, tmp_path / send, Silent())
+        runs[send] = votes(tmp_path / send)
+        assert runs[send].groupby(["prompt_id", "client_id"])["draws"].sum().max() <= 6
+    ledgers = {send: pd.read_parquet(tmp_path / send / "ledger.parquet") for send in runs}
+    sent = {send: ledger["uplink_bytes"].sum() for send, ledger in ledgers.items()}
+    assert sent["choice"] < sent["counted"] < sent["all"]
+    labels = [runs[send].query("chosen").set_index("prompt_id")["answer"].to_dict() for send in ("all", "counted")]
+    assert labels[0] == labels[1]
+    assert len(runs["choice"]) == 6 * 3
+    most = runs["counted"].groupby(["prompt_id", "client_id"])["draws"].max()
+    assert runs["choice"].set_index(["prompt_id", "client_id"])["draws"].to_dict() == most.to_dict()
+    write_report(tmp_path / "counted")
+    forecasts = {
+        send: Forecast(plan_experiment(tiny_config(num_rounds=2, **settings(num_samples=4, send_draws=send)), Silent()))
+        for send in runs
+    }
+    loads = {send: forecast.rounds[1] for send, forecast in forecasts.items()}
+    assert {load.generated for load in loads.values()} == {loads["all"].generated}
+    assert loads["counted"].uplink_bytes == loads["all"].uplink_bytes + 3 * 4 * 6  # at most; a count is a byte
+    assert loads["choice"].uplink_bytes == loads["counted"].uplink_bytes / 4
+
+
+def test_confidence_is_sent_counted_and_kept(tmp_path: Path, tiny_config: Make) -> None:
+    runs = {}
+    for send in (False, True):
+        config = tiny_config(num_rounds=2, **settings(num_samples=2, send_confidence=send))
+        runs[send] = Forecast(plan_experiment(config, Silent())).rounds[1]
+        run_experiment(config, tmp_path / str(send), Silent())
+    ledgers = {send: pd.read_parquet(tmp_path / str(send) / "ledger.parquet") for send in runs}
+    by_client = {
+        send: ledger[ledger["stage"] == "generate"].groupby("client_id")["uplink_bytes"].sum().tolist()
+        for send, ledger in ledgers.items()
+    }
+    assert by_client[True] == [without + 11 + 2 + 2 * 6 * 4 for without in by_client[False]]
+    assert runs[True].uplink_bytes == runs[False].uplink_bytes + 3 * 2 * 6 * 4
+    assert runs[True].scored > runs[False].scored
+    tables = {send: votes(tmp_path / str(send)) for send in runs}
+    given = tables[True]["confidence"]
+    assert (given[tables[True]["answer"] != ""] < 0).all()
+    pd.testing.assert_frame_equal(
+        tables[True].drop(columns="confidence"), tables[False].drop(columns="confidence"), check_exact=True
+    )
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:

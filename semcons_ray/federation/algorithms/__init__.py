@@ -18,6 +18,8 @@ What an algorithm can be combined with it says by class variables, all of which 
     any_models            clients may have models of different architectures, as no weights are exchanged; only then do
                           clients keep a moving average, and may be of kinds that have no weights to send
     any_ranks             clients may have different LoRA ranks
+    exchanges_tokens      clients send token probabilities, which the server averages: they have one model, but each
+                          its own adapter, with a moving average
     averages_weights      clients send adapter weights, which the server averages
     own_models            each client has a model of its own, though weights are averaged
     outgrows_ranks        what is added to a client's base model is of a higher rank each round
