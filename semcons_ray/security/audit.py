@@ -261,7 +261,7 @@ def _in_models(
     pairs = [(canary.prompt, canary.response) for canary in canaries]
     models, model = config.client_models(), config.model
     nll: dict[int, Floats] = {}
-    contents = set()
+    known: dict[str, Floats] = {}  # clients may share one adapter
     for name, path in find_models(config, folder.revisions()).items():
         say(f"{name}: how likely it finds {len(canaries)} canaries")
         base = load_base(str(path), dtype=model.dtype, device=device_here(folder), quantization=model.quantization)
@@ -276,11 +276,13 @@ def _in_models(
         for client, has in enumerate(models):
             adapter = folder.adapters / client_folder(client)
             if has == name and adapter.is_dir():
-                contents.add(sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest())
-                with with_adapter(base, adapter) as adapted:
-                    nll[client] = before - np.array(response_nll(adapted, chat, pairs))
+                content = sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+                if content not in known:
+                    with with_adapter(base, adapter) as adapted:
+                        known[content] = before - np.array(response_nll(adapted, chat, pairs))
+                nll[client] = known[content]
     if not nll:
         return {}
-    return in_models(canaries, nll, same=config.algorithm.averages_weights and len(contents) == 1)
+    return in_models(canaries, nll, same=config.algorithm.averages_weights and len(known) == 1)
 
 

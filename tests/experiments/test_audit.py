@@ -21,7 +21,7 @@ def test_arms_have_the_same_canaries(tmp_path: Path) -> None:
 @pytest.mark.real
 def test_no_text_that_clients_answer_with_is_in_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE.parent)
-    data, others = audit.halves(audit.SKILLS)
+    data, others = audit.parts(audit.SKILLS)
     assert not {one.prompt for one in data.examples} & {one.prompt for one in others.examples}
     assert abs(len(data.examples) - len(others.examples)) <= 1
 
@@ -29,7 +29,7 @@ def test_no_text_that_clients_answer_with_is_in_the_data(monkeypatch: pytest.Mon
 @pytest.mark.real
 def test_a_planted_leak_is_noticed_and_its_absence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(HERE.parent)
-    data, others = audit.halves(audit.SKILLS)
+    data, others = audit.parts(audit.SKILLS)
     texts = [f"it is {one.response}" for one in others.examples]
     leak = audit.audited(data, texts, 0.2, 0, embed, whole=True)
     assert (leak["leak_noticed"], leak["false_alarm"]) == (True, False)
