@@ -46,11 +46,10 @@ class Independent:
     colluders are sure of the same answers, with all or most of their draws, since that is how few win. So what counts
     is how often two clients are sure of one answer (`sure_agreement`), and, for answers that say the same in other
     words, `likeness`. Each client has one that agrees with it most. What most clients have in common with that one is
-    usual, however much it is: models of one base have habits in common, and agree in errors, too. Two clients are
-    linked if they have more in common than is usual, by `margin` and by as much again as is usual, and much in
-    any case (`IN_COMMON`, `ALIKE`). Those linked, also by way of others, are taken to work together unless they
-    are over half of all: they lose their votes, and their trust, which grows back by `recovery` in each round in which
-    nothing is found.
+    usual, however much it is: models of one base have habits in common, and agree in errors, too. Two clients that have
+    more in common than is usual, by `margin` and by as much again as is usual, and much in any case (`IN_COMMON`,
+    `ALIKE`), are taken to work together: they lose their votes, and their trust, which grows back by `recovery` in each
+    round in which nothing is found. What most clients do is never found, so no honest majority is.
 
     What it does not find: colluders that spread their draws as honest clients do; that say the same on a share of the
     prompts within the margin only; or that are half of all. Honest clients that alone are sure of something, where
@@ -80,10 +79,7 @@ class Independent:
             linked |= _beyond_usual(agreement, times * self.margin) & (
                 agreement >= IN_COMMON * torch.minimum(sure[:, None], sure)
             )
-        together = components(linked)
-        size = together.bincount(minlength=evidence.num_clients)[together]
-        suspect = (size > 1) & (2 * size <= evidence.num_clients)
-        trust = (evidence.trust + self.recovery).clamp(max=1).masked_fill(suspect, 0.0)
+        trust = (evidence.trust + self.recovery).clamp(max=1).masked_fill(linked.any(dim=1), 0.0)
         return Ruling(trust[evidence.voters].expand_as(evidence.shares).masked_fill(echoes, 0.0), trust)
 
 
@@ -169,17 +165,6 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
     left = ((1 - to_prompt.square()) * evidence.shares)[::step].sum() / num_clients - centre.square().sum()
     flat = (sketch - centre).transpose(0, 1).reshape(num_clients, -1)
     return flat @ flat.T / left.clamp(min=1e-6), to_prompt > ECHO
-
-
-def components(linked: Tensor) -> Tensor:
-    """The lowest number of a client to which each is linked, also by way of others, (N,) int64, for `linked` (N, N)."""
-    numbers = torch.arange(len(linked), device=linked.device)
-    linked = linked | linked.T
-    while True:
-        lowest = numbers.expand_as(linked).where(linked, len(linked)).amin(dim=1).minimum(numbers)
-        if torch.equal(lowest, numbers):
-            return numbers
-        numbers = lowest
 
 
 def _mixed(numbers: Tensor) -> Tensor:
