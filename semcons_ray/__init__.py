@@ -16,7 +16,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from semcons_ray.api.doctor import Check, diagnose
-    from semcons_ray.api.experiments import attack, compare, evaluate, labels, load, plan, resume, run, sweep, watch
+    from semcons_ray.api.experiments import (
+        attack,
+        audit,
+        compare,
+        evaluate,
+        labels,
+        load,
+        plan,
+        resume,
+        run,
+        sweep,
+        watch,
+    )
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
@@ -49,6 +61,7 @@ if TYPE_CHECKING:
     from semcons_ray.runs.observers import Observer
     from semcons_ray.runs.run_folder import Commit
     from semcons_ray.security.attacks import Attack, Scene
+    from semcons_ray.security.audit import Audit
     from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
@@ -60,6 +73,7 @@ __all__ = [
     "AnswerMetric",
     "Attack",
     "Attacks",
+    "Audit",
     "Ballots",
     "Check",
     "Client",
@@ -106,6 +120,7 @@ __all__ = [
     "Visitor",
     "__version__",
     "attack",
+    "audit",
     "compare",
     "diagnose",
     "evaluate",
@@ -121,7 +136,7 @@ __all__ = [
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
     "semcons_ray.api.experiments": (
-        *("attack", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
+        *("attack", "audit", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
     ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
@@ -139,6 +154,7 @@ _HOMES = {
     "semcons_ray.runs.observers": ("Observer",),
     "semcons_ray.runs.run_folder": ("Commit",),
     "semcons_ray.security.attacks": ("Attack", "Scene"),
+    "semcons_ray.security.audit": ("Audit",),
     "semcons_ray.studies.attacks": ("Attacks",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
     "semcons_ray.studies.labels": ("Labels",),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.runs.forecast import Forecast
     from semcons_ray.runs.observers import Observer
+    from semcons_ray.security.audit import Audit
     from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
@@ -240,6 +241,31 @@ def evaluate(
     done = Run(folder, remote)
     done.write_report()
     return done
+
+
+def audit(place: str | Path, *, say: Callable[[str], None] | None = None) -> Audit:
+    """Look in a finished run for private text: in answers, pseudo-labels and models; writes audit/ in its folder.
+
+    Args:
+        place: The run's folder, or its URL.
+        say: Called with a line before each step that takes long; None: the lines are logged.
+
+    Raises:
+        RunFolderError: It is no folder of a run that is finished.
+        UserError: Nothing is held out that private examples could be compared with.
+        ConfigError: The run's GPU is not there.
+        ModelError: A model cannot be found or loaded.
+    """
+    from semcons_ray.runs.own_process import as_found
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.security.audit import audit_run
+
+    folder, remote = locate(place)
+    with as_found():
+        found = audit_run(folder, say or logger.info)
+    if remote:
+        remote.copy()
+    return found
 
 
 def labels(

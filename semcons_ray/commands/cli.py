@@ -38,6 +38,7 @@ examples:
   semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
   semcons labels runs/first                            how many labels each rule gets right, from its stored answers
   semcons attack runs/first --out runs/attack          how many labels malicious clients would capture
+  semcons audit runs/first                             whether private text shows in its answers and models
 """
 COMPARE = """\
 CONFIG says what is compared; every part of it may be left out:
@@ -236,6 +237,7 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("folder", metavar="RUN", help=RUN)
     sub.add_argument("--tasks", type=_names, required=True, metavar="TASKS", help=TASKS)
     sub.add_argument("--limit", type=_positive, metavar="N", help="only the first N items of each task")
+    command("audit", _audit, sr.audit).add_argument("folders", nargs="+", metavar="RUN", help=RUN)
     sub = command("labels", _labels, sr.labels, epilog=LABELS)
     sub.add_argument("folders", nargs="+", metavar="RUN", help="folders or URLs of runs, of several seeds")
     sub.add_argument("--rules", nargs="+", default=RULES, metavar="RULE", help=f"default: {', '.join(RULES)}")
@@ -319,6 +321,13 @@ def _report(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     return _tell(sr.evaluate(args.folder, args.tasks, limit=args.limit, say=lambda line: _say(f"{line} ...")))
+
+
+def _audit(args: argparse.Namespace) -> int:
+    for number, folder in enumerate(args.folders):
+        found = sr.audit(folder, say=lambda line: _say(f"{line} ..."))
+        print(f"{chr(10) if number else ''}{folder}\n\n{found}")
+    return 0
 
 
 def _labels(args: argparse.Namespace) -> int:

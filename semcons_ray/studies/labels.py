@@ -313,22 +313,17 @@ def parse_part(words: str) -> tuple[str, dict[str, Any]]:
 
 
 def _samples(answers: pd.DataFrame, config: ExperimentConfig) -> dict[int, list[list[str]]]:
-    """A round's samples by client, each P answers."""
+    """A round's samples by client, each P answers: an answer that stands for several draws is there as often, and a
+    draw that was not sent is an empty text."""
     if "draws" not in answers:  # of a run of a time when every draw was sent
         answers["draws"] = 1
     samples = {}
     for client, generation in enumerate(config.client_generation()):
         of_client = answers[answers["client_id"] == client].sort_values(["prompt_id", "sample"])
-        if generation.send_draws == "choice":
-            of_client = of_client.assign(draws=1)
         drawn = []
         for _, to_prompt in of_client.groupby("prompt_id"):
-            drawn.append(to_prompt["answer"].repeat(to_prompt["draws"].tolist()).tolist())
-        if generation.send_draws == "counted":  # equal ones stand together, and some may be missing
-            padded = [one + [""] * (generation.num_samples - len(one)) for one in drawn]
-            drawn = (
-                np.random.default_rng([config.seed, client]).permuted(np.array(padded, dtype=object), axis=1).tolist()
-            )
+            texts = to_prompt["answer"].repeat(to_prompt["draws"].tolist()).tolist()
+            drawn.append(texts + [""] * (generation.num_samples - len(texts)))
         if drawn:
             samples[client] = [*map(list, zip(*drawn, strict=True))]
     return samples
