@@ -227,6 +227,13 @@ class DataConfig(Settings):
         "clients differ.",
     )
 
+    canaries: int = Field(
+        0,
+        ge=0,
+        description="Made-up examples of each of two kinds that are offered to each client, of which a coin decides "
+        "whether it trains on them; semcons audit looks for traces of the coin. 0: none.",
+    )
+
     @property
     def source_at_revision(self) -> str:
         """`source`, with `revision` if that is set."""

@@ -33,8 +33,9 @@ def expertise(
     other clients' votes there that are for its answer, and its chance agreement the share of their votes at all other
     prompts that are: the difference is what its answer owes to the question. Both are averaged over the `neighbours`
     prompts whose vectors are nearest, which makes a client expert in a part, and a = agreement, c = chance give
-    x = (a - c) / (1 - c), as in Cohen's kappa, or 0 if that is negative. A share `even` of all weight is given to the
-    clients evenly, since estimates are noisy and a part may have no expert, and the rest by x.
+    x = (a - c) / (1 - c), as in Cohen's kappa, or 0 if that is negative. The weight is `even` + (1 - `even`) x / mean
+    x, with the mean over all clients and prompts: since estimates are noisy, some of all weight is given evenly, and
+    most of it where nobody seems to be expert.
 
     The prompt itself is not among its neighbours: no answer speaks for itself.
 
@@ -43,7 +44,9 @@ def expertise(
     neighbourhoods are those of Smoothie (arXiv:2412.04692). Time is O(P B + P^2 (D + N)), memory O(P B) and a
     block of cosines.
 
-    With one sample a client (`generation.num_samples`) agreement is noisy; several make it, and the vote, much better.
+    Agreement is noisy with one sample a client; several (`generation.num_samples`) make it, and the vote, better. Liars
+    that all send one text lose weight by it, and those that agree on another lie for each prompt gain much: it does not
+    replace a defence.
     """
     if evidence.prompts is None:
         raise ValueError("competence expertise needs the vectors of the prompts")
@@ -51,7 +54,7 @@ def expertise(
     agreement, chance = _agreement(evidence, given)
     near, by_chance = _among_neighbours(evidence.prompts, (agreement, chance), given, neighbours)
     beyond = ((near - by_chance) / (1 - by_chance).clamp(min=TOLERANCE)).clamp(min=0) * given
-    mean = beyond.sum(dim=1, keepdim=True) / given.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = beyond.sum() / given.sum().clamp(min=1)
     relative = (beyond / mean.clamp(min=TOLERANCE)).where(mean > TOLERANCE, 1.0)
     return (even + (1 - even) * relative)[:, evidence.voters].float()
 

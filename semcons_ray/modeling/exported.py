@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from semcons_ray.config import Quantization
 from semcons_ray.errors import ModelError, first_line
+from semcons_ray.messages import Prompt
+from semcons_ray.modeling.chat import ChatFormat
 from semcons_ray.modeling.quantization import loading_options
 
 
@@ -53,3 +55,19 @@ def with_adapter(base: Any, folder: Path) -> Iterator[Any]:
         yield model.eval()
     finally:
         model.unload()
+
+
+@torch.no_grad()
+def response_nll(model: Any, chat: ChatFormat, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+    """Mean negative log-likelihood (nats a token) of the response of each pair, its end included, (N,).
+
+    One pair at a time: for the few texts of an audit.
+    """
+    means = []
+    for prompt, response in pairs:
+        text = chat.encode(prompt, response)
+        begin, end = text.learnt[-1]
+        ids = torch.tensor([text.ids], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, begin - 1 : end - 1]
+        means.append(float(torch.nn.functional.cross_entropy(logits.float(), ids[0, begin:end])))
+    return means

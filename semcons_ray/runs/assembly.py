@@ -23,6 +23,7 @@ from semcons_ray.config import (
     setting_value,
 )
 from semcons_ray.consensus import Election
+from semcons_ray.data.canaries import with_canaries, write_canaries
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.data.sources import is_files, load_examples, pin_data
@@ -224,8 +225,24 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
         source, data, config.prompts, num_clients=clients, seed=config.seed, embed=embed, test=test, public=public
     )
     folder.write_tallies([*tallies, *_held_out(split)])
+    if data.canaries:
+        split, canaries = with_canaries(split, source.examples, data.canaries, config.seed)
+        write_canaries(canaries, folder.canaries)
     write_split(split, folder.data)
     return split
+
+
+def unused_examples(
+    config: ExperimentConfig, split: DataSplit, revisions: Mapping[str, str] = NO_REVISIONS
+) -> list[Example]:
+    """Examples of the private data's source that are in no part of the split.
+
+    Raises:
+        DataError: The data is not there any more, or malformed.
+    """
+    used = {text_of(example.prompt) for example in split.examples()}
+    source, _, _ = _load_sources(config, revisions)
+    return [example for example in source.examples if text_of(example.prompt) not in used]
 
 
 def embedder_of(config: ExperimentConfig, revisions: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@
     environment.json        versions, machine, commits of hub models and data
     placement.json          workers, nodes and energy meters
     data.parquet            who holds which example
+    canaries.parquet        made-up examples and their coins, if there are any
     data_report.json        how much of the data is not used, by reason
     code/                   modules of parts of one's own, as they were when the run began, if there are any
     state/config.yaml       the settings with which the run began, even if config.yaml is edited
@@ -17,6 +18,7 @@
     items/round_NNN.parquet                           what each test item gave for each client that was measured
     lm_eval/round_NNN.parquet                         scores of clients' models in tasks of lm-eval, if there are any
     adapters/client_NNN/    each client's last adapter, in PEFT's format
+    audit/                  what semcons audit found: CSV files and verdict.txt
     report.html             the report
     tensorboard/            each round's numbers for TensorBoard
     run.log                 what all processes of the run logged
@@ -192,6 +194,7 @@ class RunFolder:
         self.path = path
         self.state = path / "state"
         self.data = path / "data.parquet"
+        self.canaries = path / "canaries.parquet"
         self.data_report = path / "data_report.json"
         self.adapters = path / "adapters"
         self.log = path / "run.log"

@@ -41,9 +41,7 @@ def evaluate_run(out: Path, tasks: Sequence[str], limit: int | None, say: Callab
         raise RunFolderError(f"{out} is not finished, so it has no adapters to measure; semcons resume {out} goes on")
     harness = replace(harness_of(config), tasks=tuple(tasks), limit=limit)
     harness.check("--tasks")
-    device = folder.stored_config().resources.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"resources.device is cuda in {out / 'config.yaml'}, and there is no GPU here; set it to cpu")
+    device = device_here(folder)
     with folder.locked():
         for name in config.other_models:
             say(f"{name} of clients.models is left out: lm-eval needs a model that is here")
@@ -68,3 +66,16 @@ def evaluate_run(out: Path, tasks: Sequence[str], limit: int | None, say: Callab
         for round, of_clients in scores.items():
             folder.add_scores(round, of_clients)
         folder.write_tables(commits)
+
+
+def device_here(folder: RunFolder) -> str:
+    """The device on which the run's models compute, "cpu" or "cuda".
+
+    Raises:
+        ConfigError: It is a GPU, and there is none here.
+    """
+    device = folder.stored_config().resources.device
+    if device == "cuda" and not torch.cuda.is_available():
+        path = folder.path / "config.yaml"
+        raise ConfigError(f"resources.device is cuda in {path}, and there is no GPU here; set it to cpu")
+    return device

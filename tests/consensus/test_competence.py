@@ -54,12 +54,12 @@ def test_agreement_beyond_chance_over_several_samples() -> None:
     # Client 0 draws a and b for the first prompt; half of its vote is with client 1's, which says a. Nobody says the
     # same at the other prompt. Neighbours of a prompt are the other: at the first x = 0, so all are alike.
     weights = expertise(evidence([["a", "c"], ["b", "d"], ["a", "e"]], [0, 0, 1]))
-    torch.testing.assert_close(weights[0], torch.ones(3))
-    # At the second: agreement at the first is 1/2 for client 0 and 1/2 for client 1, so they are alike, too.
-    torch.testing.assert_close(weights[1], torch.ones(3))
-    # A third client that agrees with nobody gets its even half, and they get the rest.
+    torch.testing.assert_close(weights[0], torch.full((3,), 0.5))
+    # At the second: agreement at the first is 1/2 for client 0 and 1/2 for client 1, twice the mean of both prompts.
+    torch.testing.assert_close(weights[1], torch.full((3,), 1.5))
+    # With a third client that agrees with nobody these are 1/4 and the mean is 1/12.
     weights = expertise(evidence([["a", "c"], ["b", "d"], ["a", "e"], ["x", "y"]], [0, 0, 1, 2]))
-    torch.testing.assert_close(weights[1], torch.tensor([1.25, 1.25, 1.25, 0.5]))
+    torch.testing.assert_close(weights[1], torch.tensor([2.0, 2.0, 2.0, 0.5]))
 
 
 def test_a_client_is_expert_in_a_part() -> None:
@@ -112,23 +112,19 @@ def in_loops(given: Evidence, neighbours: int, even: float) -> Tensor:
             here = with_it(prompt)
             there = [each for other in range(num_prompts) if other != prompt for each in with_it(other)]
             pairs[prompt, client] = (sum(here) / max(len(here), 1), sum(there) / max(len(there), 1))
-    weights = torch.zeros(num_prompts, num_ballots)
+    beyond = torch.zeros(num_prompts, given.num_clients)
     assert given.prompts is not None
     for prompt in range(num_prompts):
         cosines = given.prompts @ given.prompts[prompt]
         cosines[prompt] = -2
         near = cosines.topk(neighbours).indices.tolist()
-        beyond = []
         for client in clients:
             known = [pairs[other, client] for other in near if answered[other, client]]
-            agreement, chance = (
-                (sum(part) / max(len(known), 1) for part in zip(*known, strict=True)) if known else (0, 0)
-            )
-            beyond.append(max((agreement - chance) / (1 - chance), 0) if answered[prompt, client] else 0)
-        mean = sum(beyond) / max(int(answered[prompt].sum()), 1)
-        for ballot, client in enumerate(given.voters.tolist()):
-            weights[prompt, ballot] = even + (1 - even) * (beyond[client] / mean if mean > 0 else 1)
-    return weights
+            if known and answered[prompt, client]:
+                agreement, chance = (sum(part) / len(known) for part in zip(*known, strict=True))
+                beyond[prompt, client] = max((agreement - chance) / (1 - chance), 0)
+    mean = beyond[answered].mean()
+    return (even + (1 - even) * beyond / mean)[:, given.voters]
 
 
 @pytest.mark.parametrize("seed", range(4))

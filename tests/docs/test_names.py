@@ -91,6 +91,7 @@ def test_files_and_columns_of_a_run_are_those_that_are_told(
     names = {name.strip("` ") for cell in re.findall(r"^\|([^|]*)\|", files, re.M)[2:] for name in cell.split(",")}
     missing = {name for name in names if not [*out.glob(re.sub("NNN", "*", name.rstrip("/")))]}
     in_some = {"state/TRACKER.json", "state/judge/", "lm_eval/round_NNN.parquet", "report.html", "code/"}
+    in_some |= {"canaries.parquet", "audit/"}
     assert missing <= in_some
     written = {path.relative_to(out).parts[0] for path in out.iterdir()}
     assert written <= {name.partition("/")[0] for name in names}

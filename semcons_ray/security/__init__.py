@@ -1,0 +1,1 @@
+"""Attacks on the consensus, and what answers tell of private data."""
