@@ -230,8 +230,8 @@ class TokenScores(Message, frozen=True, kw_only=True, tag="token_scores"):
 
 
 class TokenTargets(Message, frozen=True, kw_only=True, tag="token_targets"):
-    """Server to client, in the exchange of token probabilities: P elected answers, or none at all, with the averages,
-    as in `TokenScores`."""
+    """Server to client, in the exchange of token probabilities: P answers on which clients agree, or none at all, with
+    the averages, as in `TokenScores`."""
 
     max_bytes: ClassVar[int] = MAX_TENSOR_BYTES
 

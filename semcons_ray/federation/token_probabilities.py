@@ -6,7 +6,6 @@ Legend: P public prompts, T tokens of an answer, N tokens of all answers of a me
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,46 +79,48 @@ class TokenProbabilities:
         )
 
 
-def most_common(given: Sequence[TokenProbabilities], priorities: NDArray[np.float64]) -> list[int]:
-    """Who gave the answer to each prompt that most gave; of several such answers that of the highest priority, (P, C),
-    wins."""
-    winners = []
-    for prompt, to_prompt in enumerate(zip(*(scores.answers for scores in given), strict=True)):
-        counts = Counter(to_prompt)
-        most = max(counts.values())
-        tied = [place for place, answer in enumerate(to_prompt) if counts[answer] == most]
-        winners.append(max(tied, key=lambda place: float(priorities[prompt, place])))
-    return winners
+def averaged(given: Sequence[TokenProbabilities], top_k: int) -> TokenProbabilities:
+    """The answers on which clients agree, and the mean probabilities at each of their places.
 
-
-def averaged(given: Sequence[TokenProbabilities], winners: Sequence[int], top_k: int) -> TokenProbabilities:
-    """The mean probabilities at each place of the elected answers, over those whose own answer begins with the same
-    tokens up to there: at the first place over all.
+    An answer is written token by token. Each place has the mean over those whose own answer begins with the tokens so
+    far, at the first place over all, and the likeliest of the tokens with which one of them goes on comes next (of
+    equally likely ones that of the lowest id), until the answers of those who gave it end.
 
     A token that is not among a client's K likeliest counts as 0. Of the means the K largest are kept, and add up to 1.
     Sums are exact, so their order, which is that of client ids, decides nothing.
 
     Args:
-        given: TokenProbabilities of each client.
-        winners: Whose answer to each prompt is elected, as a place in `given`, (P,).
+        given: Of each client.
         top_k: The number K.
     """
-    answers = tuple(given[winner].answers[prompt] for prompt, winner in enumerate(winners))
-    tokens, probabilities = [], []
-    for prompt, answer in enumerate(answers):
-        places = [_mean(given, prompt, answer[:place], top_k) for place in range(len(answer))]
-        tokens.append(np.stack([likely for likely, _ in places]))
-        probabilities.append(np.stack([chances for _, chances in places]))
-    return TokenProbabilities(answers, tuple(tokens), tuple(probabilities))
+    answers, tokens, probabilities = [], [], []
+    for prompt in range(len(given[0].answers)):
+        answer = list[int]()
+        likely, chances = list[NDArray[np.uint32]](), list[NDArray[np.float16]]()
+        alike = list(given)
+        while alike:
+            place = len(answer)
+            found, sums = _sums([(one.tokens[prompt][place], one.probabilities[prompt][place]) for one in alike])
+            best = np.lexsort((found, -sums))[:top_k]
+            likely.append(found[best])
+            chances.append((sums[best] / sums[best].sum()).astype(np.float16))
+            means = dict(zip(found.tolist(), sums.tolist(), strict=True))
+            written = {one.answers[prompt][place] for one in alike}
+            answer.append(max(written, key=lambda token: (means.get(token, 0.0), -token)))
+            alike = [one for one in alike if one.answers[prompt][place] == answer[-1]]
+            alike = [one for one in alike if len(one.answers[prompt]) > place + 1]
+        answers.append(tuple(answer))
+        tokens.append(np.stack(likely))
+        probabilities.append(np.stack(chances))
+    return TokenProbabilities(tuple(answers), tuple(tokens), tuple(probabilities))
 
 
-def _mean(
-    given: Sequence[TokenProbabilities], prompt: int, before: tuple[int, ...], top_k: int
-) -> tuple[NDArray[np.uint32], NDArray[np.float16]]:
-    place = len(before)
-    alike = [one for one in given if len(one.answers[prompt]) > place and one.answers[prompt][:place] == before]
-    tokens, owner = np.unique(np.concatenate([one.tokens[prompt][place] for one in alike]), return_inverse=True)
+def _sums(
+    given: Sequence[tuple[NDArray[np.uint32], NDArray[np.float16]]],
+) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
+    """The tokens that are given, ascending, and the sum of the probabilities of each."""
+    tokens, owner = np.unique(np.concatenate([tokens for tokens, _ in given]), return_inverse=True)
     # Of half precision, thousands add up in double precision without rounding.
-    sums = np.bincount(owner, np.concatenate([one.probabilities[prompt][place] for one in alike]).astype(np.float64))
-    best = np.lexsort((tokens, -sums))[:top_k]
-    return tokens[best], (sums[best] / sums[best].sum()).astype(np.float16)
+    weights = np.concatenate([chances for _, chances in given]).astype(np.float64)
+    sums: NDArray[np.float64] = np.bincount(owner, weights=weights).astype(np.float64)
+    return tokens, sums

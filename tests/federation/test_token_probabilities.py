@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from semcons_ray.errors import MessageError
-from semcons_ray.federation.token_probabilities import TokenProbabilities, averaged, most_common
+from semcons_ray.federation.token_probabilities import TokenProbabilities, averaged
 
 
 def held(*answers: tuple[tuple[int, ...], list[dict[int, float]]]) -> TokenProbabilities:
@@ -18,8 +18,8 @@ def held(*answers: tuple[tuple[int, ...], list[dict[int, float]]]) -> TokenProba
 
 
 A = held(((5, 9), [{5: 0.75, 6: 0.25}, {9: 0.5, 1: 0.25}]), ((7,), [{7: 0.5, 8: 0.5}]))
-B = held(((5, 1), [{5: 0.5, 6: 0.5}, {1: 0.75, 2: 0.25}]), ((8,), [{8: 1.0, 7: 0.0}]))
-C = held(((6, 9, 9), [{6: 1.0, 4: 0.0}, {9: 1.0, 3: 0.0}, {9: 1.0, 3: 0.0}]), ((7,), [{7: 0.25, 6: 0.125}]))
+B = held(((5, 1), [{5: 0.75, 6: 0.25}, {1: 0.75, 2: 0.25}]), ((8,), [{8: 1.0, 7: 0.0}]))
+C = held(((6, 9, 9), [{6: 0.5, 4: 0.5}, {9: 1.0, 3: 0.0}, {9: 1.0, 3: 0.0}]), ((7,), [{7: 0.25, 6: 0.125}]))
 
 
 def of(found: TokenProbabilities, prompt: int) -> list[dict[int, float]]:
@@ -28,13 +28,13 @@ def of(found: TokenProbabilities, prompt: int) -> list[dict[int, float]]:
 
 
 def test_means_by_hand() -> None:
-    """At the first place of the first answer all count: 5 has (3/4 + 1/2 + 0) / 3, and 6 has (1/4 + 1/2 + 1) / 3. At
-    the second only A and B, whose answers begin with 5, and the two likeliest of four tokens are kept."""
-    found = averaged([A, B, C], [0, 2], top_k=2)
-    assert found.answers == ((5, 9), (7,))
+    """At the first place of the first answer all count: 5 has (3/4 + 3/4 + 0) / 3, and 6 has (1/4 + 1/4 + 1/2) / 3. At
+    the second only A and B, whose answers begin with 5; 1 is likelier than 9, and two of three tokens are kept."""
+    found = averaged([A, B, C], top_k=2)
+    assert found.answers == ((5, 1), (8,))
     first, second = of(found, 0)
-    assert [*first] == [6, 5]  # the likeliest first
-    assert first == pytest.approx({6: 1.75 / 3, 5: 1.25 / 3}, abs=1e-3)
+    assert [*first] == [5, 6]  # the likeliest first
+    assert first == pytest.approx({5: 1.5 / 2.5, 6: 1 / 2.5}, abs=1e-3)
     assert second == pytest.approx({1: (0.25 + 0.75) / 1.5, 9: 0.5 / 1.5}, abs=1e-3)
     (only,) = of(found, 1)
     # A missing token counts as 0: 8 has (1/2 + 1 + 0) / 3, 7 has (1/2 + 0 + 1/4) / 3.
@@ -48,13 +48,18 @@ def test_who_sends_first_decides_nothing() -> None:
         chances = random.dirichlet(np.ones(6), size=3).astype(np.float16)
         tokens = np.array([random.permutation(12)[:6] for _ in range(3)], np.uint32)
         given.append(TokenProbabilities(((1, 2, 3),), (tokens,), (chances,)))
-    packed = {averaged([given[i] for i in random.permutation(9)], [0], 4).packed() for _ in range(20)}
+    packed = {averaged([given[i] for i in random.permutation(9)], 4).packed() for _ in range(20)}
     assert len(packed) == 1
 
 
-def test_the_most_common_answer_is_elected_and_ties_are_drawn() -> None:
-    assert most_common([A, B, C], np.array([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3]])) == [2, 2]
-    assert most_common([A, B, C], np.array([[0.1, 0.9, 0.3], [0.8, 0.9, 0.3]])) == [1, 0]
+def test_an_answer_goes_on_with_what_somebody_says_and_ends_where_they_end() -> None:
+    long = averaged([C], top_k=2)
+    assert long.answers == C.answers
+    # 4 is the likeliest at the first place, but nobody's answer begins with it; of 6 and 7, which are alike, 6 comes.
+    one, other = held(((7,), [{4: 0.5, 7: 0.25}])), held(((6, 2), [{4: 0.5, 6: 0.25}, {2: 1.0, 3: 0.0}]))
+    found = averaged([one, other], top_k=2)
+    assert found.answers == ((6, 2),)
+    assert of(found, 0) == [pytest.approx({4: 0.8, 6: 0.2}, abs=1e-3), {2: 1.0, 3: 0.0}]
 
 
 def test_what_is_packed_comes_back() -> None:

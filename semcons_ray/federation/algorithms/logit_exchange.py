@@ -11,9 +11,9 @@ loss. What differs here:
 
     answers       both have public data with answers, at whose tokens everybody is scored. Here public prompts have
                   none, as in semantic consensus. So each client scores its own greedy answer, whose tokens it sends as
-                  well; the server elects the most common answer, and averages over the clients whose own begins with
-                  the same tokens up to there: at the first token over all. Targets are ready in the next round, as
-                  pseudo-labels are
+                  well; the server averages, at each token, over the clients whose own answer begins with the same
+                  tokens up to there, at the first over all, and goes on with the likeliest token by which one of them
+                  does. Targets are ready in the next round, as pseudo-labels are
     probabilities clients send probabilities, not logits; the mean's K largest are made to add up to 1
     selection     FedMKT learns only from those whose loss on the answer is lower, which needs the right answer
     server        FedMKT has a large model at the server, which learns and teaches; here there is none
@@ -34,9 +34,9 @@ from pydantic import Field
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.algorithms.local_only import train_apart
 from semcons_ray.federation.fleet import Reply, RoundOutcome, Visitor, own_evaluations
-from semcons_ray.federation.randomness import Cohort, priorities
+from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerProtocol
-from semcons_ray.federation.token_probabilities import TokenProbabilities, averaged, most_common
+from semcons_ray.federation.token_probabilities import TokenProbabilities, averaged
 from semcons_ray.messages import NO_TARGETS, TokenScores, TokenTargets, decode_downlink, decode_uplink, naming
 from semcons_ray.metering.ledger import Ledger
 
@@ -130,11 +130,8 @@ class LogitExchange:
             return TokenProbabilities.unpacked(message.answers, message.tokens, message.probabilities, self.top_k)
 
     def targets(self, round: int, given: Mapping[int, TokenProbabilities]) -> TokenTargets:
-        """The elected answers, and the mean probabilities at each of their tokens."""
-        scores = [*given.values()]
-        num_prompts = len(scores[0].answers)
-        ties = priorities(self.cohort.seed, round, [*given], num_prompts)
-        means = averaged(scores, most_common(scores, ties), self.top_k)
+        """The answers on which clients agree, and the mean probabilities at each of their tokens."""
+        means = averaged([*given.values()], self.top_k)
         tokens, probabilities = means.packed()
         return TokenTargets(round_number=round, answers=means.answers, tokens=tokens, probabilities=probabilities)
 
