@@ -16,7 +16,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from semcons_ray.api.doctor import Check, diagnose
-    from semcons_ray.api.experiments import audit, compare, evaluate, labels, load, plan, resume, run, sweep, watch
+    from semcons_ray.api.experiments import (
+        attack,
+        audit,
+        compare,
+        evaluate,
+        labels,
+        load,
+        plan,
+        resume,
+        run,
+        sweep,
+        watch,
+    )
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
     from semcons_ray.config import ExperimentConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
@@ -48,7 +60,9 @@ if TYPE_CHECKING:
     from semcons_ray.reporting.progress import Progress
     from semcons_ray.runs.observers import Observer
     from semcons_ray.runs.run_folder import Commit
+    from semcons_ray.security.attacks import Attack, Scene
     from semcons_ray.security.audit import Audit
+    from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.search_space import SweepConfig
@@ -57,6 +71,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Algorithm",
     "AnswerMetric",
+    "Attack",
+    "Attacks",
     "Audit",
     "Ballots",
     "Check",
@@ -90,6 +106,7 @@ __all__ = [
     "Ruling",
     "Run",
     "RunFolderError",
+    "Scene",
     "Selection",
     "SemconsError",
     "ServerProtocol",
@@ -102,6 +119,7 @@ __all__ = [
     "UserError",
     "Visitor",
     "__version__",
+    "attack",
     "audit",
     "compare",
     "diagnose",
@@ -118,7 +136,7 @@ __all__ = [
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
     "semcons_ray.api.experiments": (
-        *("audit", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
+        *("attack", "audit", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
     ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
     "semcons_ray.config": ("ExperimentConfig",),
@@ -135,7 +153,9 @@ _HOMES = {
     "semcons_ray.reporting.progress": ("Progress",),
     "semcons_ray.runs.observers": ("Observer",),
     "semcons_ray.runs.run_folder": ("Commit",),
+    "semcons_ray.security.attacks": ("Attack", "Scene"),
     "semcons_ray.security.audit": ("Audit",),
+    "semcons_ray.studies.attacks": ("Attacks",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
     "semcons_ray.studies.labels": ("Labels",),
     "semcons_ray.studies.search_space": ("SweepConfig",),

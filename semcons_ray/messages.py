@@ -132,10 +132,9 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     `num_examples` is the client's number of private examples, by which weighted rules weigh clients, as FedAvg does. If
     a client draws several answers to each prompt, `answers` has the first ones, and `further` P of each other draw.
 
-    A client may say the same more shortly: then these are answers that differ, and `counts` has how many of its draws
-    each of them stands for, in the same order; 0 goes with an empty text. And it may say how likely its model finds
-    each of these answers: `confidence` is mean log-likelihoods of tokens, float32, little-endian; NaN goes with an
-    empty text.
+    Or it sends its choice from them alone, and in `counts` how many of them say so; 0 goes with an empty text. And it
+    may say how likely its model finds each answer: `confidence` is mean log-likelihoods of tokens, float32,
+    little-endian; NaN goes with an empty text.
     """
 
     round_number: Natural
@@ -143,16 +142,14 @@ class Answers(Message, frozen=True, kw_only=True, tag="answers"):
     num_examples: Positive
     answers: tuple[Text, ...]
     further: tuple[tuple[Text, ...], ...] = ()
-    counts: tuple[tuple[Natural, ...], ...] = ()
+    counts: tuple[Natural, ...] = ()
     confidence: bytes = b""
 
     def __post_init__(self) -> None:
         if any(len(sample) != len(self.answers) for sample in self.further):
             raise MessageError("Answers: samples of different numbers of prompts")
-        if self.counts:
-            stands_for = [tuple(map(bool, sample)) for sample in self.counts]
-            if stands_for != [tuple(map(bool, sample)) for sample in self.samples]:
-                raise MessageError("Answers: needs a count for each answer, and 0 for an empty one")
+        if self.counts and ([*map(bool, self.counts)] != [*map(bool, self.answers)] or self.further):
+            raise MessageError("Answers: needs a count for each answer, 0 for an empty one, and no further draws")
         if self.confidence:
             if len(self.confidence) != 4 * len(self.answers) * len(self.samples):
                 raise MessageError("Answers: needs a confidence for each answer")

@@ -65,7 +65,7 @@ EXAMPLES: dict[type[Message], Message] = {
 }
 SEVERAL = [
     structs.replace(EXAMPLES[Answers], further=(TEXTS[::-1], TEXTS)),
-    structs.replace(EXAMPLES[Answers], further=(("", "x", "", "", ""),), counts=((3, 0, 7, 1, 2), (0, 1, 0, 0, 0))),
+    structs.replace(EXAMPLES[Answers], counts=(3, 0, 7, 1, 2)),
     structs.replace(EXAMPLES[Answers], confidence=struct.pack("<5f", -1, math.nan, -0.5, 0, -9e9)),
 ]
 
@@ -203,9 +203,9 @@ def check_right(message: Message) -> None:
         pairs = zip(texts, values, strict=True)
         assert all(-math.inf < value <= 0 if text else math.isnan(value) for text, value in pairs)
     if isinstance(message, Answers) and message.counts:
-        for texts, counts in zip(message.samples, message.counts, strict=True):
-            assert all(type(count) is int and count >= 0 for count in counts)
-            assert [count > 0 for count in counts] == [text != "" for text in texts]
+        assert all(type(count) is int and count >= 0 for count in message.counts)
+        assert [count > 0 for count in message.counts] == [text != "" for text in message.answers]
+        assert not message.further
     if isinstance(message, PseudoLabels):
         assert len(message.prompt_ids) == len(message.responses)
         assert sorted({*message.prompt_ids}) == list(message.prompt_ids)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from semcons_ray.runs.forecast import Forecast
     from semcons_ray.runs.observers import Observer
     from semcons_ray.security.audit import Audit
+    from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.search_space import SweepConfig
@@ -32,6 +33,9 @@ Kind = Literal["run", "compare", "sweep"]
 
 RULES = ("medoid", "plurality {min_cosine: 0.95}", "plurality {min_cosine: 1.0}")
 """Rules of which `labels` makes a table unless others are given."""
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Shares of malicious clients that `attack` tries unless others are given."""
 
 
 def run(config: Source = None, *, out: str | Path | None = None, observers: Iterable[Observer] = ()) -> Run:
@@ -299,6 +303,46 @@ def labels(
     ways = elections(folders[0], rules, competences, defences)
     with as_found():
         return label_table([read_answered(folder) for folder in folders], ways, num_samples)
+
+
+def attack(
+    *places: str | Path,
+    rules: Sequence[str] = (),
+    defences: Sequence[str] = ("none", "independent"),
+    attacks: Sequence[str] = (),
+    shares: Sequence[float] = SHARES,
+    say: Callable[[str], None] | None = None,
+) -> Attacks:
+    """Add malicious clients to the stored answers of runs, and see how many labels they capture, by rule and defence.
+
+    Nothing is trained. Honest clients are those of the runs; attackers come in addition. What else an election needs is
+    set as in the first run.
+
+    Args:
+        places: Folders or URLs of runs, which differ in their seeds only.
+        rules: Names of rules; one with options is "plurality {min_cosine: 0.95}". None: the rule of the first run.
+        defences: The same for defences.
+        attacks: The same for attacks; none: all that have a name.
+        shares: Which shares of all clients are malicious, above 0 and under 1; their number is rounded.
+        say: Called with a line for each way of electing that is done with a run; None: the lines are logged.
+
+    Raises:
+        RunFolderError: One is no run folder, or a file of it is missing or damaged.
+        UserError: A run has no answers, or no public prompt of it has a response.
+        ConfigError: There is no such part, it refuses its options, or a share is out of range.
+        ModelError: A run's embedder cannot be loaded.
+    """
+    from semcons_ray.runs.own_process import as_found
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.studies.attacks import attack_table, make_attacks, ways_to_elect
+    from semcons_ray.studies.labels import read_answered
+
+    if not places:
+        raise UserError("attack needs the folder of a run")
+    folders = [locate(place)[0] for place in places]
+    ways, made = ways_to_elect(folders[0], rules, defences), make_attacks(attacks)
+    with as_found():
+        return attack_table([read_answered(folder) for folder in folders], ways, made, shares, say or logger.info)
 
 
 def watch(folder: str | Path) -> bool:

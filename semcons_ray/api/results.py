@@ -151,11 +151,11 @@ class Run:
             UserError: No consensus was formed in the round.
         """
         answers = self.answers(round)
-        if self.config.algorithm.rule == "reference":
-            labels = answers.drop_duplicates("prompt_id").assign(client_id=-1)
-            labels["answer"] = labels["prompt_id"].map(self._public["response"])
-        else:
-            labels = answers[answers["chosen"]]
+        first = answers.drop_duplicates("prompt_id")
+        elected = answers[answers["chosen"]]
+        known = first[~first["abstained"] & ~first["prompt_id"].isin(elected["prompt_id"])].assign(client_id=-1)
+        known["answer"] = known["prompt_id"].map(self._public["response"])
+        labels = pd.concat([elected, known]).sort_values("prompt_id")
         columns = ["prompt_id", "prompt", "client_id", "answer", "agreement"]
         return labels[columns].rename(columns={"answer": "label"}).reset_index(drop=True)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import semcons_ray as sr
-from semcons_ray.api.experiments import RULES, Kind
+from semcons_ray.api.experiments import RULES, SHARES, Kind
 from semcons_ray.api.places import local_folder
 from semcons_ray.config import Layers, Within, as_study, describe_settings, is_option, parse_setting
 from semcons_ray.errors import ConfigError, RunFolderError, SemconsError, UserError, first_line
@@ -37,6 +37,7 @@ examples:
   semcons compare quality.yaml --out runs/quality      one table and one figure of many algorithms
   semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
   semcons labels runs/first                            how many labels each rule gets right, from its stored answers
+  semcons attack runs/first --out runs/attack          how many labels malicious clients would capture
   semcons audit runs/first                             whether private text shows in its answers and models
 """
 COMPARE = """\
@@ -94,6 +95,14 @@ and articles.
 
 example:
   semcons labels runs/seed-0 runs/seed-1 --rules medoid 'plurality {min_cosine: 0.95}' --csv labels.csv
+"""
+ATTACK = """\
+A part with options is written 'backdoor {trigger: gcd}'. Every rule is tried with every defence, attack and share of
+malicious clients, who come in addition to those of the run. Nothing is trained. A label is captured if it is an answer
+of theirs, wrong, and would not be elected without them.
+
+example:
+  semcons attack runs/seed-0 runs/seed-1 --rules medoid plurality --shares 0.3 --out runs/attack
 """
 SCHEMA = """\
 Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
@@ -237,6 +246,16 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     samples = "how many of a client's samples to use, the first ones. Default: 1, 2, 4 and so on, and all"
     sub.add_argument("--samples", type=_positive, nargs="+", default=(), metavar="N", help=samples)
     sub.add_argument("--csv", type=local_folder, metavar="FILE", help="a file for the table, with all its columns")
+    sub = command("attack", _attack, sr.attack, epilog=ATTACK)
+    sub.add_argument("folders", nargs="+", metavar="RUN", help="folders or URLs of runs, of several seeds")
+    about = "folder for the table and the figure"
+    sub.add_argument("--out", type=local_folder, required=True, metavar="DIR", help=about)
+    sub.add_argument("--rules", nargs="+", default=(), metavar="RULE", help="default: the rule of the first run")
+    defences = ["none", "independent"]
+    sub.add_argument("--defences", nargs="+", default=defences, metavar="NAME", help=f"default: {', '.join(defences)}")
+    sub.add_argument("--attacks", nargs="+", default=(), metavar="NAME", help="default: all that have a name")
+    shares = f"of all clients, which are malicious. Default: {', '.join(map(str, SHARES))}"
+    sub.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE", help=shares)
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -317,6 +336,14 @@ def _labels(args: argparse.Namespace) -> int:
     if args.csv:
         found.write(args.csv)
     print(f"{found}\n\ntable: {args.csv}" if args.csv else found)
+    return 0
+
+
+def _attack(args: argparse.Namespace) -> int:
+    given = {"rules": args.rules, "defences": args.defences, "attacks": args.attacks, "shares": args.shares}
+    done = sr.attack(*args.folders, **given, say=_say)
+    done.write(args.out)
+    print(f"{done}\n\ntable and figure: {args.out / 'attack.csv'}, {args.out / 'attack.svg'}")
     return 0
 
 

@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="Answers to a prompt that a client sends; with generation.send_draws counted, those that differ. "
-        "Default: %(default)s.",
+        help="Answers to a prompt that a client sends. Default: %(default)s.",
     )
     parser.add_argument(
         "--encoding",
@@ -120,9 +119,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(cost_table(cost))
     console.print(
         "Analytic, not measured. Weights: one adapter up and the average of all down, as in FedAvg. Text: the answers "
-        "up, a pseudo-label a prompt down, and the public prompts once. Left out: framing and prompt ids (at most 10 "
-        "bytes a prompt), counts of answers (a byte each), and abstention, which sends fewer pseudo-labels. What a run "
-        "really sent is in its ledger."
+        "up, a pseudo-label a prompt down, and the public prompts once. Left out: framing, prompt ids and counts of "
+        "draws (at most 10 bytes a prompt), and abstention, which sends fewer pseudo-labels. What a run really sent is "
+        "in its ledger."
     )
     if args.figure:
         draw_figure(args.figure, args.model, args.targets, **settings)

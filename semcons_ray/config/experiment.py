@@ -77,6 +77,10 @@ class ExperimentConfig(Settings):
                 f"algorithm.min_votes is {self.algorithm.min_votes}, but {per_round} of clients.num_clients = "
                 f"{self.clients.num_clients} take part in a round, so there would never be a pseudo-label"
             )
+        if self.prompts.sentinels > self.prompts.budget:
+            raise ValueError(f"prompts.sentinels {self.prompts.sentinels} is over prompts.budget {self.prompts.budget}")
+        if self.algorithm.elects and self.algorithm.competence == "sentinels" and not self.prompts.sentinels:
+            raise ValueError("algorithm.competence sentinels needs prompts.sentinels over 0: known answers")
         if self.evaluation.num_answers > self.data.num_test:
             raise ValueError(
                 f"evaluation.num_answers is {self.evaluation.num_answers}, but data.num_test is {self.data.num_test}"
@@ -460,6 +464,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ),
         "answers that are sent, by algorithm.name semantic_consensus with an algorithm.rule other than own_answer, and "
         "a client whose model tells likelihoods",
+    ),
+    (
+        ("prompts.sentinels",),
+        lambda config: config.algorithm.elects and config.algorithm.competence != "equal",
+        "an algorithm.competence that weighs votes by it, such as sentinels",
     ),
     (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
     (

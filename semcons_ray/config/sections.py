@@ -270,6 +270,12 @@ class PromptsConfig(Settings):
     columns: Columns = Field(
         default_factory=dict, description="What the columns of prompts.source hold; written as data.columns."
     )
+    sentinels: int = Field(
+        0,
+        ge=0,
+        description="How many of the public prompts are drawn whose answers, the data's own, the server knows, for "
+        "algorithm.competence sentinels. Clients are not told which; known answers become their labels.",
+    )
     selection: Annotated[str, PartName("selection")] = Field(
         "stratified",
         description="How they are chosen: at random, evenly over categories, or spread out in embedding space "
@@ -481,11 +487,10 @@ class GenerationConfig(Settings):
         description="Answers that a client draws to each public prompt, over which its weight in the vote is divided "
         "evenly. More than 1 need a temperature over 0.",
     )
-    send_draws: Literal["all", "counted", "choice"] = Field(
+    send_draws: Literal["all", "choice"] = Field(
         "all",
-        description="What a client sends of its draws. all: each; counted: those that differ by more than case, spaces "
-        "and punctuation, each with the number of draws that say so, which is fewer bytes where answers are short; "
-        "choice: the most common one with its number, which has the client's whole vote.",
+        description="What a client sends of its draws. all: each; choice: the most common one, which has the client's "
+        "whole vote, with the number of draws that say the same but for case, spaces and punctuation.",
     )
     send_confidence: bool = Field(
         False,
@@ -510,8 +515,8 @@ class GenerationConfig(Settings):
     )
 
     @property
-    def most_sent(self) -> int:
-        """Most answers to a prompt that a client sends."""
+    def num_sent(self) -> int:
+        """How many answers to a prompt a client sends."""
         return 1 if self.send_draws == "choice" else self.num_samples
 
 

@@ -1,4 +1,4 @@
-"""How good each client seems to be at each prompt, from answers alone: which are right is not known.
+"""How good each client seems to be at each prompt, from answers alone, or by the few whose right answer is known.
 
 Legend: P prompts, B ballots to each, N clients, D embedding dimension.
 """
@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from semcons_ray.consensus.evidence import Evidence
+from semcons_ray.consensus.evidence import UNKNOWN, Evidence
 from semcons_ray.consensus.rules import TOLERANCE
+from semcons_ray.errors import ConfigError
 
 _BLOCK = 2**22
 """Most cosines between prompts that are computed at once."""
@@ -32,8 +33,9 @@ def expertise(
     other clients' votes there that are for its answer, and its chance agreement the share of their votes at all other
     prompts that are: the difference is what its answer owes to the question. Both are averaged over the `neighbours`
     prompts whose vectors are nearest, which makes a client expert in a part, and a = agreement, c = chance give
-    x = (a - c) / (1 - c), as in Cohen's kappa, or 0 if that is negative. A share `even` of all weight is given to the
-    clients evenly, since estimates are noisy and a part may have no expert, and the rest by x.
+    x = (a - c) / (1 - c), as in Cohen's kappa, or 0 if that is negative. The weight is `even` + (1 - `even`) x / mean
+    x, with the mean over all clients and prompts: since estimates are noisy, some of all weight is given evenly, and
+    most of it where nobody seems to be expert.
 
     The prompt itself is not among its neighbours: no answer speaks for itself.
 
@@ -42,7 +44,9 @@ def expertise(
     neighbourhoods are those of Smoothie (arXiv:2412.04692). Time is O(P B + P^2 (D + N)), memory O(P B) and a
     block of cosines.
 
-    With one sample a client (`generation.num_samples`) agreement is noisy; several make it, and the vote, much better.
+    Agreement is noisy with one sample a client; several (`generation.num_samples`) make it, and the vote, better. Liars
+    that all send one text lose weight by it, and those that agree on another lie for each prompt gain much: it does not
+    replace a defence.
     """
     if evidence.prompts is None:
         raise ValueError("competence expertise needs the vectors of the prompts")
@@ -50,9 +54,37 @@ def expertise(
     agreement, chance = _agreement(evidence, given)
     near, by_chance = _among_neighbours(evidence.prompts, (agreement, chance), given, neighbours)
     beyond = ((near - by_chance) / (1 - by_chance).clamp(min=TOLERANCE)).clamp(min=0) * given
-    mean = beyond.sum(dim=1, keepdim=True) / given.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = beyond.sum() / given.sum().clamp(min=1)
     relative = (beyond / mean.clamp(min=TOLERANCE)).where(mean > TOLERANCE, 1.0)
     return (even + (1 - even) * relative)[:, evidence.voters].float()
+
+
+def sentinels(
+    evidence: Evidence,
+    *,
+    neighbours: Annotated[int, Field(ge=1)] = 4,
+    even: Annotated[float, Field(gt=0, le=1)] = 0.1,
+) -> Tensor:
+    """How often a client is right at the known prompts that are most like this one.
+
+    The server knows the answers to `prompts.sentinels` of the public prompts, and clients do not know to which. A
+    client's weight at a prompt is its mean share of right draws at the `neighbours` known prompts whose vectors are
+    nearest, all that are as near as the last one among them; a share `even` of it is given to all, since a few prompts
+    are a noisy measure. Time and memory are O(P K D) and O(P K) for K known prompts.
+
+    Raises:
+        ConfigError: The server knows no answers.
+    """
+    if evidence.known is None or evidence.prompts is None:
+        raise ConfigError("algorithm.competence sentinels needs prompts.sentinels over 0: known answers")
+    known = (evidence.known != UNKNOWN).nonzero()[:, 0]
+    right = evidence.opinions[known] == evidence.known[known, None]
+    rates = evidence.of_clients(evidence.shares[known] * right)
+    cosines = evidence.prompts @ evidence.prompts[known].T
+    farthest = cosines.topk(min(neighbours, len(known)), dim=1).values[:, -1:]
+    near = (cosines >= farthest - TOLERANCE).float()
+    mean = near @ rates / near.sum(dim=1, keepdim=True)
+    return (even + (1 - even) * mean)[:, evidence.voters]
 
 
 def _agreement(evidence: Evidence, given: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+UNKNOWN = -2
+"""In `Evidence.known`: the server does not know which opinion is right."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -34,7 +37,7 @@ class Evidence:
         confidence: How sure each client says that it is of each of its answers, (P, B) float32: mean log-likelihood
             (nats a token, at most 0); NaN where it does not say. None: nobody was asked.
         known: Number of the opinion that is right, (P,) int64, at prompts whose answer the server knows; -1: it knows
-            it, and nobody gave it; -2: it does not know. None: it knows none.
+            it, and nobody gave it; `UNKNOWN`: it does not know. None: it knows none.
         chunks: Prompts to take together where something of the size of `vectors` would be made.
     """
 

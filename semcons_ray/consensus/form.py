@@ -6,7 +6,8 @@ dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from semcons_ray.consensus import rules
 from semcons_ray.consensus.evidence import Competence, Defence, Evidence, equal, no_defence
-from semcons_ray.consensus.tallies import present_vectors, shared_tallies, tallies
+from semcons_ray.consensus.tallies import nearness, present_vectors, shared_tallies, tallies
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import build
 
@@ -188,7 +189,7 @@ def form_consensus(
     num_clients = shares.sum(dim=1, keepdim=True).round()
     similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
-    votes, weighted = shares, similarity
+    votes, weighted, max_wins = shares, similarity, None
     num_voters = int(of_clients.max()) + 1 if num_answers else 0
     trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
     if not election.counts_all_alike:
@@ -209,34 +210,44 @@ def form_consensus(
             chunks=chunks,
         )
         weight = _weights(election.weighs()(evidence), mask, f"algorithm.competence {election.competence}")
-        ruling = election.defends()(evidence)
+        defence = election.defends()
+        ruling, max_wins = defence(evidence), getattr(defence, "max_wins", None)
         trust = ruling.trust
         votes = shares * weight * _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
-        mask = votes > 0
+        given, mask = mask, votes > 0
         counting = Evidence.of_clients(evidence, votes).gt(0).sum(dim=1, keepdim=True)
         # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
         votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
         num_clients = counting.float()
-        _, to_all, to_own = shared_tallies(embeddings, mask, of_clients, votes, chunks)
+        if voters is None:
+            to_all, to_own = nearness(embeddings, given, votes, chunks), votes * norms.square()
+        else:
+            _, to_all, to_own = shared_tallies(embeddings, mask, of_clients, votes, chunks)
         others = num_clients - evidence.of_clients(votes)[:, of_clients]
         weighted = ((to_all - to_own) / others.clamp(min=1e-30)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
     winner = torch.full((num_prompts,), -1, device=device)
     needs_vectors = getattr(score, "needs_vectors", True)
-    for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
+
+    def elect(here: slice | Tensor, eligible: Tensor) -> Tensor:
         ballots = rules.Ballots(
-            vectors=present_vectors(embeddings[here], mask[here]) if needs_vectors else embeddings[:0],
-            present=mask[here],
+            vectors=present_vectors(embeddings[here], eligible) if needs_vectors else embeddings[:0],
+            present=eligible,
             similarity=weighted[here],
-            shares=votes[here],
+            shares=votes[here].where(eligible, 0.0),
             voters=of_clients,
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
             priority=priority[here],
             block_bytes=chunk_bytes,
         )
-        scores = _checked(score(ballots), mask[here], election.rule)
-        winner[here] = rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
+        scores = _checked(score(ballots), eligible, election.rule)
+        return rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
+
+    for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
+        winner[here] = elect(here, mask[here])
+    if max_wins is not None:
+        _share_wins(winner, max_wins, mask, of_clients, weighted, elect, num_together)
 
     # The agreement of a client with itself is undefined; it was a number so far because rules need a score.
     similarity = similarity.where(shares.sum(dim=1, keepdim=True).round() > 1, torch.nan)
@@ -245,6 +256,49 @@ def form_consensus(
     if election.threshold is not None:
         abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
     return Consensus(winner, agreement, similarity, abstained, votes, trust)
+
+
+def _share_wins(
+    winner: Tensor,
+    max_wins: float,
+    present: Tensor,
+    voters: Tensor,
+    similarity: Tensor,
+    elect: Callable[[Tensor, Tensor], Tensor],
+    num_together: int,
+) -> None:
+    """Take wins from clients that have more than their share, in place.
+
+    A client keeps those where its answer is most similar to the others'. To the other prompts, without its answers, one
+    of the others' is elected, unless there are none. If that gives somebody else too many, it goes on.
+
+    Args:
+        winner: Index of the elected answer, (P,); -1 where there is none.
+        max_wins: Largest share of the prompts that a client may win; an even share is always allowed.
+        present: Which answers can be elected, (P, C).
+        voters: The client of each, (C,).
+        similarity: Mean cosine of an answer to other clients', (P, C).
+        elect: The winners among some prompts' answers, given which prompts and which answers.
+        num_together: For how many prompts at a time.
+    """
+    num_prompts = len(winner)
+    num_clients = int(voters[present.any(dim=0)].bincount().gt(0).sum())
+    most = math.ceil(num_prompts * max(max_wins, 1 / max(num_clients, 1)) - 1e-9)
+    left = present.clone()
+    while True:
+        client = voters[winner].where(winner >= 0, -1)
+        lost = torch.zeros_like(winner, dtype=torch.bool)
+        for over in (client[client >= 0].bincount() > most).nonzero().flatten().tolist():
+            won = (client == over).nonzero().flatten()
+            won = won[(left[won] & (voters != over)).any(dim=1)]
+            clearest = similarity[won, winner[won]].argsort(descending=True, stable=True)
+            others = int((client == over).sum()) - len(won)
+            lost[won[clearest[max(most - others, 0) :]]] = True
+        if not bool(lost.any()):
+            return
+        left[lost] &= voters != client[lost][:, None]
+        for part in torch.split(lost.nonzero().flatten(), num_together):
+            winner[part] = elect(part, left[part])
 
 
 def _checked(scores: Tensor, present: Tensor, rule: str) -> Tensor:

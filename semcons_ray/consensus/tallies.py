@@ -37,6 +37,16 @@ def tallies(embeddings: Tensor, mask: Tensor, chunks: Sequence[slice]) -> tuple[
     return norms, to_all
 
 
+def nearness(embeddings: Tensor, mask: Tensor, votes: Tensor, chunks: Sequence[slice]) -> Tensor:
+    """Products of the vectors with the sum of all votes to their prompt, (P, C) float32, where `votes` is (P, C), and 0
+    at least where `mask` is false."""
+    found = torch.empty(mask.shape, device=mask.device)
+    for here in chunks:
+        vectors = present_vectors(embeddings[here], mask[here])
+        found[here] = rules.products(torch.bmm(votes[here, None, :], vectors), vectors)
+    return found
+
+
 def shared_tallies(
     embeddings: Tensor, mask: Tensor, voters: Tensor, shares: Tensor, chunks: Sequence[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.evaluation.harness import Harness, TaskScore
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.fleet import Evaluation
-from semcons_ray.federation.opinions import reduced
+from semcons_ray.federation.opinions import choices
 from semcons_ray.federation.randomness import Stage, stream
 from semcons_ray.federation.token_probabilities import TokenProbabilities
 from semcons_ray.federation.weights import non_finite, pack
@@ -183,18 +183,19 @@ class Client:
 
     def answer(self, round: int, compression: str = "none") -> bytes:
         """Answer every public prompt, `generation.num_samples` times, and return the encoded `Answers` message."""
-        send, counts = self.generation.send_draws, list[tuple[int, ...]]()
+        counts = list[int]()
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
-            samples = [*map(tuple, self._samples(self.prompts, round, "generate", self.generation, work))]
-            if send != "all":
-                samples, counts = reduced(samples, send)
+            samples = self._samples(self.prompts, round, "generate", self.generation, work)
+            if self.generation.send_draws == "choice":
+                choice, counts = choices(samples)
+                samples = [choice]
             first, *further = samples
             uplink = Answers(
                 round_number=round,
                 client_id=self.client_id,
                 num_examples=len(self.private),
-                answers=first,
-                further=tuple(further),
+                answers=tuple(first),
+                further=tuple(map(tuple, further)),
                 counts=tuple(counts),
                 confidence=self._confidence(samples, work) if self.generation.send_confidence else b"",
             ).encode(compression)

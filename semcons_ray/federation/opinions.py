@@ -5,11 +5,9 @@ Legend: P prompts, B ballots to each.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,24 +36,17 @@ def _numbered(texts: Sequence[str]) -> list[int]:
     return [first.setdefault(text, place) for place, text in enumerate(texts)]
 
 
-def reduced(
-    draws: Sequence[Sequence[str]], send: Literal["counted", "choice"]
-) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
-    """A client's draws as fewer answers, each with the number of draws that say the same.
+def choices(draws: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:
+    """A client's choice from its draws: for each prompt the answer that it gave most often, of several the one that it
+    drew first, in the words of that draw; and how many of the draws say so, 0 with an empty text if none says anything.
 
     Args:
-        draws: For each draw P answers; empty ones count for nothing.
-        send: counted: each distinct answer, in the words and the order in which they were drawn first; choice: the most
-            common one, of several the one drawn first.
-
-    Returns:
-        For each ballot P answers and P counts. Where a prompt has fewer answers than another they are empty, and 0.
+        draws: For each draw P answers.
     """
-    to_prompts = []
+    answers, counts = list[str](), list[int]()
     for to_prompt in zip(*draws, strict=True):
-        counts = Counter(opinion_of(answer) for answer in to_prompt if answer)
-        words = {opinion_of(answer): answer for answer in reversed(to_prompt)}
-        answers = [(words[opinion], count) for opinion, count in counts.items()] or [("", 0)]
-        to_prompts.append(answers if send == "counted" else [max(answers, key=lambda one: one[1])])
-    ballots = [*itertools.zip_longest(*to_prompts, fillvalue=("", 0))]
-    return [tuple(text for text, _ in one) for one in ballots], [tuple(count for _, count in one) for one in ballots]
+        said = [opinion_of(answer) for answer in to_prompt if answer]
+        most, count = Counter(said).most_common(1)[0] if said else ("", 0)  # of equals that which was first
+        answers.append(next((answer for answer in to_prompt if answer and opinion_of(answer) == most), ""))
+        counts.append(count)
+    return answers, counts

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from semcons_ray.config import GenerationConfig
 from semcons_ray.consensus import NORM_TOLERANCE, Election, form_consensus
+from semcons_ray.consensus.evidence import UNKNOWN
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
 from semcons_ray.federation.opinions import opinions_of
 from semcons_ray.federation.randomness import priorities
@@ -36,7 +37,7 @@ class Verdict:
         client_ids: The client of each ballot, ascending, shape (B,).
         samples: Which of its client's samples each is, from 0, (B,).
         answers: The answers, shape (B, P); an empty text where one is missing.
-        draws: How many of its client's draws each answer stands for, (B, P): 1, unless the client counts them.
+        draws: How many of its client's draws each answer stands for, (B, P): 1, unless it is the client's choice.
         confidence: How likely its client's model finds each answer, (B, P): see `Answers`; NaN where it does not say.
         similarity: Mean cosine of an answer to the others of its prompt, (P, B); see `Consensus.similarity`.
         winner: Id of the client whose answer was elected, (P,); -1 where none was.
@@ -134,6 +135,9 @@ class TextEmbedder(Protocol):
         ...
 
 
+NOTHING_KNOWN: Mapping[int, str] = {}
+
+
 class Server:
     """The server's part of the protocol, in this process.
 
@@ -148,8 +152,9 @@ class Server:
         prompts: The public prompts as texts, (P,), for defences, and to be embedded together with their answers; empty:
             there is no need of them.
         embeds_both: Whether answers are embedded together with their prompts.
-        references: For rule `reference`, the data's own answers, (P,), which become the pseudo-labels instead of
-            elected ones: an upper bound. Empty for every other rule.
+        known: Answers that it knows, by prompt, which become the pseudo-labels instead of elected ones: else it would
+            hand out answers of which it knows that they are wrong, or tell by leaving them out which ones it knows. For
+            the rule `reference` all, an upper bound.
         seed: The experiment's seed.
         ledger: Where its work is recorded.
     """
@@ -163,7 +168,7 @@ class Server:
         generation: Sequence[GenerationConfig] = (),
         prompts: Sequence[str] = (),
         embeds_both: bool = False,
-        references: Sequence[str] = (),
+        known: Mapping[int, str] = NOTHING_KNOWN,
         seed: int,
         ledger: Ledger,
     ) -> None:
@@ -173,7 +178,7 @@ class Server:
         self._generation = generation
         self._prompts = prompts
         self._embeds_both = embeds_both
-        self._references = references
+        self._known = known
         self._seed = seed
         self._ledger = ledger
 
@@ -188,8 +193,8 @@ class Server:
         ordered = [client_ids[place] for place in order]
         alike = GenerationConfig()
         self._asked = {client: self._generation[client] if self._generation else alike for client in ordered}
-        num_ballots = [own.most_sent for own in self._asked.values()]
-        self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.most_sent)]
+        num_ballots = [own.num_sent for own in self._asked.values()]
+        self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.num_sent)]
         # Among equals a client is drawn, so that more samples are no more chances, and then its first sample wins.
         ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat(num_ballots, axis=1)
         most = max(num_ballots, default=1)
@@ -228,13 +233,12 @@ class Server:
             if len(message.answers) != self._num_prompts:
                 raise MessageError(f"Answers: {len(message.answers)} answers to {self._num_prompts} prompts")
             found, asked = len(message.samples), self._asked[client_id]
-            if asked.send_draws == "all" and (message.counts or found != asked.num_samples):
-                raise MessageError(f"Answers: {found} samples of each answer, not {asked.num_samples}")
-            if asked.send_draws != "all":
-                if not message.counts or found > asked.most_sent:
-                    raise MessageError(f"Answers: {found} samples of each answer, not up to {asked.most_sent} counted")
-                if (most := max(map(sum, zip(*message.counts, strict=True)), default=0)) > asked.num_samples:
-                    raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
+            if found != asked.num_sent:
+                raise MessageError(f"Answers: {found} samples of each answer, not {asked.num_sent}")
+            if bool(message.counts) != (asked.send_draws == "choice"):
+                raise MessageError("Answers: counts of draws that were not asked for, or none that were")
+            if (most := max(message.counts, default=0)) > asked.num_samples:
+                raise MessageError(f"Answers: counts {most} draws of {asked.num_samples}")
             if message.confidence and not asked.send_confidence:
                 raise MessageError("Answers: confidence that was not asked for")
         return message
@@ -262,6 +266,7 @@ class Server:
             weighs = not self._election.counts_all_alike
             says_confidence = any(own.send_confidence for own in self._asked.values())
             trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
+            opinions, right = self._opinions(answers) if weighs else (None, None)
             consensus = form_consensus(
                 embeddings,
                 (lengths > 0).to(device),
@@ -272,7 +277,8 @@ class Server:
                 num_draws=torch.tensor([self._asked[c].num_samples for c in client_ids]),
                 weights=torch.tensor(weights, device=device),
                 lengths=lengths.to(device),
-                opinions=opinions_of(answers) if weighs else None,
+                opinions=opinions,
+                known=right,
                 confidence=torch.tensor(confidence).T if says_confidence else None,
                 texts=opinions_of([(text,) for row in answers for text in row]).view(len(answers), -1).T
                 if weighs
@@ -283,9 +289,8 @@ class Server:
             self._trust |= dict(zip(numbers, consensus.trust.tolist(), strict=True))
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
-            if self._references:
-                winner, abstained = np.full_like(winner, -1), np.zeros_like(abstained)
-                elected = dict(enumerate(self._references))
+            winner[[*self._known]], abstained[[*self._known]] = -1, False
+            elected |= self._known
             labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
             labels = PseudoLabels(
                 round_number=self._round,
@@ -313,16 +318,24 @@ class Server:
             refused=self._refused,
         )
 
+    def _opinions(self, answers: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor | None]:
+        """See `Evidence.opinions` and `Evidence.known`."""
+        if not self._known:
+            return opinions_of(answers), None
+        # Right answers are compared as if they were a last ballot.
+        opinions = opinions_of([*answers, [self._known.get(prompt, "") for prompt in range(self._num_prompts)]])
+        right = opinions[:, -1].where(opinions[:, -1] < len(answers), -1)
+        right[[prompt for prompt in range(self._num_prompts) if prompt not in self._known]] = UNKNOWN
+        return opinions[:, :-1], right
+
     def _ballot(self, client: int, sample: int) -> tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]:
         """The texts of a ballot, (P,), how many draws each of them stands for, and the client's confidence in it; all
-        empty if none came."""
+        empty if its client is missing."""
         every = self._num_prompts
-        counts = self._asked[client].send_draws != "all"
-        if client not in self._answers or sample >= len(self._answers[client].samples):
-            return ("",) * every, (int(not counts),) * every, (math.nan,) * every
+        if client not in self._answers:
+            return ("",) * every, (0,) * every, (math.nan,) * every
         message = self._answers[client]
-        draws = message.counts[sample] if counts else (1,) * every
-        return message.samples[sample], draws, message.confidences[sample]
+        return message.samples[sample], message.counts or (1,) * every, message.confidences[sample]
 
     def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
         """See `ServerProtocol.similarity`."""
@@ -382,7 +395,7 @@ class ServerSpec:
     num_prompts: int
     election: Election
     prompts: tuple[str, ...]
-    references: tuple[str, ...]
+    known: Mapping[int, str]
     seed: int
     generation: tuple[GenerationConfig, ...] = ()
     embeds_both: bool = False
@@ -405,7 +418,7 @@ class ServerSpec:
             generation=self.generation,
             prompts=self.prompts,
             embeds_both=self.embeds_both,
-            references=self.references,
+            known=self.known,
             seed=self.seed,
             ledger=ledger,
         )

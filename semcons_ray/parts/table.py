@@ -12,6 +12,7 @@ Kind = Literal[
     "rule",
     "competence",
     "defence",
+    "attack",
     "client",
     "partition",
     "selection",
@@ -58,9 +59,21 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "competence": {
         "equal": "semcons_ray.consensus.evidence:equal",
         "expertise": "semcons_ray.consensus.competence:expertise",
+        "sentinels": "semcons_ray.consensus.competence:sentinels",
     },
     "defence": {
         "none": "semcons_ray.consensus.evidence:no_defence",
+        "independent": "semcons_ray.consensus.defence:Independent",
+    },
+    "attack": {
+        "one_text": "semcons_ray.security.attacks:one_text",
+        "echo": "semcons_ray.security.attacks:echo",
+        "least_likely": "semcons_ray.security.attacks:least_likely",
+        "hub": "semcons_ray.security.attacks:hub",
+        "label_flip": "semcons_ray.security.attacks:label_flip",
+        "backdoor": "semcons_ray.security.attacks:backdoor",
+        "sleeper": "semcons_ray.security.attacks:Sleeper",
+        "adaptive": "semcons_ray.security.attacks:adaptive",
     },
     "client": {
         "openai": "semcons_ray.endpoints.api_model:ApiModel",
@@ -103,6 +116,7 @@ PROTOCOLS: dict[Kind, str] = {
     "rule": "semcons_ray.consensus.rules:Rule",
     "competence": "semcons_ray.consensus.evidence:Competence",
     "defence": "semcons_ray.consensus.evidence:Defence",
+    "attack": "semcons_ray.security.attacks:Attack",
     "client": "semcons_ray.modeling.client_model:ClientModel",
     "partition": "semcons_ray.data.partition:Partition",
     "selection": "semcons_ray.data.selection:Selection",

@@ -54,7 +54,7 @@ from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec, ModelsSpec
 from semcons_ray.federation.kinds import KindModels
-from semcons_ray.federation.randomness import Cohort
+from semcons_ray.federation.randomness import SERVER, Cohort, stream
 from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embedder
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
@@ -283,7 +283,8 @@ def _load_sources(
     elif data.test_split:
         test = load(data.source_at_revision, split=data.test_split, **own)
     besides = test.examples if test else ()
-    asked = {"needs_response": config.algorithm.rule == "reference", "besides": besides}
+    needs_response = config.algorithm.rule == "reference" or config.prompts.sentinels > 0
+    asked = {"needs_response": needs_response, "besides": besides}
     if prompts.source:
         others = {"subset": prompts.subset, "columns": prompts.columns, "setting": "prompts.source"}
         public = load(prompts.source, split=prompts.split or "train", **asked, **others)
@@ -658,6 +659,15 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
             engine.close()
 
 
+def _known(config: ExperimentConfig, references: Sequence[str]) -> dict[int, str]:
+    """The answers that the server knows, by prompt: all for the rule `reference`, else those of sentinels."""
+    if config.algorithm.rule == "reference":
+        return dict(enumerate(references))
+    draws = stream(config.seed, 0, SERVER, "consensus")
+    drawn = draws.choice(len(references), size=config.prompts.sentinels, replace=False)
+    return {prompt: references[prompt] for prompt in sorted(drawn.tolist())}
+
+
 @contextlib.contextmanager
 def parts(
     placement: Placement, split: DataSplit, method: Method, folder: RunFolder, serving: Mapping[str, Engine]
@@ -688,7 +698,7 @@ def parts(
         election=method.election,
         prompts=tuple(text_of(example.prompt) for example in split.public),
         embeds_both=config.server.embed == "prompt_and_answer",
-        references=tuple(example.response for example in split.public) if config.algorithm.rule == "reference" else (),
+        known=_known(config, [example.response for example in split.public]),
         seed=config.seed,
         generation=config.client_generation(),
     )

@@ -492,7 +492,6 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
             }
             for prompt in range(len(verdict.winner))
             for column, (client, sample) in enumerate(zip(verdict.client_ids, verdict.samples, strict=True))
-            if sample == 0 or verdict.draws[column][prompt]  # not what only fills up a client's counted answers
         ]
     )
 

@@ -1,11 +1,10 @@
 """What a run would send and compute, calculated from its plan.
 
 Who takes part in which round and the bytes of public prompts are exact. The rest is estimated: answers are taken to be
-as long as the responses of the private data, cut at `generation.max_new_tokens`, a client's draws to be all different,
-every prompt to give a pseudo-label, and weights not to be compressed. Tokens are those of models that are here. An
-algorithm of one's own is taken to send what its class variables say: answers as semantic consensus does
-(`forms_consensus`), token probabilities as the exchange of those does (`exchanges_tokens`), adapters as FedAvg does
-(`averages_weights`), or nothing.
+as long as the responses of the private data, cut at `generation.max_new_tokens`, every prompt to give a pseudo-label,
+and weights not to be compressed. Tokens are those of models that are here. An algorithm of one's own is taken to send
+what its class variables say: answers as semantic consensus does (`forms_consensus`), token probabilities as the
+exchange of those does (`exchanges_tokens`), adapters as FedAvg does (`averages_weights`), or nothing.
 """
 
 from __future__ import annotations
@@ -250,8 +249,8 @@ class Forecast:
 
     def _bytes_of_answers(self, client: int) -> int:
         own = self._generation_of[client]
-        beside = (own.send_draws != "all") + 4 * own.send_confidence  # a count is a byte, if it is under 128
-        return own.most_sent * (self._answer_bytes + beside * len(self._likely_answers))
+        beside = (own.send_draws == "choice") + 4 * own.send_confidence  # a count is a byte, if it is under 128
+        return own.num_sent * (self._answer_bytes + beside * len(self._likely_answers))
 
     @cached_property
     def _label_bytes(self) -> int:

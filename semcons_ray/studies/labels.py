@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from semcons_ray.config import GenerationConfig, dump_yaml, parse_yaml
+from semcons_ray.config import ExperimentConfig, GenerationConfig, dump_yaml, parse_yaml
 from semcons_ray.consensus import Election
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import ConfigError, UserError
@@ -88,13 +88,13 @@ class Answered:
             if any(map(any, samples))
         }
 
-    def num_samples(self, most: int) -> list[int]:
-        """Samples of each client by its id, at most this many; 1 for one that has none."""
+    def generation(self, num_samples: int) -> list[GenerationConfig]:
+        """How clients would have answered, by id, if they had drawn at most that many samples."""
         have = [1] * (max(max(clients) for clients in self.samples.values()) + 1)
         for clients in self.samples.values():
             for client, samples in clients.items():
-                have[client] = min(most, len(samples))
-        return have
+                have[client] = min(num_samples, len(samples))
+        return [GenerationConfig(num_samples=count) for count in have]
 
     def uplink_bytes(self, round: int, num_samples: int) -> int:
         """Length of all of `messages`."""
@@ -146,8 +146,8 @@ def label_table(runs: Sequence[Answered], elections: Iterable[Election], num_sam
         prompts with a label; value, the share of labels that are right, by exact match; difference, that share less a
         random client's at the same prompts; both with the ends _low and _high of their 95% intervals over prompts, by
         the bootstrap, and _half_width, that of the t-interval over runs; abstained, the share of prompts without a
-        label; uplink_bytes, encoded, of all clients in the round; and for each category of prompts a column such as
-        "category: gcd", the share of its labels that are right.
+        label; uplink_bytes of all clients in the round, encoded with every sample; and for each category of prompts a
+        column such as "category: gcd", the share of its labels that are right.
 
         Beside the elections stand rows with the rules in `BESIDE`. random_client is the mean over clients and their
         first samples, which is what drawing a client gives on average, and so is own_answer, where each client learns
@@ -175,7 +175,7 @@ def label_table(runs: Sequence[Answered], elections: Iterable[Election], num_sam
         arms = _beside(round, have, counts)
         for election, count, labels in elected:
             right = [run.is_right(labels[place][round])[:, None] for place, run in zip(there, have, strict=True)]
-            arms.append(_Arm(*_names(election), count, right, [run.uplink_bytes(round, count) for run in have]))
+            arms.append(_Arm(*names_of(election), count, right, [run.uplink_bytes(round, count) for run in have]))
         tables.append(_table(round, arms, have, [questions[place] for place in there]))
     pairs = [joint_errors(round, [run for run in runs if round in run.samples]) for round in rounds]
     left_out = sum(not reference for run in runs for reference in run.references)
@@ -190,7 +190,7 @@ def elect(run: Answered, election: Election, num_samples: int) -> dict[int, list
         run.embedder,
         num_prompts=len(run.prompts),
         election=election,
-        generation=[GenerationConfig(num_samples=count) for count in run.num_samples(num_samples)],
+        generation=run.generation(num_samples),
         prompts=run.prompts,
         embeds_both=run.embeds_both,
         seed=run.seed,
@@ -232,7 +232,8 @@ def joint_errors(round: int, runs: Sequence[Answered]) -> pd.DataFrame:
 
 
 def read_answered(folder: Path) -> Answered:
-    """The answers that a run has stored.
+    """The answers that a run has stored. Where clients sent numbers of equal draws, these are drawn here in an order at
+    random; where they sent their choice alone, that is all there is of them.
 
     Raises:
         RunFolderError: A file is missing or damaged.
@@ -246,13 +247,7 @@ def read_answered(folder: Path) -> Answered:
         raise UserError(f"{folder} has no answers to public prompts to elect labels from")
     if not any(example.response for example in split.public):
         raise UserError(f"{folder}: no public prompt has a response, so it is not known which answers are right")
-    samples: dict[int, dict[Any, list[list[str]]]] = {}
-    num_samples: dict[Any, int] = {client: own.num_samples for client, own in enumerate(config.client_generation())}
-    for file in files:
-        of_clients = samples[int(file.stem.removeprefix("round_"))] = {}
-        answers = read_frame(file).sort_values(["client_id", "prompt_id", "sample"])
-        for client, of_client in answers.groupby("client_id"):
-            of_clients[client] = _draws(of_client, num_samples[client])
+    samples = {int(file.stem.removeprefix("round_")): _samples(read_frame(file), config) for file in files}
     embedder, options = embedder_of(config, opened.revisions())
     return Answered(
         samples=samples,
@@ -265,17 +260,6 @@ def read_answered(folder: Path) -> Answered:
         embeds_both=config.server.embed == "prompt_and_answer",
         compression=config.algorithm.compression,
     )
-
-
-def _draws(answers: pd.DataFrame, num_samples: int) -> list[list[str]]:
-    """A client's draws, each P answers, from its rows of the table of answers by prompt and sample: an answer that
-    stands for several draws is there as often, and a draw that was not sent is an empty text."""
-    draws = []
-    for _, given in answers.groupby("prompt_id"):
-        counts = given["draws"].tolist() if "draws" in given else 1
-        texts = given["answer"].repeat(counts)
-        draws.append([*texts, *[""] * (num_samples - len(texts))])
-    return [*map(list, zip(*draws, strict=True))]
 
 
 def elections(
@@ -294,7 +278,8 @@ def elections(
         ConfigError: There is no such part, or it refuses its options.
     """
     algorithm = RunFolder(folder).stored_config().algorithm
-    ways = itertools.product(rules, BUILT_IN["competence"] if competences is None else competences, defences)
+    by_answers = [name for name in BUILT_IN["competence"] if name != "sentinels"]  # which needs right ones
+    ways = itertools.product(rules, by_answers if competences is None else competences, defences)
     made = []
     for way in ways:
         (rule, options), (competence, of_competence), (defence, of_defence) = map(parse_part, way)
@@ -314,7 +299,7 @@ def elections(
 
 
 def parse_part(words: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of a part that is written as by `_names`.
+    """Name and options of a part that is written as by `names_of`.
 
     Raises:
         ConfigError: The options are no mapping.
@@ -325,6 +310,23 @@ def parse_part(words: str) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise ConfigError(f"cannot read the options of {words!r}; an example: 'trimmed {{trim: 0.3}}'") from error
     return name.strip(), options
+
+
+def _samples(answers: pd.DataFrame, config: ExperimentConfig) -> dict[int, list[list[str]]]:
+    """A round's samples by client, each P answers: an answer that stands for several draws is there as often, and a
+    draw that was not sent is an empty text."""
+    if "draws" not in answers:  # of a run of a time when every draw was sent
+        answers["draws"] = 1
+    samples = {}
+    for client, generation in enumerate(config.client_generation()):
+        of_client = answers[answers["client_id"] == client].sort_values(["prompt_id", "sample"])
+        drawn = []
+        for _, to_prompt in of_client.groupby("prompt_id"):
+            texts = to_prompt["answer"].repeat(to_prompt["draws"].tolist()).tolist()
+            drawn.append(texts + [""] * (generation.num_samples - len(texts)))
+        if drawn:
+            samples[client] = [*map(list, zip(*drawn, strict=True))]
+    return samples
 
 
 @dataclass(frozen=True)
@@ -360,7 +362,7 @@ def _beside(round: int, runs: Sequence[Answered], counts: Sequence[int]) -> list
         _Arm(REFERENCE, "", "", 0, known, nothing),
         _Arm(ANY_CLIENT, "", "", 1, [_any(right) for right in firsts], once),
     ]
-    for count in counts if max(counts) > 1 else ():
+    for count in (count for count in counts if count > 1):
         right = [_any(np.concatenate([one[:, :count] for one in of_run], axis=1)) for of_run in drawn]
         arms.append(_Arm(ANY_DRAW, "", "", count, right, [run.uplink_bytes(round, count) for run in runs]))
     return arms
@@ -411,7 +413,7 @@ def _mean(right: FloatArray) -> FloatArray:
     return means
 
 
-def _names(election: Election) -> tuple[str, str, str]:
+def names_of(election: Election) -> tuple[str, str, str]:
     """Rule, competence and defence with their options, as they are written on the command line."""
     parts = (
         (election.rule, election.options),

@@ -19,7 +19,10 @@ def test_init_writes_every_setting_and_run_can_read_it(tmp_path: Path, capsys: p
     assert "# " in path.read_text()
 
 
-@pytest.mark.parametrize("command", ["init", "schema", "doctor", "run", "resume", "compare", "sweep", "report", "cost"])
+@pytest.mark.parametrize(
+    "command",
+    ["init", "schema", "doctor", "run", "resume", "compare", "sweep", "report", "labels", "attack", "cost"],
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

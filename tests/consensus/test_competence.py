@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election, form_consensus
-from semcons_ray.consensus.competence import expertise
-from semcons_ray.consensus.evidence import Evidence
+from semcons_ray.consensus.competence import expertise, sentinels
+from semcons_ray.consensus.evidence import UNKNOWN, Evidence
+from semcons_ray.errors import ConfigError
 
 
 def evidence(answers: list[list[str]], voters: list[int] | None = None, prompts: Tensor | None = None) -> Evidence:
@@ -53,12 +54,12 @@ def test_agreement_beyond_chance_over_several_samples() -> None:
     # Client 0 draws a and b for the first prompt; half of its vote is with client 1's, which says a. Nobody says the
     # same at the other prompt. Neighbours of a prompt are the other: at the first x = 0, so all are alike.
     weights = expertise(evidence([["a", "c"], ["b", "d"], ["a", "e"]], [0, 0, 1]))
-    torch.testing.assert_close(weights[0], torch.ones(3))
-    # At the second: agreement at the first is 1/2 for client 0 and 1/2 for client 1, so they are alike, too.
-    torch.testing.assert_close(weights[1], torch.ones(3))
-    # A third client that agrees with nobody gets its even half, and they get the rest.
+    torch.testing.assert_close(weights[0], torch.full((3,), 0.5))
+    # At the second: agreement at the first is 1/2 for client 0 and 1/2 for client 1, twice the mean of both prompts.
+    torch.testing.assert_close(weights[1], torch.full((3,), 1.5))
+    # With a third client that agrees with nobody these are 1/4 and the mean is 1/12.
     weights = expertise(evidence([["a", "c"], ["b", "d"], ["a", "e"], ["x", "y"]], [0, 0, 1, 2]))
-    torch.testing.assert_close(weights[1], torch.tensor([1.25, 1.25, 1.25, 0.5]))
+    torch.testing.assert_close(weights[1], torch.tensor([2.0, 2.0, 2.0, 0.5]))
 
 
 def test_a_client_is_expert_in_a_part() -> None:
@@ -111,23 +112,19 @@ def in_loops(given: Evidence, neighbours: int, even: float) -> Tensor:
             here = with_it(prompt)
             there = [each for other in range(num_prompts) if other != prompt for each in with_it(other)]
             pairs[prompt, client] = (sum(here) / max(len(here), 1), sum(there) / max(len(there), 1))
-    weights = torch.zeros(num_prompts, num_ballots)
+    beyond = torch.zeros(num_prompts, given.num_clients)
     assert given.prompts is not None
     for prompt in range(num_prompts):
         cosines = given.prompts @ given.prompts[prompt]
         cosines[prompt] = -2
         near = cosines.topk(neighbours).indices.tolist()
-        beyond = []
         for client in clients:
             known = [pairs[other, client] for other in near if answered[other, client]]
-            agreement, chance = (
-                (sum(part) / max(len(known), 1) for part in zip(*known, strict=True)) if known else (0, 0)
-            )
-            beyond.append(max((agreement - chance) / (1 - chance), 0) if answered[prompt, client] else 0)
-        mean = sum(beyond) / max(int(answered[prompt].sum()), 1)
-        for ballot, client in enumerate(given.voters.tolist()):
-            weights[prompt, ballot] = even + (1 - even) * (beyond[client] / mean if mean > 0 else 1)
-    return weights
+            if known and answered[prompt, client]:
+                agreement, chance = (sum(part) / len(known) for part in zip(*known, strict=True))
+                beyond[prompt, client] = max((agreement - chance) / (1 - chance), 0)
+    mean = beyond[answered].mean()
+    return (even + (1 - even) * beyond / mean)[:, given.voters]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -179,3 +176,19 @@ def test_those_who_know_win_against_more_who_do_not() -> None:
 def test_prompts_without_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="needs the vectors of the prompts"):
         expertise(replace(evidence(TWO_KNOW), prompts=None))
+
+
+def test_who_is_right_at_the_known_prompts_most_like_this_one_has_the_weight() -> None:
+    """Prompts 0 and 1 are known; 2 is like 0, 3 like 1, and 4 like both. Client 0 is right at 0 in one of two draws,
+    client 1 at 1; nobody says what is right at 1 but client 1."""
+    prompts = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1], [0.5**0.5, 0.5**0.5]])
+    given = evidence([["a", *"xxxx"], ["b", *"xxxx"], ["c", "y", *"xxx"]], [0, 0, 1], prompts)
+    told = replace(given, known=torch.tensor([0, 2, UNKNOWN, UNKNOWN, UNKNOWN]))
+    weights = sentinels(told, neighbours=1, even=0.2)
+    expected = [[0.6, 0.6, 0.2], [0.2, 0.2, 1.0]]
+    torch.testing.assert_close(weights, torch.tensor([*expected, *expected, [0.4, 0.4, 0.6]]))
+    torch.testing.assert_close(sentinels(told, neighbours=9, even=0.2), torch.tensor([0.4, 0.4, 0.6]).expand(5, 3))
+    nobody = replace(given, known=torch.tensor([-1, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN]))
+    torch.testing.assert_close(sentinels(nobody), torch.full((5, 3), 0.1))
+    with pytest.raises(ConfigError, match=r"sentinels needs prompts\.sentinels over 0"):
+        sentinels(given)

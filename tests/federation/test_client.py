@@ -17,7 +17,7 @@ from semcons_ray.errors import MessageError, NotFiniteError
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.client import Client, Duties
 from semcons_ray.federation.fleet import Evaluation
-from semcons_ray.federation.opinions import reduced
+from semcons_ray.federation.opinions import choices
 from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
@@ -307,25 +307,24 @@ def test_the_first_of_several_samples_is_the_answer_of_one(make_client: MakeClie
     assert num_bytes == len(sent)
 
 
-@pytest.mark.parametrize("send", ["counted", "choice"])
-def test_a_client_counts_its_own_draws(make_client: MakeClient, send: Any) -> None:
+def test_a_client_chooses_from_its_own_draws(make_client: MakeClient) -> None:
     client = make_client()
     client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6)
     every = Answers.decode(client.answer(3))
-    client.generation = GenerationConfig(max_new_tokens=1, top_k=2, num_samples=6, send_draws=send)
+    client.generation = client.generation.model_copy(update={"send_draws": "choice"})
     client.ledger.take()
     sent = client.answer(3)
     message = Answers.decode(sent)
-    assert ([*message.samples], [*message.counts]) == reduced(every.samples, send)
-    assert len(message.counts) < 6
+    assert ([*message.answers], [*message.counts]) == choices(every.samples)
+    assert max(message.counts) > 1
     assert work(client.ledger.take(), "uplink_bytes")[0][-1] == len(sent) < len(every.encode())
-    client.label_prompts(3)  # of one draw, which nobody counts
+    client.label_prompts(3)  # of one draw, from which there is nothing to choose
 
 
 def test_confidence_is_the_mean_log_likelihood_of_what_is_sent(make_client: MakeClient) -> None:
     client = make_client()
     client.fine_tune(1, NO_LABELS)
-    client.generation = GenerationConfig(max_new_tokens=3, num_samples=4, top_k=2, send_draws="counted")
+    client.generation = GenerationConfig(max_new_tokens=3, num_samples=4, top_k=2, send_draws="choice")
     plain = Answers.decode(client.answer(2))
     client.ledger.take()
     client.generation = client.generation.model_copy(update={"send_confidence": True})

@@ -130,7 +130,7 @@ def test_the_loss_is_the_cross_entropy_with_the_targets(model: LanguageModel) ->
 
 def test_certain_targets_are_learnt_as_the_answer_itself_is(model: LanguageModel) -> None:
     """Private examples in the same batch, which are learnt as they are, and the same weight."""
-    one, other = client_of(model, local_epochs=2), client_of(model, local_epochs=2)
+    one, other = (client_of(model, local_epochs=2, batch_size=6) for _ in range(2))  # all in one step
     texts = ("it is 3", "t w o")
     ids = tuple(tuple(model.response_ids(*pair)) for pair in zip(PROMPTS, texts, strict=True))
     one.generation = GenerationConfig(max_new_tokens=16)

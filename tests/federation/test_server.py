@@ -51,11 +51,9 @@ def server(
     )  # fmt: skip
 
 
-def counted(client_id: int, *ballots: tuple[Sequence[str], Sequence[int]]) -> bytes:
-    """Answers with, for each ballot, texts and counts."""
-    (first, *further), counts = zip(*((tuple(texts), tuple(numbers)) for texts, numbers in ballots), strict=True)
+def choice(client_id: int, answers: Sequence[str], counts: Sequence[int]) -> bytes:
     return Answers(
-        round_number=1, client_id=client_id, num_examples=1, answers=first, further=tuple(further), counts=counts
+        round_number=1, client_id=client_id, num_examples=1, answers=tuple(answers), counts=tuple(counts)
     ).encode()
 
 
@@ -117,87 +115,55 @@ def test_samples_are_ballots_that_share_their_clients_vote() -> None:
     assert verdict.similarity.shape == (2, 7)
 
 
-@pytest.mark.parametrize("rule", ["medoid", "plurality"])
-def test_counted_draws_elect_and_agree_as_if_each_were_sent(rule: str) -> None:
-    draws = {0: ["left", "middle", "left", "left"], 1: ["right", "", "middle", "middle"]}
-    every, less = server(rule, num_samples=(4, 4)), server(rule, num_samples=(4, 4), send="counted")
-    every.begin(1, [0, 1])
-    less.begin(1, [0, 1])
-    for client, words in draws.items():
-        every.collect(client, samples(client, *([word, "left"] for word in words)))
-        distinct = [word for word in dict.fromkeys(words) if word]
-        ballots = [([word, "left" * (not place)], [words.count(word), 4 * (not place)]) for place, word in
-                   enumerate(distinct)]  # fmt: skip
-        less.collect(client, counted(client, *ballots))
-    one, other = every.conclude(), less.conclude()
-    assert other.labels == one.labels
-    assert other.agreement == pytest.approx(one.agreement, abs=1e-6)
-    assert other.winner.tolist() == one.winner.tolist()
-    assert np.array(other.draws).T.tolist()[0] == [3, 1, 0, 0, 1, 2, 0, 0]
-    assert np.array(one.draws).tolist() == np.ones((8, 2)).tolist()
-    # Of client 0's vote three quarters are for "left"; of client 1's, of whose draws one is missing, two thirds for
-    # "middle".
-    assert other.votes[0] == pytest.approx([3 / 4, 1 / 4, 0, 0, 1 / 3, 2 / 3, 0, 0])
-    assert one.votes[0] == pytest.approx([1 / 4] * 4 + [1 / 3, 0, 1 / 3, 1 / 3])
-
-
 def consistent(evidence: Evidence) -> Tensor:
     """Competence: a part of the draws that say the same, however many ballots they are."""
     same = (evidence.opinions[:, :, None] == evidence.opinions[:, None]) & (evidence.voters[:, None] == evidence.voters)
     return (same * evidence.shares[:, None]).sum(dim=2)
 
 
-def test_how_far_a_client_agrees_with_itself_is_the_same_whatever_it_sends() -> None:
+def test_how_far_a_client_agrees_with_itself_is_known_of_all_draws_and_of_a_choice() -> None:
     """Client 0 says "left" in 3 of 4 draws, client 1 "right" in 2 of 4, with one that is empty."""
-    weights = {}
-    for send, (first, second) in {
-        "all": (
-            samples(0, *[["left"] * 2] * 3, ["middle"] * 2),
-            samples(1, *[["right"] * 2] * 2, [""] * 2, ["middle"] * 2),
-        ),
-        "counted": (
-            counted(0, (["left"] * 2, [3] * 2), (["middle"] * 2, [1] * 2)),
-            counted(1, (["right"] * 2, [2] * 2), (["middle"] * 2, [1] * 2)),
-        ),
-        "choice": (counted(0, (["left"] * 2, [3] * 2)), counted(1, (["right"] * 2, [2] * 2))),
+    first = [["left"] * 2] * 3 + [["middle"] * 2]
+    second = [["right"] * 2] * 2 + [[""] * 2, ["middle"] * 2]
+    ratios = {}
+    for send, messages in {
+        "all": (samples(0, *first), samples(1, *second)),
+        "choice": (choice(0, ["left"] * 2, [3] * 2), choice(1, ["right"] * 2, [2] * 2)),
     }.items():
         judge = server("plurality", num_samples=(4, 4), send=send, competence=f"{__name__}:consistent")
         judge.begin(1, [0, 1])
-        judge.collect(0, first)
-        judge.collect(1, second)
+        for client, message in enumerate(messages):
+            judge.collect(client, message)
         verdict = judge.conclude()
         assert verdict.refused == {}
         assert verdict.labels.responses == ("left", "left")
-        weights[send] = {
-            word: sum(verdict.votes[0, place] for place, texts in enumerate(verdict.answers) if texts[0] == word)
+        left, right = (
+            sum(verdict.votes[0, place] for place, texts in enumerate(verdict.answers) if texts[0] == word)
             for word in ("left", "right")
-        }
-    # 3/4 of a vote at 3/4 each, and 2/3 at 1/2; of a choice, a whole vote.
-    assert weights["all"]["left"] / weights["all"]["right"] == pytest.approx((9 / 16) / (1 / 3))
-    assert weights["counted"] == pytest.approx(weights["all"])
-    assert weights["choice"]["left"] / weights["choice"]["right"] == pytest.approx(3 / 2)
+        )
+        ratios[send] = left / right
+    # 3/4 of a vote at 3/4 each against 2/3 at 1/2; of choices, whole votes.
+    assert ratios == pytest.approx({"all": (9 / 16) / (1 / 3), "choice": 3 / 2})
 
 
 def test_a_choice_is_one_ballot_with_a_whole_vote() -> None:
-    judge = server("plurality", num_samples=(8, 8, 8), send="choice")
-    judge.begin(1, [0, 1, 2])
+    judge = server("plurality", num_samples=(8, 8, 8, 8), send="choice")
+    judge.begin(1, [0, 1, 2, 3])
     for client, (word, count) in enumerate({"left": 8, "right": 2, "": 0}.items()):
-        judge.collect(client, counted(client, ([word, "left"], [count, 1])))
+        judge.collect(client, choice(client, [word, "left"], [count, 1]))
     verdict = judge.conclude()
-    assert (verdict.client_ids, verdict.samples) == ((0, 1, 2), (0, 0, 0))
-    assert verdict.votes.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert np.array(verdict.draws).T.tolist() == [[8, 2, 0], [1, 1, 1]]
+    assert (verdict.client_ids, verdict.samples) == ((0, 1, 2, 3), (0, 0, 0, 0))
+    assert verdict.votes.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert np.array(verdict.draws).T.tolist() == [[8, 2, 0, 0], [1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize(
     ("send", "message", "says"),
     [
-        ("all", counted(0, (["left"] * 2, [1, 1]), (["left"] * 2, [1, 1])), "2 samples of each answer, not 2"),
-        ("counted", samples(0, ["left"] * 2, ["left"] * 2), "2 samples of each answer, not up to 2 counted"),
-        ("counted", counted(0, *[(["left"] * 2, [1, 1])] * 3), "3 samples of each answer, not up to 2 counted"),
-        ("counted", counted(0, (["left"] * 2, [1, 2]), (["right"] * 2, [1, 1])), "counts 3 draws of 2"),
-        ("choice", counted(0, *[(["left"] * 2, [1, 1])] * 2), "2 samples of each answer, not up to 1 counted"),
-        ("choice", counted(0, (["left"] * 2, [1, 3])), "counts 3 draws of 2"),
+        ("all", choice(0, ["left"] * 2, [1, 1]), "1 samples of each answer, not 2"),
+        ("choice", samples(0, ["left"] * 2, ["left"] * 2), "2 samples of each answer, not 1"),
+        ("choice", uplink(0, "left", "left"), "counts of draws that were not asked for, or none that were"),
+        ("choice", choice(0, ["left"] * 2, [1, 3]), "counts 3 draws of 2"),
     ],
 )
 def test_a_client_that_counts_otherwise_than_it_is_asked_to_has_no_vote(send: str, message: bytes, says: str) -> None:
@@ -205,6 +171,13 @@ def test_a_client_that_counts_otherwise_than_it_is_asked_to_has_no_vote(send: st
     judge.begin(1, [0])
     judge.collect(0, message)
     assert judge.conclude().refused == {0: f"client 0, round 1: Answers: {says}"}
+
+
+def test_counts_that_were_not_asked_for_are_refused() -> None:
+    judge = server()
+    judge.begin(1, [0])
+    judge.collect(0, choice(0, ["left"] * 2, [1, 1]))
+    assert "counts of draws that were not asked for" in judge.conclude().refused[0]
 
 
 def sure(evidence: Evidence) -> Tensor:
@@ -313,7 +286,7 @@ def test_missing_clients_and_empty_answers_have_no_vote() -> None:
 
 def test_references_are_handed_out_instead_of_what_was_elected() -> None:
     judge = Server(
-        Compass(), num_prompts=2, election=Election(), references=("north", "south"), seed=0,
+        Compass(), num_prompts=2, election=Election(), known={0: "north", 1: "south"}, seed=0,
         ledger=Ledger("server", "n"),
     )  # fmt: skip
     judge.begin(1, [0, 1])
@@ -323,6 +296,29 @@ def test_references_are_handed_out_instead_of_what_was_elected() -> None:
     assert verdict.labels.responses == ("north", "south")
     assert verdict.winner.tolist() == [-1, -1]
     assert verdict.agreement[0] == pytest.approx(0.766, abs=1e-3)  # cos 40 degrees: how far the clients agree
+
+
+def knows(evidence: Evidence) -> Tensor:
+    """Competence: who gives a known answer has all the weight there."""
+    assert evidence.known is not None
+    return (evidence.opinions == evidence.known[:, None]).float() + 1e-3
+
+
+def test_known_answers_reach_competence_and_become_labels_and_others_are_elected() -> None:
+    judge = Server(
+        Compass(), num_prompts=3, election=Election("plurality", competence=f"{__name__}:knows"), seed=0,
+        known={0: "LEFT.", 2: "south"}, ledger=Ledger("server", "n"),
+    )  # fmt: skip
+    judge.begin(1, [0, 1, 2])
+    for client, word in enumerate(("left", "right", "right")):
+        judge.collect(client, uplink(client, word, word, word))
+    verdict = judge.conclude()
+    assert verdict.labels.responses == ("LEFT.", "right", "south")
+    assert verdict.winner.tolist()[::2] == [-1, -1]
+    assert verdict.winner[1] in (1, 2)
+    assert verdict.abstained.tolist() == [False] * 3
+    assert verdict.votes[0] == pytest.approx([3 * 1.001 / 1.003, 3e-3 / 1.003, 3e-3 / 1.003], rel=1e-4)
+    assert verdict.votes[1].tolist() == verdict.votes[2].tolist() == [1, 1, 1]  # unknown, and known to nobody
 
 
 def test_a_round_without_any_answer_abstains() -> None:
@@ -471,7 +467,7 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     monkeypatch.setattr(Noted, "made", [])
 
     def build(**more: Any) -> Server:
-        spec = {"prompts": ("a", "b"), "references": (), "election": Election(min_votes=1), "seed": 0} | more
+        spec = {"prompts": ("a", "b"), "known": {}, "election": Election(min_votes=1), "seed": 0} | more
         return ServerSpec(
             f"{__name__}:Noted", {"turn": 2}, device=device, threads=3, num_prompts=2, embeds_both=True, **spec
         ).build()
@@ -484,7 +480,7 @@ def test_a_server_is_built_of_all_that_its_spec_says(
     for client, word in enumerate(("right", "left", "middle")):
         judge.collect(client, uplink(client, word, ""))
     assert judge.conclude().labels.responses == ("left",)  # as it is with prompts, and as one vote is enough
-    judge = build(references=("north", "south"))
+    judge = build(known={0: "north", 1: "south"})
     judge.begin(1, [0])
     assert judge.conclude().labels.responses == ("north", "south")
 

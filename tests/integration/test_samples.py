@@ -7,7 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig
+from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.reporting import write_report
 from semcons_ray.runs.experiment import plan_experiment, resume_experiment, run_experiment
@@ -71,31 +73,26 @@ def test_all_samples_are_sent_and_in_the_vote(tmp_path: Path, tiny_config: Make)
     write_report(run)
 
 
-def test_counted_draws_are_fewer_bytes_and_elect_the_same(tmp_path: Path, tiny_config: Make) -> None:
-    runs = {}
-    for send in ("all", "counted", "choice"):
-        one_token = {"max_new_tokens": 1, "top_k": 2}
-        config = tiny_config(num_rounds=2, **settings(num_samples=6, **one_token, send_draws=send))
+def test_a_choice_is_fewer_bytes_than_all_draws(tmp_path: Path, tiny_config: Make) -> None:
+    runs, forecasts = {}, {}
+    for send in ("all", "choice"):
+        one_token = {"max_new_tokens": 1, "top_k": 2, "num_samples": 6, "send_draws": send}
+        config = tiny_config(num_rounds=2, **settings(**one_token))
+        forecasts[send] = Forecast(plan_experiment(config, Silent())).rounds[1]
         run_experiment(config, tmp_path / send, Silent())
         runs[send] = votes(tmp_path / send)
-        assert runs[send].groupby(["prompt_id", "client_id"])["draws"].sum().max() <= 6
-    ledgers = {send: pd.read_parquet(tmp_path / send / "ledger.parquet") for send in runs}
-    sent = {send: ledger["uplink_bytes"].sum() for send, ledger in ledgers.items()}
-    assert sent["choice"] < sent["counted"] < sent["all"]
-    labels = [runs[send].query("chosen").set_index("prompt_id")["answer"].to_dict() for send in ("all", "counted")]
-    assert labels[0] == labels[1]
-    assert len(runs["choice"]) == 6 * 3
-    most = runs["counted"].groupby(["prompt_id", "client_id"])["draws"].max()
-    assert runs["choice"].set_index(["prompt_id", "client_id"])["draws"].to_dict() == most.to_dict()
-    write_report(tmp_path / "counted")
-    forecasts = {
-        send: Forecast(plan_experiment(tiny_config(num_rounds=2, **settings(num_samples=4, send_draws=send)), Silent()))
-        for send in runs
-    }
-    loads = {send: forecast.rounds[1] for send, forecast in forecasts.items()}
-    assert {load.generated for load in loads.values()} == {loads["all"].generated}
-    assert loads["counted"].uplink_bytes == loads["all"].uplink_bytes + 3 * 4 * 6  # at most; a count is a byte
-    assert loads["choice"].uplink_bytes == loads["counted"].uplink_bytes / 4
+    sent = {send: pd.read_parquet(tmp_path / send / "ledger.parquet")["uplink_bytes"].sum() for send in runs}
+    assert sent["choice"] < 0.7 * sent["all"]
+    drawn = runs["all"][runs["all"]["answer"] != ""].groupby(["prompt_id", "client_id"])["answer"]
+    table = runs["choice"].set_index(["prompt_id", "client_id"])
+    assert len(table) == 6 * 3
+    for place, answers in drawn:
+        said = [*map(opinion_of, answers)]
+        assert table.loc[place, "draws"] == max(map(said.count, said))
+        assert table.loc[place, "answer"] in [*answers]
+    write_report(tmp_path / "choice")
+    assert forecasts["choice"].generated == forecasts["all"].generated
+    assert forecasts["choice"].uplink_bytes == forecasts["all"].uplink_bytes / 6 + 3 * 6  # a count is a byte
 
 
 def test_confidence_is_sent_counted_and_kept(tmp_path: Path, tiny_config: Make) -> None:
@@ -118,6 +115,26 @@ def test_confidence_is_sent_counted_and_kept(tmp_path: Path, tiny_config: Make) 
     pd.testing.assert_frame_equal(
         tables[True].drop(columns="confidence"), tables[False].drop(columns="confidence"), check_exact=True
     )
+
+
+def test_sentinels_are_the_same_whoever_asks_and_their_answers_are_labels(tmp_path: Path, tiny_config: Make) -> None:
+    config = tiny_config(
+        num_rounds=3,
+        algorithm={"rule": "plurality", "first_exchange": 1, "competence": "sentinels"},
+        prompts={"sentinels": 2},
+    )
+    run = sr.run(config, out=tmp_path / "run")
+    labels = [run.labels(round).set_index("prompt_id") for round in (1, 2)]
+    known = [of_round[of_round["client_id"] == -1] for of_round in labels]
+    assert known[0].index.tolist() == known[1].index.tolist()
+    assert len(known[0]) == 2
+    data = pd.read_parquet(tmp_path / "run" / "data.parquet").query("role == 'public'").reset_index()
+    assert known[0]["label"].tolist() == data["response"][known[0].index].tolist()
+    assert len(labels[0]) == run.rounds.set_index("round").loc[1, "num_labels"]
+    with pytest.raises(sr.ConfigError, match=r"competence sentinels needs prompts\.sentinels over 0"):
+        tiny_config(algorithm={"competence": "sentinels"})
+    with pytest.raises(sr.ConfigError, match=r"prompts\.sentinels 7 is over prompts\.budget 6"):
+        tiny_config(algorithm={"competence": "sentinels"}, prompts={"sentinels": 7})
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:

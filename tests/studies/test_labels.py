@@ -15,7 +15,6 @@ from semcons_ray.commands.cli import main
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
-from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
 
@@ -63,7 +62,7 @@ def test_a_table_worked_out_by_hand() -> None:
     exact = "plurality {min_cosine: 1.0}"
     assert list(zip(labels.table["rule"], labels.table["samples"], strict=True)) == [
         *(("random_client", 1), ("own_answer", 1), ("reference", 0), ("any client", 1)),
-        *(("any draw", 1), ("any draw", 2), (exact, 1), (exact, 2)),
+        *(("any draw", 2), (exact, 1), (exact, 2)),
     ]  # fmt: skip
     assert row(labels, "random_client", 1)["value"] == pytest.approx((2 + 1 + 1) / 9)
     assert row(labels, "any client", 1)["value"] == pytest.approx(2 / 3)
@@ -195,25 +194,16 @@ def test_elected_as_in_the_run_labels_are_those_of_the_run_and_bytes_too(run: sr
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("send", ["counted", "choice"])
-def test_counted_draws_are_those_that_were_drawn_as_far_as_they_were_sent(
-    run: sr.Run, tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path, send: str
+def test_a_choice_is_as_many_draws_as_it_stands_for(
+    tiny_config: Callable[..., sr.ExperimentConfig], tmp_path: Path
 ) -> None:
-    generation = {**run.config.generation.model_dump(), "send_draws": send, "num_samples": 4, "top_k": 2}
-    runs = {}
-    for sent in ("all", send):
-        config = tiny_config(num_rounds=2, seed=1, algorithm={"first_exchange": 1},
-                             generation={**generation, "max_new_tokens": 1, "send_draws": sent})  # fmt: skip
-        runs[sent] = read_answered(sr.run(config, out=tmp_path / sent).path).samples[1]
-    for client, samples in runs[send].items():
-        for drawn, told in zip(zip(*runs["all"][client], strict=True), zip(*samples, strict=True), strict=True):
-            said, heard = ([*map(opinion_of, filter(None, texts))] for texts in (drawn, told))
-            if send == "counted":
-                assert sorted(said) == sorted(heard)
-                assert told[0] == next(filter(None, drawn), "")
-            else:
-                assert heard == [heard[0]] * max(map(said.count, said))
-                assert len(told) == 4
+    generation = {"max_new_tokens": 1, "top_k": 2, "num_samples": 4, "send_draws": "choice"}
+    config = tiny_config(num_rounds=2, algorithm={"first_exchange": 1}, generation=generation)
+    run = sr.run(config, out=tmp_path / "run")
+    of_clients = read_answered(run.path).samples[1]
+    for (client, prompt), row in run.answers(1).set_index(["client_id", "prompt_id"]).iterrows():
+        draws = [sample[prompt] for sample in of_clients[client]]
+        assert draws == [row["answer"]] * row["draws"] + [""] * (4 - row["draws"])
 
 
 @pytest.mark.real

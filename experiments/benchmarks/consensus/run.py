@@ -5,6 +5,7 @@
 speed     1,000 clients x 1,000 prompts x 384 dimensions, float32, in memory (1.5 GB). Each rule is compared with
 reading
           the same memory twice, which a medoid must do unless it finds the data in the cache.
+defended  the same shape, where 30% of the clients send one text: the medoid with its defence, against the medoid.
 mapped    10,000 clients x 1,000 prompts in one call, on a memory-mapped file larger than the memory it may use.
 streamed  the same answers, made and passed on 20 prompts at a time: the process never holds more of them.
 
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import Election, form_consensus
+from semcons_ray.consensus import Consensus, Election, form_consensus
 from semcons_ray.metering.environment import describe_environment
 
 DIMENSION = 384
@@ -44,6 +45,8 @@ RULES_REPETITIONS = 5
 # These compare all pairs: they run on this many prompts, compared with reading those twice.
 PAIRWISE = ("plurality", "multi_krum")
 PAIRWISE_PROMPTS = 100
+COLLUDING = 0.3
+"""Share of the clients that send one text in the defended case."""
 PER_PROMPT = ("medoid", "weighted_medoid", "geometric_median", "trimmed", "random_client", "longest")
 
 
@@ -93,14 +96,44 @@ def speed() -> dict[str, Any]:
 
 def consensus(embeddings: Tensor, rule: str) -> Tensor:
     prompts, clients, _ = embeddings.shape
-    return form_consensus(
-        embeddings,
-        torch.ones(prompts, clients, dtype=torch.bool),
-        Election(rule),
-        torch.rand(prompts, clients, generator=torch.Generator().manual_seed(0)),
-        weights=torch.arange(1.0, clients + 1),
-        lengths=torch.arange(clients).expand(prompts, clients),
-    ).winner
+    lengths = torch.arange(clients).expand(prompts, clients)
+    return form(embeddings, Election(rule), weights=torch.arange(1.0, clients + 1), lengths=lengths).winner
+
+
+def form(embeddings: Tensor, election: Election, **more: Tensor) -> Consensus:
+    present = torch.ones(embeddings.shape[:2], dtype=torch.bool)
+    priority = torch.rand(present.shape, generator=torch.Generator().manual_seed(0))
+    return form_consensus(embeddings, present, election, priority, **more)
+
+
+def defended() -> dict[str, Any]:
+    """The medoid with the defence, in turns with the plain one, where some of the clients send one text."""
+    prompts, clients = SPEED_SHAPE
+    embeddings = answers(range(prompts), clients)
+    honest = clients - round(COLLUDING * clients)
+    embeddings[:, honest:] = answers(range(prompts, prompts + 1), 1)
+    asked = answers(range(prompts), 1)[:, 0]
+    opinions = torch.arange(clients).clamp(max=honest).expand(prompts, clients)
+
+    def with_defence() -> Consensus:
+        return form(embeddings, Election(defence="independent"), prompts=asked, opinions=opinions)
+
+    form(embeddings[:1], Election())  # the first call sets kernels up, and is not counted
+    plain, guarded = [], []
+    for _ in range(REPETITIONS):
+        plain.append(seconds(lambda: form(embeddings, Election())))
+        guarded.append(seconds(with_defence))
+    timed = {
+        "shape": [prompts, clients, DIMENSION],
+        "seconds": median(guarded),
+        "seconds_of_plain_medoid": median(plain),
+        "ratio": median(guarded) / median(plain),
+        "all_ratios": [round(a / b, 3) for a, b in zip(guarded, plain, strict=True)],
+        "load_average": os.getloadavg()[0],
+        "distrusted": int((with_defence().trust == 0).sum()),
+    }
+    taken = under_limit(lambda: with_defence().winner)
+    return timed | {key: taken[key] for key in ("anonymous_bytes_before", "peak_anonymous_bytes", "limit_bytes")}
 
 
 def mapped(path: Path) -> dict[str, Any]:
@@ -179,6 +212,7 @@ def run_all(folder: str | None, threads: int) -> None:
         "environment": describe_environment(),
         "device": "cpu",
         "speed": [fresh_process("speed", count) for count in sorted({1, threads})],
+        "defended": [fresh_process("defended", count) for count in sorted({1, threads})],
         "streamed": fresh_process("streamed", threads),
     }
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -192,12 +226,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="Folder for 15 GB of temporary files; by default the system's.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--case", choices=["speed", "mapped", "streamed"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=["speed", "defended", "mapped", "streamed"], help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "speed": speed,
+        "defended": defended,
         "mapped": lambda: mapped(arguments.file),
         "streamed": streamed,
     }

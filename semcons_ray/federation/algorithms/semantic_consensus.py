@@ -19,7 +19,7 @@ What the abstract leaves open, and what is chosen here:
     answers       they are sampled at temperature 1, not greedy: many samples carry how sure a client is, so whoever
                   learns them learns the mixture of the clients' distributions; greedy answers teach overconfidence. A
                   client may draw several to each prompt (`generation.num_samples`), which share its one vote evenly,
-                  and count equal ones itself (`generation.send_draws`)
+                  or of which it sends its choice alone (`generation.send_draws`)
     averaging     a client continues with the mean of its adapter before and after a round (`algorithm.ema_decay`). This
                   removes noise from its steps, as averaging over clients does in FedAvg, and costs no communication
     order         a client trains and answers in one visit, with no barrier between the two, so the pseudo-labels of a
