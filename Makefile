@@ -27,7 +27,7 @@ test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of test-eng
 
 test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models, and long ones
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)
-	$(VENV)-engines/bin/python -m pytest --numprocesses 2 --dist loadfile -m "$(OTHER_TESTS)" -p tests.no_skips
+	$(VENV)-engines/bin/python -m pytest -m "$(OTHER_TESTS)" -p tests.no_skips
 
 test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
 	$(VENV)-mutation/bin/python tests/mutation/run.py $(ARGS)

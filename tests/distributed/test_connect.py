@@ -83,6 +83,7 @@ os.environ["HOME"] = "/proc/nowhere"
     assert done.stdout == "worked\n", done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("token", [None, TOKEN], ids=["no token", "a token at HOME"])
 @pytest.mark.parametrize("first", ["connect(None)", "connect('127.0.0.1:1')"], ids=["after one here", "after none"])
 def test_a_cluster_that_the_caller_starts_afterwards_is_as_without(

@@ -110,6 +110,7 @@ def test_an_unfinished_run_is_refused_in_a_line(
     assert "is not finished, so not all is there to audit" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["semantic_consensus", "fedavg_lora"])
 def test_the_coins_of_canaries_show_in_models_and_not_in_messages(
     tiny_config: Make, tmp_path: Path, algorithm: str
