@@ -217,7 +217,7 @@ def form_consensus(
         weight = election.weighs()(evidence.without(left == 0))
         votes = shares * left * _weights(weight, mask, f"algorithm.competence {election.competence}")
         given, mask = mask, votes > 0
-        counting = Evidence.of_clients(evidence, votes).gt(0).sum(dim=1, keepdim=True)
+        counting = evidence.of_clients(votes).gt(0).sum(dim=1, keepdim=True)
         # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
         votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
         num_clients = counting.float()
@@ -309,9 +309,7 @@ def _checked(scores: Tensor, present: Tensor, rule: str) -> Tensor:
     Raises:
         ConfigError: They are no scores of these answers.
     """
-    if not isinstance(scores, Tensor) or scores.shape != present.shape:
-        found = _describe(scores) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ConfigError(f"algorithm.rule {rule} gives {found}, not scores of shape {tuple(present.shape)}")
+    _check_given(scores, present, f"algorithm.rule {rule}", "scores")
     scores = scores.where(present, -torch.inf)
     if bool(scores.isnan().any()):
         raise ConfigError(f"algorithm.rule {rule} gives scores that are no numbers (NaN)")
@@ -324,13 +322,18 @@ def _weights(weights: Tensor, present: Tensor, setting: str) -> Tensor:
     Raises:
         ConfigError: They are no weights of these answers.
     """
-    if not isinstance(weights, Tensor) or weights.shape != present.shape:
-        found = _describe(weights) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ConfigError(f"{setting} gives {found}, not weights of shape {tuple(present.shape)}")
+    _check_given(weights, present, setting, "weights")
     weights = weights.float().where(present, 0.0)
     if not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ConfigError(f"{setting} gives weights that are negative or not finite")
     return weights
+
+
+def _check_given(values: Any, present: Tensor, part: str, wanted: str) -> None:
+    """Check that a part, which may be anybody's, gives one number for each answer."""
+    if not isinstance(values, Tensor) or values.shape != present.shape:
+        found = _describe(values) if isinstance(values, Tensor) else type(values).__name__
+        raise ConfigError(f"{part} gives {found}, not {wanted} of shape {tuple(present.shape)}")
 
 
 def _shares(draws: Tensor, voters: Tensor) -> Tensor:
