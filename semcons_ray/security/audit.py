@@ -74,7 +74,7 @@ class Audit:
         if found.empty:
             return (
                 f"answers: no leak noticed, of {table['client_id'].nunique()} clients; smallest adjusted p "
-                f"{table['p_adjusted'].min():.2g}"
+                f"{_least(table):.2g}"
             )
         clients = ", ".join(
             f"{client} ({', '.join(f'{row.score} {row.effect:+.3f}' for row in rows.itertuples())})"
