@@ -135,14 +135,9 @@ class AdapterModel:
         generation = GenerationConfig(batch_size=self.batch_size, **{name: getattr(task, name) for name in SAMPLING})
         if self.engine is not None:
             return self._engine_answers(self.engine, prompts, task, generation)
-        samples = []
-        for _ in range(task.num_samples):  # batches of all draws together would round otherwise
-            answers, tokens = self.base.generate(
-                self.adapter, prompts, generation, task.generator, frozen=self.frozen
-            )
-            task.tokens += tokens
-            samples.append(answers)
-        return samples
+        answers, tokens = self.base.generate(self.adapter, prompts, generation, task.generator, frozen=self.frozen)
+        task.tokens += tokens
+        return _by_sample(answers, task)
 
     def _engine_answers(
         self, engine: Engine, prompts: Sequence[Prompt], task: Task, generation: GenerationConfig
@@ -164,8 +159,7 @@ class AdapterModel:
                 gpus=reply.gpus,
             )
         )
-        answers, size = self.base.decode(reply.answers, generation.stop), len(prompts)
-        return [answers[sample * size :][:size] for sample in range(task.num_samples)]
+        return _by_sample(self.base.decode(reply.answers, generation.stop), task)
 
     def score(self, pairs: Sequence[Pair]) -> Score:
         """See `Scores.score`."""
@@ -176,8 +170,7 @@ class AdapterModel:
     ) -> tuple[list[Targets], int]:
         """See `LanguageModel.likeliest`: of the first `max_tokens` tokens of answers, given as texts."""
         ids = [
-            self.base.response_ids(prompt, answer)[:max_tokens]
-            for prompt, answer in zip(prompts, answers, strict=True)
+            self.base.response_ids(prompt, answer)[:max_tokens] for prompt, answer in zip(prompts, answers, strict=True)
         ]
         return self.base.likeliest(self.adapter, prompts, ids, top_k, self.batch_size, frozen=self.frozen)
 
@@ -186,9 +179,7 @@ class AdapterModel:
         """How many tokens the model knows."""
         return int(self.base.model.get_output_embeddings().weight.shape[0])
 
-    def score_options(
-        self, questions: Sequence[tuple[Prompt, Sequence[str]]]
-    ) -> tuple[list[tuple[float, ...]], int]:
+    def score_options(self, questions: Sequence[tuple[Prompt, Sequence[str]]]) -> tuple[list[tuple[float, ...]], int]:
         """See `LanguageModel.option_nll`."""
         return self.base.option_nll(self.adapter, questions, self.batch_size, frozen=self.frozen)
 
@@ -202,6 +193,12 @@ class AdapterModel:
         """Write the adapter, joined with the frozen one if there is one, to an existing folder in PEFT's format."""
         both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
         self.base.export_adapter(both, folder)
+
+
+def _by_sample(answers: Sequence[str], task: Task) -> list[list[str]]:
+    """The answers to all prompts for each sample, from those of all samples one after another."""
+    size = len(answers) // task.num_samples
+    return [[*answers[sample * size :][:size]] for sample in range(task.num_samples)]
 
 
 @dataclass(frozen=True)

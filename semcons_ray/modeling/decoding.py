@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -105,6 +106,10 @@ class Growing:
         if self.mask is not None:
             inputs["attention_mask"] = self.mask
         return inputs
+
+    def copy(self) -> Growing:
+        """The same texts, to which other tokens can be appended."""
+        return replace(self, cache=deepcopy(self.cache))
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows of the batch but these, by index."""

@@ -149,6 +149,7 @@ def measure_footprint(
     batch_size: int,
     generation_batch_size: int,
     max_new_tokens: int,
+    num_samples: int = 1,
     attn_implementation: Attention | None = None,
     use_dora: bool = False,
     modules_to_save: Sequence[str] = (),
@@ -186,6 +187,7 @@ def measure_footprint(
         batch_size: Examples in a training batch, of which an optimizer step may have several.
         generation_batch_size: Prompts in a batch of answers, and examples in a batch of evaluation.
         max_new_tokens: Longest answer, in tokens.
+        num_samples: Answers to a prompt. From two on, the cache of what was read is kept beside that of an answer.
         attn_implementation: See `LanguageModel`.
         use_dora: Whether the adapter is a DoRA one.
         modules_to_save: Ends of the names of modules that are trained whole.
@@ -217,7 +219,8 @@ def measure_footprint(
     if gradient_checkpointing:
         kept += batch_size * max_length * of.layers * of.width * size
     kept += sum(prod(shape) for key, shape in shapes.items() if EXPERTS in key) * size
-    cache = generation_batch_size * (max_length + max_new_tokens) * of.layers * of.key_values * size
+    kept_tokens = max_length + max_new_tokens + (max_length if num_samples > 1 else 0)
+    cache = generation_batch_size * kept_tokens * of.layers * of.key_values * size
     learnt, scored = batch_size * max_length // 2, generation_batch_size * max_length // 2
     rows = max(learnt * (size + 4), scored * size) + LOSS_ROWS * 8
     used_again = min(in_layers, of.vocabulary * learnt * size) if device == "cuda" and gradient_checkpointing else 0

@@ -38,7 +38,7 @@ from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.client_model import Pair, Score, Targets
-from semcons_ray.modeling.decoding import Decoding, chosen_tokens
+from semcons_ray.modeling.decoding import Decoding, Growing, chosen_tokens
 from semcons_ray.modeling.device import enough_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
@@ -228,7 +228,7 @@ class LanguageModel:
             ways: With gradient checkpointing or without, and with packing or without.
         """
         pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
-        two_tokens = GenerationSettings(max_new_tokens=2)
+        twice = GenerationSettings(max_new_tokens=2, num_samples=2)
         try:
             for checkpointing, packing in sorted(ways):
                 if packing:
@@ -237,7 +237,7 @@ class LanguageModel:
                     batch_size=2, local_steps=1, gradient_checkpointing=checkpointing, packing=packing
                 )
                 self._rehearse_training(pairs, one_step)
-            self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], two_tokens, generator)
+            self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], twice, generator)
         except SemconsError:
             raise
         except Exception as error:  # whatever the model's own code raises
@@ -440,22 +440,26 @@ class LanguageModel:
         *,
         frozen: Adapter | None = None,
     ) -> tuple[list[str], int]:
-        """Answer prompts in batches; returns the answers in the order of the prompts, and the number of tokens
-        generated. An answer that `generation.stop` ends is cut before that text.
+        """Answer prompts in batches, `generation.num_samples` times; returns the first answers to all prompts, in their
+        order, then the second ones and so on, and the number of tokens generated. An answer that `generation.stop` ends
+        is cut before that text.
 
-        Every prompt has random numbers of its own, so the batch it is in does not change what is drawn.
+        Every answer has random numbers of its own, so neither the batch that it is in nor how many others are drawn
+        changes what is drawn. Prompts are read once for all their answers.
         """
         self.load_adapter(adapter)
         prompt_ids = [self.chat.prompt_ids(prompt) for prompt in prompts]
-        draws = generator.random((len(prompts), generation.max_new_tokens))
+        draws = generator.random((generation.num_samples, len(prompts), generation.max_new_tokens))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
-        written: dict[int, list[int]] = {}
+        written: dict[tuple[int, int], list[int]] = {}
         with self._beside(frozen), self._room_to("answer", f"generation.batch_size {generation.batch_size}", ASK_LESS):
             for batch in self._decoding.batches(order, [len(ids) for ids in prompt_ids], generation.batch_size):
-                rows = self._written([prompt_ids[i] for i in batch], generation, draws[batch])
-                written |= zip(batch, rows, strict=True)
+                samples = self._written([prompt_ids[i] for i in batch], generation, draws[:, batch])
+                written |= {
+                    (sample, i): row for sample, rows in enumerate(samples) for i, row in zip(batch, rows, strict=True)
+                }
         ends = self._ends(generation)
-        answers = [[token for token in written[i] if token not in ends] for i in range(len(prompts))]
+        answers = [[token for token in written[key] if token not in ends] for key in sorted(written)]
         return self.decode(answers, generation.stop), sum(map(len, written.values()))
 
     def engine_request(
@@ -492,23 +496,34 @@ class LanguageModel:
 
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationSettings, draws: NDArray[np.float64]
+    ) -> list[list[list[int]]]:
+        """Generate the tokens that follow each text, including those that end it, for each sample; `draws` (S, B,
+        max_new_tokens) is in [0, 1) and decides what is sampled."""
+        batch = self._collate([[Segment(text)] for text in texts], pad_left=True)
+        read = self._decoding.begin(self.model.config, **batch.inputs)
+        first = self._next_logits(read)
+        last = len(draws) - 1
+        return [
+            self._continued(read if sample == last else read.copy(), first, generation, theirs)
+            for sample, theirs in enumerate(draws)
+        ]
+
+    def _continued(
+        self, growing: Growing, first: Tensor, generation: GenerationSettings, draws: NDArray[np.float64]
     ) -> list[list[int]]:
-        """Generate the tokens that follow each text, including those that end it; `draws` (B, max_new_tokens) is in
-        [0, 1) and decides what is sampled.
+        """Generate the tokens that follow each text of a batch that the model has read, whose logits of the next tokens
+        are `first`, (B, V); `draws` is (B, max_new_tokens).
 
         A text that has ended leaves the batch, so that a few long answers don't cost as much as many. Whether it has is
         read after every `_read_every` tokens; what was generated behind an end is dropped.
         """
-        batch = self._collate([[Segment(text)] for text in texts], pad_left=True)
-        growing = self._decoding.begin(self.model.config, **batch.inputs)
-        rows: list[list[int]] = [[] for _ in texts]
-        going, ends = [*range(len(texts))], self._ends(generation)
+        rows: list[list[int]] = [[] for _ in draws]
+        going, ends = [*range(len(draws))], self._ends(generation)
         (on_device,) = to_device([torch.from_numpy(draws)], self.device)
         unread: list[Tensor] = []
         for step in range(generation.max_new_tokens):
-            self._scored = lambda hidden: hidden[:, -1].contiguous()
-            output = self.model(**growing.inputs())
-            tokens = chosen_tokens(output.logits[0].float(), generation, on_device[:, step])
+            logits = self._next_logits(growing) if step else first
+            tokens = chosen_tokens(logits, generation, on_device[:, step])
             unread.append(tokens)
             if len(unread) == self._read_every or step == generation.max_new_tokens - 1:
                 read, unread = torch.stack(unread, dim=1).tolist(), []
@@ -527,6 +542,12 @@ class LanguageModel:
                     tokens, on_device = tokens[kept], on_device[kept]
             growing.append(tokens)
         return rows
+
+    def _next_logits(self, growing: Growing) -> Tensor:
+        """Logits of each text's next token, (B, V) float32."""
+        self._scored = lambda hidden: hidden[:, -1].contiguous()
+        logits: Tensor = self.model(**growing.inputs()).logits[0].float()
+        return logits
 
     def _goes_to_its_end(self, row: list[int], new: Iterable[int], ends: Sequence[int], stop: Sequence[str]) -> bool:
         """Append new tokens to an answer as far as one ends it; whether one does."""

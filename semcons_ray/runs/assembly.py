@@ -559,6 +559,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
             batch_size=ceil(training.batch_size / ranks),
             generation_batch_size=ceil(generation.batch_size / ranks),
             max_new_tokens=generation.max_new_tokens,
+            num_samples=generation.num_samples,
             gradient_checkpointing=training.gradient_checkpointing,
             device=device,
         )

@@ -79,12 +79,13 @@ def answered(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, batch_size: 
 
     def spy(
         self: LanguageModel, texts: list[list[int]], settings: GenerationConfig, draws: NDArray[np.float64]
-    ) -> list[list[int]]:
-        rows = written(self, texts, settings, draws)
-        answers.extend(map(Answer, texts, rows, draws))
-        return rows
+    ) -> list[list[list[int]]]:
+        samples = written(self, texts, settings, draws)
+        for rows, theirs in zip(samples, draws, strict=True):
+            answers.extend(map(Answer, texts, rows, theirs))
+        return samples
 
-    settings = GenerationConfig(max_new_tokens=16, temperature=1.0, batch_size=batch_size)
+    settings = GenerationConfig(max_new_tokens=16, temperature=1.0, batch_size=batch_size, num_samples=2)
     with monkeypatch.context() as patched:
         patched.setattr(LanguageModel, "_written", spy)
         model.generate(model.fresh_adapter(), PROMPTS, settings, np.random.default_rng(0))

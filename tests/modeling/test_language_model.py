@@ -109,6 +109,35 @@ def test_an_answer_that_ends_leaves_its_batch_and_the_others_go_on(
     assert rows[-1] < 3
 
 
+def test_several_samples_are_those_of_calls_one_after_another_and_prompts_are_read_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [pair.prompt for pair in PAIRS] + ["add three"]
+    settings = GREEDY.model_copy(update={"temperature": 1.0, "batch_size": 2, "max_new_tokens": 5})
+    apart, random = [], rng()
+    for _ in range(3):
+        apart.append(model.generate(model.fresh_adapter(), prompts, settings, random))
+    read: list[int] = []
+    forward = model.model.forward
+
+    def spy(**inputs: torch.Tensor) -> object:
+        read.append(inputs["input_ids"].numel())
+        return forward(**inputs)
+
+    monkeypatch.setattr(model.model, "forward", spy)
+    together, tokens = model.generate(
+        model.fresh_adapter(), prompts, settings.model_copy(update={"num_samples": 3}), rng()
+    )
+    assert together == [answer for answers, _ in apart for answer in answers]
+    assert len({*together}) > len(prompts)
+    assert tokens == sum(count for _, count in apart)
+    read_by_three = sum(read)
+    read.clear()
+    model.generate(model.fresh_adapter(), prompts, settings.model_copy(update={"max_new_tokens": 1}), rng())
+    # Of each answer all tokens but the last are read; texts that go on beside them in a batch are not padded anew.
+    assert read_by_three == sum(read) + tokens - 3 * len(prompts)
+
+
 @pytest.mark.parametrize("tokens", [3, 8, 100])
 def test_how_often_ends_are_read_does_not_change_answers(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch, tokens: int
