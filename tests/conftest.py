@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from tests.hub import Hub, serving
-from tests.tiny import write_data, write_model
+from tests.tiny import write_data, write_embedder, write_model
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -37,12 +37,17 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_embedder(tmp_path_factory.mktemp("models") / "embedder", width=32)
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "examples.jsonl")
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentConfig]:
+def tiny_config(tiny_llama: Path, tiny_data: Path, tiny_embedder: str) -> Callable[..., ExperimentConfig]:
     """Makes a config of 3 clients, 2 rounds and 6 prompts; nested settings lie over it."""
 
     def make(**sections: Any) -> ExperimentConfig:
@@ -54,6 +59,7 @@ def tiny_config(tiny_llama: Path, tiny_data: Path) -> Callable[..., ExperimentCo
             "model": {"name": str(tiny_llama), "dtype": "float32", "max_length": 64},
             "training": {"learning_rate": 5e-3, "batch_size": 4},
             "generation": {"max_new_tokens": 8},
+            "server": {"embedding_model": tiny_embedder},
             "evaluation": {"num_answers": 3, "every": 1},
             "resources": {"fleet": "local", "device": "cpu"},
         }

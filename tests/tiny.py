@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import StaticEmbedding
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -99,6 +101,15 @@ def write_model(
         torch.manual_seed(seed)
         build_model(architecture, **{**SHAPE, "hidden_size": width, **ids, **config}).save_pretrained(folder)
     return folder
+
+
+def write_embedder(folder: Path, *, width: int = 8) -> str:
+    """An embedding model that adds up a random vector of each token; the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        static = StaticEmbedding(train_tokenizer(), embedding_dim=width)
+    SentenceTransformer(modules=[static], device="cpu").save(str(folder))
+    return str(folder)
 
 
 def build_model(architecture: str, **config: Any) -> PreTrainedModel:

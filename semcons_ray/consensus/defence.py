@@ -23,9 +23,12 @@ SKETCH = 2**20
 LOOKED_AT = 512
 """Prompts on which `likeness` is looked at, at most."""
 
-SURE = {1.0: 1, 0.75: 3}
-"""Shares of its draws with which a client gives an answer that it is taken to be sure of, each looked at by itself, and
-how many times the margin clients may then agree more than is usual: a lesser sureness is less of a sign."""
+SIGNS = ((1.0, True, 1), (1.0, False, 2), (0.75, False, 4))
+"""Each a share of its draws with which a client gives an answer that it is taken to be sure of; whether only answers
+count that nobody gives hesitantly; and how many times the margin clients may then agree more than is usual."""
+
+HESITANT = 0.5
+"""Share of its draws up to which a client gives an answer hesitantly."""
 
 ALIKE = 0.5
 """Colluders have at least this correlation, which is below 1 since they are a part of the mean that is removed."""
@@ -46,12 +49,13 @@ class Independent:
 
     Clients draw their answers. Two honest ones that know something give the same answer with some of their draws;
     colluders are sure of the same answers, with all or most of their draws, since that is how few win. So what counts
-    is how often two clients are sure of one answer (`sure_agreement`), and, for answers that say the same in other
-    words, `likeness`. Each client has one that agrees with it most. What most clients have in common with that one is
-    usual, however much it is: models of one base have habits in common, and agree in errors, too. Two clients that have
-    more in common than is usual, by `margin` and by as much again as is usual, and much in any case (`IN_COMMON`,
-    `ALIKE`), are taken to work together: they lose their votes, and their trust, which grows back by `recovery` in each
-    round in which nothing is found. What most clients do is never found, so no honest majority is.
+    is how often two clients are sure of one answer (`sure_agreement`), above all of one that nobody gives hesitantly,
+    which what is true or often believed seldom is; and, for answers that say the same in other words, `likeness`. Each
+    client has one that agrees with it most. What most clients have in common with that one is usual, however much it
+    is: models of one base have habits in common, and agree in errors, too. Two clients that have more in common than is
+    usual, by `margin` and by as much again as is usual, and much in any case (`IN_COMMON`, `ALIKE`), are taken to work
+    together: they lose their votes, and their trust, which grows back by `recovery` in each round in which nothing is
+    found. What most clients do is never found, so no honest majority is.
 
     What it does not find: colluders that spread their draws as honest clients do; that say the same on a share of the
     prompts within the margin only; or that are half of all. Honest clients that alone are sure of something, where
@@ -66,7 +70,7 @@ class Independent:
         max_wins: See `Defence`.
     """
 
-    margin: Annotated[float, Field(ge=0, le=1)] = 0.06
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.05
     recovery: Annotated[float, Field(ge=0, le=1)] = 0.25
     max_wins: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -75,8 +79,10 @@ class Independent:
         alike, echoes = likeness(evidence)
         linked = _beyond_usual(alike, self.margin) & (alike >= ALIKE)
         all_are_sure = torch.equal(evidence.shares, evidence.present.float())
-        for sureness, times in [*SURE.items()][: 1 if all_are_sure else None]:
-            agreement = sure_agreement(evidence, sureness)
+        for sureness, undoubted, times in SIGNS:
+            if all_are_sure and (undoubted or sureness < 1):  # this would say what another sign does
+                continue
+            agreement = sure_agreement(evidence, sureness, undoubted=undoubted)
             sure = agreement.diagonal()
             linked |= _beyond_usual(agreement, times * self.margin) & (
                 agreement >= IN_COMMON * torch.minimum(sure[:, None], sure)
@@ -92,9 +98,9 @@ def _beyond_usual(agreement: Tensor, margin: float) -> Tensor:
     return others > usual + usual.clamp(min=margin)
 
 
-def sure_agreement(evidence: Evidence, sureness: float) -> Tensor:
+def sure_agreement(evidence: Evidence, sureness: float, *, undoubted: bool = False) -> Tensor:
     """Share of the prompts at which two clients give the same answer with at least the share `sureness` of their draws,
-    which is over a half, (N, N) float32.
+    which is over a half, (N, N) float32; if `undoubted`, only of answers that no client gives hesitantly (`HESITANT`).
 
     It is exact as long as N P B is at most `SKETCH`. Beyond, each answer to a prompt is one of so many buckets and has
     a sign, both by hash, and a client's sketch has the sums of signs of its answers by bucket. The product of two
@@ -111,6 +117,10 @@ def sure_agreement(evidence: Evidence, sureness: float) -> Tensor:
         shares = torch.zeros(len(keys), device=shares.device).index_add_(0, places, shares)
         answers, voters = keys // evidence.num_clients, keys % evidence.num_clients
     signs = (shares >= sureness - 1e-6).float()
+    if undoubted:
+        hesitant = ((shares > 0) & (shares <= HESITANT + 1e-6)).float()
+        doubters = torch.zeros(num_prompts * num_ballots, device=signs.device).index_add_(0, answers, hesitant)
+        signs *= doubters[answers] == 0
     if num_prompts * num_ballots > num_buckets:
         answers = _mixed(answers)
         signs *= 1 - 2 * ((answers >> 40) & 1)

@@ -146,11 +146,13 @@ class ShardedLanguageModel(LanguageModel):
 
     def _written(
         self, texts: Sequence[list[int]], generation: GenerationConfig, draws: NDArray[np.float64]
-    ) -> list[list[int]]:
+    ) -> list[list[list[int]]]:
         mine, _ = self._share([*range(len(texts))])
-        rows = super()._written([texts[i] for i in mine], generation, draws[mine])
-        parts = self.of_all_ranks(rows)
-        return [parts[i % self.num_ranks][i // self.num_ranks] for i in range(len(texts))]
+        parts = self.of_all_ranks(super()._written([texts[i] for i in mine], generation, draws[:, mine]))
+        return [
+            [parts[i % self.num_ranks][sample][i // self.num_ranks] for i in range(len(texts))]
+            for sample in range(len(draws))
+        ]
 
     def _goes_on(self, unfinished: bool) -> bool:
         if self._sharding.zero_stage == 2:

@@ -65,6 +65,8 @@ def test_how_often_two_clients_are_sure_of_the_same_answer_by_hand() -> None:
     found = evidence(opinions, torch.arange(3).repeat_interleave(4))
     wholly = sure_agreement(found, 1.0) * 4
     assert wholly.tolist() == [[2, 1, 1], [1, 2, 0], [1, 0, 2]]  # at the last prompt the third has two draws, both a
+    undoubted = sure_agreement(found, 1.0, undoubted=True) * 4
+    assert undoubted.tolist() == [[2, 1, 1], [1, 2, 0], [1, 0, 1]]  # at the third prompt two give a with half of theirs
     mostly = sure_agreement(found, 0.75) * 4
     assert mostly.tolist() == [[3, 2, 3], [2, 3, 2], [3, 2, 4]]
 
@@ -127,13 +129,27 @@ def test_colluders_lose_their_votes_and_honest_clients_none(num_honest: int, num
 
 
 @pytest.mark.parametrize(
-    ("targets", "draws", "found"), [(3, 4, True), (2, 4, False), (10, 3, True), (6, 3, False), (40, 2, False)]
+    ("targets", "draws", "doubters", "found"),
+    [
+        (3, 4, 0, True),
+        (2, 4, 0, False),
+        (3, 4, 1, False),
+        (4, 4, 1, False),
+        (5, 4, 1, True),
+        (9, 3, 0, True),
+        (8, 3, 0, False),
+        (40, 2, 0, False),
+    ],
 )
-def test_how_much_two_of_six_clients_may_have_in_common_by_hand(targets: int, draws: int, found: bool) -> None:
-    """No two draws are the same, but for so many of two clients at so many of 40 prompts. At most 6% of the prompts may
-    be answered alike with all draws, and 18% with three of four; what clients say less surely is nothing to go by."""
+def test_how_much_two_of_six_clients_may_have_in_common_by_hand(
+    targets: int, draws: int, doubters: int, found: bool
+) -> None:
+    """No two draws are the same, but for so many of two clients at so many of 40 prompts. At most 5% of the prompts may
+    be answered alike with all draws, 10% if another client gives that answer with one of its draws, and 20% with three
+    of four; what clients say less surely is nothing to go by."""
     opinions = torch.arange(6 * DRAWS).repeat(NUM_PROMPTS, 1)
     opinions[:targets, 4 * DRAWS : 4 * DRAWS + draws] = opinions[:targets, 5 * DRAWS : 5 * DRAWS + draws] = 4 * DRAWS
+    opinions[:targets, :doubters] = 4 * DRAWS
     assert distrusted(evidence(opinions, torch.arange(6).repeat_interleave(DRAWS))) == ([4, 5] if found else [])
 
 

@@ -10,15 +10,9 @@ from transformers import AutoConfig, AutoModel
 
 from semcons_ray.errors import ModelError
 from semcons_ray.modeling.embedding import Embedder
-from tests.tiny import train_tokenizer, write_model
+from tests.tiny import train_tokenizer, write_embedder, write_model
 
 TEXTS = ["one", "", "which is more, one or two? " * 20]
-
-
-def write_static(folder: Path) -> str:
-    static = models.StaticEmbedding(train_tokenizer(), embedding_dim=8)
-    SentenceTransformer(modules=[static], device="cpu").save(str(folder))
-    return str(folder)
 
 
 def write_bert(folder: Path, *, positions: int, longest: int | None = None) -> str:
@@ -43,7 +37,7 @@ def vectors(folder: str) -> torch.Tensor:
 
 
 def test_a_static_embedding_is_taken(tmp_path: Path) -> None:
-    folder = write_static(tmp_path)
+    folder = write_embedder(tmp_path)
     plain = SentenceTransformer(folder, device="cpu").encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
     found = vectors(folder)
     torch.testing.assert_close(found, plain)

@@ -114,9 +114,8 @@ def test_several_samples_are_those_of_calls_one_after_another_and_prompts_are_re
 ) -> None:
     prompts = [pair.prompt for pair in PAIRS] + ["add three"]
     settings = GREEDY.model_copy(update={"temperature": 1.0, "batch_size": 2, "max_new_tokens": 5})
-    apart, random = [], rng()
-    for _ in range(3):
-        apart.append(model.generate(model.fresh_adapter(), prompts, settings, random))
+    random = rng()
+    apart = [model.generate(model.fresh_adapter(), prompts, settings, random) for _ in range(3)]
     read: list[int] = []
     forward = model.model.forward
 
