@@ -59,7 +59,7 @@ def tiny_config(tiny_llama: Path, tiny_data: Path, tiny_embedder: str) -> Callab
             "model": {"name": str(tiny_llama), "dtype": "float32", "max_length": 64},
             "training": {"learning_rate": 5e-3, "batch_size": 4},
             "generation": {"max_new_tokens": 8},
-            "server": {"embedding_model": tiny_embedder},
+            "server": {} if "embedder" in sections.get("server", {}) else {"embedding_model": tiny_embedder},
             "evaluation": {"num_answers": 3, "every": 1},
             "resources": {"fleet": "local", "device": "cpu"},
         }

@@ -284,6 +284,7 @@ def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_
     monkeypatch.setattr(Client, "fine_tune", failing)
     monkeypatch.setattr(experiment, "place", warned)
     config = tiny_config(
+        server={"embedding_model": "packaged:all-minilm-l6-v2"},
         num_rounds=3,
         clients={"num_clients": 4},
         algorithm={"first_exchange": 1, "agreement_threshold": 0.3, "compression": "none"},

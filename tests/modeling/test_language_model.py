@@ -358,7 +358,7 @@ def test_attention_is_computed_as_the_setting_says(model: LanguageModel, tiny_ll
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("lacks", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("lacks", ["flash_attention_2", pytest.param("flex_attention", marks=pytest.mark.long)])
 def test_attention_that_does_not_work_here_is_named_with_its_setting(lacks: str, tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match=rf"^[^\n]* with model\.attn_implementation {lacks}: [^\n]*$"):
         load(tiny_llama, attn_implementation=lacks)

@@ -71,7 +71,7 @@ def adapters(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_an_arm_has_the_same_bits_through_run_compare_and_sweep(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    names = ["semantic_consensus", "fedavg_lora", "scaffold"]
+    names = ["semantic_consensus", "scaffold"]
     values = tiny_config().model_dump(mode="json", exclude_defaults=True)
     for name in names:
         run_experiment(tiny_config(algorithm={"name": name}), tmp_path / name)
