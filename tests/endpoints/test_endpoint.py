@@ -88,7 +88,7 @@ def test_a_fault_is_repeated_or_costs_one_answer(name, proxied, endpoint, tmp_pa
     fault, is_missing, sent = FAULTS[name]
     between = proxied({2: fault})
     caplog.set_level(logging.DEBUG)
-    hurt = endpoint(between.url, max_concurrency=1, timeout_seconds=0.3)
+    hurt = endpoint(between.url, max_concurrency=1, timeout_seconds=1 if name == "silent" else 20)
     results = hurt.ask(requests(4), "client 0, round 1, answer")
     assert texts(results) == answers(*([1] if is_missing else []))
     assert between.number == sent
