@@ -660,7 +660,7 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
             engine.close()
 
 
-def _known(config: ExperimentConfig, references: Sequence[str]) -> dict[int, str]:
+def known_answers(config: ExperimentConfig, references: Sequence[str]) -> dict[int, str]:
     """The answers that the server knows, by prompt: all for the rule `reference`, else those of sentinels."""
     if config.algorithm.rule == "reference":
         return dict(enumerate(references))
@@ -699,7 +699,7 @@ def parts(
         election=method.election,
         prompts=tuple(text_of(example.prompt) for example in split.public),
         embeds_both=config.server.embed == "prompt_and_answer",
-        known=_known(config, [example.response for example in split.public]),
+        known=known_answers(config, [example.response for example in split.public]),
         seed=config.seed,
         generation=config.client_generation(),
     )

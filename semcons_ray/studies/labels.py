@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from semcons_ray.parts import BUILT_IN
 from semcons_ray.reporting.intervals import arm_intervals
 from semcons_ray.reporting.labels import CATEGORY, render_labels
 from semcons_ray.reporting.tables import read_frame
-from semcons_ray.runs.assembly import embedder_of
+from semcons_ray.runs.assembly import embedder_of, known_answers
 from semcons_ray.runs.run_folder import RunFolder, write_file
 
 FloatArray = NDArray[np.float64]
@@ -50,10 +50,12 @@ class Answered:
     Attributes:
         samples: By round and client id, the client's samples, each P answers; an empty text is a missing one.
         prompts: The public prompts, (P,).
-        references: The answers that are right, (P,); an empty text where none is known.
+        references: The answers that are right, (P,); an empty text where none is known, or where the server knows it,
+            so that there is nothing to elect.
         categories: Category of each prompt, (P,); may be empty texts.
         embedder: Makes vectors of answers.
         num_examples: Private examples by client id, which a message of answers tells.
+        known: Answers that the server knows, by prompt.
         seed: The run's seed, by which ties are decided.
         embeds_both: Whether answers are embedded together with their prompts.
         compression: Of messages.
@@ -65,6 +67,7 @@ class Answered:
     categories: Sequence[str]
     embedder: TextEmbedder
     num_examples: Mapping[int, int]
+    known: Mapping[int, str] = field(default_factory=dict)
     seed: int = 0
     embeds_both: bool = False
     compression: str = "none"
@@ -193,6 +196,7 @@ def elect(run: Answered, election: Election, num_samples: int) -> dict[int, list
         generation=run.generation(num_samples),
         prompts=run.prompts,
         embeds_both=run.embeds_both,
+        known=run.known,
         seed=run.seed,
         ledger=Ledger("server", place.node),
     )
@@ -249,13 +253,16 @@ def read_answered(folder: Path) -> Answered:
         raise UserError(f"{folder}: no public prompt has a response, so it is not known which answers are right")
     samples = {int(file.stem.removeprefix("round_")): _samples(read_frame(file), config) for file in files}
     embedder, options = embedder_of(config, opened.revisions())
+    right = [example.response for example in split.public]
+    known = known_answers(config, right) if config.prompts.sentinels else {}
     return Answered(
         samples=samples,
         prompts=[text_of(example.prompt) for example in split.public],
-        references=[example.response for example in split.public],
+        references=["" if prompt in known else text for prompt, text in enumerate(right)],
         categories=[example.category for example in split.public],
         embedder=build_embedder(embedder, options, "cpu"),
         num_examples={client: len(examples) for client, examples in enumerate(split.private)},
+        known=known,
         seed=config.seed,
         embeds_both=config.server.embed == "prompt_and_answer",
         compression=config.algorithm.compression,
@@ -270,16 +277,17 @@ def elections(
     Args:
         folder: The run's folder.
         rules: Names, perhaps with options: "plurality {min_cosine: 0.95}".
-        competences: The same; None: all that are built in.
+        competences: The same; None: all that are built in, but sentinels only where the run has some.
         defences: The same.
 
     Raises:
         RunFolderError: It is no run folder.
         ConfigError: There is no such part, or it refuses its options.
     """
-    algorithm = RunFolder(folder).stored_config().algorithm
-    by_answers = [name for name in BUILT_IN["competence"] if name != "sentinels"]  # which needs right ones
-    ways = itertools.product(rules, by_answers if competences is None else competences, defences)
+    config = RunFolder(folder).stored_config()
+    algorithm = config.algorithm
+    able = [name for name in BUILT_IN["competence"] if name != "sentinels" or config.prompts.sentinels]
+    ways = itertools.product(rules, able if competences is None else competences, defences)
     made = []
     for way in ways:
         (rule, options), (competence, of_competence), (defence, of_defence) = map(parse_part, way)

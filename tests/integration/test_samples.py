@@ -9,11 +9,13 @@ import pytest
 
 import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig
+from semcons_ray.consensus import Election
 from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.reporting import write_report
 from semcons_ray.runs.experiment import plan_experiment, resume_experiment, run_experiment
 from semcons_ray.runs.forecast import Forecast
+from semcons_ray.studies.labels import elect, read_answered
 from tests.invariants.runs import Silent, StoppedError, assert_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
@@ -131,6 +133,15 @@ def test_sentinels_are_the_same_whoever_asks_and_their_answers_are_labels(tmp_pa
     data = pd.read_parquet(tmp_path / "run" / "data.parquet").query("role == 'public'").reset_index()
     assert known[0]["label"].tolist() == data["response"][known[0].index].tolist()
     assert len(labels[0]) == run.rounds.set_index("round").loc[1, "num_labels"]
+    table = sr.labels(tmp_path / "run", rules=["plurality"]).table
+    assert {"equal", "expertise", "sentinels"} <= set(table["competence"])
+    assert set(table["num_items"]) == {4}  # of six prompts, two of which the server knows
+    rule = Election("plurality", {"min_cosine": 0.8}, competence="sentinels")
+    elected = elect(read_answered(tmp_path / "run"), rule, 1)
+    given = [of_round["label"].reindex(range(6)) for of_round in labels]
+    assert [elected[1], elected[2]] == [of_round.where(of_round.notna(), None).tolist() for of_round in given]
+    attacked = sr.attack(tmp_path / "run", defences=["none"], attacks=["one_text"], shares=[0.4]).table
+    assert set(attacked["competence"]) == {"sentinels"}
     with pytest.raises(sr.ConfigError, match=r"competence sentinels needs prompts\.sentinels over 0"):
         tiny_config(algorithm={"competence": "sentinels"})
     with pytest.raises(sr.ConfigError, match=r"prompts\.sentinels 7 is over prompts\.budget 6"):
