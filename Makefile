@@ -23,7 +23,7 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 	$(VENV)/bin/semcons run --out runs/default-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of test-engines
-	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile -m "not ($(OTHER_TESTS))"
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not ($(OTHER_TESTS))"
 
 test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models, and long ones
 	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)

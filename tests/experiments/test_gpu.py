@@ -36,7 +36,7 @@ def test_a_run_says_where_its_clients_were(tiny_llama: Path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("part", ["devices", "memory", "options"])
+@pytest.mark.parametrize("part", ["devices", "memory", pytest.param("options", marks=pytest.mark.long)])
 def test_random_models_are_measured_in_each_shape(part: str, tiny_llama: Path, tmp_path: Path):
     found = getattr(gpu, part)("cpu", small=True, models=tmp_path, tokenizer=str(tiny_llama))
     assert {name.partition(",")[0] for name in found} == {"smollm2-135m", "llama-3.2-1b"}
