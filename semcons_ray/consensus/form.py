@@ -78,6 +78,11 @@ class Election:
         return defence
 
     @property
+    def needs_opinions(self) -> bool:
+        """Whether the rule, or a weight, goes by which answers are the same text."""
+        return not self.counts_all_alike or getattr(self.scores(), "needs_opinions", False)
+
+    @property
     def counts_all_alike(self) -> bool:
         """Whether nothing is weighed, so that every client has one vote."""
         return self.weighs() is equal and self.defends() is no_defence
@@ -153,7 +158,8 @@ def form_consensus(
             nothing in `Evidence.shares`. None: as many as are here.
         weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
         lengths: For longest and shortest: characters of each answer, (P, C).
-        opinions: See `Evidence`, as the next five. None: each answer is an opinion of its own.
+        opinions: See `Evidence`, as the next five; rules `by_text` go by them, too. None: each answer is an opinion of
+            its own.
         texts: For competence: which answers are equal, to whichever prompt. None: no two are.
         prompts: For defences: vectors of the prompts.
         confidence: For competence: how sure clients say that they are.
@@ -192,15 +198,19 @@ def form_consensus(
     votes, weighted, max_wins = shares, similarity, None
     num_voters = int(of_clients.max()) + 1 if num_answers else 0
     trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
-    if not election.counts_all_alike:
+    if election.needs_opinions:
         own = torch.arange(num_answers, device=device).expand_as(mask)
+        opinions = (own if opinions is None else opinions.to(device)).where(mask, -1)
+    else:
+        opinions = None
+    if opinions is not None and not election.counts_all_alike:
         apart = torch.arange(mask.numel(), device=device).view_as(mask)
         evidence = Evidence(
             vectors=embeddings,
             present=mask,
             voters=of_clients,
             shares=shares if num_draws is None else draws / num_draws.to(device),
-            opinions=(own if opinions is None else opinions.to(device)).where(mask, -1),
+            opinions=opinions,
             texts=(apart if texts is None else texts.to(device)).where(mask, -1),
             similarity=similarity,
             trust=trust,
@@ -241,6 +251,7 @@ def form_consensus(
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
             priority=priority[here],
+            opinions=None if opinions is None else opinions[here],
             block_bytes=chunk_bytes,
         )
         scores = _checked(score(ballots), eligible, election.rule)

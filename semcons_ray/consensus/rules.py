@@ -43,6 +43,8 @@ class Ballots:
         weights: Weight of each one's client, (C,), not negative; for `weighted_medoid`.
         lengths: Length of each answer in characters, (p, C); for `longest` and `shortest`.
         priority: Decides ties, (p, C), all different; the highest wins.
+        opinions: Which answers to a prompt are the same text, (p, C); see `consensus.evidence.Evidence`. None unless a
+            rule `by_text` asks for it.
         block_bytes: Memory that a rule may take for rows of a matrix of all pairs.
     """
 
@@ -54,6 +56,7 @@ class Ballots:
     weights: Tensor | None
     lengths: Tensor | None
     priority: Tensor
+    opinions: Tensor | None = None
     block_bytes: int = 2**21
 
     def nearness(self, shares: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class Rule(Protocol):
     """How answers are scored: a function, or a class whose objects can be called as one.
 
     Parameters of the class, or of the function besides `ballots`, are its options. If it goes by nothing that needs
-    `Ballots.vectors`, it may say so by an attribute `needs_vectors = False`, and saves the server work.
+    `Ballots.vectors`, it may say so by an attribute `needs_vectors = False`, and saves the server work. If it needs
+    `Ballots.opinions`, it must say so by `needs_opinions = True`.
     """
 
     def __call__(self, ballots: Ballots) -> Tensor:
@@ -80,6 +84,12 @@ def without_vectors(rule: RuleFunction) -> RuleFunction:
     """Say of a rule that it needs no vectors: it goes by similarity, lengths or chance."""
     rule.needs_vectors = False  # type: ignore[attr-defined]
     return rule
+
+
+def by_text(rule: RuleFunction) -> RuleFunction:
+    """Say of a rule that it goes by which answers are the same text."""
+    rule.needs_opinions = True  # type: ignore[attr-defined]
+    return without_vectors(rule)
 
 
 def products(points: Tensor, vectors: Tensor) -> Tensor:
@@ -169,6 +179,21 @@ def plurality(ballots: Ballots, *, min_cosine: Annotated[float, Field(ge=-1, le=
     around = products(at_centre.double(), ballots.vectors.double())
     members = ((around >= least) & ballots.present).scatter(1, centre, True)
     return _only(members, ballots.nearness(_parts(members * ballots.shares)))
+
+
+@by_text
+def mode(ballots: Ballots) -> Tensor:
+    """The most common text, but for case, spaces and punctuation; of equally common ones, that most similar to all.
+
+    The vote of self-consistency (X. Wang et al., arXiv:2203.11171) over clients, for short answers. It is `plurality`
+    with a `min_cosine` of 1, without comparing all pairs: O(C) a prompt. When no two answers are the same text, the
+    medoid is elected.
+    """
+    assert ballots.opinions is not None, "a rule by_text is given them"
+    places, votes = ballots.opinions.clamp(min=0), ballots.shares.double()
+    counts = torch.zeros_like(votes).scatter_add_(1, places, votes).gather(1, places)
+    counts = _only(ballots.present, counts)
+    return _only(counts >= counts.amax(dim=1, keepdim=True) - TOLERANCE, ballots.similarity)
 
 
 def multi_krum(ballots: Ballots, *, num_byzantine: Annotated[int, Field(ge=0)] = 1) -> Tensor:

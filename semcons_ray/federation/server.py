@@ -266,7 +266,7 @@ class Server:
             weighs = not self._election.counts_all_alike
             says_confidence = any(own.send_confidence for own in self._asked.values())
             trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
-            opinions, right = self._opinions(answers) if weighs else (None, None)
+            opinions, right = self._opinions(answers) if self._election.needs_opinions else (None, None)
             consensus = form_consensus(
                 embeddings,
                 (lengths > 0).to(device),

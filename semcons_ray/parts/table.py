@@ -45,6 +45,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "rule": {
         "medoid": "semcons_ray.consensus.rules:medoid",
         "plurality": "semcons_ray.consensus.rules:plurality",
+        "mode": "semcons_ray.consensus.rules:mode",
         "weighted_medoid": "semcons_ray.consensus.rules:weighted_medoid",
         "geometric_median": "semcons_ray.consensus.rules:geometric_median",
         "trimmed": "semcons_ray.consensus.rules:trimmed",

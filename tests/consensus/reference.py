@@ -52,6 +52,12 @@ def plurality(e: Vectors, here: list[int], min_cosine: float) -> int:
     return first_best({i: float(np.mean([e[i] @ e[j] for j in members])) for i in members})
 
 
+def mode(e: Vectors, here: list[int], texts: list[int]) -> int:
+    counts = {i: sum(texts[j] == texts[i] for j in here) for i in here}
+    cosines = mean_cosines(e, here)
+    return first_best({i: cosines[i] for i in here if counts[i] == max(counts.values())})
+
+
 def multi_krum(e: Vectors, here: list[int], num_byzantine: int) -> int:
     if len(here) == 1:
         return here[0]

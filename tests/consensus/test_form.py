@@ -14,7 +14,7 @@ from semcons_ray.parts import BUILT_IN
 from tests.consensus import reference
 
 NAN = float("nan")
-SELECTING = ["medoid", "plurality", "weighted_medoid", "geometric_median", "trimmed", "multi_krum"]
+SELECTING = ["medoid", "plurality", "mode", "weighted_medoid", "geometric_median", "trimmed", "multi_krum"]
 EVERY = [*SELECTING, "random_client", "longest", "shortest"]
 OPTIONS = {"plurality": ["min_cosine"], "trimmed": ["trim"], "multi_krum": ["num_byzantine"]}
 
@@ -43,6 +43,7 @@ def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", *
         "lengths": torch.arange(clients).expand(embeddings.shape[:2]),
         "chunk_bytes": None,
         "voters": None,
+        "opinions": None,
     }
     given = of_clients | {key: value for key, value in more.items() if key in of_clients}
     options = {key: more[key] for key in OPTIONS.get(rule, ()) if key in more}
@@ -75,6 +76,43 @@ def test_plurality_without_any_agreement_is_the_medoid() -> None:
     embeddings, mask = random_case(0, 20, 5)
     found = form(embeddings, mask, "plurality", min_cosine=1.0)
     assert torch.equal(found.winner, form(embeddings, mask).winner)
+
+
+def test_the_mode_is_the_most_common_text_whose_ties_the_medoid_decides_by_hand() -> None:
+    angles = torch.deg2rad(torch.tensor([0.0, 90.0, 40.0, 50.0, 60.0]))
+    answers = torch.stack([angles.cos(), angles.sin()], dim=1)[None].expand(5, 5, 2)
+    opinions = torch.tensor(
+        [
+            [0, 1, 1, 3, 4],  # the second and third say the same; the third is nearer to all
+            [0, 0, 2, 2, 4],  # two texts of two each: that of the third and fourth is nearer, the fourth most
+            [0, 1, 2, 3, 4],  # all differ: the medoid
+            [0, 0, 0, 3, 3],  # one of the three is missing, and another has no vote left
+            [0, 1, 2, 2, 4],
+        ]
+    )
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[3, 2] = False
+    found = form(answers, mask, "mode", opinions=opinions.where(mask, -1)).winner.tolist()
+    assert found[:3] == [2, 3, 3]
+    assert found[3] == 3  # two and two; the fourth is nearer to the rest
+    voters = torch.tensor([0, 0, 1, 1, 2])  # of three clients, the second says the same twice, which is one vote
+    shared = form(answers[4:], mask[4:], "mode", opinions=opinions[4:], voters=voters)
+    assert shared.votes[0].tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
+    assert shared.winner.item() in (2, 3)
+    assert torch.equal(form(answers, mask, "mode").winner, form(answers, mask).winner)  # as if all texts differed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mode_is_the_plurality_of_equal_texts(seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    texts = torch.randint(0, 4, (30, 9), generator=random)
+    opinions = (texts[:, :, None] == texts[:, None, :]).int().argmax(dim=2)
+    vectors = torch.nn.functional.normalize(torch.randn(30, 4, 16, generator=random), dim=2)
+    vectors = vectors.gather(1, texts[:, :, None].expand(-1, -1, 16))
+    priority = torch.rand(30, 9, generator=random)
+    mode = form(vectors, rule="mode", opinions=opinions, priority=priority).winner
+    plurality = form(vectors, rule="plurality", min_cosine=1.0, priority=priority).winner
+    assert torch.equal(mode, plurality)
 
 
 def test_a_weight_outvotes() -> None:
@@ -212,7 +250,7 @@ def test_samples_that_say_the_same_are_as_one(rule: str, seed: int, clients: int
     once = form(embeddings, mask, rule, weights=weights, lengths=lengths, priority=priority, num_byzantine=2, trim=0.3)
     often = form(
         embeddings[:, voters], mask[:, voters], rule, voters=voters, weights=weights[voters], priority=ranks,
-        lengths=lengths[:, voters], num_byzantine=2, trim=0.3,
+        lengths=lengths[:, voters], opinions=voters.expand(4, -1), num_byzantine=2, trim=0.3,
     )  # fmt: skip
     elected = [int(voters[winner]) if winner >= 0 else -1 for winner in often.winner]
     for prompt in range(4):
@@ -255,15 +293,19 @@ def test_random_client_is_a_client_and_its_first_sample() -> None:
 def test_rules_equal_the_float64_reference(rule: str, seed: int, clients: int, missing: float) -> None:
     embeddings, mask = random_case(seed, 3, clients, missing)
     weights = np.random.default_rng(seed).integers(0, 5, clients).astype(float).tolist()
+    texts = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, clients))  # the same for all prompts
+    opinions = (texts[:, None] == texts).int().argmax(dim=1).expand(3, -1)
     settings_of = {
+        "mode": {"texts": texts.tolist()},
         "plurality": {"min_cosine": 0.7},
         "weighted_medoid": {"weights": weights},
         "trimmed": {"trim": 0.3},
         "multi_krum": {"num_byzantine": 2},
     }
     verdict = form(
-        embeddings, mask, rule, min_cosine=0.7, trim=0.3, num_byzantine=2, weights=torch.tensor(weights)
-    )
+        embeddings, mask, rule, min_cosine=0.7, trim=0.3, num_byzantine=2, weights=torch.tensor(weights),
+        opinions=opinions,
+    )  # fmt: skip
     vectors = embeddings.double().numpy()
     for prompt in range(3):
         here = mask[prompt].nonzero().flatten().tolist()
@@ -414,7 +456,7 @@ def test_every_rule_of_the_config_is_known() -> None:
     [
         (
             {"rule": "median"},
-            "there is no rule median (did you mean medoid?); there are medoid, plurality, weighted_medoid, "
+            "there is no rule median (did you mean medoid?); there are medoid, plurality, mode, weighted_medoid, "
             "geometric_median, trimmed, multi_krum, random_client, longest, shortest, reference, own_answer, and any "
             "module:object",
         ),
