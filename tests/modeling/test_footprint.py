@@ -72,6 +72,20 @@ def test_a_worker_on_the_cpu_has_all_of_it_in_host_memory(tmp_path: Path) -> Non
     assert found.host_bytes == found.weights + 2 * kept + found.logits + found.tokenizer + PROCESS_BYTES
 
 
+def test_with_several_samples_what_was_read_is_kept_once_more(tmp_path: Path) -> None:
+    folder = write_llama_8b(tmp_path)
+    once, twice, often = (
+        measure_footprint(
+            folder, dtype="bfloat16", max_length=2048, batch_size=1, generation_batch_size=512, max_new_tokens=24,
+            num_samples=count,
+        ).activations
+        for count in (1, 2, 8)
+    )  # fmt: skip
+    token = 32 * 2 * 8 * 128 * 2  # layers, keys and values, heads, their width, bytes
+    assert once == 512 * (2048 + 24) * token
+    assert twice == often == once + 512 * 2048 * token
+
+
 def test_modules_that_are_trained_whole_are_counted_with_all_that_goes_with_them(tmp_path: Path) -> None:
     folder = write_llama_8b(tmp_path)
     embedding = 128256 * 4096
