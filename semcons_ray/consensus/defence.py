@@ -109,13 +109,7 @@ def sure_agreement(evidence: Evidence, sureness: float, *, undoubted: bool = Fal
     """
     num_prompts, num_ballots = evidence.present.shape
     num_buckets = max(1, SKETCH // evidence.num_clients)
-    rows = torch.arange(num_prompts, device=evidence.opinions.device)[:, None]
-    answers = (evidence.opinions.clamp(min=0) + num_ballots * rows).flatten()
-    voters, shares = evidence.voters.expand_as(evidence.present).flatten(), evidence.shares.flatten()
-    if not _has_one_ballot_each(evidence):
-        keys, places = torch.unique(answers * evidence.num_clients + voters, return_inverse=True)
-        shares = torch.zeros(len(keys), device=shares.device).index_add_(0, places, shares)
-        answers, voters = keys // evidence.num_clients, keys % evidence.num_clients
+    answers, voters, shares = evidence.held
     signs = (shares >= sureness - 1e-6).float()
     if undoubted:
         hesitant = ((shares > 0) & (shares <= HESITANT + 1e-6)).float()
@@ -128,10 +122,6 @@ def sure_agreement(evidence: Evidence, sureness: float, *, undoubted: bool = Fal
     sketch = torch.zeros(evidence.num_clients * num_buckets, device=signs.device)
     sketch = sketch.index_add_(0, voters * num_buckets + answers, signs).view(evidence.num_clients, num_buckets)
     return sketch @ sketch.T / max(num_prompts, 1)
-
-
-def _has_one_ballot_each(evidence: Evidence) -> bool:
-    return len(evidence.voters) == evidence.num_clients
 
 
 def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
@@ -150,7 +140,7 @@ def likeness(evidence: Evidence) -> tuple[Tensor, Tensor]:
         The correlation, (N, N) float32, and whether an answer is an echo (`ECHO`, `NEAR_PROMPT`), (P, B).
     """
     num_prompts, num_ballots, dimension = evidence.vectors.shape
-    num_clients, device, alone = evidence.num_clients, evidence.vectors.device, _has_one_ballot_each(evidence)
+    num_clients, device, alone = evidence.num_clients, evidence.vectors.device, evidence.has_one_ballot_each
     step = max(1, math.ceil(num_prompts / LOOKED_AT))
     places = range(0, num_prompts, step)
     num_groups = min(max(1, SKETCH // max(num_clients * dimension, 1)), len(places))

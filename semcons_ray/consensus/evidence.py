@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -59,6 +60,25 @@ class Evidence:
     def num_clients(self) -> int:
         """Number N of clients."""
         return len(self.trust)
+
+    @property
+    def has_one_ballot_each(self) -> bool:
+        """Whether each client has one ballot."""
+        return len(self.voters) == self.num_clients
+
+    @cached_property
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What clients say, each three of K: an answer to a prompt, as a number from 0 to P B - 1; a client that gives
+        it; and the share of its draws that are for it. Missing answers have a share of 0."""
+        num_prompts, num_ballots = self.present.shape
+        rows = torch.arange(num_prompts, device=self.opinions.device)[:, None]
+        answers = (self.opinions.clamp(min=0) + num_ballots * rows).flatten()
+        voters, shares = self.voters.expand_as(self.present).flatten(), self.shares.flatten()
+        if self.has_one_ballot_each:
+            return answers, voters, shares
+        keys, places = torch.unique(answers * self.num_clients + voters, return_inverse=True)
+        shares = torch.zeros(len(keys), device=shares.device).index_add_(0, places, shares)
+        return keys // self.num_clients, keys % self.num_clients, shares
 
     def without(self, ballots: Tensor) -> Evidence:
         """The same where some ballots, (P, B) bool, are missing."""

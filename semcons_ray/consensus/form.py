@@ -198,19 +198,16 @@ def form_consensus(
     votes, weighted, max_wins = shares, similarity, None
     num_voters = int(of_clients.max()) + 1 if num_answers else 0
     trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
-    if election.needs_opinions:
-        own = torch.arange(num_answers, device=device).expand_as(mask)
-        opinions = (own if opinions is None else opinions.to(device)).where(mask, -1)
-    else:
-        opinions = None
-    if opinions is not None and not election.counts_all_alike:
+    own = torch.arange(num_answers, device=device).expand_as(mask)
+    opinions = own if opinions is None else opinions.to(device)
+    if not election.counts_all_alike:
         apart = torch.arange(mask.numel(), device=device).view_as(mask)
         evidence = Evidence(
             vectors=embeddings,
             present=mask,
             voters=of_clients,
             shares=shares if num_draws is None else draws / num_draws.to(device),
-            opinions=opinions,
+            opinions=opinions.where(mask, -1),
             texts=(apart if texts is None else texts.to(device)).where(mask, -1),
             similarity=similarity,
             trust=trust,
@@ -251,7 +248,7 @@ def form_consensus(
             weights=weights,
             lengths=None if lengths is None else lengths[here].to(device),
             priority=priority[here],
-            opinions=None if opinions is None else opinions[here],
+            opinions=opinions[here],
             block_bytes=chunk_bytes,
         )
         scores = _checked(score(ballots), eligible, election.rule)

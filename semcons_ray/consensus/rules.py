@@ -43,8 +43,8 @@ class Ballots:
         weights: Weight of each one's client, (C,), not negative; for `weighted_medoid`.
         lengths: Length of each answer in characters, (p, C); for `longest` and `shortest`.
         priority: Decides ties, (p, C), all different; the highest wins.
-        opinions: Which answers to a prompt are the same text, (p, C); see `consensus.evidence.Evidence`. None unless a
-            rule `by_text` asks for it.
+        opinions: Which answers to a prompt are the same text, (p, C): see `consensus.evidence.Evidence`. Only for rules
+            `by_text`; for others, and where an answer is missing, it may hold anything.
         block_bytes: Memory that a rule may take for rows of a matrix of all pairs.
     """
 
@@ -56,7 +56,7 @@ class Ballots:
     weights: Tensor | None
     lengths: Tensor | None
     priority: Tensor
-    opinions: Tensor | None = None
+    opinions: Tensor
     block_bytes: int = 2**21
 
     def nearness(self, shares: Tensor) -> Tensor:
@@ -189,7 +189,6 @@ def mode(ballots: Ballots) -> Tensor:
     with a `min_cosine` of 1, without comparing all pairs: O(C) a prompt. When no two answers are the same text, the
     medoid is elected.
     """
-    assert ballots.opinions is not None, "a rule by_text is given them"
     places, votes = ballots.opinions.clamp(min=0), ballots.shares.double()
     counts = torch.zeros_like(votes).scatter_add_(1, places, votes).gather(1, places)
     counts = _only(ballots.present, counts)

@@ -254,6 +254,7 @@ def read_answered(folder: Path) -> Answered:
     samples = {int(file.stem.removeprefix("round_")): _samples(read_frame(file), config) for file in files}
     embedder, options = embedder_of(config, opened.revisions())
     right = [example.response for example in split.public]
+    # With the rule `reference` the server knew all, and there would be nothing to elect.
     known = known_answers(config, right) if config.prompts.sentinels else {}
     return Answered(
         samples=samples,

@@ -86,7 +86,7 @@ def test_the_mode_is_the_most_common_text_whose_ties_the_medoid_decides_by_hand(
             [0, 1, 1, 3, 4],  # the second and third say the same; the third is nearer to all
             [0, 0, 2, 2, 4],  # two texts of two each: that of the third and fourth is nearer, the fourth most
             [0, 1, 2, 3, 4],  # all differ: the medoid
-            [0, 0, 0, 3, 3],  # one of the three is missing, and another has no vote left
+            [0, 0, 0, 3, 3],  # one of the three is missing, which leaves two and two
             [0, 1, 2, 2, 4],
         ]
     )
@@ -98,7 +98,7 @@ def test_the_mode_is_the_most_common_text_whose_ties_the_medoid_decides_by_hand(
     voters = torch.tensor([0, 0, 1, 1, 2])  # of three clients, the second says the same twice, which is one vote
     shared = form(answers[4:], mask[4:], "mode", opinions=opinions[4:], voters=voters)
     assert shared.votes[0].tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
-    assert shared.winner.item() in (2, 3)
+    assert shared.winner.item() == 3  # its text and the third client's have a vote each; 0.845 against 0.823 and 0.822
     assert torch.equal(form(answers, mask, "mode").winner, form(answers, mask).winner)  # as if all texts differed
 
 
@@ -558,7 +558,8 @@ def test_weights_count_in_relation_to_each_other() -> None:
 
 def test_a_rule_says_what_it_lacks() -> None:
     nothing = torch.zeros(1, 1)
-    ballots = rules.Ballots(nothing[..., None], nothing > 0, nothing, nothing, nothing[0].long(), None, None, nothing)
+    whole = nothing.long()
+    ballots = rules.Ballots(nothing[..., None], nothing > 0, nothing, nothing, whole[0], None, None, nothing, whole)
     with pytest.raises(ValueError, match=r"^rule weighted_medoid needs the weights of the clients$"):
         rules.weighted_medoid(ballots)
     for rule in (rules.longest, rules.shortest):

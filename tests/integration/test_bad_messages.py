@@ -33,6 +33,7 @@ def lose(reply: Reply) -> None:
         ("semantic_consensus", "local"),
         ("fedavg_lora", "local"),
         pytest.param("semantic_consensus", "ray", marks=pytest.mark.ray),
+        pytest.param("fedavg_lora", "ray", marks=[pytest.mark.ray, pytest.mark.long]),
     ],
 )
 def test_a_garbled_message_costs_its_client_the_round_and_nobody_else(
