@@ -70,19 +70,17 @@ def changes(base: pd.DataFrame, last: pd.DataFrame, keys: Iterable[str]) -> pd.D
 
     Args:
         base: Items of the base model of each client.
-        last: Items of each client's last measurement. A client without a base is left out.
+        last: Items of each client's last measurement.
         keys: Keys of metrics.
 
     Returns:
         Index metric, those that no item has a value of left out; columns label, num_items, base, last and change, each
         with a low and a high end (base_low ...), and smallest: half of the interval of the change. A smaller change
-        could not have been told from none.
+        could not have been told from none. All are of what both models of a client have a value of.
     """
-    both = set(base["client_id"]) & set(last["client_id"])
-    base, last = (items[items["client_id"].isin(both)] for items in (base, last))
     rows = {}
     for key in keys:
-        before, after = _Measured.of(base, key), _Measured.of(last, key)
+        before, after = (_Measured.of(items, key) for items in _known_in_both(base, last, key))
         if len(after.questions):
             change = _known("change", [after], [before])
             smallest = (change["change_high"] - change["change_low"]) / 2
@@ -129,6 +127,14 @@ def mean_and_half_width(values: FloatArray) -> tuple[float, float]:
     with np.errstate(invalid="ignore"):  # infinite values have a mean, and no spread
         spread = float(np.std(values, ddof=1))
         return float(np.mean(values)), float(stdtrit(count - 1, 0.975)) * spread / math.sqrt(count)
+
+
+def _known_in_both(base: pd.DataFrame, last: pd.DataFrame, key: str) -> list[pd.DataFrame]:
+    """The items of which both of a client's models have a value."""
+    places = [pd.MultiIndex.from_frame(items[["client_id", "question"]]) for items in (base, last)]
+    known = [place[sums(items, key)[1] > 0] for place, items in zip(places, (base, last), strict=True)]
+    both = known[0].intersection(known[1])
+    return [items[place.isin(both)] for place, items in zip(places, (base, last), strict=True)]
 
 
 def _difference(pairs: Iterable[tuple[_Measured, _Measured | None]]) -> dict[str, float]:

@@ -73,6 +73,20 @@ def test_questions_without_an_answer_are_not_drawn() -> None:
     assert changes(items(BASE).iloc[:0], items(BETTER).iloc[:0], ["exact_match"]).empty
 
 
+def test_a_change_is_that_of_what_both_models_of_a_client_answered() -> None:
+    base, last = items(BASE), items(BETTER)
+    base.loc[base["question"] == 0, "exact_match"] = math.nan
+    last.loc[last["question"] == 1, "exact_match"] = math.nan  # as many as before, but others
+    last.loc[(last["client_id"] == 1) & (last["question"] < 100), "exact_match"] = math.nan
+    row = changes(base, last, ["exact_match"]).loc["exact_match"]
+    assert row["num_items"] == 298
+    assert row["base"] == pytest.approx((BASE[2:, 0].mean() + BASE[100:, 1].mean()) / 2)
+    assert row["change"] == pytest.approx(row["last"] - row["base"])
+    assert row["last"] == pytest.approx((BETTER[2:, 0].mean() + BETTER[100:, 1].mean()) / 2)
+    last.loc[last["client_id"] == 1, "exact_match"] = math.nan
+    assert changes(base, last, ["exact_match"]).loc["exact_match", "base"] == pytest.approx(BASE[2:, 0].mean())
+
+
 def test_a_client_without_a_base_is_left_out() -> None:
     last = items(BETTER)
     row = changes(items(BASE[:, :1]), last, ["exact_match"]).loc["exact_match"]
