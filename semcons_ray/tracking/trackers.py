@@ -253,6 +253,7 @@ class Trackio:
                 auto_log_gpu=False,
             )
         if past.id not in ("", self._run.id):
+            self.close(finished=False)
             raise RuntimeError(f"a later run of its project is called {past.name} as well")
         # A process that is killed has not sent what it logged in its last half second.
         self.past = Past(past.name, self._run.id, self._run._next_step - 1 if past.id else -1)
@@ -269,8 +270,13 @@ class Trackio:
 
     def close(self, *, finished: bool) -> None:
         """See `Tracker.close`."""
+        import trackio
+
         with _told():
-            self._run.finish()
+            if trackio.context_vars.current_run.get() is self._run:
+                trackio.finish()  # else it is finished once more, on stdout, when the process ends
+            else:
+                self._run.finish()
 
 
 @contextlib.contextmanager

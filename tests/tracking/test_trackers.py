@@ -167,16 +167,21 @@ def test_trackio_holds_each_round_once_in_one_run(run: Path, numbers: Numbers) -
 
 
 def test_trackio_is_sent_again_what_a_killed_process_kept_to_itself(tmp_path: Path) -> None:
+    import trackio
+
     subject = Subject(tmp_path, {})
     first = Trackio(subject, Past("killed"))
     first.log(0, 0.0, {"x": 1.0})
     first.close(finished=False)
-    assert Trackio(subject, Past("killed", first.past.id, sent=1)).past.sent == 0
+    again = Trackio(subject, Past("killed", first.past.id, sent=1))
+    assert again.past.sent == 0
+    again.close(finished=False)
     other = Trackio(subject, Past("killed"))
     other.log(0, 0.0, {"x": 1.0})
     other.close(finished=True)
     with pytest.raises(RuntimeError, match="a later run of its project is called killed as well"):
         Trackio(subject, Past("killed", first.past.id, sent=1))
+    assert trackio.context_vars.current_run.get() is None, "what is left open is finished on stdout as the process ends"
 
 
 def test_tensorboard_itself_reads_the_numbers(run: Path, numbers: Numbers) -> None:
