@@ -8,8 +8,8 @@ TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
 OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes or packages or served or long
 ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
-# An environment in which the packages of VENV are found as well.
-ON_TOP = $(PYTHON) -m venv $(1) && $(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+# An environment in which what VENV has is found as well.
+ON_TOP = $(PYTHON) -m venv $(1) && $(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 
 .PHONY: run test test-engines test-mutation test-install check docs setup architectures $(ENGINES) clean
@@ -25,9 +25,13 @@ run: $(VENV)/.ready ## Set up, and run the default experiment into runs/
 test: $(VENV)/.ready-dev ## Set up, and run the tests, but for those of test-engines
 	$(VENV)/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not ($(OTHER_TESTS))"
 
-test-engines: ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models, and long ones
-	$(MAKE) --no-print-directory VENV=$(VENV)-engines setup $(ENGINES)
-	$(VENV)-engines/bin/python -m pytest -m "$(OTHER_TESTS)" -p tests.no_skips
+test-engines: $(VENV)-engines/.ready ## Set up a second environment with engines, lm-eval and trackers; run their tests, and those of several nodes, packages, notebooks and served models, and long ones
+	$(MAKE) --no-print-directory VENV=$(VENV)-engines $(ENGINES)
+	$(VENV)-engines/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "$(OTHER_TESTS)" -p tests.no_skips
+
+$(VENV)-engines/.ready: $(VENV)/.ready-dev
+	$(call ON_TOP,$(VENV)-engines)
+	touch $@
 
 test-mutation: $(VENV)-mutation/.ready ## See what tests would not notice; by hand, an hour or more
 	$(VENV)-mutation/bin/python tests/mutation/run.py $(ARGS)

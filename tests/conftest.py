@@ -47,7 +47,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tiny_llama: Path, tiny_data: Path, tiny_embedder: str) -> Callable[..., ExperimentConfig]:
+def tiniest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer: half the time of one with two, where a run only has to have a model."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiniest", "llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiniest: Path, tiny_data: Path, tiny_embedder: str) -> Callable[..., ExperimentConfig]:
     """Makes a config of 3 clients, 2 rounds and 6 prompts; nested settings lie over it."""
 
     def make(**sections: Any) -> ExperimentConfig:
@@ -56,7 +62,7 @@ def tiny_config(tiny_llama: Path, tiny_data: Path, tiny_embedder: str) -> Callab
             "data": {"source": str(tiny_data), "examples_per_client": 12, "num_test": 6},
             "prompts": {"budget": 6},
             "clients": {"num_clients": 3},
-            "model": {"name": str(tiny_llama), "dtype": "float32", "max_length": 64},
+            "model": {"name": str(tiniest), "dtype": "float32", "max_length": 64},
             "training": {"learning_rate": 5e-3, "batch_size": 4},
             "generation": {"max_new_tokens": 8},
             "server": {} if "embedder" in sections.get("server", {}) else {"embedding_model": tiny_embedder},

@@ -25,8 +25,8 @@ from tests.invariants.runs import Silent, StoppedError, assert_same_run
 pytestmark = pytest.mark.slow
 
 AVERAGING = [name for name in BUILT_IN["algorithm"] if AlgorithmConfig(name=name).averages_weights]
-# The tiny Llama: 2 layers, 32 wide, 16 for keys and values, 64 in the MLP; seven maps; float32.
-BYTES_PER_RANK = 4 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
+# The tiniest Llama: 1 layer, 32 wide, 16 for keys and values, 64 in the MLP; seven maps; float32.
+BYTES_PER_RANK = 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
 WIRE = {"weight_dtype": "float32"}
 MakeConfig = Callable[..., ExperimentConfig]
 

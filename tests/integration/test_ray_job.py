@@ -19,7 +19,7 @@ from tests.invariants.runs import Silent, assert_same_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.nodes, pytest.mark.slow, pytest.mark.real]
 
-RAY = Path(sys.executable).with_name("ray")
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 def free_ports(count: int) -> list[str]:
@@ -38,7 +38,7 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
     options = ["--port", port, "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent]
     options += ["--ray-client-server-port", client, "--num-cpus", "2", "--object-store-memory", str(100 << 20)]
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # sockets want short paths
-        command = [RAY, "start", "--head", "--block", "--temp-dir", folder, *options]
+        command = [*RAY, "start", "--head", "--block", "--temp-dir", folder, *options]
         process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
         yield f"http://127.0.0.1:{dashboard}", env
         os.killpg(process.pid, signal.SIGKILL)
@@ -46,7 +46,7 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def ray_job(*words: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([RAY, "job", *words], env=env, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run([*RAY, "job", *words], env=env, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_a_submitted_driver_runs_with_the_token_and_is_refused_without(

@@ -154,7 +154,6 @@ LONG = [pytest.mark.long, pytest.mark.ray]
         pytest.param("run", "ray", "state/round_002.msgpack", os.killpg, marks=LONG),
         pytest.param("run", "ray", "data.parquet", os.kill, marks=LONG),
         pytest.param("run", "ray", "state/.mark-*", os.kill, marks=LONG),
-        pytest.param("compare", "local", "runs/*/*/state/round_001.msgpack", os.kill, marks=LONG[0]),
         ("compare", "local", "runs/*/*/state/round_001.msgpack", os.killpg),
         pytest.param("sweep", "local", "trials/*/state/round_001.msgpack", os.kill, marks=LONG),
     ],

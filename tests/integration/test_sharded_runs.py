@@ -17,7 +17,10 @@ from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.deepspeed]
+pytestmark = [
+    *(pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.deepspeed),
+    pytest.mark.usefixtures("one_cluster"),
+]
 
 PLAIN = 2
 """The client whose model is whole; 0 and 1 share the other one."""

@@ -65,7 +65,7 @@ class TestRuns:
         plain = tiny_config(model={"name": str(wide_llama)}, generation={"temperature": 0.0})
         run_experiment(plain, tmp_path / "plain", Silent())
         observer = Silent(kill_once)
-        run_experiment(run_config(tiny_config, wide_llama, fleet="ray"), tmp_path / "ray", observer)
+        run_experiment(run_config(tiny_config, wide_llama, fleet="ray", max_workers=1), tmp_path / "ray", observer)
         assert killed
         assert "engine-0 on " in observer.plan
         run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "local", Silent())
