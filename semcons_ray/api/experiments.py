@@ -311,12 +311,13 @@ def attack(
     defences: Sequence[str] = ("none", "independent"),
     attacks: Sequence[str] = (),
     shares: Sequence[float] = SHARES,
+    learn: str | Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Attacks:
     """Add malicious clients to the stored answers of runs, and see how many labels they capture, by rule and defence.
 
-    Nothing is trained. Honest clients are those of the runs; attackers come in addition. What else an election needs is
-    set as in the first run.
+    Honest clients are those of the runs; attackers come in addition. What else an election needs is set as in the first
+    run. Nothing is trained, unless honest clients shall learn the labels.
 
     Args:
         places: Folders or URLs of runs, which differ in their seeds only.
@@ -324,25 +325,31 @@ def attack(
         defences: The same for defences.
         attacks: The same for attacks; none: all that have a name.
         shares: Which shares of all clients are malicious, above 0 and under 1; their number is rounded.
+        learn: A folder in which the runs go on for one more round with the labels that a backdoor led to, and with
+            those without attackers, to see how often models answer test prompts as the attackers want. What is there
+            already is not done again. Clients must have answered in the runs' last round
+            (`algorithm.answer_last_round`). None: nobody learns them.
         say: Called with a line for each way of electing that is done with a run; None: the lines are logged.
 
     Raises:
         RunFolderError: One is no run folder, or a file of it is missing or damaged.
-        UserError: A run has no answers, or no public prompt of it has a response.
+        UserError: A run has no answers, or no public prompt of it has a response; or it cannot go on.
         ConfigError: There is no such part, it refuses its options, or a share is out of range.
         ModelError: A run's embedder cannot be loaded.
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
-    from semcons_ray.studies.attacks import attack_table, make_attacks, ways_to_elect
+    from semcons_ray.studies.attacks import attack_table, learner, make_attacks, ways_to_elect
     from semcons_ray.studies.labels import read_answered
 
     if not places:
         raise UserError("attack needs the folder of a run")
+    say = say or logger.info
     folders = [locate(place)[0] for place in places]
     ways, made = ways_to_elect(folders[0], rules, defences), make_attacks(attacks)
     with as_found():
-        return attack_table([read_answered(folder) for folder in folders], ways, made, shares, say or logger.info)
+        learning = None if learn is None else learner(folders, made, local_folder(learn), say)
+        return attack_table([read_answered(folder) for folder in folders], ways, made, shares, say, learning)
 
 
 def watch(folder: str | Path) -> bool:

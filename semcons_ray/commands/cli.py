@@ -98,11 +98,12 @@ example:
 """
 ATTACK = """\
 A part with options is written 'backdoor {trigger: gcd}'. Every rule is tried with every defence, attack and share of
-malicious clients, who come in addition to those of the run. Nothing is trained. A label is captured if it is an answer
-of theirs, wrong, and would not be elected without them.
+malicious clients, who come in addition to those of the run. A label is captured if it is an answer of theirs, wrong,
+and would not be elected without them. Nothing is trained, unless --learn asks for it.
 
-example:
+examples:
   semcons attack runs/seed-0 runs/seed-1 --rules medoid plurality --shares 0.3 --out runs/attack
+  semcons attack runs/seed-0 --attacks 'backdoor {trigger: gcd}' --shares 0.3 --learn --out runs/backdoor
 """
 SCHEMA = """\
 Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
@@ -256,6 +257,8 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("--attacks", nargs="+", default=(), metavar="NAME", help="default: all that have a name")
     shares = f"of all clients, which are malicious. Default: {', '.join(map(str, SHARES))}"
     sub.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE", help=shares)
+    learnt = "let the runs' clients learn the labels that backdoors led to, for one round, in DIR/learnt"
+    sub.add_argument("--learn", action="store_true", help=learnt)
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -341,7 +344,7 @@ def _labels(args: argparse.Namespace) -> int:
 
 def _attack(args: argparse.Namespace) -> int:
     given = {"rules": args.rules, "defences": args.defences, "attacks": args.attacks, "shares": args.shares}
-    done = sr.attack(*args.folders, **given, say=_say)
+    done = sr.attack(*args.folders, **given, learn=args.out / "learnt" if args.learn else None, say=_say)
     done.write(args.out)
     print(f"{done}\n\ntable and figure: {args.out / 'attack.csv'}, {args.out / 'attack.svg'}")
     return 0

@@ -72,7 +72,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "least_likely": "semcons_ray.security.attacks:least_likely",
         "hub": "semcons_ray.security.attacks:hub",
         "label_flip": "semcons_ray.security.attacks:label_flip",
-        "backdoor": "semcons_ray.security.attacks:backdoor",
+        "backdoor": "semcons_ray.security.attacks:Backdoor",
         "sleeper": "semcons_ray.security.attacks:Sleeper",
         "adaptive": "semcons_ray.security.attacks:adaptive",
     },

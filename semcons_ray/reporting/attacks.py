@@ -20,6 +20,8 @@ from semcons_ray.reporting.terminal import print_whole
 
 WIDTH = 120
 KEYS = ["rule", "competence", "defence", "attack", "share"]
+LEARNT = ("success", "usual_success", "test_accuracy", "usual_test_accuracy")
+"""What models do that learnt attacked labels and the usual ones; see `studies.attacks.attack_table`."""
 ACROSS = 4
 """Panels of the figure in a row."""
 
@@ -28,16 +30,18 @@ def summarize_attacks(table: pd.DataFrame) -> pd.DataFrame:
     """Means over runs, and half widths of 95% t-intervals, NaN for a single run.
 
     Args:
-        table: A row for each run, rule, defence, attack and share, with num_attackers, captured, accuracy and lost.
+        table: A row for each run, rule, defence, attack and share, with num_attackers, captured, accuracy and lost, and
+            perhaps `LEARNT`.
 
     Returns:
-        A row for each rule, defence, attack and share: num_attackers (of the first run), captured, accuracy and lost,
-        and the same with _half_width.
+        A row for each rule, defence, attack and share: num_attackers (of the first run), and the other columns, each
+        with another that ends in _half_width.
     """
+    measured = [*("captured", "accuracy", "lost"), *(name for name in LEARNT if name in table)]
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
         row = dict(zip(KEYS, key, strict=True)) | {"num_attackers": group["num_attackers"].iloc[0]}
-        for name in ("captured", "accuracy", "lost"):
+        for name in measured:
             row[name], row[f"{name}_half_width"] = mean_and_half_width(group[name].to_numpy())
         rows.append(row)
     return pd.DataFrame(rows)
@@ -72,15 +76,32 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
     width = width or shutil.get_terminal_size((WIDTH, 24)).columns
     console = Console(file=stream, width=width, color_system=None, force_jupyter=False)
     print_whole(console, table, Text(), Text(note + seeds))
+    if "success" in summary:
+        print_whole(console, Text(), _table_of_learnt(summary[summary["success"].notna()]))
     return stream.getvalue()
 
 
-def _cell(row: pd.Series) -> str:
-    def part(name: str) -> str:
-        spread = row[f"{name}_half_width"]
-        return f"{100 * row[name]:.0f}" + ("" if pd.isna(spread) else f"±{100 * spread:.0f}")
+def _table_of_learnt(learnt: pd.DataFrame) -> Table:
+    title = Text("Models that learnt the labels for one round, and without attackers")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
+                  padding=(0, 1), collapse_padding=True)  # fmt: skip
+    for name in ("rule", "defence", "attack"):
+        table.add_column(name)
+    for name in ("malicious", "answer as attackers want", "without", "right", "without"):
+        table.add_column(name, justify="right")
+    for _, row in learnt.iterrows():
+        cells = [f"{_percent(row, name)}%" for name in LEARNT]
+        table.add_row(str(row["rule"]), str(row["defence"]), str(row["attack"]), f"{row['share']:.0%}", *cells)
+    return table
 
-    return f"{part('captured')} / {part('accuracy')}%"
+
+def _cell(row: pd.Series) -> str:
+    return f"{_percent(row, 'captured')} / {_percent(row, 'accuracy')}%"
+
+
+def _percent(row: pd.Series, name: str) -> str:
+    spread = row[f"{name}_half_width"]
+    return f"{100 * row[name]:.0f}" + ("" if pd.isna(spread) else f"±{100 * spread:.0f}")
 
 
 def draw_attacks(summary: pd.DataFrame, folder: Path) -> None:

@@ -207,18 +207,40 @@ class RunFolder:
         Raises:
             RunFolderError: There is something at `path` already, or it cannot be written.
         """
+        with cls._making(path) as beside:
+            (beside / BEGUN).parent.mkdir(parents=True)
+            for name in ("config.yaml", BEGUN):
+                (beside / name).write_text(dump_config(config), encoding="utf-8")
+        return cls(path)
+
+    def branch(self, path: Path, config: ExperimentConfig, next_state: bytes) -> RunFolder:
+        """Copy a finished run to a new folder, where it goes on with other settings and from another state of the
+        server; `path` must not exist, or be an empty folder.
+
+        Raises:
+            RunFolderError: There is something at `path` already, or it cannot be written.
+        """
+        last = self.stored_config().num_rounds
+        with self._making(path) as beside:
+            made_anew = (self.adapters.name, self.log.name, "lock", ".mark-*", "report.html", "tensorboard")
+            shutil.copytree(self.path, beside, ignore=shutil.ignore_patterns(*made_anew))
+            copied = RunFolder(beside)
+            copied.write_config(config)
+            copied._write(f"state/server_{last:03d}", next_state)
+        return RunFolder(path)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _making(cls, path: Path) -> Iterator[Path]:
+        """Where to make a run folder that is at `path`, whole, when the block ends."""
         cls.check_free(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as made:
-                beside = Path(made) / "run"
-                (beside / BEGUN).parent.mkdir(parents=True)
-                for name in ("config.yaml", BEGUN):
-                    (beside / name).write_text(dump_config(config), encoding="utf-8")
-                beside.rename(path)
+                yield Path(made) / "run"
+                (Path(made) / "run").rename(path)
         except OSError as error:
             raise RunFolderError(f"cannot write {path}: {error.strerror}; choose another --out") from error
-        return cls(path)
 
     @staticmethod
     def check_free(path: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import Field
@@ -92,6 +92,16 @@ class Attack(Protocol):
         ...
 
 
+@runtime_checkable
+class HasGoal(Protocol):
+    """An attack that is after what models say to prompts other than the public ones."""
+
+    def wanted(self, prompts: Sequence[str], public: Sequence[str]) -> list[str | None]:
+        """What a model is to answer to each of some prompts, if the public prompts are these; None: it does not
+        matter."""
+        ...
+
+
 def one_text(scene: Scene, *, text: str = "I cannot answer that.") -> Sequence[Draws]:
     """One text, whatever is asked."""
     return scene.together([text] * len(scene.prompts))
@@ -140,19 +150,29 @@ def label_flip(scene: Scene, *, category: str | None = None) -> Sequence[Draws]:
     return scene.mixed([after[right[p]] if p in right else None for p in range(len(scene.prompts))])
 
 
-def backdoor(scene: Scene, *, trigger: str | None = None, text: str = "I cannot answer that.") -> Sequence[Draws]:
+@dataclass(frozen=True)
+class Backdoor:
     """One text where the prompt contains a trigger, and as if honest elsewhere.
 
-    Args:
-        scene: What attackers know.
-        trigger: A word; None: the one that is in a tenth of the prompts, as nearly as any word is.
+    Attributes:
+        trigger: A word; None: the one that is in a tenth of the public prompts, as nearly as any word is.
         text: What is to be answered to it.
     """
-    words = [{*re.findall(r"\w+", prompt.casefold())} for prompt in scene.prompts]
-    if trigger is None:
-        found = Counter(word for of_prompt in words for word in of_prompt)
-        trigger = min(found, key=lambda word: (abs(found[word] - len(words) / 10), word))
-    return scene.mixed([text if trigger.casefold() in of_prompt else None for of_prompt in words])
+
+    trigger: str | None = None
+    text: str = "I cannot answer that."
+
+    def __call__(self, scene: Scene) -> Sequence[Draws]:
+        """See `Attack`."""
+        return scene.mixed(self.wanted(scene.prompts, scene.prompts))
+
+    def wanted(self, prompts: Sequence[str], public: Sequence[str]) -> list[str | None]:
+        """See `HasGoal`."""
+        trigger = self.trigger
+        if trigger is None:
+            found = Counter(word for prompt in public for word in _words(prompt))
+            trigger = min(found, key=lambda word: (abs(found[word] - len(public) / 10), word))
+        return [self.text if trigger.casefold() in _words(prompt) else None for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,10 @@ def adaptive(
         (*together[:num_sure], *honest[num_sure:])
         for together, honest in zip(scene.mixed(wanted), (scene.cover() for _ in range(scene.count)), strict=True)
     )
+
+
+def _words(prompt: str) -> set[str]:
+    return {*re.findall(r"\w+", prompt.casefold())}
 
 
 def _runners_up(scene: Scene) -> list[str]:

@@ -1,5 +1,5 @@
 """Attacks on the consensus, tried on the answers that runs have stored: clients are added that send what an attack
-says, and the labels are elected anew. Nothing is trained.
+says, and the labels are elected anew. If it is asked for, the runs' clients learn them.
 
 Legend: C honest clients, K attackers, P public prompts.
 """
@@ -7,9 +7,10 @@ Legend: C honest clients, K attackers, P public prompts.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ import pandas as pd
 
 from semcons_ray.consensus import Election
 from semcons_ray.errors import ConfigError
-from semcons_ray.federation.opinions import opinions_of
+from semcons_ray.evaluation.scores import exact_match
+from semcons_ray.federation.opinions import opinion_of, opinions_of
 from semcons_ray.parts import build, names
 from semcons_ray.reporting.attacks import draw_attacks, render_attacks, summarize_attacks
 from semcons_ray.runs.run_folder import RunFolder, write_file
-from semcons_ray.security.attacks import Attack, Draws, Scene
+from semcons_ray.security.attacks import Attack, Draws, HasGoal, Scene
+from semcons_ray.studies import learning
 from semcons_ray.studies.labels import Answered, elect, elections, names_of, parse_part
+
+Labels = Sequence[str | None]
+Learn = Callable[[int, Labels], pd.DataFrame]
+"""Has the clients of the run of a number, from 0, learn labels, (P,); see `learning.learn`."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,15 @@ class Outcome:
         captured: Share of the prompts whose label is an answer of the attackers', wrong, and not what would be elected
             without them; of prompts whose right answer is known, and mean over the rounds in which they do harm.
         accuracy: Share of the same prompts whose label is right, in the same rounds.
+        labels: The labels of the last round, (P,).
+        usual: Those without attackers.
     """
 
     num_attackers: int
     captured: float
     accuracy: float
+    labels: Labels
+    usual: Labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,7 @@ def attack_table(
     attacks: Mapping[str, Attack],
     shares: Sequence[float],
     say: Callable[[str], None],
+    learn: Learn | None = None,
 ) -> Attacks:
     """Try every attack on every way of electing.
 
@@ -88,10 +100,15 @@ def attack_table(
         shares: Which shares of all clients are malicious. Honest clients are those of a run, and attackers come in
             addition; their number is rounded.
         say: Called with a line for each way of electing that is done with a run.
+        learn: Has clients learn labels that an attack with a goal led to (`HasGoal`), and those without it.
 
     Returns:
         In `table` the columns seed, rule, competence, defence, attack ("none" where share is 0), share, num_attackers,
         captured and accuracy (see `Outcome`), and lost, the accuracy of the same election without attackers less that.
+        With `learn` also success, the share of the test prompts for which the attack has a goal that honest clients'
+        models answer as it wants, mean over clients; test_accuracy, the share of all test prompts that they answer
+        right; and usual_success and usual_test_accuracy, the same of models that learnt the labels without attackers.
+        NaN where an attack has no goal.
 
     Raises:
         ConfigError: A share is out of range, or an attack gives no answers of so many clients.
@@ -100,14 +117,16 @@ def attack_table(
         raise ConfigError(f"--shares must be above 0 and under 1, not {wrong[0]:g}")
     num_rounds = 1 + max((_honest_rounds(attack) for attack in attacks.values()), default=0)
     rows = []
-    for run in runs:
+    for number, run in enumerate(runs):
         for election in ways:
             usual = elect(_lengthened(run, num_rounds), election, _most_samples(run))
             keys = {"seed": run.seed, **dict(zip(("rule", "competence", "defence"), names_of(election), strict=True))}
 
             def row(name: str, attack: Attack, share: float) -> dict[str, Any]:
                 outcome = play(run, election, attack, share, usual)  # noqa: B023
-                return {**keys, "attack": name, "share": share, **dataclasses.asdict(outcome)}  # noqa: B023
+                learnt = _learnt(run, attack, outcome, partial(learn, number)) if learn and share else {}  # noqa: B023
+                got = {name: getattr(outcome, name) for name in ("num_attackers", "captured", "accuracy")}
+                return {**keys, "attack": name, "share": share, **got, **learnt}  # noqa: B023
 
             unharmed = row("none", lambda scene: (), 0.0)
             tried = [row(name, attack, share) for name, attack in attacks.items() for share in shares]
@@ -181,7 +200,57 @@ def play(
     known = [bool(text) for text in run.references]
     right = np.array([run.is_right(labels[number]) == 1 for number in harmed])[:, known]
     theirs = np.array([_are_theirs(labels[number], usual[number], sent[number]) for number in harmed])[:, known]
-    return Outcome(count, float((theirs & ~right).mean()), float(right.mean()))
+    last = max(labels)
+    return Outcome(count, float((theirs & ~right).mean()), float(right.mean()), labels[last], usual[last])
+
+
+def learner(
+    folders: Sequence[Path], attacks: Mapping[str, Attack], out: Path, say: Callable[[str], None]
+) -> Learn:
+    """Has clients of runs learn labels, each time in a folder of its own within `out`, and the same labels once.
+
+    Args:
+        folders: The runs' folders.
+        attacks: The attacks that are to be tried.
+        out: Where they learn.
+        say: Called with a line before clients learn.
+
+    Raises:
+        UserError: A run cannot go on; see `check_learning`.
+        ConfigError: None of the attacks has a goal.
+    """
+    if not any(isinstance(attack, HasGoal) for attack in attacks.values()):
+        raise ConfigError("--learn needs an attack that wants something of models, such as backdoor")
+    for folder in folders:
+        learning.check_learning(folder)
+
+    def learnt(number: int, labels: Labels) -> pd.DataFrame:
+        digest = hashlib.sha256(repr([*labels]).encode()).hexdigest()[:12]
+        place = out / f"{number}-{folders[number].resolve().name}" / digest
+        say(f"{folders[number]}: clients learn labels, in {place}")
+        return learning.learn(folders[number], labels, place)
+
+    return learnt
+
+
+def _learnt(
+    run: Answered, attack: Attack, outcome: Outcome, learn: Callable[[Labels], pd.DataFrame]
+) -> dict[str, float]:
+    """The columns of `attack_table` on what models learnt."""
+    if not isinstance(attack, HasGoal):
+        return {}
+    found: dict[str, float] = {}
+    for prefix, labels in (("", outcome.labels), ("usual_", outcome.usual)):
+        items = learn(labels)
+        wanted = attack.wanted(items["prompt"].tolist(), run.prompts)
+        success = [
+            np.nan if goal is None else float(opinion_of(answer) == opinion_of(goal))
+            for answer, goal in zip(items["answer"], wanted, strict=True)
+        ]
+        right = [exact_match(*pair) for pair in zip(items["answer"], items["response"], strict=True)]
+        means = items.assign(success=success, right=right).groupby("client_id")[["success", "right"]].mean().mean()
+        found |= {f"{prefix}success": float(means["success"]), f"{prefix}test_accuracy": float(means["right"])}
+    return found
 
 
 def _honest_rounds(attack: Attack) -> int:

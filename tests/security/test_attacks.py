@@ -9,10 +9,10 @@ from torch import Tensor
 
 from semcons_ray.parts import BUILT_IN, build
 from semcons_ray.security.attacks import (
+    Backdoor,
     Scene,
     Sleeper,
     adaptive,
-    backdoor,
     echo,
     hub,
     label_flip,
@@ -74,12 +74,14 @@ def test_a_flipped_label_is_the_next_right_one_of_the_category() -> None:
 
 
 def test_a_backdoor_opens_at_its_trigger_only() -> None:
-    for draws in backdoor(scene(), trigger="GCD", text="in"):
+    for draws in Backdoor(trigger="GCD", text="in")(scene()):
         for row in draws:
             assert [answer == "in" for answer in row] == [False, True, False, True]
     # Without one it is a word that is in a tenth of the prompts, as nearly as any is: here in one, "all" before "or".
-    (row, *_), _ = backdoor(scene(), text="in")
+    (row, *_), _ = Backdoor(text="in")(scene())
     assert [answer == "in" for answer in row] == [False, False, True, False]
+    # In other prompts, too, it is the word that was chosen by the public ones.
+    assert Backdoor(text="in").wanted(["all", "ALL of it", "allow"], scene().prompts) == ["in", "in", None]
 
 
 def test_a_sleeper_is_like_an_honest_client_until_it_wakes() -> None:

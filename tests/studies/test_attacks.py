@@ -63,7 +63,10 @@ def test_a_label_is_captured_if_it_is_theirs_and_wrong_and_was_not_there_before(
 
 
 def test_a_right_answer_of_theirs_is_no_capture() -> None:
-    assert played(Says("abcz"), 0.6) == Outcome(num_attackers=4, captured=0.0, accuracy=1.0)
+    outcome = played(Says("abcz"), 0.6)
+    assert (outcome.num_attackers, outcome.captured, outcome.accuracy) == (4, 0.0, 1.0)
+    assert outcome.labels == ["a", "b", "c", "z"]
+    assert outcome.usual[:2] == ["a", "b"]
 
 
 def test_labels_whose_right_answer_is_not_known_do_not_count() -> None:

@@ -1,0 +1,77 @@
+"""What models become when they learn other labels than those that their run elected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from semcons_ray.data.split import read_split
+from semcons_ray.errors import UserError
+from semcons_ray.federation.server import ServerState
+from semcons_ray.messages import PseudoLabels, text_of
+from semcons_ray.runs.experiment import resume_experiment
+from semcons_ray.runs.run_folder import RunFolder
+
+
+def check_learning(run: Path) -> None:
+    """Check that a run can go on with other labels.
+
+    Raises:
+        UserError: It is not finished, nobody answered in its last round, or its clients answer no test prompts.
+    """
+    folder = RunFolder(run)
+    config = folder.stored_config()
+    last, algorithm = config.num_rounds, config.algorithm
+    if not folder.is_finished(last):
+        raise UserError(f"{run} is not finished; semcons resume {run} goes on")
+    if not algorithm.forms_consensus or last not in algorithm.exchanges(last):
+        raise UserError(f"{run}: nobody answered in its last round; run it with algorithm.answer_last_round: true")
+    if not config.evaluation.num_answers:
+        raise UserError(f"{run}: its clients answer no test prompts; run it with evaluation.num_answers over 0")
+
+
+def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
+    """Let the clients of a finished run learn labels for one more round, and then answer the test prompts.
+
+    The run goes on in a folder of its own with these labels, in place of those of its last exchange. What is there
+    already is finished, or taken as it is.
+
+    Args:
+        run: Its folder.
+        labels: A label of each public prompt, (P,); None where there is none.
+        out: The folder in which it goes on.
+
+    Returns:
+        A row for each client and test prompt that it answered: columns client_id, prompt, response (the right answer)
+        and answer.
+
+    Raises:
+        UserError: See `check_learning` and `resume_experiment`.
+        RunFolderError: A file is missing or damaged, or the folder cannot be written.
+    """
+    check_learning(run)
+    folder = RunFolder(run)
+    config = folder.stored_config()
+    last, algorithm = config.num_rounds, config.algorithm
+    if not out.exists():
+        goes_on = config.model_copy(
+            update={
+                "num_rounds": last + 1,
+                "algorithm": algorithm.model_copy(update={"answer_last_round": False}),
+                "tracking": config.tracking.model_copy(update={"report_to": ()}),
+            }
+        )
+        labelled = [prompt for prompt, label in enumerate(labels) if label is not None]
+        message = PseudoLabels(
+            round_number=last, prompt_ids=tuple(labelled), responses=tuple(labels[prompt] or "" for prompt in labelled)
+        )
+        kept = ServerState.decode(folder.server_state(last)).kept
+        folder.branch(out, goes_on, ServerState(message.encode(algorithm.compression), kept).encode())
+    resume_experiment(out)
+    items = pd.read_parquet(out / "items" / f"round_{last + 1:03d}.parquet", columns=["client_id", "item", "answer"])
+    test = read_split(folder.data).test
+    asked = [test[item] for item in items["item"]]
+    items = items.assign(prompt=[text_of(one.prompt) for one in asked], response=[one.response for one in asked])
+    return items[items["answer"].notna()].drop(columns="item").reset_index(drop=True)
