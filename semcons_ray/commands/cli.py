@@ -102,6 +102,7 @@ malicious clients, who come in addition to those of the run. A label is captured
 and would not be elected without them. Nothing is trained, unless --learn asks for it.
 
 examples:
+  semcons attack experiments/attack/labels.yaml --seeds 0 1 2 --out runs/attack
   semcons attack runs/seed-0 runs/seed-1 --rules medoid plurality --shares 0.3 --out runs/attack
   semcons attack runs/seed-0 --attacks 'backdoor {trigger: gcd}' --shares 0.3 --learn --out runs/backdoor
 """
@@ -248,7 +249,10 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=_positive, nargs="+", default=(), metavar="N", help=samples)
     sub.add_argument("--csv", type=local_folder, metavar="FILE", help="a file for the table, with all its columns")
     sub = command("attack", _attack, sr.attack, epilog=ATTACK)
-    sub.add_argument("folders", nargs="+", metavar="RUN", help="folders or URLs of runs, of several seeds")
+    places = "folders or URLs of runs, of several seeds; or settings of an experiment, to be run first, in DIR/honest"
+    sub.add_argument("places", nargs="+", metavar="RUN", help=places)
+    seeds = "with which seeds an experiment is run. Default: 0"
+    sub.add_argument("--seeds", type=int, nargs="+", default=(0,), metavar="SEED", help=seeds)
     about = "folder for the table and the figure"
     sub.add_argument("--out", type=local_folder, required=True, metavar="DIR", help=about)
     sub.add_argument("--rules", nargs="+", default=(), metavar="RULE", help="default: the rule of the first run")
@@ -343,8 +347,15 @@ def _labels(args: argparse.Namespace) -> int:
 
 
 def _attack(args: argparse.Namespace) -> int:
+    runs = args.places
+    if Path(runs[0]).is_file():
+        honest = {"seeds": args.seeds, "arms": {"honest": {}}}
+        compared = sr.compare([*runs, honest], out=args.out / "honest", say=_say)
+        if compared.failed:
+            return 1
+        runs = [run.path for (arm, _), run in compared.runs.items() if arm == "honest"]
     given = {"rules": args.rules, "defences": args.defences, "attacks": args.attacks, "shares": args.shares}
-    done = sr.attack(*args.folders, **given, learn=args.out / "learnt" if args.learn else None, say=_say)
+    done = sr.attack(*runs, **given, learn=args.out / "learnt" if args.learn else None, say=_say)
     done.write(args.out)
     print(f"{done}\n\ntable and figure: {args.out / 'attack.csv'}, {args.out / 'attack.svg'}")
     return 0

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from semcons_ray.commands.cli import main
-from semcons_ray.config import ExperimentConfig
+from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.consensus import Election
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import UserError
@@ -121,3 +121,17 @@ def test_the_command_has_backdoors_learnt(answered: Path, tmp_path: Path, capsys
     rounds = {path: path.stat().st_mtime_ns for path in out.rglob("state/round_002.msgpack")}
     assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("state/round_002.msgpack")} == rounds
+
+
+@pytest.mark.long
+def test_the_command_runs_an_experiment_first(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config(num_rounds=1)))
+    words = ["attack", str(tmp_path / "config.yaml"), "--seeds", "1", "2", "--attacks", "one_text", "--shares", "0.5"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert set(pd.read_csv(tmp_path / "out" / "attack.csv")["seed"]) == {1, 2}
+    finished = "2 of 2 runs are finished"
+    assert finished not in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert finished in capsys.readouterr().err
