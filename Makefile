@@ -8,8 +8,8 @@ TORCH_INDEX ?=
 PYTHONS ?= python3.11 python3.12 python3.13
 OTHER_TESTS = vllm or deepspeed or bitsandbytes or lm_eval or trackers or nodes or packages or served or long
 ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
-# An environment in which what VENV has is found as well.
-ON_TOP = $(PYTHON) -m venv $(1) && $(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+# An environment in which what VENV has is found as well, pip and setuptools among it.
+ON_TOP = $(PYTHON) -m venv --without-pip $(1) && $(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 
 .PHONY: run test test-engines test-mutation test-install check docs setup architectures $(ENGINES) clean

@@ -1,7 +1,9 @@
 """A run that mixes a model on two DeepSpeed ranks with a plain one: it completes, survives a kill, and resumes."""
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,8 +48,12 @@ def undisturbed(config: ExperimentConfig, tmp_path_factory: pytest.TempPathFacto
 
 def rank_processes() -> list[psutil.Process]:
     """The ranks of this run, which alone are told what DeepSpeed is to work on."""
-    mine = psutil.Process().children(recursive=True)
-    return [child for child in mine if "DS_ACCELERATOR" in child.environ() and child.name().startswith("ray::")]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "DS_ACCELERATOR" in child.environ() and child.name().startswith("ray::"):
+                found.append(child)
+    return found
 
 
 def test_a_mixed_run_is_that_of_the_fleet_without_ranks(
@@ -112,6 +118,9 @@ def test_a_run_stopped_in_mid_round_resumes_to_the_same_numbers(
 
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config, tmp_path / "run", Silent(stop))
+    deadline = time.monotonic() + 30  # the cluster, which goes on, ends them after the run has
+    while rank_processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not rank_processes()
     resume_experiment(tmp_path / "run", Silent())
     assert_same_run(undisturbed, tmp_path / "run")
