@@ -19,7 +19,7 @@ def check_learning(run: Path) -> None:
     """Check that a run can go on with other labels.
 
     Raises:
-        UserError: It is not finished, nobody answered in its last round, or its clients answer no test prompts.
+        UserError: It is not finished, or nobody answered in its last round.
     """
     folder = RunFolder(run)
     config = folder.stored_config()
@@ -28,12 +28,10 @@ def check_learning(run: Path) -> None:
         raise UserError(f"{run} is not finished; semcons resume {run} goes on")
     if not algorithm.forms_consensus or last not in algorithm.exchanges(last):
         raise UserError(f"{run}: nobody answered in its last round; run it with algorithm.answer_last_round: true")
-    if not config.evaluation.num_answers:
-        raise UserError(f"{run}: its clients answer no test prompts; run it with evaluation.num_answers over 0")
 
 
 def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
-    """Let the clients of a finished run learn labels for one more round, and then answer the test prompts.
+    """Let the clients of a finished run learn labels for one more round, and then answer all test prompts.
 
     The run goes on in a folder of its own with these labels, in place of those of its last exchange. What is there
     already is finished, or taken as it is.
@@ -44,7 +42,7 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
         out: The folder in which it goes on.
 
     Returns:
-        A row for each client and test prompt that it answered: columns client_id, prompt, response (the right answer)
+        A row for each client and test prompt: columns client_id, prompt, response (the right answer)
         and answer.
 
     Raises:
@@ -55,11 +53,13 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
     folder = RunFolder(run)
     config = folder.stored_config()
     last, algorithm = config.num_rounds, config.algorithm
+    test = read_split(folder.data).test
     if not out.exists():
         goes_on = config.model_copy(
             update={
                 "num_rounds": last + 1,
                 "algorithm": algorithm.model_copy(update={"answer_last_round": False}),
+                "evaluation": config.evaluation.model_copy(update={"num_answers": len(test)}),
                 "tracking": config.tracking.model_copy(update={"report_to": ()}),
             }
         )
@@ -71,7 +71,6 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
         folder.branch(out, goes_on, ServerState(message.encode(algorithm.compression), kept).encode())
     resume_experiment(out)
     items = pd.read_parquet(out / "items" / f"round_{last + 1:03d}.parquet", columns=["client_id", "item", "answer"])
-    test = read_split(folder.data).test
     asked = [test[item] for item in items["item"]]
     items = items.assign(prompt=[text_of(one.prompt) for one in asked], response=[one.response for one in asked])
-    return items[items["answer"].notna()].drop(columns="item").reset_index(drop=True)
+    return items.drop(columns="item")
