@@ -32,7 +32,7 @@ from clients import large, placement, tokens
 from clocks import seconds
 from rates import devices, memory, options
 
-from semcons_ray.consensus import Election, form_consensus
+from semcons_ray.consensus import Election, Facts, form_consensus
 from semcons_ray.metering.environment import describe_environment
 
 HERE = Path(__file__).parent
@@ -49,6 +49,8 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
     embeddings = torch.nn.functional.normalize(embeddings, dim=2)
     present = torch.ones(prompts, clients, dtype=torch.bool, device=device)
     priorities = torch.rand(prompts, clients, device=device, generator=generator)
+    lengths = torch.ones(prompts, clients, dtype=torch.long, device=device)
+    facts = Facts(weights=torch.ones(clients, device=device), lengths=lengths)
 
     def read_twice() -> None:
         embeddings.sum()
@@ -60,8 +62,7 @@ def similarity(device: str, small: bool) -> dict[str, Any]:
             present,
             Election("medoid"),
             priorities,
-            weights=torch.ones(clients, device=device),
-            lengths=torch.ones(prompts, clients, dtype=torch.long, device=device),
+            facts,
             chunk_bytes=chunk_bytes,
         )
 

@@ -4,6 +4,6 @@ An averaged embedding cannot be decoded into text, so every rule elects one of t
 batched tensor math, on any device.
 """
 
-from semcons_ray.consensus.form import NORM_TOLERANCE, Consensus, Election, form_consensus
+from semcons_ray.consensus.form import NORM_TOLERANCE, Consensus, Election, Facts, form_consensus
 
-__all__ = ["NORM_TOLERANCE", "Consensus", "Election", "form_consensus"]
+__all__ = ["NORM_TOLERANCE", "Consensus", "Election", "Facts", "form_consensus"]

@@ -6,8 +6,9 @@ dimension.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,49 @@ class Election:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of the answers besides their vectors, on any device; None: it is not, or nothing needs it.
+
+    Attributes:
+        voters: The client of each answer as a number from 0, (C,) int64, a client's samples in their order: a client
+            has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
+        draws: How many of its client's draws each answer stands for, (P, C): with several, it has as many of the equal
+            shares. None: one each.
+        num_draws: How many draws each answer's client made, (C,), of which those that are missing here count for
+            nothing in `Evidence.shares`. None: as many as are here.
+        weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
+        lengths: For longest and shortest: characters of each answer, (P, C).
+        opinions: See `Evidence`, as the next five; rules `by_text` go by them, too. None: each answer is an opinion of
+            its own.
+        texts: For competence: which answers are equal, to whichever prompt. None: no two are.
+        prompts: For defences: vectors of the prompts.
+        confidence: For competence: how sure clients say that they are.
+        known: For competence: answers that the server knows.
+        trust: For defences: from the round before. None: everybody is trusted.
+    """
+
+    voters: Tensor | None = None
+    draws: Tensor | None = None
+    num_draws: Tensor | None = None
+    weights: Tensor | None = None
+    lengths: Tensor | None = None
+    opinions: Tensor | None = None
+    texts: Tensor | None = None
+    prompts: Tensor | None = None
+    confidence: Tensor | None = None
+    known: Tensor | None = None
+    trust: Tensor | None = None
+
+    def on(self, device: torch.device) -> Facts:
+        """The same on a device."""
+        given = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return Facts(**{name: None if value is None else value.to(device) for name, value in given.items()})
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True)
 class Consensus:
     """The elected answers, on the device of the embeddings.
 
@@ -119,18 +163,8 @@ def form_consensus(
     mask: Tensor,
     election: Election,
     priority: Tensor,
+    facts: Facts = NO_FACTS,
     *,
-    voters: Tensor | None = None,
-    draws: Tensor | None = None,
-    num_draws: Tensor | None = None,
-    weights: Tensor | None = None,
-    lengths: Tensor | None = None,
-    opinions: Tensor | None = None,
-    texts: Tensor | None = None,
-    prompts: Tensor | None = None,
-    confidence: Tensor | None = None,
-    known: Tensor | None = None,
-    trust: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> Consensus:
     """Elect one answer for each prompt.
@@ -150,21 +184,7 @@ def form_consensus(
         election: The rule and its settings.
         priority: Decides ties, (P, C), all different; the highest wins. It is to be drawn at random, so that no client
             is favoured, and is all that decides for the rule random_client.
-        voters: The client of each answer as a number from 0, (C,) int64, a client's samples in their order: a client
-            has one vote, in equal shares of those of its samples that are there. None: each is of a client of its own.
-        draws: How many of its client's draws each answer stands for, (P, C): with several, it has as many of the equal
-            shares. None: one each.
-        num_draws: How many draws each answer's client made, (C,), of which those that are missing here count for
-            nothing in `Evidence.shares`. None: as many as are here.
-        weights: For weighted_medoid: weight of each answer's client, (C,), not negative.
-        lengths: For longest and shortest: characters of each answer, (P, C).
-        opinions: See `Evidence`, as the next five; rules `by_text` go by them, too. None: each answer is an opinion of
-            its own.
-        texts: For competence: which answers are equal, to whichever prompt. None: no two are.
-        prompts: For defences: vectors of the prompts.
-        confidence: For competence: how sure clients say that they are.
-        known: For competence: answers that the server knows.
-        trust: For defences: from the round before. None: everybody is trusted.
+        facts: What else is known of the answers.
         chunk_bytes: Memory that a chunk of prompts may take. None: 1 GiB on a GPU; on a CPU 2 MiB for each thread,
             which stays in the cache, so that a chunk is read from memory once, however often a rule goes over it.
 
@@ -173,80 +193,30 @@ def form_consensus(
     """
     chunk_bytes = chunk_bytes or (2**21 * torch.get_num_threads() if embeddings.device.type == "cpu" else 2**30)
     score = election.scores()
-    _check(embeddings, mask, election.rule, priority, voters, weights, lengths)
+    _check(embeddings, mask, election.rule, priority, facts)
     num_prompts, num_answers, dimension = embeddings.shape
     device = embeddings.device
-    mask = mask.to(device)
-    of_clients = torch.arange(num_answers, device=device) if voters is None else voters.to(device)
-    draws = mask.float() if draws is None else draws.to(device, torch.float32).where(mask, 0.0)
-    shares = _shares(draws, of_clients)
-    if weights is not None:
-        weights = weights.to(device, torch.float32)
-    priority = priority.to(device)
-
+    mask, priority, facts = mask.to(device), priority.to(device), facts.on(device)
     num_together = max(1, chunk_bytes // max(4 * num_answers * dimension, 1))
     chunks = [slice(start, start + num_together) for start in range(0, num_prompts, num_together)]
-    if voters is None:
-        norms, to_all = tallies(embeddings, mask, chunks)
-        to_own = norms.square()
-    else:
-        norms, to_all, to_own = shared_tallies(embeddings, mask, of_clients, shares, chunks)
-    _check_norms(norms, mask)
-    num_clients = shares.sum(dim=1, keepdim=True).round()
-    similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
 
-    votes, weighted, max_wins = shares, similarity, None
-    num_voters = int(of_clients.max()) + 1 if num_answers else 0
-    trust = torch.ones(num_voters, device=device) if trust is None else trust.to(device)
-    own = torch.arange(num_answers, device=device).expand_as(mask)
-    opinions = own if opinions is None else opinions.to(device)
+    counted = alike = _count_alike(embeddings, mask, facts, chunks)
     if not election.counts_all_alike:
-        apart = torch.arange(mask.numel(), device=device).view_as(mask)
-        evidence = Evidence(
-            vectors=embeddings,
-            present=mask,
-            voters=of_clients,
-            shares=shares if num_draws is None else draws / num_draws.to(device),
-            opinions=opinions.where(mask, -1),
-            texts=(apart if texts is None else texts.to(device)).where(mask, -1),
-            similarity=similarity,
-            trust=trust,
-            prompts=None if prompts is None else prompts.to(device),
-            confidence=None if confidence is None else confidence.to(device),
-            known=None if known is None else known.to(device),
-            chunks=chunks,
-        )
-        defence = election.defends()
-        ruling, max_wins = defence(evidence), getattr(defence, "max_wins", None)
-        trust = ruling.trust
-        left = _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
-        # Whoever has no vote is no witness of others' competence, either.
-        weight = election.weighs()(evidence.without(left == 0))
-        votes = shares * left * _weights(weight, mask, f"algorithm.competence {election.competence}")
-        given, mask = mask, votes > 0
-        counting = evidence.of_clients(votes).gt(0).sum(dim=1, keepdim=True)
-        # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
-        votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
-        num_clients = counting.float()
-        if voters is None:
-            to_all, to_own = nearness(embeddings, given, votes, chunks), votes * norms.square()
-        else:
-            _, to_all, to_own = shared_tallies(embeddings, mask, of_clients, votes, chunks)
-        others = num_clients - evidence.of_clients(votes)[:, of_clients]
-        weighted = ((to_all - to_own) / others.clamp(min=1e-30)).where(num_clients > 1, 1.0).where(mask, torch.nan)
+        counted = _weigh(embeddings, alike, election, facts, chunks)
 
     winner = torch.full((num_prompts,), -1, device=device)
     needs_vectors = getattr(score, "needs_vectors", True)
+    opinions = torch.arange(num_answers, device=device).expand_as(mask) if facts.opinions is None else facts.opinions
 
     def elect(here: slice | Tensor, eligible: Tensor) -> Tensor:
         ballots = rules.Ballots(
             vectors=present_vectors(embeddings[here], eligible) if needs_vectors else embeddings[:0],
             present=eligible,
-            similarity=weighted[here],
-            shares=votes[here].where(eligible, 0.0),
-            voters=of_clients,
-            weights=weights,
-            lengths=None if lengths is None else lengths[here].to(device),
+            similarity=counted.similarity[here],
+            shares=counted.votes[here].where(eligible, 0.0),
+            voters=counted.voters,
+            weights=None if facts.weights is None else facts.weights.float(),
+            lengths=None if facts.lengths is None else facts.lengths[here],
             priority=priority[here],
             opinions=opinions[here],
             block_bytes=chunk_bytes,
@@ -255,27 +225,112 @@ def form_consensus(
         return rules.elect(scores, priority[here]).where((scores > -torch.inf).any(dim=1), -1)
 
     for here in chunks if needs_vectors else [slice(None)] * (num_prompts > 0):
-        winner[here] = elect(here, mask[here])
-    if max_wins is not None:
-        _share_wins(winner, max_wins, mask, of_clients, weighted, elect, num_together)
+        winner[here] = elect(here, counted.present[here])
+    if counted.max_wins is not None:
+        _share_wins(winner, counted, elect, num_together)
 
     # The agreement of a client with itself is undefined; it was a number so far because rules need a score.
-    similarity = similarity.where(shares.sum(dim=1, keepdim=True).round() > 1, torch.nan)
+    similarity = alike.similarity.where(alike.num_clients > 1, torch.nan)
     agreement = similarity.gather(1, winner.clamp(min=0)[:, None]).squeeze(1).where(winner >= 0, torch.nan)
-    abstained = (num_clients[:, 0] < election.min_votes) | (winner < 0)
+    abstained = (counted.num_clients[:, 0] < election.min_votes) | (winner < 0)
     if election.threshold is not None:
         abstained |= ~(agreement >= election.threshold - rules.TOLERANCE)
-    return Consensus(winner, agreement, similarity, abstained, votes, trust)
+    return Consensus(winner, agreement, similarity, abstained, counted.votes, counted.trust)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Votes as they count, on the device of the embeddings.
+
+    Attributes:
+        votes: See `Consensus`.
+        present: Which answers can be elected, (P, C) bool.
+        voters: The client of each, (C,) int64.
+        similarity: Mean cosine of an answer to the others', by what their votes count, (P, C); 1 where there are none,
+            NaN where it cannot be elected.
+        num_clients: How many clients have a vote, (P, 1) float32.
+        norms: Length of each embedding, (P, C).
+        trust: See `Consensus`.
+        max_wins: See `evidence.Defence`; None: no limit.
+    """
+
+    votes: Tensor
+    present: Tensor
+    voters: Tensor
+    similarity: Tensor
+    num_clients: Tensor
+    norms: Tensor
+    trust: Tensor
+    max_wins: float | None = None
+
+
+def _count_alike(embeddings: Tensor, mask: Tensor, facts: Facts, chunks: Sequence[slice]) -> _Counted:
+    """Every client has one vote."""
+    device, num_answers = embeddings.device, embeddings.shape[1]
+    voters = torch.arange(num_answers, device=device) if facts.voters is None else facts.voters
+    shares = _shares(_draws(mask, facts), voters)
+    if facts.voters is None:
+        norms, to_all = tallies(embeddings, mask, chunks)
+        to_own = norms.square()
+    else:
+        norms, to_all, to_own = shared_tallies(embeddings, mask, voters, shares, chunks)
+    _check_norms(norms, mask)
+    num_clients = shares.sum(dim=1, keepdim=True).round()
+    similarity = ((to_all - to_own) / (num_clients - 1).clamp(min=1)).where(num_clients > 1, 1.0).where(mask, torch.nan)
+    num_voters = int(voters.max()) + 1 if num_answers else 0
+    trust = torch.ones(num_voters, device=device) if facts.trust is None else facts.trust
+    return _Counted(shares, mask, voters, similarity, num_clients, norms, trust)
+
+
+def _weigh(
+    embeddings: Tensor, alike: _Counted, election: Election, facts: Facts, chunks: Sequence[slice]
+) -> _Counted:
+    """Votes as the defence leaves them and the competence weighs them."""
+    mask, voters, shares = alike.present, alike.voters, alike.votes
+    own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    apart = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    evidence = Evidence(
+        vectors=embeddings,
+        present=mask,
+        voters=voters,
+        shares=shares if facts.num_draws is None else _draws(mask, facts) / facts.num_draws,
+        opinions=(own if facts.opinions is None else facts.opinions).where(mask, -1),
+        texts=(apart if facts.texts is None else facts.texts).where(mask, -1),
+        similarity=alike.similarity,
+        trust=alike.trust,
+        prompts=facts.prompts,
+        confidence=facts.confidence,
+        known=facts.known,
+        chunks=chunks,
+    )
+    defence = election.defends()
+    ruling = defence(evidence)
+    left = _weights(ruling.votes, mask, f"algorithm.defence {election.defence}")
+    # Whoever has no vote is no witness of others' competence, either.
+    weight = election.weighs()(evidence.without(left == 0))
+    votes = shares * left * _weights(weight, mask, f"algorithm.competence {election.competence}")
+    present = votes > 0
+    counting = evidence.of_clients(votes).gt(0).sum(dim=1, keepdim=True)
+    # Rules count votes: they stay as many as there are clients with a vote, whatever the scale of the weights.
+    votes = votes * (counting / votes.sum(dim=1, keepdim=True).clamp(min=1e-30))
+    num_clients = counting.float()
+    if facts.voters is None:
+        to_all, to_own = nearness(embeddings, mask, votes, chunks), votes * alike.norms.square()
+    else:
+        _, to_all, to_own = shared_tallies(embeddings, present, voters, votes, chunks)
+    others = num_clients - evidence.of_clients(votes)[:, voters]
+    similarity = ((to_all - to_own) / others.clamp(min=1e-30)).where(num_clients > 1, 1.0).where(present, torch.nan)
+    max_wins = getattr(defence, "max_wins", None)
+    return _Counted(votes, present, voters, similarity, num_clients, alike.norms, ruling.trust, max_wins)
+
+
+def _draws(mask: Tensor, facts: Facts) -> Tensor:
+    """How many draws each answer stands for, (P, C) float32; 0 where it is missing."""
+    return mask.float() if facts.draws is None else facts.draws.float().where(mask, 0.0)
 
 
 def _share_wins(
-    winner: Tensor,
-    max_wins: float,
-    present: Tensor,
-    voters: Tensor,
-    similarity: Tensor,
-    elect: Callable[[Tensor, Tensor], Tensor],
-    num_together: int,
+    winner: Tensor, counted: _Counted, elect: Callable[[slice | Tensor, Tensor], Tensor], num_together: int
 ) -> None:
     """Take wins from clients that have more than their share, in place.
 
@@ -284,13 +339,11 @@ def _share_wins(
 
     Args:
         winner: Index of the elected answer, (P,); -1 where there is none.
-        max_wins: Largest share of the prompts that a client may win; an even share is always allowed.
-        present: Which answers can be elected, (P, C).
-        voters: The client of each, (C,).
-        similarity: Mean cosine of an answer to other clients', (P, C).
+        counted: The votes. A client may win a share `max_wins` of the prompts; an even share is always allowed.
         elect: The winners among some prompts' answers, given which prompts and which answers.
         num_together: For how many prompts at a time.
     """
+    present, voters, max_wins = counted.present, counted.voters, counted.max_wins or 0.0
     num_prompts = len(winner)
     num_clients = int(voters[present.any(dim=0)].bincount().gt(0).sum())
     most = math.ceil(num_prompts * max(max_wins, 1 / max(num_clients, 1)) - 1e-9)
@@ -301,7 +354,7 @@ def _share_wins(
         for over in (client[client >= 0].bincount() > most).nonzero().flatten().tolist():
             won = (client == over).nonzero().flatten()
             won = won[(left[won] & (voters != over)).any(dim=1)]
-            clearest = similarity[won, winner[won]].argsort(descending=True, stable=True)
+            clearest = counted.similarity[won, winner[won]].argsort(descending=True, stable=True)
             others = int((client == over).sum()) - len(won)
             lost[won[clearest[max(most - others, 0) :]]] = True
         if not bool(lost.any()):
@@ -365,10 +418,9 @@ def _check(
     mask: Tensor,
     rule: str,
     priority: Tensor,
-    voters: Tensor | None,
-    weights: Tensor | None,
-    lengths: Tensor | None,
+    facts: Facts,
 ) -> None:
+    voters, weights, lengths = facts.voters, facts.weights, facts.lengths
     if embeddings.ndim != 3 or not embeddings.is_floating_point():
         raise ValueError(f"embeddings must be (P, C, D) and floating point, not {_describe(embeddings)}")
     if mask.shape != embeddings.shape[:2] or mask.dtype != torch.bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from semcons_ray.config import GenerationConfig
-from semcons_ray.consensus import NORM_TOLERANCE, Election, form_consensus
+from semcons_ray.consensus import NORM_TOLERANCE, Election, Facts, form_consensus
 from semcons_ray.consensus.evidence import UNKNOWN
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
 from semcons_ray.federation.opinions import opinions_of
@@ -262,21 +262,15 @@ class Server:
             embeddings = self._embeddings
             if embeddings is None:
                 embeddings = torch.zeros(self._num_prompts, len(client_ids), self._embedder.dimension)
-            device = embeddings.device
             weighs = not self._election.counts_all_alike
             says_confidence = any(own.send_confidence for own in self._asked.values())
-            trust = torch.tensor([self._trust.get(client, 1.0) for client in numbers])
             opinions, right = self._opinions(answers) if self._election.needs_opinions else (None, None)
-            consensus = form_consensus(
-                embeddings,
-                (lengths > 0).to(device),
-                self._election,
-                self._priority,
+            facts = Facts(
                 voters=torch.tensor([numbers[c] for c in client_ids]) if has_several else None,
                 draws=torch.tensor(draws).T,
                 num_draws=torch.tensor([self._asked[c].num_samples for c in client_ids]),
-                weights=torch.tensor(weights, device=device),
-                lengths=lengths.to(device),
+                weights=torch.tensor(weights),
+                lengths=lengths,
                 opinions=opinions,
                 known=right,
                 confidence=torch.tensor(confidence).T if says_confidence else None,
@@ -284,8 +278,9 @@ class Server:
                 if weighs
                 else None,
                 prompts=self._embedder.embed(self._prompts) if weighs and self._prompts else None,
-                trust=trust,
+                trust=torch.tensor([self._trust.get(client, 1.0) for client in numbers]),
             )
+            consensus = form_consensus(embeddings, lengths > 0, self._election, self._priority, facts)
             self._trust |= dict(zip(numbers, consensus.trust.tolist(), strict=True))
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}

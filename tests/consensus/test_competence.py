@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import Election, form_consensus
+from semcons_ray.consensus import Election, Facts, form_consensus
 from semcons_ray.consensus.competence import expertise, sentinels
 from semcons_ray.consensus.evidence import UNKNOWN, Evidence
 from semcons_ray.errors import ConfigError
@@ -165,11 +165,11 @@ def test_those_who_know_win_against_more_who_do_not() -> None:
     given = evidence(answers)
     letters = torch.tensor([[ord(text) - ord("a") for text in ballot] for ballot in answers]).T
     vectors = torch.eye(26)[letters]
-    more = {"opinions": given.opinions, "texts": given.texts, "prompts": given.prompts}
+    facts = Facts(opinions=given.opinions, texts=given.texts, prompts=given.prompts)
     mask, priority = torch.ones(3, 5, dtype=torch.bool), torch.arange(5.0).flip(0).expand(3, 5)
-    alike = form_consensus(vectors, mask, Election("plurality"), priority, **more)
+    alike = form_consensus(vectors, mask, Election("plurality"), priority, facts)
     assert alike.winner.tolist() == [2, 2, 2]
-    weighed = form_consensus(vectors, mask, Election("plurality", competence="expertise"), priority, **more)
+    weighed = form_consensus(vectors, mask, Election("plurality", competence="expertise"), priority, facts)
     assert weighed.winner.tolist() == [0, 0, 0]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from semcons_ray.consensus import Consensus, Election, form_consensus, rules
+from semcons_ray.consensus import Consensus, Election, Facts, form_consensus, rules
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import BUILT_IN
 from tests.consensus import reference
@@ -49,7 +49,8 @@ def form(embeddings: Tensor, mask: Tensor | None = None, rule: str = "medoid", *
     options = {key: more[key] for key in OPTIONS.get(rule, ()) if key in more}
     others = {key: more[key] for key in ("threshold", "min_votes") if key in more}
     election = Election(rule, options, **others)
-    return form_consensus(embeddings, mask, election, given.pop("priority"), **given)
+    priority, chunk_bytes = given.pop("priority"), given.pop("chunk_bytes")
+    return form_consensus(embeddings, mask, election, priority, Facts(**given), chunk_bytes=chunk_bytes)
 
 
 # By hand --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import Consensus, Election, form_consensus
+from semcons_ray.consensus import Consensus, Election, Facts, form_consensus
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError
 
@@ -47,7 +47,7 @@ def own(name: Any) -> str:
 def form(election: Election, vectors: Tensor, **more: Any) -> Consensus:
     mask = torch.ones(vectors.shape[:2], dtype=torch.bool)
     priority = torch.arange(vectors.shape[1]).flip(0).expand_as(mask)  # the first of equals wins
-    return form_consensus(vectors, mask, election, priority, **more)
+    return form_consensus(vectors, mask, election, priority, Facts(**more))
 
 
 TWO_AGAINST_ONE = torch.tensor([[UP, UP, RIGHT], [UP, UP, RIGHT]])
@@ -92,16 +92,16 @@ def bars_none(evidence: Evidence) -> Ruling:
 
 @pytest.mark.parametrize("rule", ["medoid", "plurality", "random_client", "longest"])
 def test_an_answer_whose_vote_was_taken_away_is_not_elected_and_does_not_count(rule: str) -> None:
-    vectors, lengths = torch.tensor([[UP, RIGHT, RIGHT]] * 2), torch.tensor([[1, 1, 9]] * 2)
+    vectors, facts = torch.tensor([[UP, RIGHT, RIGHT]] * 2), Facts(lengths=torch.tensor([[1, 1, 9]] * 2))
     priority = torch.tensor([[1, 2, 3]] * 2)  # the last is drawn
     election = Election(rule, defence=own(bars_the_last))
-    consensus = form_consensus(vectors, torch.ones(2, 3, dtype=torch.bool), election, priority, lengths=lengths)
+    consensus = form_consensus(vectors, torch.ones(2, 3, dtype=torch.bool), election, priority, facts)
     assert consensus.winner.tolist() == [1, 1]
     assert consensus.votes.tolist() == [[1, 1, 0]] * 2
     assert consensus.trust.tolist() == [1, 1, 0.5]
     assert consensus.abstained.tolist() == [False, False]
     election = Election(rule, defence=own(bars_the_last), min_votes=3)
-    consensus = form_consensus(vectors, torch.ones(2, 3, dtype=torch.bool), election, priority, lengths=lengths)
+    consensus = form_consensus(vectors, torch.ones(2, 3, dtype=torch.bool), election, priority, facts)
     assert consensus.abstained.tolist() == [True, True]  # only two votes count
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from semcons_ray.consensus import Election, form_consensus
+from semcons_ray.consensus import Election, Facts, form_consensus
 from semcons_ray.modeling.embedding import Embedder
 from semcons_ray.parts import BUILT_IN
 from tests.gpu import NEEDS_GPU
@@ -22,14 +22,12 @@ def test_a_gpu_elects_what_the_cpu_elects(rule: str, chunk_bytes: int | None) ->
     embeddings = torch.nn.functional.normalize(torch.randn(60, 25, 48, generator=generator) + 1, dim=2)
     present = torch.rand(60, 25, generator=generator) < 0.8
     present[:2] = False
-    given = {
-        "weights": torch.rand(25, generator=generator),
-        "lengths": torch.randint(1, 100, (60, 25), generator=generator),
-    }
+    weights = torch.rand(25, generator=generator)
+    facts = Facts(weights=weights, lengths=torch.randint(1, 100, (60, 25), generator=generator))
     priority = torch.rand(60, 25, generator=generator)
     found = [
         form_consensus(
-            embeddings.to(device), present, Election(rule, threshold=0.4), priority, chunk_bytes=chunk_bytes, **given
+            embeddings.to(device), present, Election(rule, threshold=0.4), priority, facts, chunk_bytes=chunk_bytes
         )
         for device in ("cpu", "cuda")
     ]
@@ -50,7 +48,7 @@ def test_whatever_the_shape_similarities_are_those_of_the_cpu(shape: tuple[int, 
     voters = torch.arange(shape[1]) // 2 if several else None
     priority = torch.rand(shape[:2], generator=generator)
     on_cpu, on_gpu = (
-        form_consensus(embeddings.to(device), present, Election(), priority, voters=voters)
+        form_consensus(embeddings.to(device), present, Election(), priority, Facts(voters=voters))
         for device in ("cpu", "cuda")
     )
     assert torch.equal(on_cpu.winner, on_gpu.winner.cpu())

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semcons_ray.consensus import Consensus, Election, form_consensus
+from semcons_ray.consensus import Consensus, Election, Facts, form_consensus
 from semcons_ray.metering.environment import describe_environment
 
 DIMENSION = 384
@@ -103,7 +103,7 @@ def consensus(embeddings: Tensor, rule: str) -> Tensor:
 def form(embeddings: Tensor, election: Election, **more: Tensor) -> Consensus:
     present = torch.ones(embeddings.shape[:2], dtype=torch.bool)
     priority = torch.rand(present.shape, generator=torch.Generator().manual_seed(0))
-    return form_consensus(embeddings, present, election, priority, **more)
+    return form_consensus(embeddings, present, election, priority, Facts(**more))
 
 
 def defended() -> dict[str, Any]:
