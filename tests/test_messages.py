@@ -26,6 +26,7 @@ from semcons_ray.messages import (
     Turn,
     decode_downlink,
     decode_uplink,
+    turns_of,
 )
 
 WIRE_PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
@@ -205,6 +206,12 @@ def test_size_of_global_adapters(message):
 def size_of_probabilities(message):
     ids = size_of_array([size_of_array([size_of_int(token) for token in answer]) for answer in message.answers])
     return ids + size_of_bytes(message.tokens) + size_of_bytes(message.probabilities)
+
+
+def test_a_text_is_a_conversation_of_one_question() -> None:
+    assert turns_of("how many?") == (Turn("user", "how many?"),)
+    conversation = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
+    assert turns_of(conversation) == conversation
 
 
 @given(token_scores)

@@ -10,7 +10,7 @@ import torch
 
 from semcons_ray.config import GenerationConfig, LoraConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import MessageError
+from semcons_ray.errors import MessageError, QuorumError
 from semcons_ray.federation.adapter_model import AdapterModel
 from semcons_ray.federation.algorithms.logit_exchange import LogitExchange
 from semcons_ray.federation.client import Client, Duties
@@ -61,6 +61,8 @@ class Visits:
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
         self.refused = reasons
+        if len(reasons) == len(self.clients):
+            raise QuorumError("; ".join(reasons.values()))
 
 
 def run(model: LanguageModel, rounds: int = 2, forged: Mapping[int, bytes] | None = None, **more: Any) -> Any:
@@ -103,7 +105,11 @@ def test_what_is_sent_is_what_plain_transformers_finds_likely(model: LanguageMod
             np.testing.assert_allclose(chances, expected.values, atol=1e-3)
             assert tokens[0, 0] == answer[0]  # greedy, though generation.temperature is 1
             assert len(answer) <= 4
-    ((*_, tokens_read, uplink_bytes),) = work(client.ledger.take(), "tokens", "uplink_bytes")
+    assert message.encode("zstd") == sent
+    assert message.encode("none") != sent
+    rows = client.ledger.take()
+    assert [row.client_id for row in rows] == [0]
+    ((*_, tokens_read, uplink_bytes),) = work(rows, "tokens", "uplink_bytes")
     assert uplink_bytes == len(sent)
     assert tokens_read > sum(map(len, message.answers))
 
@@ -194,6 +200,11 @@ def test_what_is_no_message_of_this_round_counts_for_nothing(model: LanguageMode
         own = TokenScores.decode(fleet.algorithm.visit(client_of(model, other), 1, NO_TARGETS.encode()))
         given[other] = TokenProbabilities.unpacked(own.answers, own.tokens, own.probabilities, 3)
     assert fleet.algorithm.targets(1, given).encode() == states[0]
+
+
+def test_where_no_message_counts_all_are_left_out(model: LanguageModel) -> None:
+    with pytest.raises(QuorumError, match=r"client 0, round 1: .*client 1, round 1: .*client 2, round 1: "):
+        run(model, forged=dict.fromkeys(range(3), b"nothing"))
 
 
 @pytest.mark.parametrize(

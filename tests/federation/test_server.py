@@ -233,6 +233,16 @@ def test_two_clients_with_two_samples_by_hand() -> None:
     assert verdict.abstained.tolist() == [False, True]
 
 
+def test_where_nobody_answers_nobody_wins() -> None:
+    judge = server(num_samples=(2, 2))
+    judge.begin(1, [0, 1])
+    for client in (0, 1):
+        judge.collect(client, samples(client, ["left", ""], ["left", ""]))
+    verdict = judge.conclude()
+    assert (verdict.winner[1], verdict.winning_sample[1]) == (-1, -1)
+    assert verdict.labels.prompt_ids == (0,)
+
+
 def test_more_samples_are_no_more_chances_in_a_tie() -> None:
     """Of two clients the one with eight samples wins half of the ties, as it would with one."""
     wins = []
