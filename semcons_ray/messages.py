@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import msgspec
@@ -182,6 +182,12 @@ class PseudoLabels(Message, frozen=True, kw_only=True, tag="pseudo_labels"):
             raise MessageError("PseudoLabels: needs one prompt id for each response")
         if any(one >= next_one for one, next_one in itertools.pairwise(self.prompt_ids)):
             raise MessageError("PseudoLabels: prompt ids do not ascend")
+
+    @classmethod
+    def of(cls, round_number: int, labels: Sequence[str | None]) -> Self:
+        """The labels of P prompts, in their order; None where a prompt has none."""
+        there = {prompt: label for prompt, label in enumerate(labels) if label is not None}
+        return cls(round_number=round_number, prompt_ids=tuple(there), responses=tuple(there.values()))
 
     def check_prompts(self, num_prompts: int) -> None:
         """Check that every label is for one of P prompts.

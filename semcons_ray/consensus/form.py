@@ -206,7 +206,7 @@ def form_consensus(
 
     winner = torch.full((num_prompts,), -1, device=device)
     needs_vectors = getattr(score, "needs_vectors", True)
-    opinions = torch.arange(num_answers, device=device).expand_as(mask) if facts.opinions is None else facts.opinions
+    opinions = _opinions(mask, facts)
 
     def elect(here: slice | Tensor, eligible: Tensor) -> Tensor:
         ballots = rules.Ballots(
@@ -287,14 +287,13 @@ def _weigh(
 ) -> _Counted:
     """Votes as the defence leaves them and the competence weighs them."""
     mask, voters, shares = alike.present, alike.voters, alike.votes
-    own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     apart = torch.arange(mask.numel(), device=mask.device).view_as(mask)
     evidence = Evidence(
         vectors=embeddings,
         present=mask,
         voters=voters,
         shares=shares if facts.num_draws is None else _draws(mask, facts) / facts.num_draws,
-        opinions=(own if facts.opinions is None else facts.opinions).where(mask, -1),
+        opinions=_opinions(mask, facts).where(mask, -1),
         texts=(apart if facts.texts is None else facts.texts).where(mask, -1),
         similarity=alike.similarity,
         trust=alike.trust,
@@ -322,6 +321,12 @@ def _weigh(
     similarity = ((to_all - to_own) / others.clamp(min=1e-30)).where(num_clients > 1, 1.0).where(present, torch.nan)
     max_wins = getattr(defence, "max_wins", None)
     return _Counted(votes, present, voters, similarity, num_clients, alike.norms, ruling.trust, max_wins)
+
+
+def _opinions(mask: Tensor, facts: Facts) -> Tensor:
+    """See `Evidence.opinions`, (P, C); a missing answer has one, too."""
+    own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return own if facts.opinions is None else facts.opinions
 
 
 def _draws(mask: Tensor, facts: Facts) -> Tensor:

@@ -273,10 +273,7 @@ class Client:
         once = self.generation.model_copy(update={"num_samples": 1})
         with self.ledger.stage("generate", round=round, client_id=self.client_id) as work:
             (answers,) = self._samples(self.prompts, round, "generate", once, work)
-        given = [prompt for prompt, answer in enumerate(answers) if answer]
-        return PseudoLabels(
-            round_number=round - 1, prompt_ids=tuple(given), responses=tuple(answers[prompt] for prompt in given)
-        )
+        return PseudoLabels.of(round - 1, [answer or None for answer in answers])
 
     def upload(self, round: int, tensors: Adapter, dtype: str, compression: str) -> bytes:
         """Encode tensors as an `AdapterUpdate`; see `weights.pack` for `dtype`.

@@ -286,12 +286,8 @@ class Server:
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
             winner[[*self._known]], abstained[[*self._known]] = -1, False
             elected |= self._known
-            labelled = [prompt for prompt in range(self._num_prompts) if not abstained[prompt]]
-            labels = PseudoLabels(
-                round_number=self._round,
-                prompt_ids=tuple(labelled),
-                responses=tuple(elected[prompt] for prompt in labelled),
-            )
+            every = range(self._num_prompts)
+            labels = PseudoLabels.of(self._round, [None if abstained[prompt] else elected[prompt] for prompt in every])
         self._embeddings = None
         ascending = sorted(range(len(client_ids)), key=self._ballots.__getitem__)
         of_winner = np.array([*self._ballots, (-1, -1)])[winner]

@@ -9,14 +9,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from semcons_ray.reporting.drawing import CLIENT_COLOURS, MARKERS, save
 from semcons_ray.reporting.intervals import mean_and_half_width
-from semcons_ray.reporting.terminal import print_whole
+from semcons_ray.reporting.terminal import narrow_table, print_whole
 
 WIDTH = 120
 KEYS = ["rule", "competence", "defence", "attack", "share"]
@@ -56,9 +55,7 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
         width: In characters; None: the terminal's.
     """
     attacked = summary[summary["share"] > 0]
-    title = Text("Labels captured, and accuracy of all labels")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                  padding=(0, 1), collapse_padding=True)  # fmt: skip
+    table = narrow_table("Labels captured, and accuracy of all labels")
     for name in ("rule", "defence", "attack"):
         table.add_column(name)
     shares = sorted(summary["share"].unique())
@@ -82,9 +79,7 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
 
 
 def _table_of_learnt(learnt: pd.DataFrame) -> Table:
-    title = Text("Models that learnt the labels for one round, and without attackers")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False,
-                  padding=(0, 1), collapse_padding=True)  # fmt: skip
+    table = narrow_table("Models that learnt the labels for one round, and without attackers")
     for name in ("rule", "defence", "attack"):
         table.add_column(name)
     for name in ("malicious", "answer as attackers want", "without", "right", "without"):

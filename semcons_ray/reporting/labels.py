@@ -6,16 +6,14 @@ import io
 import shutil
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.summary import WIDTH
 from semcons_ray.reporting.tables import format_interval, format_number
-from semcons_ray.reporting.terminal import print_whole
+from semcons_ray.reporting.terminal import narrow_table, print_whole
 
 CATEGORY = "category: "
 """How names of columns begin that are of one category of prompts."""
@@ -32,8 +30,7 @@ def render_labels(table: pd.DataFrame, pairs: pd.DataFrame, left_out: int, *, wi
     """
     rounds = table["round"].unique()
     table, pairs = table[table["round"] == rounds[-1]], pairs[pairs["round"] == rounds[-1]]
-    cells = Table(title=Text(f"labels that are right, round {rounds[-1]}"), title_justify="left", box=box.SIMPLE_HEAD,
-                  show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
+    cells = narrow_table(f"labels that are right, round {rounds[-1]}")
     categories = [name for name in map(str, table) if name.startswith(CATEGORY)]
     categories = categories if len(categories) > 1 else []
     shares = [name.removeprefix(CATEGORY) for name in categories]

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +18,7 @@ from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.comparison import LOSS_COLUMNS
 from semcons_ray.reporting.intervals import ARM_COLUMNS
 from semcons_ray.reporting.tables import format_interval, format_number, format_seconds, format_usd
-from semcons_ray.reporting.terminal import print_whole
+from semcons_ray.reporting.terminal import narrow_table, print_whole
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 WIDTH = 120
@@ -156,8 +155,7 @@ def render_summary(
 
 
 def _table(cells: pd.DataFrame, title: str) -> Table:
-    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
-                  pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
+    table = narrow_table(title)
     for name in cells:
         # In two lines, else the heading would make the column wider than its numbers need.
         heading = str(name).replace("at equal", "at\nequal").replace("gap closed", "gap\nclosed")

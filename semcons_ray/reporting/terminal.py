@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
+from rich.text import Text
 
 LONGEST_WORD = 24
 """Words of texts and headings that have more characters than this may be broken."""
 BETWEEN = 3
 """Characters between two columns, at most."""
+
+
+def narrow_table(title: str = "") -> Table:
+    """A table to which columns are to be added, with as little between and around them as can be read."""
+    return Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
+                 pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
 
 
 def print_whole(console: Console, *parts: RenderableType) -> None:

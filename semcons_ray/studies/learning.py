@@ -63,12 +63,9 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
                 "tracking": config.tracking.model_copy(update={"report_to": ()}),
             }
         )
-        labelled = [prompt for prompt, label in enumerate(labels) if label is not None]
-        message = PseudoLabels(
-            round_number=last, prompt_ids=tuple(labelled), responses=tuple(labels[prompt] or "" for prompt in labelled)
-        )
+        message = PseudoLabels.of(last, labels).encode(algorithm.compression)
         kept = ServerState.decode(folder.server_state(last)).kept
-        folder.branch(out, goes_on, ServerState(message.encode(algorithm.compression), kept).encode())
+        folder.branch(out, goes_on, ServerState(message, kept).encode())
     resume_experiment(out)
     items = pd.read_parquet(out / "items" / f"round_{last + 1:03d}.parquet", columns=["client_id", "item", "answer"])
     asked = [test[item] for item in items["item"]]
