@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from semcons_ray.api.places import local_folder, new_folder
-from semcons_ray.config import ExperimentConfig, Source, load_config
-from semcons_ray.errors import UserError
+from semcons_ray.config import ExperimentConfig, Layer, Source, load_config
+from semcons_ray.errors import SemconsError, UserError
 
 if TYPE_CHECKING:
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
@@ -295,61 +295,97 @@ def labels(
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.runs.run_folder import RunFolder
     from semcons_ray.studies.labels import elections, label_table, read_answered
 
     if not places:
         raise UserError("labels needs the folder of a run")
     folders = [locate(place)[0] for place in places]
-    ways = elections(folders[0], rules, competences, defences)
+    ways = elections(RunFolder(folders[0]).stored_config(), rules, competences, defences)
     with as_found():
         return label_table([read_answered(folder) for folder in folders], ways, num_samples)
 
 
 def attack(
-    *places: str | Path,
+    *places: Layer,
     rules: Sequence[str] = (),
     defences: Sequence[str] = ("none", "independent"),
     attacks: Sequence[str] = (),
     shares: Sequence[float] = SHARES,
-    learn: str | Path | None = None,
+    seeds: Sequence[int] = (0,),
+    learn: bool = False,
+    out: str | Path | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Attacks:
     """Add malicious clients to the stored answers of runs, and see how many labels they capture, by rule and defence.
 
     Honest clients are those of the runs; attackers come in addition. What else an election needs is set as in the first
-    run. Nothing is trained, unless honest clients shall learn the labels.
+    run. Nothing is trained, unless an experiment is given, or honest clients shall learn the labels.
 
     Args:
-        places: Folders or URLs of runs, which differ in their seeds only.
+        places: Folders or URLs of runs, which differ in their seeds only; or settings of an experiment, to be run
+            first, in honest/ of `out`. What is finished there is not run again.
         rules: Names of rules; one with options is "plurality {min_cosine: 0.95}". None: the rule of the first run.
         defences: The same for defences.
         attacks: The same for attacks; none: all that have a name.
         shares: Which shares of all clients are malicious, above 0 and under 1; their number is rounded.
-        learn: A folder in which the runs go on for one more round with the labels that a backdoor led to, and with
-            those without attackers, to see how often models answer test prompts as the attackers want. What is there
-            already is not done again. Clients must have answered in the runs' last round
-            (`algorithm.answer_last_round`). None: nobody learns them.
+        seeds: With which an experiment is run.
+        learn: Whether the runs go on for one more round, in learnt/ of `out`, with the labels that a backdoor led to,
+            and with those without attackers, to see how often models answer test prompts as the attackers want. What
+            is there already is not done again. Clients must answer in the last round
+            (`algorithm.answer_last_round`).
+        out: A folder for the table and the figure, see `Attacks.write`; None: nothing is written.
         say: Called with a line for each way of electing that is done with a run; None: the lines are logged.
 
     Raises:
         RunFolderError: One is no run folder, or a file of it is missing or damaged.
-        UserError: A run has no answers, or no public prompt of it has a response; or it cannot go on.
+        UserError: A run has no answers, or no public prompt of it has a response; or it cannot go on; or `out` is
+            missing.
         ConfigError: There is no such part, it refuses its options, or a share is out of range.
         ModelError: A run's embedder cannot be loaded.
+        StorageError: The disk is full, or cannot be written to.
+        SemconsError: A run of the experiment failed; `say` was told why.
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
-    from semcons_ray.studies.attacks import attack_table, learner, make_attacks, ways_to_elect
+    from semcons_ray.runs.run_folder import RunFolder
+    from semcons_ray.studies.attacks import (
+        attack_table,
+        check_goals,
+        check_shares,
+        learner,
+        make_attacks,
+        ways_to_elect,
+    )
     from semcons_ray.studies.labels import read_answered
+    from semcons_ray.studies.learning import check_answers_last
 
-    if not places:
-        raise UserError("attack needs the folder of a run")
-    say = say or logger.info
-    folders = [locate(place)[0] for place in places]
-    ways, made = ways_to_elect(folders[0], rules, defences), make_attacks(attacks)
+    say, made = say or logger.info, make_attacks(attacks)
+    check_shares(shares)
+    if learn:
+        check_goals(made.values())
+    stored = [place for place in places if isinstance(place, str | Path) and not Path(place).is_file()]
+    if not places or 0 < len(stored) < len(places):
+        raise UserError("attack needs folders of runs, or settings of an experiment")
+    if out is None and (learn or not stored):
+        raise UserError("attack needs a folder for what it runs: out")
+    folder = Path() if out is None else local_folder(out)
+    folders = [locate(place)[0] for place in stored]
+    settings = RunFolder(folders[0]).stored_config() if stored else load_config(places)
+    ways = ways_to_elect(settings, rules, defences)
+    if not stored:
+        if learn:
+            check_answers_last(settings, "the experiment")
+        honest = compare([*places, {"seeds": [*seeds], "arms": {"honest": {}}}], out=folder / "honest", say=say)
+        if honest.failed:
+            raise SemconsError(f"{honest.failed} of {len(seeds)} runs failed; the same call goes on with these")
+        folders = [run.path for run in honest.runs.values()]
     with as_found():
-        learning = None if learn is None else learner(folders, made, local_folder(learn), say)
-        return attack_table([read_answered(folder) for folder in folders], ways, made, shares, say, learning)
+        learning = learner(folders, folder / "learnt", say) if learn else None
+        found = attack_table([read_answered(one) for one in folders], ways, made, shares, say, learning)
+    if out is not None:
+        found.write(folder)
+    return found
 
 
 def watch(folder: str | Path) -> bool:

@@ -20,7 +20,7 @@ from semcons_ray.reporting import read_run, render_result, write_report
 from semcons_ray.reporting import tables as made
 from semcons_ray.reporting.comparison import Comparison as Compared
 from semcons_ray.reporting.summary import render_summary
-from semcons_ray.runs.run_folder import RoundRow, RunFolder
+from semcons_ray.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from semcons_ray.reporting.sweep import SweepResult
@@ -93,10 +93,10 @@ class Run:
         """A row for each round that is done; round 0 is set-up.
 
         Columns: round, started_at (unix seconds), duration_seconds, num_participants and num_answered (clients), lost
-        (their ids, separated by commas), failures (why), num_labels (pseudo-labels), mean_agreement (cosine), and
-        label_churn (0 to 1).
+        (their ids, separated by commas), failures (why), num_labels (pseudo-labels), mean_agreement (cosine),
+        label_churn (0 to 1), and distrusted (ids of clients whose votes count less by the defence).
         """
-        return made.read_table(self.path / "rounds.parquet", made.columns_of(RoundRow))
+        return made.read_rounds(self.path)
 
     @cached_property
     def ledger(self) -> pd.DataFrame:

@@ -347,16 +347,8 @@ def _labels(args: argparse.Namespace) -> int:
 
 
 def _attack(args: argparse.Namespace) -> int:
-    runs = args.places
-    if Path(runs[0]).is_file():
-        honest = {"seeds": args.seeds, "arms": {"honest": {}}}
-        compared = sr.compare([*runs, honest], out=args.out / "honest", say=_say)
-        if compared.failed:
-            return 1
-        runs = [run.path for (arm, _), run in compared.runs.items() if arm == "honest"]
     given = {"rules": args.rules, "defences": args.defences, "attacks": args.attacks, "shares": args.shares}
-    done = sr.attack(*runs, **given, learn=args.out / "learnt" if args.learn else None, say=_say)
-    done.write(args.out)
+    done = sr.attack(*args.places, **given, seeds=args.seeds, learn=args.learn, out=args.out, say=_say)
     print(f"{done}\n\ntable and figure: {args.out / 'attack.csv'}, {args.out / 'attack.svg'}")
     return 0
 

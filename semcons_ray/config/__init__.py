@@ -28,6 +28,7 @@ from semcons_ray.config.keys import (
     without_settings,
 )
 from semcons_ray.config.reading import (
+    Layer,
     Layers,
     Source,
     as_study,
@@ -80,6 +81,7 @@ __all__ = [
     "ExperimentConfig",
     "GenerationConfig",
     "JudgeConfig",
+    "Layer",
     "Layers",
     "LmEvalConfig",
     "LoraConfig",

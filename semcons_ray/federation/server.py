@@ -23,6 +23,7 @@ from semcons_ray.consensus.evidence import UNKNOWN
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
 from semcons_ray.federation.opinions import opinions_of
 from semcons_ray.federation.randomness import priorities
+from semcons_ray.federation.server_state import read_state
 from semcons_ray.messages import Answers, PseudoLabels, decode_uplink, naming
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import Ledger, LedgerRow
@@ -46,6 +47,7 @@ class Verdict:
         abstained: Whether a prompt gave no pseudo-label, (P,).
         labels: The pseudo-labels, as they are sent to clients.
         votes: What each answer's vote counted, (P, B); see `Consensus.votes`.
+        distrusted: Ids of the clients that the defence trusts less than fully, ascending.
         kept: What the server keeps for the next round, to be given to `begin`.
         rows: Ledger rows of the server's work.
         refused: Clients whose message was invalid and so has no vote, each with the reason.
@@ -63,6 +65,7 @@ class Verdict:
     abstained: npt.NDArray[np.bool_]
     labels: PseudoLabels
     votes: npt.NDArray[np.float32]
+    distrusted: tuple[int, ...]
     kept: bytes
     rows: tuple[LedgerRow, ...]
     refused: Mapping[int, str]
@@ -85,8 +88,8 @@ class ServerState(msgspec.Struct, frozen=True):
 
     @classmethod
     def decode(cls, state: bytes) -> Self:
-        """The state in these bytes."""
-        return msgspec.msgpack.decode(state, type=cls)
+        """The state in these bytes; see `read_state`."""
+        return read_state(state, cls)
 
 
 class ServerProtocol(Protocol):
@@ -185,7 +188,7 @@ class Server:
     def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         """See `ServerProtocol.begin`."""
         self._round = round
-        self._trust: dict[int, float] = msgspec.msgpack.decode(kept, type=dict[int, float]) if kept else {}
+        self._trust: dict[int, float] = read_state(kept, dict[int, float]) if kept else {}
         # Columns are in an order drawn for the round, not in that of client ids: the rounding of sums over clients
         # depends on their order, and a client's id must change no result.
         draws = priorities(self._seed, round, client_ids, self._num_prompts)
@@ -281,7 +284,8 @@ class Server:
                 trust=torch.tensor([self._trust.get(client, 1.0) for client in numbers]),
             )
             consensus = form_consensus(embeddings, lengths > 0, self._election, self._priority, facts)
-            self._trust |= dict(zip(numbers, consensus.trust.tolist(), strict=True))
+            trust = dict(zip(numbers, consensus.trust.tolist(), strict=True))
+            self._trust |= trust
             winner, abstained = consensus.winner.cpu().numpy(), consensus.abstained.cpu().numpy()
             elected = {prompt: answers[column][prompt] for prompt, column in enumerate(winner) if column >= 0}
             winner[[*self._known]], abstained[[*self._known]] = -1, False
@@ -304,6 +308,7 @@ class Server:
             abstained=abstained,
             labels=labels,
             votes=consensus.votes.cpu().numpy()[:, ascending],
+            distrusted=tuple(sorted(client for client, share in trust.items() if share < 1)),
             kept=msgspec.msgpack.encode(self._trust) if weighs else b"",
             rows=tuple(self._ledger.take()),
             refused=self._refused,

@@ -20,7 +20,6 @@ from semcons_ray.evaluation.metrics import metrics_of
 from semcons_ray.reporting.intervals import arm_intervals, mean_and_half_width
 from semcons_ray.reporting.tables import (
     STAGES,
-    columns_of,
     energy,
     further_metrics,
     held_by_round,
@@ -28,10 +27,11 @@ from semcons_ray.reporting.tables import (
     read_items,
     read_ledger,
     read_metrics,
+    read_rounds,
     read_table,
     telling,
 )
-from semcons_ray.runs.run_folder import Loss, RoundRow, RunFolder, comparable_loss
+from semcons_ray.runs.run_folder import Loss, RunFolder, comparable_loss
 
 NOT_COUNTED = ("evaluate", "idle")
 LOSS_COLUMNS: Mapping[Loss, tuple[str, str]] = {
@@ -71,7 +71,7 @@ def compare_runs(runs: Mapping[tuple[str, int], Path], *, first: str, reference:
     for (arm, seed), folder in runs.items():
         ledger = read_ledger(folder)
         metrics = read_metrics(folder)
-        rounds_done = read_table(folder / "rounds.parquet", columns_of(RoundRow))
+        rounds_done = read_rounds(folder)
         table = costs_by_round(metrics, rounds_done, ledger).reset_index()
         models |= set(telling(metrics, "nll")["model"])
         config = RunFolder(folder).stored_config()

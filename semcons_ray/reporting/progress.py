@@ -117,6 +117,8 @@ def describe_round(commit: Commit, left: float = math.nan) -> str:
         parts.append(labels)
     if summary.lost:
         parts.append(f"left out: {summary.failures}")
+    if summary.distrusted:
+        parts.append(f"distrusted by the defence: clients {summary.distrusted}")
     seconds, tokens = summary.duration_seconds, sum(row.tokens for row in commit.ledger)
     # Round 0 is mostly loading.
     rate = describe_rate(tokens, seconds) if tokens and summary.round else ""

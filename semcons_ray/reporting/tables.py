@@ -124,7 +124,7 @@ def read_run(folder: Path) -> Run:
         config = opened.stored_config()
     except ConfigError as error:
         raise RunFolderError(str(error)) from error
-    rounds = read_table(folder / "rounds.parquet", columns_of(RoundRow))
+    rounds = read_rounds(folder)
     files = {round: folder / f"consensus/round_{round:03d}.parquet" for round in rounds["round"]}
     # The settings do not tell which rounds formed a consensus: rounds that are done are not all rounds of the run.
     labelled = set(rounds.loc[(rounds["num_labels"] > 0) | rounds["mean_agreement"].notna(), "round"])
@@ -165,6 +165,15 @@ def read_metrics(folder: Path) -> pd.DataFrame:
         RunFolderError: See `read_table`.
     """
     return read_table(folder / "metrics.parquet", columns_of(MetricsRow), others="float64")
+
+
+def read_rounds(folder: Path) -> pd.DataFrame:
+    """rounds.parquet of a run; nobody was distrusted where an earlier version wrote it.
+
+    Raises:
+        RunFolderError: See `read_table`.
+    """
+    return read_table(folder / "rounds.parquet", columns_of(RoundRow), added={"distrusted": ""})
 
 
 def read_ledger(folder: Path) -> pd.DataFrame:
@@ -329,6 +338,15 @@ def describe_failures(rounds: pd.DataFrame) -> str:
     visits = int((failed["num_participants"] - failed["num_answered"]).sum())
     newest = failed.iloc[-1]
     return f"{visits} visit{'s' if visits > 1 else ''} failed; in round {newest['round']}: {newest['failures']}"
+
+
+def describe_distrust(rounds: pd.DataFrame) -> str:
+    """Whom the defence distrusts, by the last round in which it distrusts anyone; empty if it never does."""
+    found = rounds[rounds["distrusted"] != ""]
+    if found.empty:
+        return ""
+    newest = found.iloc[-1]
+    return f"clients {newest['distrusted']} in round {newest['round']}; their votes count less, or nothing"
 
 
 def quality(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -601,6 +619,7 @@ def _result(run: Run) -> list[RenderableType]:
         *([f"paid         {format_usd(cost.usd)}"] if cost.usd else []),
         *(f"note         {untold}" for untold in [describe_untold(run)] if untold),
         *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
+        *(f"distrusted   {found}" for found in [describe_distrust(run.rounds)] if found),
     )
     return [table, *_metric_lines(run), *_task_lines(run), Text(), *map(Text, lines)]
 

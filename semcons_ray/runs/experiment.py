@@ -279,6 +279,7 @@ class Rounds:
                 label_churn=label_churn(self._labels_before(round, state), verdict.labels, len(self.split.public))
                 if verdict
                 else math.nan,
+                distrusted=", ".join(map(str, verdict.distrusted)) if verdict else "",
             ),
             metrics=tuple(self._metrics(round, outcome, own)),
             ledger=tuple(self._ledger(round, outcome, own_rows, started_at, ended_at)),

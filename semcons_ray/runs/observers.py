@@ -66,8 +66,10 @@ class Logged(Observer):
     def round_ends(self, commit: Commit) -> None:
         """See `Observer.round_ends`."""
         summary = commit.summary
-        lost = f", left out: {summary.failures}" if summary.lost else ""
-        logger.info("round %d is committed after %.1f s%s", summary.round, summary.duration_seconds, lost)
+        told = f", left out: {summary.failures}" if summary.lost else ""
+        if summary.distrusted:
+            told += f", distrusted by the defence: clients {summary.distrusted}"
+        logger.info("round %d is committed after %.1f s%s", summary.round, summary.duration_seconds, told)
 
     def ends(self, *, finished: bool) -> None:
         """See `Observer.ends`."""

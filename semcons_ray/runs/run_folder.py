@@ -115,6 +115,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
         num_labels: Prompts that gave a pseudo-label.
         mean_agreement: Mean over prompts; NaN if no consensus was formed.
         label_churn: Share of prompts whose pseudo-label changed since the round before; NaN if there was none before.
+        distrusted: Ids of the clients whose votes count less, or nothing, by `algorithm.defence`, separated by commas;
+            empty if none.
     """
 
     round: int
@@ -127,6 +129,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     num_labels: int
     mean_agreement: float
     label_churn: float
+    distrusted: str = ""
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from semcons_ray.config import ExperimentConfig
 from semcons_ray.consensus import Election
 from semcons_ray.errors import ConfigError
 from semcons_ray.evaluation.scores import exact_match
 from semcons_ray.federation.opinions import opinion_of, opinions_of
 from semcons_ray.parts import build, names
 from semcons_ray.reporting.attacks import draw_attacks, render_attacks, summarize_attacks
-from semcons_ray.runs.run_folder import RunFolder, write_file
+from semcons_ray.runs.run_folder import write_file
 from semcons_ray.security.attacks import Attack, Draws, HasGoal, Scene
 from semcons_ray.studies import learning
 from semcons_ray.studies.labels import Answered, elect, elections, names_of, parse_part
@@ -113,8 +114,7 @@ def attack_table(
     Raises:
         ConfigError: A share is out of range, or an attack gives no answers of so many clients.
     """
-    if wrong := [share for share in shares if not 0 < share < 1]:
-        raise ConfigError(f"--shares must be above 0 and under 1, not {wrong[0]:g}")
+    check_shares(shares)
     num_rounds = 1 + max((_honest_rounds(attack) for attack in attacks.values()), default=0)
     rows = []
     for number, run in enumerate(runs):
@@ -135,19 +135,18 @@ def attack_table(
     return Attacks(pd.DataFrame(rows))
 
 
-def ways_to_elect(folder: Path, rules: Sequence[str], defences: Sequence[str]) -> list[Election]:
-    """Every rule with every defence; what else an election needs is set as in a run's folder.
+def ways_to_elect(config: ExperimentConfig, rules: Sequence[str], defences: Sequence[str]) -> list[Election]:
+    """Every rule with every defence; what else an election needs is set as in a run.
 
     Args:
-        folder: The run's folder.
+        config: The run's settings.
         rules: See `studies.labels.elections`; none: the run's rule.
         defences: The same for defences.
 
     Raises:
-        RunFolderError: It is no run folder.
         ConfigError: There is no such part, or it refuses its options.
     """
-    algorithm = RunFolder(folder).stored_config().algorithm
+    algorithm = config.algorithm
     rule, competence, _ = names_of(
         Election(
             algorithm.rule,
@@ -156,7 +155,27 @@ def ways_to_elect(folder: Path, rules: Sequence[str], defences: Sequence[str]) -
             competence_options=algorithm.competence_options,
         )
     )
-    return elections(folder, rules or [rule], [competence], defences)
+    return elections(config, rules or [rule], [competence], defences)
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Check shares of malicious clients.
+
+    Raises:
+        ConfigError: One is out of range.
+    """
+    if wrong := [share for share in shares if not 0 < share < 1]:
+        raise ConfigError(f"--shares must be above 0 and under 1, not {wrong[0]:g}")
+
+
+def check_goals(attacks: Iterable[Attack]) -> None:
+    """Check that there is something to learn from attacks.
+
+    Raises:
+        ConfigError: None of them has a goal.
+    """
+    if not any(isinstance(attack, HasGoal) for attack in attacks):
+        raise ConfigError("--learn needs an attack that wants something of models, such as backdoor")
 
 
 def make_attacks(wanted: Sequence[str]) -> dict[str, Attack]:
@@ -204,23 +223,17 @@ def play(
     return Outcome(count, float((theirs & ~right).mean()), float(right.mean()), labels[last], usual[last])
 
 
-def learner(
-    folders: Sequence[Path], attacks: Mapping[str, Attack], out: Path, say: Callable[[str], None]
-) -> Learn:
+def learner(folders: Sequence[Path], out: Path, say: Callable[[str], None]) -> Learn:
     """Has clients of runs learn labels, each time in a folder of its own within `out`, and the same labels once.
 
     Args:
         folders: The runs' folders.
-        attacks: The attacks that are to be tried.
         out: Where they learn.
         say: Called with a line before clients learn.
 
     Raises:
         UserError: A run cannot go on; see `check_learning`.
-        ConfigError: None of the attacks has a goal.
     """
-    if not any(isinstance(attack, HasGoal) for attack in attacks.values()):
-        raise ConfigError("--learn needs an attack that wants something of models, such as backdoor")
     for folder in folders:
         learning.check_learning(folder)
 

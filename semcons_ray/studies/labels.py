@@ -271,21 +271,19 @@ def read_answered(folder: Path) -> Answered:
 
 
 def elections(
-    folder: Path, rules: Sequence[str], competences: Sequence[str] | None, defences: Sequence[str]
+    config: ExperimentConfig, rules: Sequence[str], competences: Sequence[str] | None, defences: Sequence[str]
 ) -> list[Election]:
-    """Every rule with every competence and defence; what else an election needs is set as in a run's folder.
+    """Every rule with every competence and defence; what else an election needs is set as in a run.
 
     Args:
-        folder: The run's folder.
+        config: The run's settings.
         rules: Names, perhaps with options: "plurality {min_cosine: 0.95}".
         competences: The same; None: all that are built in, but sentinels only where the run has some.
         defences: The same.
 
     Raises:
-        RunFolderError: It is no run folder.
         ConfigError: There is no such part, or it refuses its options.
     """
-    config = RunFolder(folder).stored_config()
     algorithm = config.algorithm
     able = [name for name in BUILT_IN["competence"] if name != "sentinels" or config.prompts.sentinels]
     ways = itertools.product(rules, able if competences is None else competences, defences)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from semcons_ray.config import ExperimentConfig
 from semcons_ray.data.split import read_split
 from semcons_ray.errors import UserError
 from semcons_ray.federation.server import ServerState
@@ -15,19 +16,32 @@ from semcons_ray.runs.experiment import resume_experiment
 from semcons_ray.runs.run_folder import RunFolder
 
 
-def check_learning(run: Path) -> None:
-    """Check that a run can go on with other labels.
+def check_answers_last(config: ExperimentConfig, where: str | Path) -> None:
+    """Check that clients answer in the last round, so that a run can go on with other labels.
+
+    Args:
+        config: Settings of the run.
+        where: What they are of, for the error.
+
+    Raises:
+        UserError: They do not.
+    """
+    if not config.algorithm.forms_consensus or config.num_rounds not in config.algorithm.exchanges(config.num_rounds):
+        raise UserError(f"{where}: nobody answers in the last round; set algorithm.answer_last_round to true")
+
+
+def check_learning(run: Path) -> ExperimentConfig:
+    """Check that a run can go on with other labels, and return its settings.
 
     Raises:
         UserError: It is not finished, or nobody answered in its last round.
     """
     folder = RunFolder(run)
     config = folder.stored_config()
-    last, algorithm = config.num_rounds, config.algorithm
-    if not folder.is_finished(last):
+    if not folder.is_finished(config.num_rounds):
         raise UserError(f"{run} is not finished; semcons resume {run} goes on")
-    if not algorithm.forms_consensus or last not in algorithm.exchanges(last):
-        raise UserError(f"{run}: nobody answered in its last round; run it with algorithm.answer_last_round: true")
+    check_answers_last(config, run)
+    return config
 
 
 def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
@@ -49,9 +63,7 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
         UserError: See `check_learning` and `resume_experiment`.
         RunFolderError: A file is missing or damaged, or the folder cannot be written.
     """
-    check_learning(run)
-    folder = RunFolder(run)
-    config = folder.stored_config()
+    folder, config = RunFolder(run), check_learning(run)
     last, algorithm = config.num_rounds, config.algorithm
     test = read_split(folder.data).test
     if not out.exists():

@@ -45,11 +45,11 @@ from semcons_ray.metering.environment import with_variables
 from semcons_ray.parts import keep_code, use_code
 from semcons_ray.reporting.comparison import costs_by_round
 from semcons_ray.reporting.sweep import SweepResult, write_sweep_report
-from semcons_ray.reporting.tables import columns_of, read_ledger, read_metrics, read_table
+from semcons_ray.reporting.tables import read_ledger, read_metrics, read_rounds
 from semcons_ray.runs.assembly import find_models, kinds_of
 from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.own_process import as_found
-from semcons_ray.runs.run_folder import Commit, RoundRow, RunFolder, comparable_loss, held, write_file
+from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, held, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, gpu_share, perform, warn_of_losses
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
@@ -80,11 +80,7 @@ class Trial(Job):
 
     def rounds(self) -> pd.DataFrame:
         """Its results by evaluated round; see `reporting.comparison.costs_by_round`."""
-        return costs_by_round(
-            read_metrics(self.folder),
-            read_table(self.folder / "rounds.parquet", columns_of(RoundRow)),
-            read_ledger(self.folder),
-        )
+        return costs_by_round(read_metrics(self.folder), read_rounds(self.folder), read_ledger(self.folder))
 
     @property
     def has_results(self) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.consensus import Election
+from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.federation.opinions import opinion_of
 from semcons_ray.messages import Answers
 from semcons_ray.reporting import write_report
@@ -146,6 +148,31 @@ def test_sentinels_are_the_same_whoever_asks_and_their_answers_are_labels(tmp_pa
         tiny_config(algorithm={"competence": "sentinels"})
     with pytest.raises(sr.ConfigError, match=r"prompts\.sentinels 7 is over prompts\.budget 6"):
         tiny_config(algorithm={"competence": "sentinels"}, prompts={"sentinels": 7})
+
+
+def one_is_doubted(evidence: Evidence) -> Ruling:
+    """Takes the votes of the client whose number is 0 in the server's order, which is another in each round."""
+    trust = torch.ones(evidence.num_clients)
+    trust[0] = 0.0
+    return Ruling(trust[evidence.voters].expand_as(evidence.shares), trust)
+
+
+def test_whom_the_defence_distrusts_is_told(tmp_path: Path, tiny_config: Make) -> None:
+    algorithm = {"first_exchange": 1, "defence": f"{__name__}:{one_is_doubted.__name__}", "min_votes": 1}
+    run = sr.run(tiny_config(num_rounds=3, algorithm=algorithm), out=tmp_path / "run")
+    rounds = run.rounds.set_index("round")["distrusted"]
+    assert rounds[[0, 3]].tolist() == ["", ""]  # nobody answers there
+    for round in (1, 2):
+        (client,) = map(int, rounds[round].split(", "))
+        winners = set(votes(run.path, round).query("chosen")["client_id"])
+        assert winners == {0, 1, 2} - {client}
+        assert f"distrusted by the defence: clients {client}" in (run.path / "run.log").read_text()
+    told = f"clients {rounds[2]} in round 2; their votes count less, or nothing"
+    assert f"distrusted   {told}" in str(run)
+    assert f'<td class="text">{rounds[2]}</td>' in run.report_html.read_text()
+    old = pd.read_parquet(run.path / "rounds.parquet").drop(columns="distrusted")
+    old.to_parquet(run.path / "rounds.parquet", index=False)  # as an earlier version wrote it
+    assert set(sr.load(run.path).rounds["distrusted"]) == {""}
 
 
 def test_a_random_clients_labels_are_those_of_one_sample(tmp_path: Path, tiny_config: Make) -> None:

@@ -94,6 +94,7 @@ def write_run(
                 "num_labels": num_prompts - 1 if has_consensus else 0,
                 "mean_agreement": (num_prompts - 1) / 2 / num_prompts if has_consensus else math.nan,
                 "label_churn": 0.4 if has_consensus and round > 1 else math.nan,
+                "distrusted": "",
             }
         )
     pd.DataFrame(metrics).to_parquet(folder / "metrics.parquet", index=False)

@@ -49,6 +49,11 @@ def test_who_is_left_out_is_named_with_the_reason(capsys: pytest.CaptureFixture[
     assert "mean test NLL 2.000 of 1 client left out: client 1, round 1: its training loss is nan" in told
 
 
+def test_whom_the_defence_distrusts_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    told = line(capsys, summary(num_labels=5, distrusted="3, 7"))
+    assert told == "round 1 5 pseudo-labels distrusted by the defence: clients 3, 7 (7 s)"
+
+
 def test_a_plan_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     progress.planned("warning: data[b].jsonl: 3 of 9 rows left out")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import semcons_ray as sr
 from semcons_ray.commands.cli import main
 from semcons_ray.config import ExperimentConfig, dump_config
 from semcons_ray.consensus import Election
@@ -78,8 +79,8 @@ def test_a_run_that_cannot_go_on_is_told_what_to_set(
     assert main(["attack", str(answered), "--attacks", "one_text", "--learn", "--out", few]) == 2
     assert "--learn needs an attack that wants something of models, such as backdoor" in capsys.readouterr().err
     assert main(["attack", str(answered), str(tmp_path / "silent"), "--learn", "--out", few]) == 2
-    assert "nobody answered in its last round" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"nobody answered in its last round; .* algorithm\.answer_last_round: true"):
+    assert "nobody answers in the last round" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"nobody answers in the last round; .* algorithm\.answer_last_round to true"):
         learn(tmp_path / "silent", [None] * 6, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -119,6 +120,38 @@ def test_the_command_has_backdoors_learnt(answered: Path, tmp_path: Path, capsys
     rounds = {path: path.stat().st_mtime_ns for path in out.rglob("state/round_002.msgpack")}
     assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("state/round_002.msgpack")} == rounds
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--attacks", "one_tex"], "one_text"),
+        (["--attacks", "one_text {texts: a}"], "texts"),
+        (["--shares", "0.3", "1.5"], "--shares must be above 0 and under 1, not 1.5"),
+        (["--rules", "mediod"], "medoid"),
+        (["--rules", "medoid {temperature: 1}"], "temperature"),
+        (["--defences", "indep"], "independent"),
+        (["--attacks", "one_text", "--learn"], "--learn needs an attack that wants something"),
+        (["--learn"], "the experiment: nobody answers in the last round; set algorithm.answer_last_round to true"),
+        (["no-such-run"], "attack needs folders of runs, or settings of an experiment"),
+        (["--seeds", "1", "1"], "name a seed twice"),
+    ],
+)
+def test_what_is_wrong_is_said_before_an_experiment_is_run(
+    words: list[str], told: str, tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(tiny_config(num_rounds=2)))
+    assert main(["attack", str(tmp_path / "config.yaml"), *words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_runs_needs_a_folder(answered: Path, tiny_config: MakeConfig) -> None:
+    for place, learns in ((tiny_config(), False), (answered, True)):
+        with pytest.raises(UserError, match="attack needs a folder for what it runs: out"):
+            sr.attack(place, attacks=["backdoor"], learn=learns)
 
 
 @pytest.mark.long

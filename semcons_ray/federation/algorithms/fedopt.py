@@ -22,6 +22,7 @@ from torch import Tensor
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.fleet import RoundOutcome, Visitor
 from semcons_ray.federation.server import ServerProtocol
+from semcons_ray.federation.server_state import read_state
 from semcons_ray.federation.weights import pack, unpack, with_rank
 from semcons_ray.messages import AdapterUpdate
 
@@ -83,4 +84,4 @@ class FedOpt(FedAvgLora, ABC):
 
 
 def _read(state: bytes) -> _State:
-    return msgspec.msgpack.decode(state, type=_State)
+    return read_state(state, _State)

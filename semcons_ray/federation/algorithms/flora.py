@@ -21,6 +21,7 @@ import torch
 
 from semcons_ray.errors import MessageError
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.server_state import read_state
 from semcons_ray.federation.weights import check_shapes, mean_product, rank_of, shapes_at, shapes_of, stacked, unpack
 from semcons_ray.messages import AdapterUpdate, GlobalAdapter, decode_downlink
 from semcons_ray.modeling.adapter import Adapter
@@ -134,4 +135,4 @@ class Flora(FedAvgLora):
 
 
 def _read(state: bytes) -> _State:
-    return msgspec.msgpack.decode(state, type=_State) if state else _State()
+    return read_state(state, _State) if state else _State()

@@ -1,0 +1,129 @@
+"""What labels are worth to those who learn them: the clients of finished runs go on for one round with labels that came
+about in different ways, all else being equal, and answer test questions of all skills. The table of README.md.
+
+    semcons run experiments/attack/labels.yaml --seed 0 --out runs/labels-0     # and seeds 1 to 4
+    python experiments/skills/worth.py runs/labels-? --out runs/worth
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from semcons_ray.consensus import Election
+from semcons_ray.data.split import read_split, write_split
+from semcons_ray.federation.server import ServerState
+from semcons_ray.messages import PseudoLabels
+from semcons_ray.reporting.intervals import mean_and_half_width
+from semcons_ray.runs.assembly import unused_examples
+from semcons_ray.runs.experiment import resume_experiment
+from semcons_ray.runs.run_folder import RunFolder
+from semcons_ray.studies.labels import Answered, elect, read_answered
+
+HERE = Path(__file__).parent
+NUM_TEST, LOCAL_EPOCHS = 500, 2
+ELECTED, RANDOM, OWN, REFERENCE, NONE = "elected", "random client", "own answers", "reference", "no labels"
+WAYS = (RANDOM, ELECTED, OWN, REFERENCE, NONE)
+ELECTION = Election("plurality", {"min_cosine": 1.0}, competence="expertise", defence="independent")
+
+
+def labels(run: Answered, way: str) -> Sequence[str | None]:
+    """The labels of the run's last exchange, (P,), if they come about in this way."""
+    if way == ELECTED:
+        return elect(run, ELECTION, run.most_samples(max(run.samples)))[max(run.samples)]
+    if way == RANDOM:  # a client of its own for each prompt, and its first draw
+        return elect(run, Election("random_client"), 1)[max(run.samples)]
+    return run.references if way == REFERENCE else [None] * len(run.prompts)
+
+
+def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
+    """Let the run's clients learn for one more round, in a folder of its own, and answer `NUM_TEST` test prompts: those
+    of the run, and further ones that no client has seen."""
+    base = RunFolder(folder)
+    config, last = base.stored_config(), base.stored_config().num_rounds
+    algorithm = {"answer_last_round": False}
+    if way == OWN:
+        algorithm |= {"rule": "own_answer", "plurality_similarity": 0.8}
+    config = config.model_copy(
+        update={
+            "num_rounds": last + 1,
+            "algorithm": config.algorithm.model_copy(update=algorithm),
+            "data": config.data.model_copy(update={"num_test": NUM_TEST}),
+            "training": config.training.model_copy(update={"local_epochs": LOCAL_EPOCHS}),
+            "generation": config.generation.model_copy(update={"batch_size": 384, "num_samples": 1}),
+            "evaluation": config.evaluation.model_copy(update={"num_answers": NUM_TEST, "metrics": ("exact_match",)}),
+            "tracking": config.tracking.model_copy(update={"report_to": ()}),
+        }
+    )
+    message = PseudoLabels.of(last, labels(run, way)).encode(config.algorithm.compression)
+    branch = base.branch(out, config, ServerState(message).encode())
+    split = read_split(branch.data)
+    unseen = unused_examples(config, split)
+    order = np.random.default_rng(config.seed).permutation(len(unseen))[: NUM_TEST - len(split.test)]
+    write_split(dataclasses.replace(split, test=(*split.test, *(unseen[place] for place in order))), branch.data)
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """Exact match in clients' own skills and in those of others, means over clients, and the share of labels that are
+    right of those that clients learnt."""
+    branch = RunFolder(folder)
+    split, config = read_split(branch.data), branch.stored_config()
+    skill_of = [share[0].category for share in split.private]
+    items = pd.read_parquet(folder / "items" / f"round_{config.num_rounds:03d}.parquet")
+    skill = items["item"].map(lambda item: split.test[item].category)
+    own = skill == items["client_id"].map(lambda client: skill_of[client])
+    means = items.groupby([own.rename("own"), items["client_id"]])["exact_match"].mean().groupby("own").mean()
+    return {"own_skill": means[True], "other_skills": means[False], "num_items": items["item"].nunique()}
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """By way, means over seeds, and differences to a random client's labels and to none, seed by seed, with half of
+    their 95% t-intervals."""
+    rows = []
+    for way, seeds in table.groupby("labels", sort=False):
+        row: dict[str, object] = {"labels": way, "seeds": len(seeds)}
+        row |= {name: seeds[name].mean() for name in ("labels_right", "own_skill", "other_skills")}
+        for against in (RANDOM, NONE, OWN):
+            paired = seeds.set_index("seed").join(
+                table[table["labels"] == against].set_index("seed"), rsuffix="_there", how="inner"
+            )
+            for skill in ("own_skill", "other_skills"):
+                gain, half = mean_and_half_width((paired[skill] - paired[f"{skill}_there"]).to_numpy(float))
+                row |= {f"{skill} against {against}": gain, f"{skill} against {against}, half width": half}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs whose clients answered last")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how labels come about")
+    parser.add_argument("--out", type=Path, required=True, help="folder in which clients learn")
+    parser.add_argument("--table", type=Path, help="folder for what is found; none: only learn")
+    args = parser.parse_args()
+    places: Mapping[tuple[Path, str], Path] = {
+        (folder, way): args.out / folder.name / way.replace(" ", "_") for folder in args.runs for way in args.ways
+    }
+    rows = []
+    for (folder, way), place in places.items():
+        run = read_answered(folder)
+        if not place.exists():
+            go_on(folder, run, way, place)
+        resume_experiment(place)
+        right = float(np.nanmean(run.is_right(labels(run, way)))) if way in (RANDOM, ELECTED, REFERENCE) else np.nan
+        rows.append({"seed": run.seed, "labels": way, "labels_right": right, **scores(place)})
+        print(rows[-1], flush=True)
+    if args.table:
+        table = pd.DataFrame(rows)
+        table.to_csv(args.table / "worth.csv", index=False, float_format="%.4f")
+        summary(table).to_csv(args.table / "worth_summary.csv", index=False, float_format="%.4f")
+        print(summary(table).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
