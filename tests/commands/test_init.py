@@ -17,7 +17,8 @@ from semcons_ray.modeling.footprint import measure_footprint
 from semcons_ray.runs.assembly import LENGTHS
 from tests.tiny import examples, write_hollow
 
-NAMES = ["cpu", "dolly", "flora", "flowertune-general", "flowertune-medical", "gpu-1b", "gpu-8b"]
+NAMES = ["cpu", "dolly", "flora", "flowertune-general", "flowertune-medical", "gpu-1b", "gpu-8b", "short-answers"]
+OF_DEFAULT_SIZE = ("cpu", "short-answers")
 
 
 def test_there_are_these() -> None:
@@ -38,7 +39,7 @@ def test_a_preset_says_only_what_differs_from_the_defaults_and_has_an_effect(nam
     assert set(leaves(read_yaml(PRESETS[name]))) == set(leaves(changed_settings(config)))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_DEFAULT_SIZE])
 def test_a_preset_chooses_lengths_that_go_together(name: str) -> None:
     config = load_config(PRESETS[name])
     assert all(is_chosen(config, key) for key in LENGTHS)

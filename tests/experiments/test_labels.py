@@ -1,0 +1,64 @@
+"""Scripts of experiments/attack and experiments/skills that elect labels anew from stored answers."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from tests.experiments.scripts import load_script
+from tests.studies.test_attacks import RUN
+
+strong = load_script("attack", "strong.py")
+worth = load_script("skills", "worth.py")
+
+
+def test_clients_that_know_all_say_what_is_right_and_others_what_a_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strong, "SAYS_IT", 1.0)
+    run = replace(RUN, samples={1: RUN.samples[1], 2: {client: [["x", "b", "y", "q"]] * 3 for client in range(3)}})
+    for knows, expected in ((1.0, ["a", "b", "c", "z"]), (0.0, ["x", "b", "y", "q"])):
+        (answers,) = strong.with_strong(run, 2, knows, 2).samples.values()
+        assert [*answers] == [0, 1, 2, 3, 4]
+        assert [len(draws) for draws in answers.values()] == [2] * 5
+        assert answers[3] == answers[4] == [[*expected]] * 2
+
+
+def test_what_they_know_is_known_in_each_draw_and_drawn_for_each_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strong, "SAYS_IT", 1.0)
+    many = 400
+    run = replace(
+        RUN,
+        samples={1: {0: [["wrong"] * many] * 2, 1: [["wrong"] * many] * 2}},
+        prompts=["one"] * many,
+        references=["right"] * many,
+        categories=[""] * many,
+        num_examples={0: 1, 1: 1},
+    )
+    answers = strong.with_strong(run, 2, 0.5, 2).samples[1]
+    assert answers[2][0] == answers[2][1] != answers[3][0]
+    assert 160 < answers[2][0].count("right") < 240
+
+
+def test_labels_come_about_as_they_are_named() -> None:
+    assert worth.labels(RUN, worth.REFERENCE) == ["a", "b", "c", "z"]
+    assert worth.labels(RUN, worth.NONE) == worth.labels(RUN, worth.OWN) == [None] * 4
+    elected, drawn = worth.labels(RUN, worth.ELECTED), worth.labels(RUN, worth.RANDOM)
+    assert elected[:2] == ["a", "b"] and elected[3] == "q"
+    given = list(zip(*(samples[0] for samples in RUN.samples[1].values()), strict=True))
+    assert all(label in answers for label, answers in zip(drawn, given, strict=True))
+
+
+def test_differences_are_seed_by_seed() -> None:
+    table = pd.DataFrame(
+        [
+            {"seed": seed, "labels": way, "labels_right": right, "own_skill": 0.5, "other_skills": other}
+            for way, right, others in ((worth.RANDOM, 0.2, (0.1, 0.3)), (worth.ELECTED, 0.4, (0.2, 0.6)))
+            for seed, other in enumerate(others)
+        ]
+    )
+    told = worth.summary(table).set_index("labels")
+    gain = told.loc[worth.ELECTED]
+    assert gain["other_skills"] == pytest.approx(0.4)
+    assert gain[f"other_skills against {worth.RANDOM}"] == pytest.approx((0.1 + 0.3) / 2)
+    # of two values 0.2 apart: t(1, 0.975) = 12.7062 times 0.1 sqrt(2) / sqrt(2)
+    assert gain[f"other_skills against {worth.RANDOM}, half width"] == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert told.loc[worth.RANDOM, f"other_skills against {worth.RANDOM}"] == 0.0
