@@ -216,7 +216,7 @@ def test_what_was_probably_meant(key, meant):
             {"algorithm": {"rule": "own_answer"}, "generation": {"send_confidence": True}},
             ("generation.send_confidence True", "answers that are sent"),
         ),
-        ({"prompts": {"sentinels": 3}}, ("prompts.sentinels 3", "algorithm.competence that weighs")),
+        ({"prompts": {"sentinels": 3}}, ("prompts.sentinels 3", "algorithm.competence or algorithm.defence")),
         ({"generation": {"send_draws": "choice"}}, ("generation.send_draws choice", "generation.num_samples over 1")),
         ({"generation": {"temperature": 0, "top_p": 0.9}}, ("generation.top_p 0.9", "generation.temperature")),
         ({"algorithm": {"name": "flora"}, "generation": {"top_k": 5}}, ("generation.top_k 5", "algorithm.self_labels")),
@@ -241,6 +241,12 @@ def test_a_setting_without_effect_is_refused_with_what_it_needs(values, both):
     assert " has no effect: it needs " in said
     assert "\n" not in said
     assert all(setting in said for setting in both)
+
+
+@pytest.mark.parametrize("algorithm", [{"competence": "sentinels"}, {"defence": "independent"}])
+def test_known_answers_are_for_a_competence_or_a_defence(algorithm: dict[str, str]) -> None:
+    config = validate_config({"prompts": {"sentinels": 3}, "algorithm": algorithm}, where="here")
+    assert config.prompts.sentinels == 3
 
 
 def test_a_setting_without_effect_may_be_for_other_runs_that_share_it():

@@ -467,8 +467,10 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     ),
     (
         ("prompts.sentinels",),
-        lambda config: config.algorithm.elects and config.algorithm.competence != "equal",
-        "an algorithm.competence that weighs votes by it, such as sentinels",
+        lambda config: (
+            config.algorithm.elects and (config.algorithm.competence, config.algorithm.defence) != ("equal", "none")
+        ),
+        "an algorithm.competence or algorithm.defence that goes by known answers, such as sentinels or independent",
     ),
     (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
     (

@@ -274,7 +274,8 @@ class PromptsConfig(Settings):
         0,
         ge=0,
         description="How many of the public prompts are drawn whose answers, the data's own, the server knows, for "
-        "algorithm.competence sentinels. Clients are not told which; known answers become their labels.",
+        "algorithm.competence sentinels and algorithm.defence independent. Clients are not told which; known answers "
+        "become their labels.",
     )
     selection: Annotated[str, PartName("selection")] = Field(
         "stratified",

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from semcons_ray.consensus.evidence import Evidence, Ruling
+from semcons_ray.consensus.evidence import UNKNOWN, Evidence, Ruling
 from semcons_ray.consensus.tallies import present_vectors
 
 SKETCH = 2**20
@@ -39,6 +39,9 @@ IN_COMMON = 2 / 3
 ECHO = 0.95
 """Cosine of an answer to its prompt above which it says nothing else."""
 
+PROOF = 2
+"""By how many known answers a client must do better than those who are not suspected, to be trusted all the same."""
+
 NEAR_PROMPT = 0.75
 """Mean cosine of all answers to a prompt above which none is an echo, as where both are embedded together."""
 
@@ -58,9 +61,13 @@ class Independent:
     found. What most clients do is never found, so no honest majority is.
 
     What it does not find: colluders that spread their draws as honest clients do; that say the same on a share of the
-    prompts within the margin only; or that are half of all. Honest clients that alone are sure of something, where
-    most clients are sure of nothing, would be taken for colluders. Clients with one answer to a prompt are sure of all,
-    so of them only those are found that agree on nearly everything. experiments/attack has figures.
+    prompts within the margin only; or that are half of all. Clients with one answer to a prompt are sure of all, so of
+    them only those are found that agree on nearly everything.
+
+    What it finds wrongly: a few clients that know much more than the others, as strong models among weak ones, agree on
+    what nobody else says, like colluders. Only right answers tell the two apart: where the server knows some
+    (`prompts.sentinels`), clients keep their votes that are right at these more often, by `PROOF`, than the most common
+    text of those who are not suspected. experiments/attack has figures.
 
     An answer that is its own prompt again counts for nothing, as an echo is like any other answer.
 
@@ -87,7 +94,9 @@ class Independent:
             linked |= _beyond_usual(agreement, times * self.margin) & (
                 agreement >= IN_COMMON * torch.minimum(sure[:, None], sure)
             )
-        trust = (evidence.trust + self.recovery).clamp(max=1).masked_fill(linked.any(dim=1), 0.0)
+        found = linked.any(dim=1)
+        found &= ~_proven(evidence, found)
+        trust = (evidence.trust + self.recovery).clamp(max=1).masked_fill(found, 0.0)
         return Ruling(trust[evidence.voters].expand_as(evidence.shares).masked_fill(echoes, 0.0), trust)
 
 
@@ -96,6 +105,18 @@ def _beyond_usual(agreement: Tensor, margin: float) -> Tensor:
     others = agreement.clone().fill_diagonal_(-torch.inf)
     usual = others.amax(dim=1).clamp(min=0).median()
     return others > usual + usual.clamp(min=margin)
+
+
+def _proven(evidence: Evidence, suspects: Tensor) -> Tensor:
+    """Which clients do better than those who are not suspected, where the server knows the answers, (N,) bool."""
+    if evidence.known is None:
+        return torch.zeros_like(suspects)
+    at = evidence.known != UNKNOWN
+    known, opinions, shares = evidence.known[at], evidence.opinions[at].clamp(min=0), evidence.shares[at]
+    right = evidence.of_clients(shares * (opinions == known[:, None])).sum(dim=0)
+    unsuspected = shares * ~suspects[evidence.voters]
+    most_common = torch.zeros_like(shares).scatter_add_(1, opinions, unsuspected).argmax(dim=1)
+    return right >= (most_common == known).sum() + PROOF
 
 
 def sure_agreement(evidence: Evidence, sureness: float, *, undoubted: bool = False) -> Tensor:

@@ -1,12 +1,14 @@
 """The defence: what colluders have in common and honest clients have not, by hand and against brute force."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from semcons_ray.consensus import Election, defence, form_consensus
 from semcons_ray.consensus.defence import Independent, likeness, sure_agreement
-from semcons_ray.consensus.evidence import Evidence, Ruling
+from semcons_ray.consensus.evidence import UNKNOWN, Evidence, Ruling
 
 NUM_PROMPTS, DRAWS = 40, 4
 
@@ -151,6 +153,32 @@ def test_how_much_two_of_six_clients_may_have_in_common_by_hand(
     opinions[:targets, 4 * DRAWS : 4 * DRAWS + draws] = opinions[:targets, 5 * DRAWS : 5 * DRAWS + draws] = 4 * DRAWS
     opinions[:targets, :doubters] = 4 * DRAWS
     assert distrusted(evidence(opinions, torch.arange(6).repeat_interleave(DRAWS))) == ([4, 5] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("sureness", "theirs", "others", "nobodys", "kept"),
+    [
+        (4, 2, 0, 0, True),  # right at two more than most others, with all draws
+        (4, 1, 0, 0, False),
+        (4, 5, 3, 9, True),
+        (4, 4, 3, 9, False),
+        (3, 3, 0, 0, True),  # 3 x 0.75 = 2.25
+        (3, 2, 0, 0, False),
+        (4, 0, 9, 0, False),
+    ],
+)
+def test_clients_that_alone_know_what_the_server_knows_keep_their_votes(
+    sureness: int, theirs: int, others: int, nobodys: int, kept: bool
+) -> None:
+    """Three of eleven clients say what nobody else says, and the server knows that they are right at so many prompts,
+    the most common answer of the others at so many, and nobody at others."""
+    found = crowd(8, 3, targets=NUM_PROMPTS, sureness=sureness)
+    said = [found.opinions[:, 8 * DRAWS], found.opinions[:, : 8 * DRAWS].mode(dim=1).values]
+    known = torch.full((NUM_PROMPTS,), UNKNOWN)
+    known[:theirs], known[theirs : theirs + others] = said[0][:theirs], said[1][theirs : theirs + others]
+    known[theirs + others :][:nobodys] = -1
+    assert distrusted(found) == [8, 9, 10]
+    assert distrusted(replace(found, known=known)) == ([] if kept else [8, 9, 10])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -51,6 +51,40 @@ RUN = Answered(
 """Of the first samples, right at the three prompts that have a reference: client 0 at two, the others at one each."""
 
 
+class Texts:
+    """Embeds each text at random, so different texts have little in common."""
+
+    dimension = 64
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        seeds = [torch.Generator().manual_seed(int.from_bytes(text.encode()[-6:])) for text in texts]
+        vectors = [torch.randn(self.dimension, generator=seed) for seed in seeds]
+        return torch.nn.functional.normalize(torch.stack(vectors), dim=1)
+
+
+def test_known_answers_save_the_votes_of_a_few_that_know_more_from_the_defence() -> None:
+    random = torch.Generator().manual_seed(0)
+    guesses = torch.randint(30, (5, 4, 40), generator=random).tolist()
+    weak = {client: [[f"guess {number}" for number in draw] for draw in draws] for client, draws in enumerate(guesses)}
+    right = [f"right {prompt}" for prompt in range(40)]
+    run = Answered(
+        samples={1: weak | {5: [right] * 4, 6: [right] * 4}},
+        prompts=[f"question {prompt}" for prompt in range(40)],
+        references=right,
+        categories=[""] * 40,
+        embedder=Texts(),
+        num_examples=dict.fromkeys(range(7), 1),
+    )
+    defended = replace(PLURALITY, defence="independent")
+    assert elect(run, PLURALITY, 4)[1] == right
+    assert not set(elect(run, defended, 4)[1]) & set(right)
+    known = dict(enumerate(right[:2]))
+    assert elect(replace(run, known=known), defended, 4)[1] == right
+    few = elect(replace(run, known={0: right[0]}), defended, 4)[1]
+    assert few[0] == right[0]  # which the server knows
+    assert not set(few[1:]) & set(right)
+
+
 def row(labels: Labels, rule: str, samples: int) -> "pd.Series[float]":
     table = labels.table
     (found,) = table[(table["rule"] == rule) & (table["samples"] == samples)].index
