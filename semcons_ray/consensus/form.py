@@ -105,9 +105,9 @@ class Facts:
         opinions: See `Evidence`, as the next five; rules `by_text` go by them, too. None: each answer is an opinion of
             its own.
         texts: For competence: which answers are equal, to whichever prompt. None: no two are.
-        prompts: For defences: vectors of the prompts.
+        prompts: For competence and defences: vectors of the prompts.
         confidence: For competence: how sure clients say that they are.
-        known: For competence: answers that the server knows.
+        known: For competence and defences: answers that the server knows.
         trust: For defences: from the round before. None: everybody is trusted.
     """
 
