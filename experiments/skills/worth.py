@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from semcons_ray.consensus import Election
 from semcons_ray.data.split import read_split, write_split
+from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
+from semcons_ray.federation.opinions import choices, opinion_of
 from semcons_ray.federation.server import ServerState
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.reporting.intervals import mean_and_half_width
@@ -28,8 +32,33 @@ from semcons_ray.studies.labels import Answered, elect, read_answered
 HERE = Path(__file__).parent
 NUM_TEST, LOCAL_EPOCHS = 500, 2
 ELECTED, RANDOM, OWN, REFERENCE, NONE = "elected", "random client", "own answers", "reference", "no labels"
-WAYS = (RANDOM, ELECTED, OWN, REFERENCE, NONE)
+CONFIRMED = "own answers that were elected"
+WAYS = (RANDOM, ELECTED, OWN, CONFIRMED, REFERENCE, NONE)
 ELECTION = Election("plurality", {"min_cosine": 1.0}, competence="expertise", defence="independent")
+
+
+@dataclass(frozen=True)
+class Confirmed(SemanticConsensus):
+    """Each client learns labels of its own, which are by client in the server's state: those of the elected ones that
+    the client itself gave most often, so that one bit a prompt would tell it which."""
+
+    def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
+        """The client's labels."""
+        of_clients = msgspec.msgpack.decode(state, type=dict[int, bytes])
+        return {client: of_clients[client] for client in client_ids}
+
+
+def confirmed(run: Answered, compression: str) -> bytes:
+    """The state of `Confirmed`."""
+    last = max(run.samples)
+    elected = labels(run, ELECTED)
+    sent = {}
+    for client, draws in run.samples[last].items():
+        own, _ = choices(draws)
+        same = [label and opinion_of(label) == opinion_of(text) for label, text in zip(elected, own, strict=True)]
+        mine = [label if is_own else None for label, is_own in zip(elected, same, strict=True)]
+        sent[client] = PseudoLabels.of(last, mine).encode(compression)
+    return msgspec.msgpack.encode(sent)
 
 
 def labels(run: Answered, way: str) -> Sequence[str | None]:
@@ -49,6 +78,8 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
     algorithm = {"answer_last_round": False}
     if way == OWN:
         algorithm |= {"rule": "own_answer", "plurality_similarity": 0.8}
+    if way == CONFIRMED:
+        algorithm |= {"name": f"worth:{Confirmed.__name__}"}
     config = config.model_copy(
         update={
             "num_rounds": last + 1,
@@ -60,8 +91,9 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
             "tracking": config.tracking.model_copy(update={"report_to": ()}),
         }
     )
-    message = PseudoLabels.of(last, labels(run, way)).encode(config.algorithm.compression)
-    branch = base.branch(out, config, ServerState(message).encode())
+    compression = config.algorithm.compression
+    message = ServerState(PseudoLabels.of(last, labels(run, way)).encode(compression)).encode()
+    branch = base.branch(out, config, confirmed(run, compression) if way == CONFIRMED else message)
     split = read_split(branch.data)
     unseen = unused_examples(config, split)
     order = np.random.default_rng(config.seed).permutation(len(unseen))[: NUM_TEST - len(split.test)]

@@ -1,11 +1,20 @@
 """Scripts of experiments/attack and experiments/skills that elect labels anew from stored answers."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from semcons_ray.config import ExperimentConfig
+from semcons_ray.data.split import read_split
+from semcons_ray.federation.opinions import choices, opinion_of
+from semcons_ray.runs.experiment import resume_experiment, run_experiment
+from semcons_ray.studies.labels import read_answered
 from tests.experiments.scripts import load_script
+from tests.invariants.runs import Silent
 from tests.studies.test_attacks import RUN
 
 strong = load_script("attack", "strong.py")
@@ -45,6 +54,32 @@ def test_labels_come_about_as_they_are_named() -> None:
     assert elected[:2] == ["a", "b"] and elected[3] == "q"
     given = list(zip(*(samples[0] for samples in RUN.samples[1].values()), strict=True))
     assert all(label in answers for label, answers in zip(drawn, given, strict=True))
+
+
+@pytest.mark.parametrize("way", worth.WAYS)
+def test_clients_go_on_with_the_labels_that_are_meant(
+    way: str, tiny_config: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worth, "NUM_TEST", 9)
+    monkeypatch.setitem(sys.modules, "worth", worth)
+    algorithm = {"answer_last_round": True, "rule": "plurality", "plurality_similarity": 1.0}
+    config = tiny_config(num_rounds=1, algorithm=algorithm, generation={"num_samples": 3, "max_new_tokens": 4})
+    run_experiment(config, tmp_path / "run", Silent())
+    run = read_answered(tmp_path / "run")
+    worth.go_on(tmp_path / "run", run, way, tmp_path / "on")
+    resume_experiment(tmp_path / "on")
+    learnt = pd.read_parquet(tmp_path / "on/metrics.parquet").query("round == 2").set_index("client_id")
+    elected = worth.labels(run, worth.ELECTED)
+    expected = dict.fromkeys(range(3), 0 if way == worth.NONE else 6)
+    if way == worth.CONFIRMED:
+        for client, draws in run.samples[1].items():
+            pairs = zip(choices(draws)[0], elected, strict=True)
+            expected[client] = sum(opinion_of(own) == opinion_of(label) for own, label in pairs if label)
+        assert 0 < sum(expected.values()) < 18
+    assert learnt["num_pseudo_labels"].to_dict() == expected
+    tests = [[one.prompt for one in read_split(tmp_path / name / "data.parquet").test] for name in ("run", "on")]
+    assert (len(tests[1]), tests[1][: len(tests[0])]) == (9, tests[0])
+    assert worth.scores(tmp_path / "on")["num_items"] == 9
 
 
 def test_differences_are_seed_by_seed() -> None:
