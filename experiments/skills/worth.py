@@ -30,7 +30,7 @@ from semcons_ray.runs.run_folder import RunFolder
 from semcons_ray.studies.labels import Answered, elect, read_answered
 
 HERE = Path(__file__).parent
-NUM_TEST, LOCAL_EPOCHS = 500, 2
+NUM_TEST, LOCAL_EPOCHS = 250, 2
 ELECTED, RANDOM, OWN, REFERENCE, NONE = "elected", "random client", "own answers", "reference", "no labels"
 CONFIRMED = "own answers that were elected"
 WAYS = (RANDOM, ELECTED, OWN, CONFIRMED, REFERENCE, NONE)
@@ -86,7 +86,7 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
             "algorithm": config.algorithm.model_copy(update=algorithm),
             "data": config.data.model_copy(update={"num_test": NUM_TEST}),
             "training": config.training.model_copy(update={"local_epochs": LOCAL_EPOCHS}),
-            "generation": config.generation.model_copy(update={"batch_size": 384, "num_samples": 1}),
+            "generation": config.generation.model_copy(update={"batch_size": 64, "num_samples": 1}),
             "evaluation": config.evaluation.model_copy(update={"num_answers": NUM_TEST, "metrics": ("exact_match",)}),
             "tracking": config.tracking.model_copy(update={"report_to": ()}),
         }
