@@ -289,18 +289,20 @@ def labels(
 
     Raises:
         RunFolderError: One is no run folder, or a file of it is missing or damaged.
-        UserError: A run has no answers, or no public prompt of it has a response; or clients drew fewer samples.
+        UserError: A run has no answers, or no public prompt of it has a response; or clients drew fewer samples; or
+            runs differ not only in their seeds.
         ConfigError: There is no such part, or it refuses its options.
         ModelError: A run's embedder cannot be loaded.
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
     from semcons_ray.runs.run_folder import RunFolder
-    from semcons_ray.studies.labels import elections, label_table, read_answered
+    from semcons_ray.studies.labels import check_seeds, elections, label_table, read_answered
 
     if not places:
         raise UserError("labels needs the folder of a run")
     folders = [locate(place)[0] for place in places]
+    check_seeds(folders)
     ways = elections(RunFolder(folders[0]).stored_config(), rules, competences, defences)
     with as_found():
         return label_table([read_answered(folder) for folder in folders], ways, num_samples)
@@ -328,7 +330,8 @@ def attack(
         rules: Names of rules; one with options is "plurality {min_cosine: 0.95}". None: the rule of the first run.
         defences: The same for defences.
         attacks: The same for attacks; none: all that have a name.
-        shares: Which shares of all clients are malicious, above 0 and under 1; their number is rounded.
+        shares: Which shares of all clients are malicious, above 0 and under 1. Their number is rounded; a share of
+            which no client is left is not tried, and `say` is told.
         seeds: With which an experiment is run.
         learn: Whether the runs go on for one more round, in learnt/ of `out`, with the labels that a backdoor led to,
             and with those without attackers, to see how often models answer test prompts as the attackers want. What
@@ -339,8 +342,8 @@ def attack(
 
     Raises:
         RunFolderError: One is no run folder, or a file of it is missing or damaged.
-        UserError: A run has no answers, or no public prompt of it has a response; or it cannot go on; or `out` is
-            missing.
+        UserError: A run has no answers, or no public prompt of it has a response; or it cannot go on; or runs differ
+            not only in their seeds; or `out` is missing.
         ConfigError: There is no such part, it refuses its options, or a share is out of range.
         ModelError: A run's embedder cannot be loaded.
         StorageError: The disk is full, or cannot be written to.
@@ -357,11 +360,10 @@ def attack(
         make_attacks,
         ways_to_elect,
     )
-    from semcons_ray.studies.labels import read_answered
+    from semcons_ray.studies.labels import check_seeds, read_answered
     from semcons_ray.studies.learning import check_answers_last
 
     say, made = say or logger.info, make_attacks(attacks)
-    check_shares(shares)
     if learn:
         check_goals(made.values())
     stored = [place for place in places if isinstance(place, str | Path) and not Path(place).is_file()]
@@ -371,8 +373,11 @@ def attack(
         raise UserError("attack needs a folder for what it runs: out")
     folder = Path() if out is None else local_folder(out)
     folders = [locate(place)[0] for place in stored]
+    if stored:
+        check_seeds(folders)
     settings = RunFolder(folders[0]).stored_config() if stored else load_config(places)
     ways = ways_to_elect(settings, rules, defences)
+    check_shares(shares, settings.clients.num_clients)
     if not stored:
         if learn:
             check_answers_last(settings, "the experiment")

@@ -156,20 +156,20 @@ DECIDE_NO_NUMBER = ("name", "resources", "energy", "tracking", "failures")
 resume."""
 
 
-def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[str]:
-    """The settings that decide a run's numbers and were changed, in words, one text each.
+def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[tuple[str, Any, Any]]:
+    """The settings that decide a run's numbers and differ: their dotted keys, and both values.
 
     Args:
         begun: Settings with which the run began.
         now: Settings as they are now.
     """
 
-    def compare(one: Mapping[str, Any], other: Mapping[str, Any], above: str) -> Iterator[str]:
+    def compare(one: Mapping[str, Any], other: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any, Any]]:
         for key, value in other.items():
             if isinstance(value, dict) and isinstance(one[key], dict) and value.keys() == one[key].keys():
                 yield from compare(one[key], value, f"{above}{key}.")
             elif value != one[key]:
-                yield f"{above}{key} was changed from {one[key]!r} to {value!r}"
+                yield f"{above}{key}", one[key], value
 
     stored, wanted = (config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now))
     if now.model.dtype == "auto":
@@ -337,7 +337,7 @@ class RunFolder:
             RunFolderError: No run has begun here, or other settings were changed since; the message names them.
         """
         begun = self.begun_with()
-        if changed := differences(begun, now):
+        if changed := [f"{key} was changed from {one!r} to {other!r}" for key, one, other in differences(begun, now)]:
             finished = "the run is finished and " if self.is_finished(begun.num_rounds) else ""
             raise RunFolderError(
                 f"{self.path}: {finished}{', '.join(changed)} since it began; set that back, or begin another run in a "

@@ -114,7 +114,11 @@ def attack_table(
     Raises:
         ConfigError: A share is out of range, or an attack gives no answers of so many clients.
     """
-    check_shares(shares)
+    fewest = min(map(_num_clients, runs))
+    check_shares(shares, fewest)
+    if nobody := [share for share in shares if not num_attackers(fewest, share)]:
+        say(f"at {', '.join(f'{share:g}' for share in nobody)} of so few clients none is malicious: left out")
+    shares = [share for share in shares if share not in nobody]
     num_rounds = 1 + max((_honest_rounds(attack) for attack in attacks.values()), default=0)
     rows = []
     for number, run in enumerate(runs):
@@ -158,14 +162,21 @@ def ways_to_elect(config: ExperimentConfig, rules: Sequence[str], defences: Sequ
     return elections(config, rules or [rule], [competence], defences)
 
 
-def check_shares(shares: Sequence[float]) -> None:
-    """Check shares of malicious clients.
+def check_shares(shares: Sequence[float], num_clients: int) -> None:
+    """Check shares of malicious clients, beside so many honest ones.
 
     Raises:
-        ConfigError: One is out of range.
+        ConfigError: One is out of range, or none is large enough for one attacker.
     """
     if wrong := [share for share in shares if not 0 < share < 1]:
         raise ConfigError(f"--shares must be above 0 and under 1, not {wrong[0]:g}")
+    if not any(num_attackers(num_clients, share) for share in shares):
+        raise ConfigError(f"--shares: beside {num_clients} honest clients not one is malicious; raise them")
+
+
+def num_attackers(num_clients: int, share: float) -> int:
+    """How many attackers beside so many honest clients are nearest to a share of all."""
+    return round(share / (1 - share) * num_clients)
 
 
 def check_goals(attacks: Iterable[Attack]) -> None:
@@ -206,7 +217,7 @@ def play(
     """
     honest_rounds = _honest_rounds(attack)
     run = _lengthened(run, honest_rounds + 1)
-    count = round(share / (1 - share) * max(map(len, run.samples.values())))
+    count = num_attackers(_num_clients(run), share)
     first = 1 + max(max(clients) for clients in run.samples.values())
     sent = {number: _sent(run, place, attack, count) for place, number in enumerate(sorted(run.samples), 1)}
     attacked = dataclasses.replace(
@@ -268,6 +279,10 @@ def _learnt(
 
 def _honest_rounds(attack: Attack) -> int:
     return getattr(attack, "honest_rounds", 0)
+
+
+def _num_clients(run: Answered) -> int:
+    return max(map(len, run.samples.values()))
 
 
 def _most_samples(run: Answered) -> int:

@@ -33,7 +33,7 @@ from semcons_ray.reporting.intervals import arm_intervals
 from semcons_ray.reporting.labels import CATEGORY, render_labels
 from semcons_ray.reporting.tables import read_frame
 from semcons_ray.runs.assembly import embedder_of, known_answers
-from semcons_ray.runs.run_folder import RunFolder, write_file
+from semcons_ray.runs.run_folder import RunFolder, differences, write_file
 
 FloatArray = NDArray[np.float64]
 
@@ -233,6 +233,34 @@ def joint_errors(round: int, runs: Sequence[Answered]) -> pd.DataFrame:
                 rows.append((round, one, other, both[told].mean(), alone, (both * same)[told].mean()))
     columns = ["round", "client_a", "client_b", "both_wrong", "if_independent", "same_wrong"]
     return pd.DataFrame(rows, columns=columns).groupby(columns[:3], as_index=False).mean()
+
+
+def check_seeds(folders: Sequence[Path]) -> None:
+    """Check that runs differ in their seeds only, so that their spread is what chance does.
+
+    They may also have different numbers of rounds and test sets, and data in another folder.
+
+    Raises:
+        RunFolderError: One is no run folder.
+        UserError: Two have the same seed, or another setting is different.
+    """
+    configs = {folder: RunFolder(folder).stored_config() for folder in dict.fromkeys(folders)}
+    first, *_ = configs
+    of_seed: dict[int, Path] = {}
+    for folder in folders:
+        if folder in of_seed.values():
+            raise UserError(f"{folder} is given twice")
+        seed = configs[folder].seed
+        if seed in of_seed:
+            raise UserError(f"{of_seed[seed]} and {folder} both have seed {seed}; give one of them")
+        of_seed[seed] = folder
+        for key, one, other in differences(configs[first], configs[folder]):
+            if key in ("seed", "num_rounds", "data.num_test") or key.startswith("evaluation."):
+                continue
+            if all(isinstance(value, str) and Path(value).is_absolute() for value in (one, other)):
+                one, other = Path(one).name, Path(other).name
+            if one != other:
+                raise UserError(f"{first} and {folder} differ not only in their seeds: {key} is {one!r} and {other!r}")
 
 
 def read_answered(folder: Path) -> Answered:

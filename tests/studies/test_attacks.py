@@ -103,6 +103,15 @@ def test_the_table_has_what_is_lost(tmp_path: Path) -> None:
     assert "± half of the 95% t-interval" in text
 
 
+def test_a_share_of_nobody_is_left_out_and_told_or_refused() -> None:
+    told: list[str] = []
+    done = attack_table([RUN], [PLURALITY], {"says": Says("xxxx")}, [0.1, 0.6], told.append)
+    assert set(done.table["share"]) == {0.0, 0.6}
+    assert told[0] == "at 0.1 of so few clients none is malicious: left out"
+    with pytest.raises(ConfigError, match="--shares: beside 3 honest clients not one is malicious"):
+        attack_table([RUN], [PLURALITY], {"says": Says("xxxx")}, [0.1], print)
+
+
 def test_what_is_no_share_and_what_are_no_answers_is_refused() -> None:
     with pytest.raises(ConfigError, match="--shares must be above 0 and under 1, not 1"):
         attack_table([RUN], [PLURALITY], {"says": Says("xxxx")}, [0.5, 1.0], print)

@@ -12,11 +12,21 @@ from torch import Tensor
 
 import semcons_ray as sr
 from semcons_ray.commands.cli import main
+from semcons_ray.config import dump_config, validate_config
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.errors import ConfigError, UserError
 from semcons_ray.messages import Answers
-from semcons_ray.studies.labels import Answered, Labels, elect, joint_errors, label_table, parse_part, read_answered
+from semcons_ray.studies.labels import (
+    Answered,
+    Labels,
+    check_seeds,
+    elect,
+    joint_errors,
+    label_table,
+    parse_part,
+    read_answered,
+)
 
 PLURALITY = Election("plurality", {"min_cosine": 1.0})
 PROMPTS = ("one", "two", "three", "four")
@@ -83,6 +93,47 @@ def test_known_answers_save_the_votes_of_a_few_that_know_more_from_the_defence()
     few = elect(replace(run, known={0: right[0]}), defended, 4)[1]
     assert few[0] == right[0]  # which the server knows
     assert not set(few[1:]) & set(right)
+
+
+def stored(folder: Path, **settings: object) -> Path:
+    """A run folder that holds its settings."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_config(validate_config(settings, where="here")))
+    return folder
+
+
+def test_runs_may_differ_in_seeds_lengths_and_where_their_data_lies(tmp_path: Path) -> None:
+    one = stored(tmp_path / "one", seed=0, data={"source": str(tmp_path / "here/rows.jsonl")})
+    other = stored(
+        tmp_path / "other",
+        seed=1,
+        num_rounds=5,
+        name="another",
+        data={"source": str(tmp_path / "there/rows.jsonl"), "num_test": 30},
+        evaluation={"num_answers": 2},
+        resources={"fleet": "local"},
+    )
+    check_seeds([one, other])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"seed": 0}, "one and .*other both have seed 0"),
+        ({"seed": 1, "algorithm": {"rule": "plurality"}}, "algorithm.rule is 'medoid' and 'plurality'"),
+        ({"seed": 1, "clients": {"num_clients": 5}}, "clients.num_clients is 4 and 5"),
+        ({"seed": 1, "data": {"source": "/elsewhere/other.jsonl"}}, "data.source is .* and '/elsewhere/other.jsonl'"),
+    ],
+)
+def test_runs_that_are_not_of_several_seeds_are_refused(
+    settings: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    folders = [stored(tmp_path / "one", seed=0), stored(tmp_path / "other", **settings)]
+    for command in (sr.labels, sr.attack):
+        with pytest.raises(UserError, match=told):
+            command(*folders)
+        with pytest.raises(UserError, match="one is given twice"):
+            command(folders[0], folders[0])
 
 
 def row(labels: Labels, rule: str, samples: int) -> "pd.Series[float]":

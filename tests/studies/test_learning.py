@@ -78,7 +78,7 @@ def test_a_run_that_cannot_go_on_is_told_what_to_set(
     few = str(tmp_path / "out")
     assert main(["attack", str(answered), "--attacks", "one_text", "--learn", "--out", few]) == 2
     assert "--learn needs an attack that wants something of models, such as backdoor" in capsys.readouterr().err
-    assert main(["attack", str(answered), str(tmp_path / "silent"), "--learn", "--out", few]) == 2
+    assert main(["attack", str(tmp_path / "silent"), "--learn", "--out", few]) == 2
     assert "nobody answers in the last round" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"nobody answers in the last round; .* algorithm\.answer_last_round to true"):
         learn(tmp_path / "silent", [None] * 6, tmp_path / "out")
