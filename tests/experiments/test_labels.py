@@ -1,4 +1,4 @@
-"""Scripts of experiments/attack and experiments/skills that elect labels anew from stored answers."""
+"""Scripts of experiments/attack, crowd and skills that elect labels anew from stored answers."""
 
 import sys
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from tests.studies.test_attacks import RUN
 
 strong = load_script("attack", "strong.py")
 worth = load_script("skills", "worth.py")
+crowd = load_script("crowd", "labels.py")
 
 
 def test_clients_that_know_all_say_what_is_right_and_others_what_a_client_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +98,13 @@ def test_differences_are_seed_by_seed() -> None:
     # of two values 0.2 apart: t(1, 0.975) = 12.7062 times 0.1 sqrt(2) / sqrt(2)
     assert gain[f"other_skills against {worth.RANDOM}, half width"] == pytest.approx(12.7062 * 0.1, rel=1e-4)
     assert told.loc[worth.RANDOM, f"other_skills against {worth.RANDOM}"] == 0.0
+
+
+def test_a_part_of_the_clients_and_prompts() -> None:
+    of_two = crowd.part(RUN, [2, 0], [0, 3])
+    assert of_two.samples == {1: {2: [["a", "q"]], 0: [["a", "q"]]}}
+    assert (of_two.prompts, of_two.references, of_two.categories) == (["one", "four"], ["a", "z"], ["", ""])
+    found = crowd.right(crowd.part(RUN, [0, 1, 2], [0, 1, 2, 3]))
+    # First draws are right at a, b and c, at a and b, and at a, of four; a plurality has a and b, and perhaps c.
+    assert found[crowd.RANDOM] == pytest.approx((3 + 2 + 1) / 12)
+    assert found["plurality"] in (0.5, 0.75)
