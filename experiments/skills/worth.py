@@ -120,7 +120,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     for way, seeds in table.groupby("labels", sort=False):
         row: dict[str, object] = {"labels": way, "seeds": len(seeds)}
         row |= {name: seeds[name].mean() for name in ("labels_right", "own_skill", "other_skills")}
-        for against in (RANDOM, NONE, OWN):
+        for against in (way for way in (RANDOM, NONE, OWN) if way in set(table["labels"])):
             paired = seeds.set_index("seed").join(
                 table[table["labels"] == against].set_index("seed"), rsuffix="_there", how="inner"
             )
