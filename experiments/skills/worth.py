@@ -28,8 +28,8 @@ from semcons_ray.runs.assembly import unused_examples
 from semcons_ray.runs.experiment import resume_experiment
 from semcons_ray.runs.run_folder import RunFolder
 from semcons_ray.studies.labels import Answered, elect, read_answered
+from semcons_ray.studies.learning import one_round_more
 
-HERE = Path(__file__).parent
 NUM_TEST, LOCAL_EPOCHS = 250, 2
 ELECTED, RANDOM, OWN, REFERENCE, NONE = "elected", "random client", "own answers", "reference", "no labels"
 CONFIRMED = "own answers that were elected"
@@ -74,21 +74,19 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
     """Let the run's clients learn for one more round, in a folder of its own, and answer `NUM_TEST` test prompts: those
     of the run, and further ones that no client has seen."""
     base = RunFolder(folder)
-    config, last = base.stored_config(), base.stored_config().num_rounds
-    algorithm = {"answer_last_round": False}
-    if way == OWN:
-        algorithm |= {"rule": "own_answer", "plurality_similarity": 0.8}
-    if way == CONFIRMED:
-        algorithm |= {"name": f"worth:{Confirmed.__name__}"}
+    last = base.stored_config().num_rounds
+    config = one_round_more(base.stored_config(), NUM_TEST)
+    algorithm = {
+        OWN: {"rule": "own_answer", "plurality_similarity": 0.8},
+        CONFIRMED: {"name": f"worth:{Confirmed.__name__}"},
+    }.get(way, {})
     config = config.model_copy(
         update={
-            "num_rounds": last + 1,
             "algorithm": config.algorithm.model_copy(update=algorithm),
             "data": config.data.model_copy(update={"num_test": NUM_TEST}),
             "training": config.training.model_copy(update={"local_epochs": LOCAL_EPOCHS}),
             "generation": config.generation.model_copy(update={"batch_size": 64, "num_samples": 1}),
-            "evaluation": config.evaluation.model_copy(update={"num_answers": NUM_TEST, "metrics": ("exact_match",)}),
-            "tracking": config.tracking.model_copy(update={"report_to": ()}),
+            "evaluation": config.evaluation.model_copy(update={"metrics": ("exact_match",)}),
         }
     )
     compression = config.algorithm.compression
@@ -101,8 +99,8 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """Exact match in clients' own skills and in those of others, means over clients, and the share of labels that are
-    right of those that clients learnt."""
+    """Exact match in clients' own skills and in those of others, means over clients, and how many test prompts there
+    are."""
     branch = RunFolder(folder)
     split, config = read_split(branch.data), branch.stored_config()
     skill_of = [share[0].category for share in split.private]

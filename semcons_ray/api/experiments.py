@@ -296,14 +296,12 @@ def labels(
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
-    from semcons_ray.runs.run_folder import RunFolder
     from semcons_ray.studies.labels import check_seeds, elections, label_table, read_answered
 
     if not places:
         raise UserError("labels needs the folder of a run")
     folders = [locate(place)[0] for place in places]
-    check_seeds(folders)
-    ways = elections(RunFolder(folders[0]).stored_config(), rules, competences, defences)
+    ways = elections(check_seeds(folders), rules, competences, defences)
     with as_found():
         return label_table([read_answered(folder) for folder in folders], ways, num_samples)
 
@@ -351,7 +349,6 @@ def attack(
     """
     from semcons_ray.runs.own_process import as_found
     from semcons_ray.runs.remote_folder import locate
-    from semcons_ray.runs.run_folder import RunFolder
     from semcons_ray.studies.attacks import (
         attack_table,
         check_goals,
@@ -373,9 +370,7 @@ def attack(
         raise UserError("attack needs a folder for what it runs: out")
     folder = Path() if out is None else local_folder(out)
     folders = [locate(place)[0] for place in stored]
-    if stored:
-        check_seeds(folders)
-    settings = RunFolder(folders[0]).stored_config() if stored else load_config(places)
+    settings = check_seeds(folders) if stored else load_config(places)
     ways = ways_to_elect(settings, rules, defences)
     check_shares(shares, settings.clients.num_clients)
     if not stored:

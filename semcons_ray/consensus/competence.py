@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from semcons_ray.consensus.evidence import UNKNOWN, Evidence
+from semcons_ray.consensus.evidence import Evidence
 from semcons_ray.consensus.rules import TOLERANCE
 from semcons_ray.errors import ConfigError
 
@@ -77,9 +77,7 @@ def sentinels(
     """
     if evidence.known is None or evidence.prompts is None:
         raise ConfigError("algorithm.competence sentinels needs prompts.sentinels over 0: known answers")
-    known = (evidence.known != UNKNOWN).nonzero()[:, 0]
-    right = evidence.opinions[known] == evidence.known[known, None]
-    rates = evidence.of_clients(evidence.shares[known] * right)
+    known, rates = evidence.rates_where_known()
     cosines = evidence.prompts @ evidence.prompts[known].T
     farthest = cosines.topk(min(neighbours, len(known)), dim=1).values[:, -1:]
     near = (cosines >= farthest - TOLERANCE).float()

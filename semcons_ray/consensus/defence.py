@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from semcons_ray.consensus.evidence import UNKNOWN, Evidence, Ruling
+from semcons_ray.consensus.evidence import Evidence, Ruling
 from semcons_ray.consensus.tallies import present_vectors
 
 SKETCH = 2**20
@@ -36,11 +36,11 @@ ALIKE = 0.5
 IN_COMMON = 2 / 3
 """Colluders have at least this share of the answers that they are sure of in common, or of the fewer of the two."""
 
-ECHO = 0.95
-"""Cosine of an answer to its prompt above which it says nothing else."""
-
 PROOF = 2
 """By how many known answers a client must do better than those who are not suspected, to be trusted all the same."""
+
+ECHO = 0.95
+"""Cosine of an answer to its prompt above which it says nothing else."""
 
 NEAR_PROMPT = 0.75
 """Mean cosine of all answers to a prompt above which none is an echo, as where both are embedded together."""
@@ -111,12 +111,10 @@ def _proven(evidence: Evidence, suspects: Tensor) -> Tensor:
     """Which clients do better than those who are not suspected, where the server knows the answers, (N,) bool."""
     if evidence.known is None:
         return torch.zeros_like(suspects)
-    at = evidence.known != UNKNOWN
-    known, opinions, shares = evidence.known[at], evidence.opinions[at].clamp(min=0), evidence.shares[at]
-    right = evidence.of_clients(shares * (opinions == known[:, None])).sum(dim=0)
-    unsuspected = shares * ~suspects[evidence.voters]
-    most_common = torch.zeros_like(shares).scatter_add_(1, opinions, unsuspected).argmax(dim=1)
-    return right >= (most_common == known).sum() + PROOF
+    at, rates = evidence.rates_where_known()
+    unsuspected = evidence.shares[at] * ~suspects[evidence.voters]
+    votes = torch.zeros_like(unsuspected).scatter_add_(1, evidence.opinions[at].clamp(min=0), unsuspected)
+    return rates.sum(dim=0) >= (votes.argmax(dim=1) == evidence.known[at]).sum() + PROOF
 
 
 def sure_agreement(evidence: Evidence, sureness: float, *, undoubted: bool = False) -> Tensor:

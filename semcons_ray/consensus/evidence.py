@@ -80,6 +80,15 @@ class Evidence:
         shares = torch.zeros(len(keys), device=shares.device).index_add_(0, places, shares)
         return keys // self.num_clients, keys % self.num_clients, shares
 
+    def rates_where_known(self) -> tuple[Tensor, Tensor]:
+        """The prompts whose answer the server knows, (K,) int64, and the share of each client's draws that are right
+        there, (K, N); none if it knows no answers."""
+        if self.known is None:
+            return self.present.new_zeros(0, dtype=torch.int64), self.shares.new_zeros(0, self.num_clients)
+        at = (self.known != UNKNOWN).nonzero()[:, 0]
+        right = self.opinions[at] == self.known[at, None]
+        return at, self.of_clients(self.shares[at] * right)
+
     def without(self, ballots: Tensor) -> Evidence:
         """The same where some ballots, (P, B) bool, are missing."""
         return dataclasses.replace(

@@ -235,8 +235,9 @@ def joint_errors(round: int, runs: Sequence[Answered]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).groupby(columns[:3], as_index=False).mean()
 
 
-def check_seeds(folders: Sequence[Path]) -> None:
-    """Check that runs differ in their seeds only, so that their spread is what chance does.
+def check_seeds(folders: Sequence[Path]) -> ExperimentConfig:
+    """Check that runs differ in their seeds only, so that their spread is what chance does, and return the settings of
+    the first.
 
     They may also have different numbers of rounds and test sets, and data in another folder.
 
@@ -261,6 +262,7 @@ def check_seeds(folders: Sequence[Path]) -> None:
                 one, other = Path(one).name, Path(other).name
             if one != other:
                 raise UserError(f"{first} and {folder} differ not only in their seeds: {key} is {one!r} and {other!r}")
+    return configs[first]
 
 
 def read_answered(folder: Path) -> Answered:

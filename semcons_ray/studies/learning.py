@@ -44,6 +44,19 @@ def check_learning(run: Path) -> ExperimentConfig:
     return config
 
 
+def one_round_more(config: ExperimentConfig, num_answers: int) -> ExperimentConfig:
+    """Settings with which a finished run goes on for a round, in which nobody answers public prompts, and then clients
+    answer so many test prompts."""
+    return config.model_copy(
+        update={
+            "num_rounds": config.num_rounds + 1,
+            "algorithm": config.algorithm.model_copy(update={"answer_last_round": False}),
+            "evaluation": config.evaluation.model_copy(update={"num_answers": num_answers}),
+            "tracking": config.tracking.model_copy(update={"report_to": ()}),
+        }
+    )
+
+
 def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
     """Let the clients of a finished run learn labels for one more round, and then answer all test prompts.
 
@@ -67,17 +80,9 @@ def learn(run: Path, labels: Sequence[str | None], out: Path) -> pd.DataFrame:
     last, algorithm = config.num_rounds, config.algorithm
     test = read_split(folder.data).test
     if not out.exists():
-        goes_on = config.model_copy(
-            update={
-                "num_rounds": last + 1,
-                "algorithm": algorithm.model_copy(update={"answer_last_round": False}),
-                "evaluation": config.evaluation.model_copy(update={"num_answers": len(test)}),
-                "tracking": config.tracking.model_copy(update={"report_to": ()}),
-            }
-        )
         message = PseudoLabels.of(last, labels).encode(algorithm.compression)
         kept = ServerState.decode(folder.server_state(last)).kept
-        folder.branch(out, goes_on, ServerState(message, kept).encode())
+        folder.branch(out, one_round_more(config, len(test)), ServerState(message, kept).encode())
     resume_experiment(out)
     items = pd.read_parquet(out / "items" / f"round_{last + 1:03d}.parquet", columns=["client_id", "item", "answer"])
     asked = [test[item] for item in items["item"]]
