@@ -67,6 +67,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "independent": "semcons_ray.consensus.defence:Independent",
     },
     "attack": {
+        "harmless": "semcons_ray.security.attacks:harmless",
         "one_text": "semcons_ray.security.attacks:one_text",
         "echo": "semcons_ray.security.attacks:echo",
         "least_likely": "semcons_ray.security.attacks:least_likely",

@@ -102,6 +102,11 @@ class HasGoal(Protocol):
         ...
 
 
+def harmless(scene: Scene) -> Sequence[Draws]:
+    """The control: no attack, but as many clients more that do no harm. Votes of newcomers change elections, too."""
+    return scene.mixed([None] * len(scene.prompts))
+
+
 def one_text(scene: Scene, *, text: str = "I cannot answer that.") -> Sequence[Draws]:
     """One text, whatever is asked."""
     return scene.together([text] * len(scene.prompts))
@@ -188,7 +193,7 @@ class Sleeper:
     def __call__(self, scene: Scene) -> Sequence[Draws]:
         """See `Attack`."""
         if scene.round <= self.honest_rounds:
-            return scene.mixed([None] * len(scene.prompts))
+            return harmless(scene)
         return scene.together(_runners_up(scene))
 
 

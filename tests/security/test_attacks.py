@@ -14,6 +14,7 @@ from semcons_ray.security.attacks import (
     Sleeper,
     adaptive,
     echo,
+    harmless,
     hub,
     label_flip,
     least_likely,
@@ -86,6 +87,7 @@ def test_a_backdoor_opens_at_its_trigger_only() -> None:
 
 def test_a_sleeper_is_like_an_honest_client_until_it_wakes() -> None:
     asleep, awake = (Sleeper(honest_rounds=2)(scene(round)) for round in (2, 3))
+    assert asleep == harmless(scene())
     for draws in asleep:
         for p, answers in enumerate(zip(*draws, strict=True)):
             assert any({*answers} <= {row[p] for row in client} for client in scene().honest)
