@@ -33,7 +33,7 @@ def main() -> None:
         election = Election("plurality", {"min_cosine": 1.0}, threshold=threshold, defence="independent")
         usual = elect(run, election, DRAWS)
         for attack, share in itertools.product((harmless, adaptive), SHARES):
-            got = play(run, election, attack, share, usual) if share else play(run, election, lambda scene: (), 0, usual)
+            got = play(run, election, attack, share, usual)
             row = {"seed": run.seed, "threshold": threshold, "attack": attack.__name__, "share": share}
             labelled = float(np.mean([label is not None for label in got.labels]))
             rows.append(row | {"labelled": labelled, "right": got.accuracy, "captured": got.captured})
