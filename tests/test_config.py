@@ -269,8 +269,13 @@ def test_a_client_has_its_own_settings_and_all_others_are_the_common_ones():
     plain, own = config.client_training()[0], config.client_training()[1]
     assert (plain.learning_rate, plain.local_steps, plain.batch_size) == (5e-4, None, 2)
     assert (own.learning_rate, own.local_steps, own.batch_size) == (0.01, 3, 2)
-    assert config.client_training()[2:] == (plain, plain)
-    stop = [(settings.stop, settings.top_k, settings.max_new_tokens) for settings in config.client_generation()]
+    assert [config.client_training()[client] for client in (2, 3)] == [plain, plain]
+    assert config.client_training().distinct(range(4)) == (plain, own)
+    assert config.client_training().distinct(range(1, 2)) == (own,)
+    with pytest.raises(TypeError, match="not iterable"):
+        [*config.client_training()]
+    generation = [config.client_generation()[client] for client in range(4)]
+    stop = [(settings.stop, settings.top_k, settings.max_new_tokens) for settings in generation]
     assert stop == [((), 0, 9), ((), 0, 9), (("x",), 4, 9), ((), 0, 9)]
     assert validate_config(yaml.safe_load(dump_config(config)), where="again") == config
 

@@ -27,6 +27,7 @@ from semcons_ray.config.keys import (
     typed,
     without_settings,
 )
+from semcons_ray.config.per_client import ByClient, PerClient
 from semcons_ray.config.reading import (
     Layer,
     Layers,
@@ -73,6 +74,7 @@ __all__ = [
     "AlgorithmConfig",
     "AlgorithmName",
     "Attention",
+    "ByClient",
     "ClientModelConfig",
     "ClientsConfig",
     "DataConfig",
@@ -88,6 +90,7 @@ __all__ = [
     "MetricName",
     "ModelConfig",
     "Part",
+    "PerClient",
     "PromptsConfig",
     "Quantization",
     "RuleName",

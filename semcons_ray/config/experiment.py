@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from semcons_ray.config.base import Settings
 from semcons_ray.config.endpoints import JudgeConfig
 from semcons_ray.config.keys import describe_error, merge_settings, setting_keys
+from semcons_ray.config.per_client import PerClient, models_of
 from semcons_ray.config.sections import (
     DEFAULT_METRICS,
     DEFAULT_MIN_VOTES,
@@ -96,7 +97,7 @@ class ExperimentConfig(Settings):
                 raise ValueError(
                     f"evaluation.metrics {', '.join(on_answers)} needs answers, and evaluation.num_answers is 0"
                 )
-        if left_out := [name for name in self.clients.mix if name not in self.client_models()]:
+        if left_out := [name for name in self.clients.mix if name not in self.clients_with()]:
             raise ValueError(
                 f"clients.mix gives {', '.join(left_out)} no client of clients.num_clients = {self.clients.num_clients}"
             )
@@ -105,10 +106,10 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"clients.lora_ranks goes up to {max(ranks)}, over model.lora.rank = {self.model.lora.rank}"
             )
-        if not self.algorithm.any_models and len(set(self.client_models())) > 1:
+        if not self.algorithm.any_models and len(self.clients_with()) > 1:
             what = "tokenizer" if self.algorithm.exchanges_tokens else "architecture"
             raise ValueError(f"algorithm.name {name} needs one {what}, and clients.mix gives clients several models")
-        if not self.algorithm.is_so("any_ranks") and len(set(self.client_ranks())) > 1:
+        if not self.algorithm.is_so("any_ranks") and len(set(self.lora_ranks)) > 1:
             raise ValueError(
                 f"algorithm.name {name} needs equal ranks, and clients.lora_ranks gives several; "
                 "flora, flexlora and hetlora take them"
@@ -128,7 +129,7 @@ class ExperimentConfig(Settings):
 
         Settings that several runs share may name models for those of them that have any.
         """
-        models, used = self.client_models(), self.other_models
+        used = self.other_models
         unused = [name for name in self.clients.models if name not in used]
         if unused and (used or not is_shared):
             raise ValueError(f"clients.models names {', '.join(unused)}, which no client has")
@@ -147,9 +148,9 @@ class ExperimentConfig(Settings):
             raise ValueError(f"evaluation.metrics multiple_choice needs likelihoods, which {named} does not tell")
         for client, own in self.clients.overrides.items():
             for key in _OF_ADAPTERS:
-                if models[client] in used and has_setting(own, key.split(".")):
+                if (model := self.model_of(client)) in used and has_setting(own, key.split(".")):
                     raise ValueError(
-                        f"clients.overrides.{client}.{key} has no effect: client {client} has {models[client]} of "
+                        f"clients.overrides.{client}.{key} has no effect: client {client} has {model} of "
                         "clients.models, which is not trained here"
                     )
 
@@ -265,7 +266,7 @@ class ExperimentConfig(Settings):
     def _check_sharding(self) -> None:
         if not self.sharding.models:
             return
-        if unknown := [name for name in self.sharding.models if name not in self.client_models()]:
+        if unknown := [name for name in self.sharding.models if name not in self.clients_with()]:
             raise ValueError(f"sharding.models names {', '.join(unknown)}, which no client has")
         if self.resources.fleet == "local":
             raise ValueError("sharding.models needs resources.fleet ray")
@@ -286,42 +287,47 @@ class ExperimentConfig(Settings):
         own = self.clients.overrides.get(client, {})
         return self.model_copy(update={name: _laid_over(getattr(self, name), own[name]) for name in own})
 
-    def client_training(self) -> tuple[TrainingConfig, ...]:
-        """Settings of each client's local update, shape (C,)."""
-        return tuple(self.of_client(client).training for client in range(self.clients.num_clients))
+    def client_training(self) -> PerClient[TrainingConfig]:
+        """Settings of each client's local update."""
+        own = {client: self.of_client(client).training for client in self.clients.overrides}
+        return PerClient(self.training, own)
 
-    def client_generation(self) -> tuple[GenerationConfig, ...]:
-        """Settings of each client's answers, shape (C,)."""
-        return tuple(self.of_client(client).generation for client in range(self.clients.num_clients))
+    def client_generation(self) -> PerClient[GenerationConfig]:
+        """Settings of each client's answers."""
+        own = {client: self.of_client(client).generation for client in self.clients.overrides}
+        return PerClient(self.generation, own)
+
+    @property
+    def lora_ranks(self) -> tuple[int, ...]:
+        """LoRA ranks that clients have in turn: client c that at place c modulo their number."""
+        return (self.clients.lora_ranks or (self.model.lora.rank,))[: self.clients.num_clients]
 
     def client_ranks(self) -> tuple[int, ...]:
         """LoRA rank of each client, shape (C,)."""
-        ranks = self.clients.lora_ranks or (self.model.lora.rank,)
-        return tuple(ranks[client % len(ranks)] for client in range(self.clients.num_clients))
+        ranks, count = self.lora_ranks, self.clients.num_clients
+        return (ranks * (count // len(ranks) + 1))[:count]
+
+    def clients_with(self) -> Mapping[str, range]:
+        """Ids of the clients that have each model, by its name, in the mix's order."""
+        return models_of(tuple(self.clients.mix.items()) or ((self.model.name, 1.0),), self.clients.num_clients)
 
     def client_models(self) -> tuple[str, ...]:
-        """Model name of each client, shape (C,): shares rounded by largest remainder, models in the mix's order."""
-        count, mix = self.clients.num_clients, self.clients.mix
-        if not mix:
-            return (self.model.name,) * count
-        total = sum(mix.values())
-        exact = {name: share / total * count for name, share in mix.items()}
-        sizes = {name: int(value) for name, value in exact.items()}
-        by_remainder = sorted(exact, key=lambda name: sizes[name] - exact[name])
-        for name in by_remainder[: count - sum(sizes.values())]:
-            sizes[name] += 1
-        return tuple(name for name in mix for _ in range(sizes[name]))
+        """Model name of each client, shape (C,)."""
+        return tuple(name for name, clients in self.clients_with().items() for _ in clients)
 
+    def model_of(self, client: int) -> str:
+        """Name of the client's model."""
+        return next(name for name, clients in self.clients_with().items() if client in clients)
 
     @property
     def open_models(self) -> tuple[str, ...]:
         """Names of the clients' models that are adapted here, each once; the others are of `clients.models`."""
-        return tuple(name for name in dict.fromkeys(self.client_models()) if name not in self.clients.models)
+        return tuple(name for name in self.clients_with() if name not in self.clients.models)
 
     @property
     def other_models(self) -> tuple[str, ...]:
         """Names of the clients' models that are of `clients.models`, each once."""
-        return tuple(name for name in dict.fromkeys(self.client_models()) if name in self.clients.models)
+        return tuple(name for name in self.clients_with() if name in self.clients.models)
 
     @property
     def scored_models(self) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ class Demand:
     """
 
     model: str
-    clients: tuple[int, ...]
+    clients: Sequence[int]
     host_bytes: int
     device_bytes: int
     ranks: int = 1
@@ -158,7 +158,7 @@ class WorkerPlan:
     node_id: str
     node: str
     model: str
-    clients: tuple[int, ...]
+    clients: Sequence[int]
     threads: int
     gpus: float
     memory_bytes: int

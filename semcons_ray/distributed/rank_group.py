@@ -53,12 +53,12 @@ class RankGroup:
         """See `WorkerActor.place`; once it returns, all ranks are running."""
         return Place.of_all(self._wait([actor.place.remote(uses_gpu) for actor in self._ranks]))
 
-    def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
+    def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
         """Join the ranks in a process group, and load the model; see `WorkerActor.load`."""
         count = len(self._ranks)
         (address,) = self._wait([self._ranks[0].open_rendezvous.remote(count)])
         self._wait([actor.join.remote(rank, count, address) for rank, actor in enumerate(self._ranks)])
-        shapes: dict[str, tuple[int, ...]] = self._all("load", spec)
+        shapes: dict[str, tuple[int, ...]] = self._all("load", spec, worker)
         return shapes
 
     def first_adapter(self) -> bytes:

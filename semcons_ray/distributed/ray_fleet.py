@@ -1,12 +1,16 @@
-"""`RayFleet`: visits clients in Ray actors. All workers work at the same time, each on its clients one by one.
+"""`RayFleet`: visits clients in Ray actors. All workers work at the same time, each on one client after the other.
+
+Each worker begins with the clients that it has by the plan, those with the most data first. One that has no more of
+them goes on with the clients of another worker of its model that has the most left, so that all workers are busy to the
+end of a round, whoever takes part and however long visits take. Nothing of a client stays in a worker between visits.
 
 A worker that dies, or whose visit takes too long, is replaced. The visit that it was at is tried again up to a limit,
 and then its client is left out of the round. The work of a visit counts exactly once (see federation/store.py), so
 repeating a visit costs time and changes nothing.
 
-A worker whose node is lost is replaced on another node. If none has room, it waits for the rest of the round and at
-least `room_timeout_seconds`; then its clients are left out. It keeps waiting in the following rounds, without delaying
-them, until a node joins.
+A worker whose node is lost is replaced on another node. If none has room, it waits for the rest of the round, while
+others take its clients. Clients of a model none of whose workers has room for `room_timeout_seconds` are left out. It
+keeps waiting in the following rounds, without delaying them, until a node joins.
 """
 
 from __future__ import annotations
@@ -51,28 +55,30 @@ class _Worker:
     """One actor, and what it is made from.
 
     Attributes:
-        clients: Clients that it has yet to visit; the first is the one at which it works.
-        refs: References to their replies, in the same order, once it has room.
+        clients: Clients that it was sent; the first is the one at which it works.
+        refs: References to their replies, in the same order.
         place: Where it was last seen.
         has_room: Whether its process is running; if not, the cluster may have no room for it.
         room: The placement group of its ranks, if it has several.
         since: When it began its current visit, or to wait for room, by the monotonic clock.
+        is_stopped: Whether it was stopped for good.
     """
 
-    def __init__(self, plan: WorkerPlan, spec: HostSpecProtocol, code: Path | None) -> None:
+    def __init__(self, plan: WorkerPlan, spec_ref: ray.ObjectRef[Any], variables: Mapping[str, str]) -> None:
         self.plan = plan
-        self.spec = spec
-        self.code = code
+        self.spec_ref = spec_ref
+        self.variables = variables
         self.clients: deque[int] = deque()
         self.refs: deque[ray.ObjectRef[Any]] = deque()
         self.place = Place(plan.node)
         self.has_room = True
+        self.is_stopped = False
         self.room: PlacementGroup | None = None
         self.start()
 
     def start(self) -> None:
         """Start the actor and have it load."""
-        plan, variables = self.plan, passed_on(self.spec.environment, self.code)
+        plan, variables = self.plan, self.variables
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
             self.actor = WorkerActor.options(**options).remote(variables)  # type: ignore[attr-defined]
@@ -81,26 +87,76 @@ class _Worker:
             options |= {"num_cpus": 0, "num_gpus": 0}
             self.actor = RankGroup.options(**options).remote(plan, self.room, variables)  # type: ignore[attr-defined]
         self.place_ref = self.actor.place.remote(plan.gpus > 0)
-        self.load_ref = self.actor.load.remote(self.spec)
+        self.load_ref = self.actor.load.remote(self.spec_ref, plan.name)
         if self.has_room:  # the waiting time of a worker that waits for room already goes on
             self.since = time.monotonic()
-        self.has_room = False
+        self.has_room = self.is_stopped = False
 
     @property
     def awaited_ref(self) -> ray.ObjectRef[Any]:
         """Reference to what it will return next."""
         return self.refs[0] if self.has_room else self.place_ref
 
+    def send(self, client: int, ref: ray.ObjectRef[Any]) -> None:
+        """Note a client that it was sent, and the reference to the reply."""
+        if not self.clients:
+            self.since = time.monotonic()
+        self.clients.append(client)
+        self.refs.append(ref)
+
+    def done(self) -> int:
+        """The client at which it worked, and is not any more."""
+        self.refs.popleft()
+        self.since = time.monotonic()
+        return self.clients.popleft()
+
     def replace(self) -> None:
-        """Kill the actor if it is alive, and start another."""
+        """Kill the actor if it is alive, and start another, which has been sent nothing."""
+        self.clients.clear()
+        self.refs.clear()
         self.stop()
         self.start()
 
     def stop(self) -> None:
         """Kill the actor, and its ranks if it has several."""
+        self.is_stopped = True
         ray.kill(self.actor, no_restart=True)
         if self.room is not None:
             remove_placement_group(self.room)
+
+
+class _Waiting:
+    """Clients of a model that are still to be visited in a round, in a queue for each of its workers."""
+
+    def __init__(self, workers: Sequence[_Worker]) -> None:
+        self._queues: dict[_Worker, deque[int]] = {worker: deque() for worker in workers}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers the model has."""
+        return len(self._queues)
+
+    def add(self, worker: _Worker, clients: Sequence[int], *, first: bool = False) -> None:
+        """Add clients to the queue of a worker: behind the others, or before them."""
+        if first:
+            self._queues[worker].extendleft(reversed(clients))
+        else:
+            self._queues[worker].extend(clients)
+
+    def next_for(self, worker: _Worker) -> int:
+        """Take out the client that a worker is to visit: the first of its own, or of the longest queue."""
+        own = self._queues[worker]
+        return (own or max(self._queues.values(), key=len)).popleft()
+
+    def take_all(self) -> list[int]:
+        """Take out all clients, ascending."""
+        clients = sorted(client for queue in self._queues.values() for client in queue)
+        for queue in self._queues.values():
+            queue.clear()
+        return clients
 
 
 class RayFleet:
@@ -108,13 +164,15 @@ class RayFleet:
 
     Args:
         plans: Placement of each worker.
-        specs: What each worker builds its host from, in the same order.
+        specs: What workers build their hosts from, by model.
         timeout_seconds: A visit that takes longer is given up, and tried again by a new worker.
         max_restarts: How often a visit is tried again in a round.
         quorum: Share of the clients visited that must answer, 0 to 1.
         uses_gpu: Whether GPUs are metered.
         room_timeout_seconds: How long a round waits for a worker for which the cluster has no room.
         code: Folder with the code of parts of one's own, if there is any.
+        sizes: How much data each client has, by its id, in any unit: those with the most are visited first. None: it is
+            not known.
 
     Raises:
         UserError: There was no room for a worker, or it could not load its model; the message says what to change.
@@ -124,7 +182,7 @@ class RayFleet:
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        specs: Sequence[HostSpecProtocol],
+        specs: Mapping[str, HostSpecProtocol],
         *,
         timeout_seconds: float,
         max_restarts: int,
@@ -132,9 +190,12 @@ class RayFleet:
         uses_gpu: bool,
         room_timeout_seconds: float = 300.0,
         code: Path | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
-        self._workers = {plan.name: _Worker(plan, spec, code) for plan, spec in zip(plans, specs, strict=True)}
-        self._worker_of = {client: worker for worker in self._workers.values() for client in worker.plan.clients}
+        spec_refs = {model: ray.put(spec) for model, spec in specs.items()}  # once for all workers, if it is large
+        variables = {model: passed_on(spec.environment, code) for model, spec in specs.items()}
+        self._workers = {plan.name: _Worker(plan, spec_refs[plan.model], variables[plan.model]) for plan in plans}
+        self._sizes = sizes
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._quorum = quorum
@@ -175,40 +236,78 @@ class RayFleet:
             lambda actor, client, downlink: actor.measure.remote(client, round, downlink, examples.get(client, ())),
         )
 
-    def _ask(self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]) -> Iterator[Reply]:
-        """Replies of clients to `call`. An actor runs its calls in order, so only the first of each is watched."""
+    def _ask(
+        self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]
+    ) -> Iterator[Reply]:
+        """Replies of clients to `call`, see `_answers`."""
+        for answer in self._answers(round, downlinks, call):
+            yield _REPLY.decode(answer)
+        check_quorum(round, self._num_asked, self.lost, self._quorum)
+
+    def _answers(
+        self,
+        round: int,
+        downlinks: Mapping[int, bytes],
+        call: Callable[[Any, int, Any], Any],
+        idle: Callable[[_Worker], None] = lambda worker: None,
+    ) -> Iterator[Any]:
+        """What actors return for each client; clients that are given up are in `lost`. An actor runs its calls in
+        order, so only the first of each is watched.
+
+        Args:
+            round: The round.
+            downlinks: The clients, each with its message.
+            call: Asks an actor, given the client and a reference to the message.
+            idle: Is called with a worker for which nothing is left to do.
+        """
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
         self.lost, self._num_asked = lost, len(downlinks)
+        waiting = self._waiting(downlinks)
 
-        def send(worker: _Worker, clients: Sequence[int]) -> None:
-            worker.clients = deque(clients)
-            if worker.has_room:  # else it is sent them later, so that no worker does a visit that nobody waits for
-                worker.since = time.monotonic()
-                worker.refs = deque(call(worker.actor, client, shared[downlinks[client]]) for client in clients)
+        def fill(worker: _Worker) -> None:
+            """Send a worker a client, and one more while it is at work, so that it need not wait for us; but leave the
+            last ones to whoever is free first."""
+            left = waiting[worker.plan.model]
+            while left and len(worker.clients) < (2 if len(left) > left.num_workers else 1):
+                client = left.next_for(worker)
+                worker.send(client, call(worker.actor, client, shared[downlinks[client]]))
+            if not worker.clients:
+                idle(worker)
 
         def replace(worker: _Worker, reason: str) -> None:
-            first, *others = worker.clients
-            # A worker that died before it had room is no failed attempt: Ray may start one on a node just being lost.
-            attempts[first] += worker.has_room
-            logger.warning("round %d, client %d, attempt %d: %s", round, first, attempts[first], reason)
-            if attempts[first] > self._max_restarts:
-                lost[first] = reason
+            clients = [*worker.clients]
+            if clients:  # else it died before it had room: Ray may start one on a node just being lost
+                first = clients[0]
+                attempts[first] += 1
+                logger.warning("round %d, client %d, attempt %d: %s", round, first, attempts[first], reason)
+                if attempts[first] > self._max_restarts:
+                    lost[first] = reason
+                    clients.remove(first)
+            else:
+                logger.warning("round %d: %s", round, reason)
             self._replace(worker)
-            send(worker, others if first in lost else [first, *others])
+            waiting[worker.plan.model].add(worker, clients, first=True)
 
         def leave_out(worker: _Worker) -> None:
             reason = f"no node had room for {worker.plan.name} in the round's time and failures.room_timeout_seconds"
-            logger.warning("round %d, clients %s: %s", round, list(worker.clients), reason)
-            lost.update(dict.fromkeys(worker.clients, reason))
-            worker.clients.clear()
+            clients = waiting[worker.plan.model].take_all()
+            logger.warning("round %d, clients %s: %s", round, clients, reason)
+            lost.update(dict.fromkeys(clients, reason))
 
-        for worker in self._workers.values():
-            send(worker, [client for client in worker.plan.clients if client in downlinks])
-        while busy := [worker for worker in self._workers.values() if worker.clients]:
+        while True:
+            for worker in self._workers.values():
+                if worker.has_room and not worker.is_stopped:
+                    fill(worker)
+            at_work = [worker for worker in self._workers.values() if worker.clients]
+            homeless = [
+                worker for worker in self._workers.values() if not worker.has_room and waiting[worker.plan.model]
+            ]
+            if not (busy := at_work + homeless):
+                return
             # Workers may wait for room for as long as others are at work.
-            hurried = [worker for worker in busy if worker.has_room] or busy
+            hurried = at_work or homeless
             deadline = min(map(self._deadline, hurried))
             awaited = {worker.awaited_ref: worker for worker in busy}
             ready, _ = ray.wait(list(awaited), timeout=max(deadline - time.monotonic(), 0.0))
@@ -220,25 +319,20 @@ class RayFleet:
                     if isinstance(error.cause, UserError):
                         raise error.cause from None
                     if isinstance(error.cause, NotFiniteError | UnansweredError):  # another attempt would end the same
-                        lost[worker.clients.popleft()] = str(error.cause)
-                        worker.refs.popleft()
-                        worker.since = time.monotonic()
+                        lost[worker.done()] = str(error.cause)
                     else:
                         logger.info("what failed in %s:", worker.plan.name, exc_info=error)
                         replace(worker, str(error.cause))
                 except RayError as error:
                     replace(worker, f"{worker.plan.name} died ({first_line(error)})")
-                    if worker.clients and time.monotonic() >= self._deadline(worker):  # it keeps dying as it starts
+                    if not at_work and time.monotonic() >= self._deadline(worker):  # it keeps dying as it starts
                         leave_out(worker)
                 else:
                     if worker.has_room:
-                        worker.clients.popleft()
-                        worker.refs.popleft()
-                        worker.since = time.monotonic()
-                        yield _REPLY.decode(answer)
+                        worker.done()
+                        yield answer
                     else:
                         worker.place, worker.has_room = answer, True
-                        send(worker, worker.clients)
             if not ready:
                 for worker in hurried:
                     if time.monotonic() < self._deadline(worker):
@@ -247,7 +341,21 @@ class RayFleet:
                         replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
                     else:
                         leave_out(worker)
-        check_quorum(round, self._num_asked, lost, self._quorum)
+
+    def _waiting(self, downlinks: Mapping[int, bytes]) -> dict[str, _Waiting]:
+        """The clients to be visited, by model: each in the queue of the worker that has it by the plan."""
+        by_model: dict[str, list[_Worker]] = {}
+        for worker in self._workers.values():
+            by_model.setdefault(worker.plan.model, []).append(worker)
+        waiting = {model: _Waiting(workers) for model, workers in by_model.items()}
+        sizes = self._sizes
+        longest_first = sorted(downlinks, key=lambda client: (-sizes[client] if sizes is not None else 0, client))
+        left = {*downlinks}
+        for worker in self._workers.values():
+            own = [client for client in longest_first if client in left and client in worker.plan.clients]
+            waiting[worker.plan.model].add(worker, own)
+            left.difference_update(own)
+        return waiting
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
         """See `Visitor.leave_out`."""
@@ -266,29 +374,20 @@ class RayFleet:
         return windows
 
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
-        """See `Fleet.export_adapters`. A worker that is done is stopped, which makes room for one that waits."""
-        waiting = deque(sorted(self._workers.values(), key=lambda worker: not worker.has_room))
-        failed: set[_Worker] = set()
-        while waiting:
-            worker = waiting.popleft()
-            try:
-                self._await_room(worker, self._timeout_seconds)  # by now there is room: only its start takes time
-                for client_id in worker.plan.clients:
-                    if client_id in downlinks:
-                        arguments = (client_id, round, downlinks[client_id], folder / client_folder(client_id))
-                        self._get(worker.actor.export_adapter.remote(*arguments), worker.plan.name)
-            except ClientError:
-                if worker.has_room:
-                    given_up = worker in failed
-                    failed.add(worker)
-                else:  # nobody's fault: see `_ask`
-                    given_up = time.monotonic() >= worker.since + self._timeout_seconds
-                if given_up:
-                    raise
-                waiting.append(worker)
-                self._replace(worker)
-            else:
-                worker.stop()
+        """See `Fleet.export_adapters`. A worker that is done is stopped, which makes room for one that waits.
+
+        Raises:
+            ClientError: An adapter could not be written.
+        """
+
+        def export(actor: Any, client: int, downlink: Any) -> Any:
+            return actor.export_adapter.remote(client, round, downlink, folder / client_folder(client))
+
+        for _ in self._answers(round, downlinks, export, idle=_Worker.stop):
+            pass
+        if self.lost:
+            client, reason = min(self.lost.items())
+            raise ClientError(f"the adapter of client {client} was not written: {reason}")
 
     def close(self) -> None:
         """Kill the actors."""

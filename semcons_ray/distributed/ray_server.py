@@ -111,7 +111,8 @@ class RayServer:
     def _ask(self, method: str, *arguments: Any) -> Any:
         for attempt in range(self._max_restarts + 1):
             try:
-                ray.get(self._pending, timeout=self._timeout_seconds)
+                for pending in self._pending:  # the limit is a call's, however many wait
+                    ray.get(pending, timeout=self._timeout_seconds)
                 answer = ray.get(getattr(self._actor, method).remote(*arguments), timeout=self._timeout_seconds)
                 self._pending.clear()
                 return answer

@@ -57,18 +57,18 @@ class WorkerActor:
         """Where it computes. It is asked first, since an answer means that the cluster had room for it."""
         return this_place(uses_gpu=uses_gpu)
 
-    def load(self, spec: HostSpecProtocol) -> dict[str, tuple[int, ...]]:
-        """Load the model and make the clients; returns `Host.adapter_shapes`."""
-        join_run_log(spec.worker)
+    def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
+        """Load the model, as the worker of this name; returns `Host.adapter_shapes`."""
+        join_run_log(worker)
         try:
-            self._host = spec.build()
+            self._host = spec.build(worker)
             return dict(self._host.adapter_shapes)
         except UserError as error:
             self._failure = error
             raise
         except Exception as error:
-            logger.error("%s could not load", spec.worker, exc_info=error)
-            self._failure = ClientError(f"{spec.worker} could not load: {type(error).__name__}: {error}")
+            logger.error("%s could not load", worker, exc_info=error)
+            self._failure = ClientError(f"{worker} could not load: {type(error).__name__}: {error}")
             raise self._failure from error
 
     def first_adapter(self) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from semcons_ray.config import GenerationConfig, ModelConfig, ShardingConfig, TrainingConfig
+from semcons_ray.config import GenerationConfig, ModelConfig, PerClient, ShardingConfig, TrainingConfig
 from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import stacked, with_rank
 from semcons_ray.messages import Prompt
@@ -96,16 +96,6 @@ class AdapterModel:
         """
         drawn = None if round is None else stream(self.seed, round, self.client_id, "adapter")
         return with_rank(self.base.fresh_adapter(drawn), self.rank)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process writes clients' files; of several ranks that hold the model, only the first does."""
-        return self.base.writes
-
-    @property
-    def first_adapter(self) -> Adapter:
-        """The adapter from which all clients start, at the base model's own rank."""
-        return self.base.fresh_adapter()
 
     def learn(self, pairs: Sequence[Pair], task: Task) -> None:
         """Train the adapter on all pairs together.
@@ -209,9 +199,10 @@ class AdapterModels:
         model: Model settings, with `dtype` resolved and `name` the model of these clients.
         device: "cpu" or "cuda".
         threads: CPU threads.
-        ranks: LoRA rank by client id.
+        ranks: LoRA ranks that clients have in turn, by id.
         training: Settings of local updates by client id.
-        batch_sizes: See `AdapterModel`, by client id.
+        generation: Settings of answers by client id.
+        clients: Ids of the clients that have the model.
         sharding: How the model is divided among ranks, of which this process is one; None: the model is whole here.
         engine: The engine that generates the clients' answers; None: the worker's own model does.
     """
@@ -219,15 +210,16 @@ class AdapterModels:
     model: ModelConfig
     device: str
     threads: int
-    ranks: Mapping[int, int]
-    training: Mapping[int, TrainingConfig]
-    batch_sizes: Mapping[int, int]
+    ranks: tuple[int, ...]
+    training: PerClient[TrainingConfig]
+    generation: PerClient[GenerationConfig]
+    clients: range
     sharding: ShardingConfig | None = None
     engine: Engine | None = None
 
     environment: tuple[str, ...] = ()
 
-    def make(self, seed: int, ledger: Ledger) -> dict[int, AdapterModel]:
+    def make(self, seed: int, ledger: Ledger) -> Adapted:
         """Load the base model; the GPUs on which it is are noted in the ledger.
 
         Raises:
@@ -243,20 +235,49 @@ class AdapterModels:
             from semcons_ray.modeling.sharded import ShardedLanguageModel
 
             kind, more = ShardedLanguageModel, {"sharding": self.sharding}
-        folder, trainings = resolve_model(self.model.name), self.training.values()
+        folder, trainings = resolve_model(self.model.name), self.training.distinct(self.clients)
         base = kind.of(self.model, folder, device=self.device, seed=seed, trainings=trainings, **more)
         place = this_place(uses_gpu=self.device == "cuda")
         ledger.gpus = Place.of_all(base.of_all_ranks(place)).gpus
-        return {
-            client: AdapterModel(
-                client,
-                base,
-                rank=rank,
-                training=self.training[client],
-                batch_size=self.batch_sizes[client],
-                seed=seed,
-                ledger=ledger,
-                engine=self.engine,
-            )
-            for client, rank in self.ranks.items()
-        }
+        return Adapted(self, base, seed, ledger)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Models of clients that have one base model; see `host.Models`.
+
+    Attributes:
+        spec: What they are made from.
+        base: The base model.
+        seed: The experiment's seed.
+        ledger: See `AdapterModel`.
+    """
+
+    spec: AdapterModels
+    base: LanguageModel
+    seed: int
+    ledger: Ledger
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """The adapter from which all clients start, at the base model's own rank."""
+        return self.base.fresh_adapter()
+
+    @property
+    def writes(self) -> bool:
+        """See `host.Models`."""
+        return self.base.writes
+
+    def __getitem__(self, client_id: int, /) -> AdapterModel:
+        """A model of the client that has not learnt yet."""
+        spec = self.spec
+        return AdapterModel(
+            client_id,
+            self.base,
+            rank=spec.ranks[client_id % len(spec.ranks)],
+            training=spec.training[client_id],
+            batch_size=spec.generation[client_id].batch_size,
+            seed=self.seed,
+            ledger=self.ledger,
+            engine=spec.engine,
+        )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ class Duties:
     scores_options: bool = False
     harness: Harness | None = None
 
+    @cached_property
+    def tested(self) -> list[Pair]:
+        """The test set as pairs to score."""
+        return [Pair(example.prompt, example.response) for example in self.test]
+
+    @cached_property
+    def questions(self) -> list[tuple[Prompt, tuple[str, ...]]]:
+        """Prompts of the test set with their options; none if these are not scored."""
+        return [(example.prompt, example.options) for example in self.test if self.scores_options]
+
 
 class Client:
     """One participant.
@@ -83,21 +94,22 @@ class Client:
         self.client_id = client_id
         self.private = [Pair(example.prompt, example.response) for example in private]
         self.prompts = duties.prompts
-        self.test = [Pair(example.prompt, example.response) for example in duties.test]
-        self.questions = [(example.prompt, example.options) for example in duties.test if duties.scores_options]
+        self.test = duties.tested
+        self.questions = duties.questions
         self.harness = duties.harness
         self.num_answers = duties.num_answers
         self.generation = generation
         self.seed = duties.seed
         self.model = model
         self.ledger = ledger
-        self.restore({})
+        self.train_loss: float | None = None
+        self.num_pseudo_labels = 0
 
     def restore(self, state: State) -> None:
         """Take on the state that the model had after an earlier visit; an empty one makes a client that has not
         learnt."""
         self.model.restore(state)
-        self.train_loss: float | None = None
+        self.train_loss = None
         self.num_pseudo_labels = 0
 
     def fine_tune(

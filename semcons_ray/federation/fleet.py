@@ -232,25 +232,20 @@ class Fleet(Visitor, Protocol):
 
 
 class HostSpecProtocol(Protocol):
-    """What a worker builds its host from; it is sent to the worker once."""
-
-    @property
-    def worker(self) -> str:
-        """Name of the worker."""
-        ...
+    """What workers of a model build their hosts from; it is sent to each once."""
 
     @property
     def environment(self) -> tuple[str, ...]:
         """Names of environment variables that the worker needs besides those that all have."""
         ...
 
-    def build(self) -> Host:
-        """Load what the host needs."""
+    def build(self, worker: str) -> Host:
+        """Load what the host of a worker needs."""
         ...
 
 
 class Host(Protocol):
-    """The clients that one process hosts, which have one model."""
+    """A process that can be asked for any client of one model."""
 
     @property
     def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -296,7 +291,7 @@ class LocalFleet:
         meter: NodeMeter | None = None,
     ) -> None:
         self._hosts = hosts
-        self._host_of = {client: hosts[worker] for worker, ids in clients.items() for client in ids}
+        self._clients = clients
         self._quorum = quorum
         self._meter = meter
         self.lost: Mapping[int, str] = {}
@@ -339,7 +334,7 @@ class LocalFleet:
         self.lost, self._num_asked = lost, len(downlinks)
         for client_id, downlink in downlinks.items():
             try:
-                reply = call(self._host_of[client_id], client_id, downlink)
+                reply = call(self._host_of(client_id), client_id, downlink)
             except UserError:
                 raise
             except ClientError as error:
@@ -356,12 +351,14 @@ class LocalFleet:
     def export_adapters(self, round: int, downlinks: Mapping[int, bytes], folder: Path) -> None:
         """See `Fleet.export_adapters`."""
         for client_id, downlink in downlinks.items():
-            self._host_of[client_id].export_adapter(client_id, round, downlink, folder / client_folder(client_id))
+            self._host_of(client_id).export_adapter(client_id, round, downlink, folder / client_folder(client_id))
 
     def close(self) -> None:
         """Drop the models."""
         self._hosts = {}
-        self._host_of.clear()
+
+    def _host_of(self, client_id: int) -> Host:
+        return next(self._hosts[worker] for worker, clients in self._clients.items() if client_id in clients)
 
 
 def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: float) -> None:

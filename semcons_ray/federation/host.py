@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from semcons_ray.config import GenerationConfig
+from semcons_ray.config import ByClient, GenerationConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
 from semcons_ray.evaluation.harness import Harness
@@ -29,9 +29,23 @@ from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.client_model import ClientModel
 
 if TYPE_CHECKING:
-    from semcons_ray.federation.client import Client
+    from semcons_ray.federation.client import Client, Duties
 
 logger = logging.getLogger(__name__)
+
+
+class Models(ByClient[ClientModel], Protocol):
+    """The models of clients, by client id."""
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Host.first_adapter`."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes clients' files; of several ranks that hold a model, only the first does."""
+        ...
 
 
 class ModelsSpec(Protocol):
@@ -42,17 +56,17 @@ class ModelsSpec(Protocol):
         """Names of the environment variables that the worker needs besides those that all have."""
         ...
 
-    def make(self, seed: int, ledger: Ledger) -> Mapping[int, ClientModel]:
-        """The model of each client; GPUs that they use are noted in the ledger."""
+    def make(self, seed: int, ledger: Ledger) -> Models:
+        """The models of its clients; GPUs that they use are noted in the ledger."""
         ...
 
 
 @dataclass(frozen=True)
 class HostSpec:
-    """Everything a worker needs to build its host; it is sent to the worker once.
+    """Everything a worker needs to build its host. It is the same for all workers of a model, any of which may be asked
+    for any of its clients, and is sent to each once.
 
     Attributes:
-        worker: Name of the worker, as in the ledger.
         models: What the clients' models are made from.
         algorithm: What the clients do on a visit.
         private: Private examples by client id.
@@ -67,11 +81,10 @@ class HostSpec:
         harness: Runs tasks of lm-eval; None: there are none.
     """
 
-    worker: str
     models: ModelsSpec
     algorithm: Algorithm
-    private: Mapping[int, tuple[Example, ...]]
-    generation: Mapping[int, GenerationConfig]
+    private: ByClient[Sequence[Example]]
+    generation: ByClient[GenerationConfig]
     public_prompts: bytes
     test: tuple[Example, ...]
     num_answers: int
@@ -86,36 +99,59 @@ class HostSpec:
         """See `HostSpecProtocol.environment`."""
         return self.models.environment
 
-    def build(self) -> ClientHost:
-        """Make the clients and their models.
+    def build(self, worker: str) -> ClientHost:
+        """Make the host of a worker, by its name in the ledger.
 
         Raises:
             RunFolderError: This process does not see the folder that the driver marked.
             UserError: A model cannot be found, loaded or made.
         """
         check_mark(self.state, self.mark)
-        from semcons_ray.federation.client import Client, Duties
+        from semcons_ray.federation.client import Duties
 
-        ledger = Ledger(self.worker, this_place(uses_gpu=False).node)
+        ledger = Ledger(worker, this_place(uses_gpu=False).node)
         with ledger.stage("load", round=0):
             models = self.models.make(self.seed, ledger)
             prompts: tuple[Prompt, ...] = ()
             if self.public_prompts:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
-            duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
-            clients = {
-                client: Client(
-                    client,
-                    private,
-                    generation=self.generation[client],
-                    duties=duties,
-                    model=models[client],
-                    ledger=ledger,
-                )
-                for client, private in self.private.items()
-            }
-        store = ClientStore(self.state, writes=all(getattr(model, "writes", True) for model in models.values()))
+        duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
+        clients = Clients(self.private, self.generation, duties, models, ledger)
+        store = ClientStore(self.state, writes=models.writes)
         return ClientHost(clients, self.algorithm, store, ledger, prompt_bytes=len(self.public_prompts))
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients of a model, by id. Each is made when it is asked for and not kept, so that memory does not grow with
+    their number.
+
+    Attributes:
+        private: See `HostSpec`.
+        generation: See `HostSpec`.
+        duties: What they have in common.
+        models: Their models.
+        ledger: Where their work is recorded.
+    """
+
+    private: ByClient[Sequence[Example]]
+    generation: ByClient[GenerationConfig]
+    duties: Duties
+    models: Models
+    ledger: Ledger
+
+    def __getitem__(self, client_id: int, /) -> Client:
+        """The client, as one that has not learnt yet."""
+        from semcons_ray.federation.client import Client
+
+        return Client(
+            client_id,
+            self.private[client_id],
+            generation=self.generation[client_id],
+            duties=self.duties,
+            model=self.models[client_id],
+            ledger=self.ledger,
+        )
 
 
 class ClientHost:
@@ -131,7 +167,7 @@ class ClientHost:
 
     def __init__(
         self,
-        clients: Mapping[int, Client],
+        clients: Clients,
         algorithm: Algorithm,
         store: ClientStore,
         ledger: Ledger,
@@ -152,7 +188,7 @@ class ClientHost:
     @property
     def first_adapter(self) -> Adapter:
         """See `Host.first_adapter`."""
-        return getattr(next(iter(self.clients.values())).model, "first_adapter", {})
+        return self.clients.models.first_adapter
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         """Do the client's part of a round, or return the stored reply if the visit was done already.

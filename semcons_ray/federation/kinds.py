@@ -24,6 +24,7 @@ from typing import Any
 from semcons_ray.errors import ConfigError, writing
 from semcons_ray.federation.fleet import client_folder
 from semcons_ray.metering.ledger import Ledger
+from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.client_model import ClientModel
 from semcons_ray.parts import build
 
@@ -46,19 +47,19 @@ class KindModels:
     name: str
     kind: str
     options: Mapping[str, Any]
-    clients: tuple[int, ...]
+    clients: range
     embedding_model: str
     system_prompt: str
     folder: Path
     environment: tuple[str, ...] = ()
 
-    def make(self, seed: int, ledger: Ledger) -> dict[int, ClientModel]:
+    def make(self, seed: int, ledger: Ledger) -> Kept:
         """A model for each client.
 
         Raises:
             ConfigError: See `parts.build`.
         """
-        models = {client: self.model(client, seed) for client in self.clients}
+        models = Kept({client: self.model(client, seed) for client in self.clients})
         for client in models:
             with writing(self.folder):
                 self._folder(client).mkdir(parents=True, exist_ok=True)
@@ -98,3 +99,14 @@ class KindModels:
 
     def _folder(self, client: int) -> Path:
         return self.folder / client_folder(client) / "own"
+
+
+class Kept(dict[int, ClientModel]):
+    """Models by client id, which are few and kept, as they may hold connections; see `host.Models`."""
+
+    writes = True
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """None: they exchange no weights."""
+        return {}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from semcons_ray.config import GenerationConfig
+from semcons_ray.config import ByClient, GenerationConfig
 from semcons_ray.consensus import NORM_TOLERANCE, Election, Facts, form_consensus
 from semcons_ray.consensus.evidence import UNKNOWN
 from semcons_ray.errors import MessageError, ModelError, SemconsError, first_line
@@ -151,7 +151,7 @@ class Server:
         embedder: Turns texts into unit vectors.
         num_prompts: Number P of public prompts.
         election: Consensus rule and its settings.
-        generation: How each client answers, by client id; empty: as by default, with one answer.
+        generation: How each client answers, by client id; None: as by default, with one answer.
         prompts: The public prompts as texts, (P,), for defences, and to be embedded together with their answers; empty:
             there is no need of them.
         embeds_both: Whether answers are embedded together with their prompts.
@@ -168,7 +168,7 @@ class Server:
         *,
         num_prompts: int,
         election: Election,
-        generation: Sequence[GenerationConfig] = (),
+        generation: ByClient[GenerationConfig] | None = None,
         prompts: Sequence[str] = (),
         embeds_both: bool = False,
         known: Mapping[int, str] = NOTHING_KNOWN,
@@ -393,7 +393,7 @@ class ServerSpec:
     prompts: tuple[str, ...]
     known: Mapping[int, str]
     seed: int
-    generation: tuple[GenerationConfig, ...] = ()
+    generation: ByClient[GenerationConfig] | None = None
     embeds_both: bool = False
 
     def build(self) -> Server:

@@ -6,7 +6,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from math import ceil, isnan, prod
 from pathlib import Path
 from typing import Any
@@ -513,7 +512,7 @@ def place(
     _check_attention(config)
     demands = [_demand(config, name, folder) for name, folder in folders.items()]
     demands += [
-        Demand(name, _clients_with(config, name), SERVER_BYTES, 0, elsewhere=True) for name in config.other_models
+        Demand(name, config.clients_with()[name], SERVER_BYTES, 0, elsewhere=True) for name in config.other_models
     ]
     limits = Limits(
         threads_per_worker=resources.threads_per_worker,
@@ -568,22 +567,19 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
         footprints.append(footprint)
     return Demand(
         name,
-        _clients_with(config, name),
+        config.clients_with()[name],
         ranks * max(footprint.host_bytes for footprint in footprints),
         max(footprint.device_bytes for footprint in footprints),
         ranks,
     )
 
 
-def _clients_with(config: ExperimentConfig, name: str) -> tuple[int, ...]:
-    """Ids of the clients that have a model."""
-    return tuple(client for client, has in enumerate(config.client_models()) if has == name)
-
-
 def _own_settings(config: ExperimentConfig, name: str) -> tuple[list[TrainingConfig], list[GenerationConfig]]:
-    """Settings of training and of answers of each client that has the model."""
-    has_it = [model == name for model in config.client_models()]
-    return [*compress(config.client_training(), has_it)], [*compress(config.client_generation(), has_it)]
+    """The different pairs of settings of training and of answers of clients that have the model."""
+    clients, own = config.clients_with()[name], config.clients.overrides
+    common = [config] if len(clients) > sum(client in clients for client in own) else []
+    settings = [*common, *(config.of_client(client) for client in own if client in clients)]
+    return [one.training for one in settings], [one.generation for one in settings]
 
 
 def _check_attention(config: ExperimentConfig) -> None:
@@ -599,7 +595,7 @@ def _place_engines(
     config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, Path]
 ) -> tuple[tuple[EnginePlan, ...], tuple[Node, ...]]:
     check_installed()
-    room_for_rank(max(config.client_ranks()))
+    room_for_rank(max(config.lora_ranks))
     resources = config.resources
     needs = {
         name: measure_engine(
@@ -642,7 +638,7 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
                 threads=plan.threads,
                 gpus=plan.gpus,
                 max_length=config.model.num_tokens + max(settings.max_new_tokens for settings in generation),
-                max_rank=max(config.client_ranks()),
+                max_rank=max(config.lora_ranks),
                 max_adapters=callers,
                 cache_bytes=int(config.resources.engine_cache_gib * GIB),
                 stops=any(settings.stop for settings in generation),
@@ -710,17 +706,17 @@ def parts(
     shared = mark(folder.state)
     code = folder.code if folder.code.is_dir() else None
     kinds = kinds_of(config, folder.state, placement.revisions)
-    specs = []
-    for worker in placement.workers:
-        models = kinds.get(worker.model) or _models_spec(placement, worker, serving.get(worker.model))
-        specs.append(_host_spec(placement, worker, split, public_prompts, algorithm, folder.state, shared, models))
+    specs: dict[str, HostSpec] = {}
+    for name in placement.demands:
+        models = kinds.get(name) or _models_spec(placement, name, serving.get(name))
+        specs[name] = _host_spec(placement, models, split, public_prompts, algorithm, folder.state, shared)
     fleet: Fleet
     server: ServerProtocol
     if resources.fleet == "local":
         server = server_spec.build()
         place = this_place(uses_gpu=uses_gpu)
         fleet = LocalFleet(
-            {spec.worker: spec.build() for spec in specs},
+            {worker.name: specs[worker.model].build(worker.name) for worker in placement.workers},
             {worker.name: worker.clients for worker in placement.workers},
             place=place,
             quorum=failures.quorum,
@@ -745,6 +741,7 @@ def parts(
             uses_gpu=uses_gpu,
             room_timeout_seconds=failures.room_timeout_seconds,
             code=code,
+            sizes=[len(share) for share in split.private],
         )
     try:
         yield fleet, server
@@ -772,7 +769,7 @@ def kinds_of(
             name,
             config.clients.models[name].kind,
             config.clients.models[name].options,
-            clients=_clients_with(config, name),
+            clients=config.clients_with()[name],
             embedding_model=revisions.get(embedding_model, embedding_model),
             system_prompt=config.model.system_prompt,
             folder=state.resolve(),
@@ -782,39 +779,37 @@ def kinds_of(
     return {name: replace(kind, environment=kind.needs(config.seed)) for name, kind in kinds.items()}
 
 
-def _models_spec(placement: Placement, worker: WorkerPlan, engine: Engine | None) -> AdapterModels:
-    """What the models of a worker are made from, if they are adapted there."""
-    config, ranks = placement.config, placement.config.client_ranks()
-    own = {client: config.of_client(client) for client in worker.clients}
+def _models_spec(placement: Placement, name: str, engine: Engine | None) -> AdapterModels:
+    """What the models of clients are made from that are adapted here."""
+    config = placement.config
     return AdapterModels(
-        model=config.model.model_copy(update={"name": placement.pinned(worker.model)}),
+        model=config.model.model_copy(update={"name": placement.pinned(name)}),
         device=config.resources.device,
-        threads=worker.threads,
-        ranks={client: ranks[client] for client in worker.clients},
-        training={client: settings.training for client, settings in own.items()},
-        batch_sizes={client: settings.generation.batch_size for client, settings in own.items()},
-        sharding=config.sharding if worker.ranks > 1 else None,
+        threads=config.resources.threads_per_worker,
+        ranks=config.lora_ranks,
+        training=config.client_training(),
+        generation=config.client_generation(),
+        clients=config.clients_with()[name],
+        sharding=config.sharding if placement.demands[name].ranks > 1 else None,
         engine=engine,
     )
 
 
 def _host_spec(
     placement: Placement,
-    worker: WorkerPlan,
+    models: ModelsSpec,
     split: DataSplit,
     public_prompts: bytes,
     algorithm: Algorithm,
     state: Path,
     shared: str,
-    models: ModelsSpec,
 ) -> HostSpec:
     config = placement.config
     return HostSpec(
-        worker=worker.name,
         models=models,
         algorithm=algorithm,
-        private={client: split.private[client] for client in worker.clients},
-        generation={client: config.of_client(client).generation for client in worker.clients},
+        private=split.private,
+        generation=config.client_generation(),
         public_prompts=public_prompts,
         test=split.test,
         num_answers=config.evaluation.num_answers,

@@ -502,7 +502,7 @@ def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet, alon
         "placement.json",
         {
             "device": placement.config.resources.device,
-            "workers": [asdict(worker) for worker in placement.workers],
+            "workers": [asdict(worker) | {"clients": [*worker.clients]} for worker in placement.workers],
             "engines": [asdict(engine) for engine in placement.engines],
             "nodes": [asdict(node) for node in placement.nodes],
             "energy_meters": dict(fleet.meters),

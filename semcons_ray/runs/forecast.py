@@ -162,7 +162,7 @@ class Forecast:
             )
         self.private = [example for share in plan.split.private for example in share]
         self._training_of, self._generation_of = self.config.client_training(), self.config.client_generation()
-        kinds = [(name, own.max_new_tokens) for name, own in zip(self.models, self._generation_of, strict=True)]
+        kinds = [(name, self._generation_of[client].max_new_tokens) for client, name in enumerate(self.models)]
         found = {
             (name, most): Lengths.of(formats[name], plan.split, most) if name in formats else Lengths.elsewhere(most)
             for name, most in set(kinds)

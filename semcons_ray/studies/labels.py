@@ -355,14 +355,14 @@ def _samples(answers: pd.DataFrame, config: ExperimentConfig) -> dict[int, list[
     if "draws" not in answers:  # of a run of a time when every draw was sent
         answers["draws"] = 1
     samples = {}
-    for client, generation in enumerate(config.client_generation()):
+    generation = config.client_generation()
+    for client in sorted(answers["client_id"].unique().tolist()):
         of_client = answers[answers["client_id"] == client].sort_values(["prompt_id", "sample"])
         drawn = []
         for _, to_prompt in of_client.groupby("prompt_id"):
             texts = to_prompt["answer"].repeat(to_prompt["draws"].tolist()).tolist()
-            drawn.append(texts + [""] * (generation.num_samples - len(texts)))
-        if drawn:
-            samples[client] = [*map(list, zip(*drawn, strict=True))]
+            drawn.append(texts + [""] * (generation[client].num_samples - len(texts)))
+        samples[client] = [*map(list, zip(*drawn, strict=True))]
     return samples
 
 

@@ -148,7 +148,7 @@ def _tune(
     todo = [trial for trial in trials if trial not in done]
     experiment = sweep.configure(sweep.first())
     configs = [trial.config for trial in todo] or [experiment]
-    for config in {config.client_models(): config for config in configs}.values():
+    for config in {tuple(config.clients_with()): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
     needed = [name for config in configs for kind in kinds_of(config, out).values() for name in kind.environment]
     progress = _Progress(sweep, out, len(done), total, say)
@@ -217,7 +217,7 @@ class _Room:
                     f"lower them"
                 )
             return tune.PlacementGroupFactory([{"CPU": threads, "GPU": whole}])
-        here = max(1, sum(model in config.open_models for model in config.client_models()))
+        here = max(1, sum(len(config.clients_with()[model]) for model in config.open_models))
         wanted = min(resources.max_workers or here, here)
         if not on_gpus:
             fitting = sum(int(node.cpus // threads) for node in self.nodes)

@@ -21,14 +21,13 @@ class FakeSpec:
     """`troubles` by client: "die", "hang", "fail" (an exception), "diverge" (numbers that are not finite) or
     "refuse" (a UserError), each the first `times`."""
 
-    worker: str
     folder: Path
     troubles: Mapping[int, str] = field(default_factory=dict)
     times: int = 1
     loads: bool = True
     environment: tuple[str, ...] = ()
 
-    def build(self) -> "FakeHost":
+    def build(self, worker: str) -> "FakeHost":
         if not self.loads:
             raise ModelError("cannot load model nothing")
         return FakeHost(self)

@@ -25,13 +25,12 @@ pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
 class RankSpec:
     """In client 1's visit, rank 1 has `trouble` the first `times`, and rank 0 would wait for it for an hour."""
 
-    worker: str
     folder: Path
     trouble: str = ""
     times: int = 1
     environment: tuple[str, ...] = ()
 
-    def build(self) -> "RankHost":
+    def build(self, worker: str) -> "RankHost":
         if self.trouble == "refuse" and dist.get_rank() == 1:
             raise ConfigError("install DeepSpeed")
         return RankHost(self)
@@ -79,8 +78,8 @@ def start(node: cluster.Node, folder: Path, **trouble: object) -> RayFleet:
     """Two ranks with clients 0, 1 and 2."""
     share = min(node.cpus / 2, 1.0)
     plan = WorkerPlan("worker-0", node.node_id, node.name, "m", (0, 1, 2), 1, 0.0, 0, share, ranks=2)
-    spec = RankSpec(plan.name, folder, **trouble)  # type: ignore[arg-type]
-    return RayFleet([plan], [spec], timeout_seconds=300.0, max_restarts=1, quorum=0.5, uses_gpu=False)
+    spec = RankSpec(folder, **trouble)  # type: ignore[arg-type]
+    return RayFleet([plan], {"m": spec}, timeout_seconds=300.0, max_restarts=1, quorum=0.5, uses_gpu=False)
 
 
 def visited(fleet: RayFleet) -> dict[int, bytes]:

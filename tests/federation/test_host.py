@@ -14,12 +14,13 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 
-from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, ShardingConfig, TrainingConfig
+from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, PerClient, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
 from semcons_ray.federation.adapter_model import AdapterModel, AdapterModels
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
+from semcons_ray.federation.client import Client
 from semcons_ray.federation.fleet import Evaluation
 from semcons_ray.federation.host import ClientHost, HostSpec
 from semcons_ray.federation.randomness import Cohort
@@ -48,20 +49,21 @@ def make_spec(tiny_llama: Path, tmp_path: Path) -> MakeSpec:
             model=ModelConfig(name=str(tiny_llama), dtype="float32", max_length=64, lora=LoraConfig(rank=4)),
             device="cpu",
             threads=1,
-            ranks={0: 4, 2: 2},
-            training=dict.fromkeys(PRIVATE, TrainingConfig(learning_rate=1e-2, batch_size=2)),
-            batch_sizes={0: 32, 2: 16},
+            ranks=(4, 4, 2),
+            training=PerClient(TrainingConfig(learning_rate=1e-2, batch_size=2)),
+            generation=PerClient(GenerationConfig(batch_size=32), {2: GenerationConfig(batch_size=16)}),
+            clients=range(3),
         )
-        of_models = {key: changes.pop(key) for key in [*changes] if hasattr(models, key)}
+        own = [key for key in changes if hasattr(models, key) and key != "generation"]
+        of_models = {key: changes.pop(key) for key in own}
         spec = HostSpec(
-            worker="worker-7",
             models=dataclasses.replace(models, **of_models),
             algorithm=SemanticConsensus(Cohort(3, 1.0, 0), exchanges=range(1, 9), ema_decay=0.5),
             private=PRIVATE,
             public_prompts=PROMPTS,
             test=(Example("spell six", "s i x", "spell"), Example("add one and one", "it is 2", "add")),
             num_answers=1,
-            generation=dict.fromkeys(PRIVATE, GenerationConfig(max_new_tokens=4)),
+            generation=PerClient(GenerationConfig(max_new_tokens=4)),
             seed=11,
             state=state,
             mark=mark(state),
@@ -77,9 +79,10 @@ def test_each_client_has_its_own_settings(make_spec: MakeSpec) -> None:
     own_training = TrainingConfig(learning_rate=1e-3, batch_size=1)
     own_generation = GenerationConfig(max_new_tokens=2, stop=("x",))
     spec = make_spec(
-        training={**common.models.training, 2: own_training}, generation={**common.generation, 2: own_generation}
+        training=PerClient(common.models.training[0], {2: own_training}),
+        generation=PerClient(common.generation[0], {2: own_generation}),
     )
-    clients: Any = spec.build().clients
+    clients: Any = spec.build("worker-7").clients
     assert (clients[0].model.training, clients[0].generation) == (common.models.training[0], common.generation[0])
     assert (clients[2].model.training, clients[2].generation) == (own_training, own_generation)
     assert (clients[0].model.batch_size, clients[2].model.batch_size) == (32, 16)
@@ -90,7 +93,7 @@ HERE = ("worker-7", socket.gethostname(), "")
 
 
 def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piece_of_work(make_spec: MakeSpec) -> None:
-    host = make_spec().build()
+    host = make_spec().build("worker-7")
     reply = host.visit(2, 1, NO_WORDS, True)
     message = Answers.decode(reply.uplink)
     assert (message.round_number, message.client_id, message.num_examples, len(message.answers)) == (1, 2, 2, 3)
@@ -112,7 +115,7 @@ def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piec
 
 def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    host = spec.build()
+    host = spec.build("worker-7")
     base = host.measure(0, 0, b"")
     first, second = (host.visit(0, round, NO_WORDS, True) for round in (1, 2))
     stored = {path: path.read_bytes() for path in spec.state.rglob("*") if path.is_file()}
@@ -132,12 +135,13 @@ def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(m
 
 
 def test_what_is_measured_and_exported_is_what_the_client_would_adopt_next(make_spec: MakeSpec, tmp_path: Path) -> None:
-    host = make_spec(algorithm=FedAvgLora(Cohort(3, 1.0, 0), (4, 4, 2))).build()
-    average = {key: value + 0.05 for key, value in host.clients[0].fresh_adapter().items()}
+    host = make_spec(algorithm=FedAvgLora(Cohort(3, 1.0, 0), (4, 4, 2))).build("worker-7")
+    client = host.clients[0]
+    average = {key: value + 0.05 for key, value in client.fresh_adapter().items()}
     message = GlobalAdapter(round_number=1, tensors=pack(average, "float32")).encode()
     measured = host.measure(0, 1, message).evaluation
-    host.clients[0].adapter = average
-    assert measured == host.clients[0].evaluate(1)
+    client.adapter = average
+    assert measured == client.evaluate(1)
     host.export_adapter(0, 2, message, tmp_path / "adapter")
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(written[key.replace(".default", "")], value) for key, value in average.items())
@@ -148,7 +152,7 @@ def test_what_is_measured_and_exported_is_what_the_client_would_adopt_next(make_
 def test_the_adapter_of_a_client_is_that_with_which_it_would_start_the_round(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    host = make_spec().build()
+    host = make_spec().build("worker-7")
     for round in (1, 2):
         host.visit(2, round, NO_WORDS, False)
     for before in (2, 3):
@@ -166,11 +170,11 @@ def test_the_adapter_of_a_client_is_that_with_which_it_would_start_the_round(
 def test_an_adapter_that_the_disk_has_no_room_for_is_said_to_be_so(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fills_the_disk(folder: Path) -> None:
+    def fills_the_disk(model: AdapterModel, folder: Path) -> None:
         raise OSError("No space left on device")
 
-    host = make_spec().build()
-    monkeypatch.setattr(host.clients[2].model, "export", fills_the_disk)
+    host = make_spec().build("worker-7")
+    monkeypatch.setattr(AdapterModel, "export", fills_the_disk)
     with pytest.raises(StorageError, match=f"^cannot write {tmp_path / 'adapters'}: the disk is full"):
         host.export_adapter(2, 1, NO_WORDS, tmp_path / "adapters" / "client_002")
 
@@ -179,9 +183,9 @@ def test_a_model_that_scores_no_number_has_failed_but_for_the_base_model(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_spec()
-    host = spec.build()
+    host = spec.build("worker-7")
     scored = Evaluation(nll=(1.0, math.nan), num_tokens=(1, 1), num_bytes=(1, 1), answers=())
-    monkeypatch.setattr(host.clients[0], "evaluate", lambda round: scored)
+    monkeypatch.setattr(Client, "evaluate", lambda client, round: scored)
     assert host.measure(0, 0, b"").evaluation is scored  # of which the driver says what to change
     with pytest.raises(NotFiniteError, match=r"^client 0, round 1: its test NLL is nan; "):
         host.visit(0, 1, NO_WORDS, True)
@@ -192,14 +196,14 @@ def test_a_model_that_scores_no_number_has_failed_but_for_the_base_model(
 
 
 def test_a_host_without_public_prompts_sends_none(make_spec: MakeSpec) -> None:
-    host = make_spec(public_prompts=b"").build()
-    assert [client.prompts for client in host.clients.values()] == [(), ()]
+    host = make_spec(public_prompts=b"").build("worker-7")
+    assert host.clients[2].prompts == ()
     assert "load" not in [row.stage for row in host.visit(2, 1, NO_WORDS, False).rows[1:]]
 
 
 def test_a_host_that_does_not_see_the_marked_folder_does_not_begin(make_spec: MakeSpec) -> None:
     with pytest.raises(RunFolderError, match="state is another folder on"):
-        make_spec(mark=".mark-of-another").build()
+        make_spec(mark=".mark-of-another").build("worker-7")
 
 
 class Noted:
@@ -239,14 +243,14 @@ def test_the_model_is_made_of_all_that_the_settings_say(
     engine, sharding = object(), ShardingConfig(zero_stage=2)
     for device, gpus in (("cpu", "GPU-of-another-rank"), ("cuda", "GPU-0,GPU-of-another-rank")):
         for divided in (None, sharding):
-            host = make_spec(model=model, device=device, threads=3, sharding=divided, engine=engine).build()
+            host = make_spec(model=model, device=device, threads=3, sharding=divided, engine=engine).build("worker-7")
             assert torch.get_num_threads() == 3
-            first, second = host.clients.values()
+            first, second = host.clients[0], host.clients[2]
             settings = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "name"}
             wanted = {**settings, "device": device, "seed": 11} | ({"sharding": sharding} if divided else {})
             one, other = (cast(AdapterModel, client.model) for client in (first, second))
             made: Any = one.base
-            assert [*made.settings.pop("trainings")] == [one.training, other.training]
+            assert made.settings.pop("trainings") == (one.training,)
             assert (made.name, made.settings) == (resolve_model(str(tiny_llama)), wanted)
             assert other.base is made
             assert [(each.client_id, each.rank, each.engine) for each in (one, other)] == [
@@ -259,12 +263,12 @@ def test_the_model_is_made_of_all_that_the_settings_say(
 
 def test_clients_get_their_data_and_what_all_have_in_common(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    host = spec.build()
+    host = spec.build("worker-7")
     assert [(pair.prompt, pair.response) for pair in host.clients[2].private] == [
         ("add one and five", "it is five"),
         ("add one and six", "it is six"),
     ]
-    for client in host.clients.values():
+    for client in (host.clients[0], host.clients[2]):
         assert client.prompts == ("add two and two", "spell one", "spell two")
         assert [(pair.prompt, pair.response) for pair in client.test] == [
             ("spell six", "s i x"),

@@ -25,12 +25,11 @@ TEST = (Example("spell one", "o n e", "spell"), Example("add one and one", "it i
 
 
 def kind(tmp_path: Path, name: str = "Parrot", **options: Any) -> KindModels:
-    return KindModels("polly", f"tests.parrots:{name}", options, (3,), "packaged:all-minilm", "be brief", tmp_path)
+    return KindModels("polly", f"tests.parrots:{name}", options, range(3, 4), "packaged:all-minilm", "be brief", tmp_path)
 
 
 def host(tmp_path: Path, name: str = "Parrot", **options: Any) -> ClientHost:
     spec = HostSpec(
-        worker="worker-1",
         models=kind(tmp_path, name, **options),
         algorithm=SemanticConsensus(Cohort(4, 1.0, 0), exchanges=range(1, 9), ema_decay=0.5),
         private=PRIVATE,
@@ -42,7 +41,7 @@ def host(tmp_path: Path, name: str = "Parrot", **options: Any) -> ClientHost:
         state=tmp_path,
         mark=mark(tmp_path),
     )
-    return spec.build()
+    return spec.build("worker-1")
 
 
 def test_a_parrot_learns_answers_and_is_measured_as_any_client(tmp_path: Path) -> None:

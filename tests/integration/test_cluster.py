@@ -221,10 +221,10 @@ def fleet(nodes: ThreeNodes, tmp_path: Path) -> Iterator[RayFleet]:
     nodes.set()
     with connect(nodes.cluster.address):
         plans = [
-            WorkerPlan(f"worker-{i}", node.node_id, node.name, "m", (i,), 1, 0.0, 0)
+            WorkerPlan(f"worker-{i}", node.node_id, node.name, f"m{i}", (i,), 1, 0.0, 0)
             for i, node in enumerate(list_nodes())
         ]
-        specs = [FakeSpec(plan.name, tmp_path) for plan in plans]
+        specs = {plan.model: FakeSpec(tmp_path) for plan in plans}
         fleet = RayFleet(plans, specs, timeout_seconds=60, max_restarts=1, quorum=0.5, uses_gpu=False)
         fleet._room_timeout_seconds = 5
         yield fleet
@@ -270,7 +270,7 @@ def test_a_cluster_that_others_have_filled_is_no_reason_to_wait_for_ever(fleet: 
     plan = fleet._workers["worker-0"].plan
     with pytest.raises(PlacementError, match=r"no node had 1 of the CPU cores free for worker-0 in 1 s; "):
         RayFleet(
-            [plan], [FakeSpec(plan.name, tmp_path)], timeout_seconds=60, max_restarts=0, quorum=0.5, uses_gpu=False,
+            [plan], {plan.model: FakeSpec(tmp_path)}, timeout_seconds=60, max_restarts=0, quorum=0.5, uses_gpu=False,
             room_timeout_seconds=1,
         )  # fmt: skip
 

@@ -46,7 +46,7 @@ def placed(
 def test_a_large_model_is_accepted_where_its_gpu_holds_it_and_the_host_has_what_little_it_needs(folder: Path) -> None:
     plan = placed(folder, machine())
     (worker,) = plan.workers
-    assert (worker.clients, worker.gpus, worker.num_cpus) == ((0, 1), 1.0, 0)
+    assert (tuple(worker.clients), worker.gpus, worker.num_cpus) == ((0, 1), 1.0, 0)
     assert plan.config.resources.device == "cuda"
     assert plan.config.model.dtype == "bfloat16"
     needs = plan.demands["8b"]
@@ -161,7 +161,7 @@ def test_a_process_of_its_own_uses_one_gpu_and_shares_it_with_the_server(folder:
     with pytest.raises(PlacementError, match=r"no node has 1 of a GPU free .*resources\.server_gpus"):
         placed(folder, machine(8), resources=local)
     plan = placed(folder, machine(8), model={"name": "8b"}, resources={**local, "gpus_per_worker": 0.75})
-    assert [(worker.clients, worker.gpus) for worker in plan.workers] == [((0, 1), 0.75)]
+    assert [(tuple(worker.clients), worker.gpus) for worker in plan.workers] == [((0, 1), 0.75)]
     assert plan.server.gpus == 0.25
     assert "0.75 GPU" in describe_plan(plan.workers, "cuda", plan.demands)
 

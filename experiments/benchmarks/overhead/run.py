@@ -15,7 +15,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 
@@ -38,13 +38,15 @@ def answers(client_id: int) -> bytes:
 
 @dataclass(frozen=True)
 class NoOpSpec:
-    worker: str
+    environment: tuple[str, ...] = ()
 
-    def build(self) -> NoOpHost:
+    def build(self, worker: str) -> NoOpHost:
         return NoOpHost()
 
 
 class NoOpHost:
+    adapter_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
+
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
         return Reply(
             client_id=client_id, round=round, uplink=answers(client_id), train_loss=0.0, num_private=1,
@@ -68,7 +70,7 @@ def compare(num_clients: int) -> dict[str, Any]:
     shares = [tuple(range(start, num_clients, NUM_WORKERS)) for start in range(NUM_WORKERS)]
     plans = [WorkerPlan(f"worker-{i}", node.node_id, node.name, "", ids, 1, 0.0, 0) for i, ids in enumerate(shares)]
     fleet = RayFleet(
-        plans, [NoOpSpec(plan.name) for plan in plans], timeout_seconds=60, max_restarts=0, quorum=1.0, uses_gpu=False
+        plans, {"": NoOpSpec()}, timeout_seconds=60, max_restarts=0, quorum=1.0, uses_gpu=False
     )
     raw = [RawActor.options(num_cpus=0).remote() for _ in range(NUM_WORKERS)]  # type: ignore[attr-defined]
 
