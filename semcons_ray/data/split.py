@@ -14,13 +14,14 @@ public prompts may come from sources of their own, each shuffled by itself):
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,23 +30,13 @@ from semcons_ray.config import DataConfig, PromptsConfig
 from semcons_ray.data.examples import DataSet, Example
 from semcons_ray.data.partition import OF_EQUAL_SUM, private_shares
 from semcons_ray.data.selection import order_prompts, proportional
+from semcons_ray.data.shares import COLUMNS, Shares, to_columns, to_examples
 from semcons_ray.errors import DataError, RunFolderError, first_line, writing
-from semcons_ray.messages import Turn, text_of
+from semcons_ray.messages import text_of
 
 _SHUFFLE, _PARTITION, _TEST, _PUBLIC = range(4)  # spawn keys: a stream of random numbers for each stage
 
-_SCHEMA = pa.schema(
-    [
-        pa.field("role", pa.string()),
-        pa.field("client_id", pa.int64()),
-        pa.field("prompt", pa.string()),
-        pa.field("response", pa.string()),
-        pa.field("category", pa.string()),
-        pa.field("turns", pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))),
-        pa.field("options", pa.list_(pa.string())),
-        pa.field("owner", pa.string()),
-    ]
-)
+_SCHEMA = pa.schema([pa.field("role", pa.string()), pa.field("client_id", pa.int64()), *COLUMNS])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +44,30 @@ class DataSplit:
     """Who holds what.
 
     Attributes:
-        private: Examples of each client, by client id.
+        private: Examples of each client, by client id; `Shares` once it was written.
         public: Public prompts, by prompt id. No client sees their responses, but for the control rule `reference`.
         test: The held-out test set, the same for all clients.
         client_test: Examples of each client's own test set, by client id; none is trained on. A client may have none,
             and the tuple is empty if all have none.
     """
 
-    private: tuple[tuple[Example, ...], ...]
+    private: Sequence[tuple[Example, ...]]
     public: tuple[Example, ...]
     test: tuple[Example, ...]
-    client_test: tuple[tuple[Example, ...], ...] = ()
+    client_test: Sequence[tuple[Example, ...]] = ()
 
-    def examples(self) -> list[Example]:
-        """All examples, whatever they are for."""
-        shares = (*self.private, self.public, self.test, *self.client_test)
+    @property
+    def num_private(self) -> Sequence[int]:
+        """Number of private examples of each client, (C,)."""
+        private = self.private
+        return private.sizes.tolist() if isinstance(private, Shares) else [len(share) for share in private]
+
+    def examples(self, clients: Iterable[int] | None = None) -> list[Example]:
+        """All examples, whatever they are for; of private ones and clients' own test sets those of some clients, or of
+        all."""
+        chosen = range(len(self.private)) if clients is None else [*clients]
+        tests = [self.client_test[client] for client in chosen] if self.client_test else []
+        shares = (*(self.private[client] for client in chosen), self.public, self.test, *tests)
         return [example for share in shares for example in share]
 
 
@@ -220,11 +220,7 @@ def write_split(split: DataSplit, path: Path) -> None:
     rows += [("test", -1, example) for example in split.test]
     rows += [("client_test", client, example) for client, share in enumerate(split.client_test) for example in share]
     columns: dict[str, list[Any]] = {"role": [row[0] for row in rows], "client_id": [row[1] for row in rows]}
-    for name in ("response", "category", "options", "owner"):
-        columns[name] = [getattr(example, name) for _, _, example in rows]
-    prompts = [example.prompt for _, _, example in rows]
-    columns["prompt"] = [text_of(prompt) for prompt in prompts]
-    columns["turns"] = [[] if isinstance(prompt, str) else [turn._asdict() for turn in prompt] for prompt in prompts]
+    columns |= to_columns([example for _, _, example in rows])
     table = pa.table(columns, schema=_SCHEMA)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -248,24 +244,32 @@ def read_split(path: Path) -> DataSplit:
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunFolderError(f"cannot read {path}: {reason}; start the run again in a new folder") from error
-    columns = table.to_pydict() if table.schema.equals(_SCHEMA) and not any(c.null_count for c in table.columns) else {}
-    groups: dict[tuple[str, int], list[Example]] = {}
-    for role, client, text, response, category, turns, options, owner in zip(*columns.values(), strict=True):
-        prompt = tuple(Turn(**turn) for turn in turns) or text
-        example = Example(prompt, response, category, tuple(options), owner)
-        groups.setdefault((role, client), []).append(example)
-    public, test = groups.pop(("public", -1), []), groups.pop(("test", -1), [])
-    own = {client: groups.pop((role, client)) for role, client in [*groups] if role == "client_test"}
-    clients = range(len(groups))
-    unknown = {*own} - {*clients}
-    if not (public and test and groups) or unknown or {*groups} != {("private", client) for client in clients}:
-        raise RunFolderError(f"{path} is not a whole split; start the run again in a new folder")
+    if not table.schema.equals(_SCHEMA) or any(column.null_count for column in table.columns):
+        raise _broken(path)
+    parts = {role: table.filter(pc.field("role") == role) for role in ("private", "public", "test", "client_test")}
+    ids = [np.unique(parts[role].column("client_id").to_numpy()) for role in ("private", "client_test")]
+    num_clients = len(ids[0])
+    whole = sum(map(len, parts.values())) == len(table) and all(map(len, [*parts.values()][:3]))
+    if not whole or not np.array_equal(ids[0], np.arange(num_clients)) or not np.isin(ids[1], ids[0]).all():
+        raise _broken(path)
     return DataSplit(
-        private=tuple(tuple(groups["private", client]) for client in clients),
-        public=tuple(public),
-        test=tuple(test),
-        client_test=tuple(tuple(own.get(client, ())) for client in clients) if own else (),
+        private=_shares(parts["private"], num_clients),
+        public=to_examples(parts["public"]),
+        test=to_examples(parts["test"]),
+        client_test=_shares(parts["client_test"], num_clients) if len(parts["client_test"]) else (),
     )
+
+
+def _shares(table: pa.Table, num_clients: int) -> Shares:
+    clients = table.column("client_id").to_numpy()
+    order = np.argsort(clients, kind="stable")
+    ends = np.searchsorted(clients[order], np.arange(num_clients), side="right")
+    columns = table.select([field.name for field in COLUMNS])
+    return Shares((columns if np.all(np.diff(order) == 1) else columns.take(order)).combine_chunks(), ends)
+
+
+def _broken(path: Path) -> RunFolderError:
+    return RunFolderError(f"{path} is not a whole split; start the run again in a new folder")
 
 
 def _without(order: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from semcons_ray.distributed.placement import Node
 from semcons_ray.errors import PlacementError, first_line
 from semcons_ray.metering.environment import cpu_model, memory_limit_bytes, put_back, usable_cpus, with_variables
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, Gpu, cuda_fault, list_gpus, visible_gpus
-from semcons_ray.parts import use_code
+from semcons_ray.parts import unpack_code, use_code
 
 CONNECT_SECONDS = 10.0
 
@@ -54,6 +54,7 @@ PASSED_ON = (
 are, and the credentials for them."""
 
 CODE = "SEMCONS_CODE"
+NO_CODE: Mapping[str, bytes] = {}
 """The variable that tells an actor where the code of parts of one's own is."""
 
 
@@ -337,9 +338,18 @@ def passed_on(needed: Sequence[str] = (), code: Path | None = None) -> dict[str,
     return {**variables, CODE: str(code.resolve())} if code else variables
 
 
-def begin(variables: Mapping[str, str]) -> None:
-    """In an actor's process: take over what `passed_on` gave, and see no GPUs but those that the actor has booked."""
+def begin(variables: Mapping[str, str], code: Mapping[str, bytes] = NO_CODE) -> None:
+    """In an actor's process: take over what `passed_on` gave, and see no GPUs but those that the actor has booked.
+
+    Args:
+        variables: What `passed_on` gave.
+        code: The files of the folder with code, for a process that does not see it.
+    """
     os.environ.update(variables)
     if CODE in variables:
-        use_code(Path(variables[CODE]))
+        folder = Path(variables[CODE])
+        if not folder.is_dir():
+            folder = unpack_code(code)
+            os.environ[CODE] = str(folder)
+        use_code(folder)
     see_booked_gpus()

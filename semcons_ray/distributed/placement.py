@@ -394,13 +394,14 @@ def _best(rooms: Sequence[_Room], demand: Demand, limits: Limits, device: str) -
 
 
 def _beside_others(rooms: Sequence[_Room], demand: Demand) -> _Room:
-    """The node with the most memory left, of which a worker takes some and nothing else.
+    """The first node with memory for a worker, of which it takes that and nothing else: best the driver's own, since
+    answers from elsewhere are kept in the run's folder.
 
     Raises:
         PlacementError: It does not suffice.
     """
-    room = max(rooms, key=lambda room: room.memory)
-    if room.memory < demand.host_bytes:
+    room = next((room for room in rooms if room.memory >= demand.host_bytes), None)
+    if room is None:
         raise PlacementError(_explain_memory(demand, rooms) + "Raise resources.memory_limit_gib, or free memory")
     room.memory -= demand.host_bytes
     return room

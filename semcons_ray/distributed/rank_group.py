@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from semcons_ray.data.examples import Example
-from semcons_ray.distributed.cluster import actor_options
+from semcons_ray.distributed.cluster import NO_CODE, actor_options
 from semcons_ray.distributed.placement import WorkerPlan
-from semcons_ray.distributed.worker import WorkerActor
+from semcons_ray.distributed.worker import Answer, WorkerActor
 from semcons_ray.errors import ClientError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol
 from semcons_ray.metering.energy import EnergyWindow
@@ -40,14 +39,20 @@ class RankGroup:
     Ranks end with this actor, which owns them, and with their placement group, `room`.
     """
 
-    def __init__(self, plan: WorkerPlan, room: PlacementGroup, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        room: PlacementGroup,
+        variables: Mapping[str, str],
+        code: Mapping[str, bytes] = NO_CODE,
+    ) -> None:
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         # Without it, DeepSpeed takes a GPU where there is one, even for ranks on the CPU.
         options["runtime_env"]["env_vars"]["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"
         self._ranks = []
         for rank in range(plan.ranks):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
-            self._ranks.append(WorkerActor.options(**options).remote(variables))  # type: ignore[attr-defined]
+            self._ranks.append(WorkerActor.options(**options).remote(variables, code))  # type: ignore[attr-defined]
 
     def place(self, uses_gpu: bool) -> Place:
         """See `WorkerActor.place`; once it returns, all ranks are running."""
@@ -66,19 +71,25 @@ class RankGroup:
         adapter: bytes = self._all("first_adapter")
         return adapter
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
+    def sees(self, folder: Path, name: str) -> bool:
+        """See `WorkerActor.sees`; all ranks are on one node."""
+        sees: bool = self._wait([self._ranks[0].sees.remote(folder, name)])[0]
+        return sees
+
+    def visit(self, *arguments: Any) -> Answer:
         """See `WorkerActor.visit`."""
-        reply: bytes = self._all("visit", client_id, round, downlink, evaluate)
-        return reply
+        answer: Answer = self._all("visit", *arguments)
+        return answer
 
-    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> bytes:
+    def measure(self, *arguments: Any) -> Answer:
         """See `WorkerActor.measure`."""
-        reply: bytes = self._all("measure", client_id, round, downlink, examples)
-        return reply
+        answer: Answer = self._all("measure", *arguments)
+        return answer
 
-    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
+    def export_adapter(self, *arguments: Any) -> Answer:
         """See `WorkerActor.export_adapter`."""
-        self._all("export_adapter", client_id, round, downlink, folder)
+        answer: Answer = self._all("export_adapter", *arguments)
+        return answer
 
     def start_meter(self, node: str, uses_gpu: bool) -> str:
         """See `WorkerActor.start_meter`."""

@@ -8,6 +8,9 @@ A worker that dies, or whose visit takes too long, is replaced. The visit that i
 and then its client is left out of the round. The work of a visit counts exactly once (see federation/store.py), so
 repeating a visit costs time and changes nothing.
 
+A worker that does not see the run's folder, as on a node without a common file system, is sent the files of a client's
+state with a visit, and the driver writes those that come back.
+
 A worker whose node is lost is replaced on another node. If none has room, it waits for the rest of the round, while
 others take its clients. Clients of a model none of whose workers has room for `room_timeout_seconds` are left out. It
 keeps waiting in the following rounds, without delaying them, until a node joins.
@@ -28,10 +31,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from semcons_ray.data.examples import Example
-from semcons_ray.distributed.cluster import actor_options, passed_on
+from semcons_ray.distributed.cluster import NO_CODE, actor_options, passed_on
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
-from semcons_ray.distributed.worker import WorkerActor
+from semcons_ray.distributed.worker import Answer, WorkerActor
 from semcons_ray.errors import (
     ClientError,
     NotFiniteError,
@@ -41,10 +44,13 @@ from semcons_ray.errors import (
     first_line,
 )
 from semcons_ray.federation.fleet import NO_EXAMPLES, HostSpecProtocol, Reply, check_quorum, client_folder
+from semcons_ray.federation.store import ClientStore, write_file
 from semcons_ray.federation.weights import unpack
 from semcons_ray.metering.energy import EnergyWindow
 from semcons_ray.metering.ledger import Place
 from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.parts import read_code
+from semcons_ray.tracking.run_log import append_to_log
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +64,27 @@ class _Worker:
         clients: Clients that it was sent; the first is the one at which it works.
         refs: References to their replies, in the same order.
         place: Where it was last seen.
+        sees_folder: Whether it sees the folder of clients' states.
         has_room: Whether its process is running; if not, the cluster may have no room for it.
         room: The placement group of its ranks, if it has several.
         since: When it began its current visit, or to wait for room, by the monotonic clock.
         is_stopped: Whether it was stopped for good.
     """
 
-    def __init__(self, plan: WorkerPlan, spec_ref: ray.ObjectRef[Any], variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        spec_ref: ray.ObjectRef[Any],
+        variables: Mapping[str, str],
+        code: Mapping[str, bytes],
+        marked: tuple[Path, str],
+    ) -> None:
         self.plan = plan
         self.spec_ref = spec_ref
         self.variables = variables
+        self.code = code
+        self.marked = marked
+        self.sees_folder = True
         self.clients: deque[int] = deque()
         self.refs: deque[ray.ObjectRef[Any]] = deque()
         self.place = Place(plan.node)
@@ -81,11 +98,12 @@ class _Worker:
         plan, variables = self.plan, self.variables
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.num_cpus, num_gpus=plan.gpus)
         if plan.ranks == 1:
-            self.actor = WorkerActor.options(**options).remote(variables)  # type: ignore[attr-defined]
+            self.actor = WorkerActor.options(**options).remote(variables, self.code)  # type: ignore[attr-defined]
         else:  # the group only watches; its ranks take the cores and GPUs
             self.room = make_room(plan)
             options |= {"num_cpus": 0, "num_gpus": 0}
-            self.actor = RankGroup.options(**options).remote(plan, self.room, variables)  # type: ignore[attr-defined]
+            self.actor = RankGroup.options(**options).remote(plan, self.room, variables, self.code)  # type: ignore[attr-defined]
+        self.sees_ref = self.actor.sees.remote(*self.marked)
         self.place_ref = self.actor.place.remote(plan.gpus > 0)
         self.load_ref = self.actor.load.remote(self.spec_ref, plan.name)
         if self.has_room:  # the waiting time of a worker that waits for room already goes on
@@ -96,6 +114,11 @@ class _Worker:
     def awaited_ref(self) -> ray.ObjectRef[Any]:
         """Reference to what it will return next."""
         return self.refs[0] if self.has_room else self.place_ref
+
+    def arrive(self, place: Place) -> None:
+        """Note that its process is running, and where."""
+        self.place, self.has_room = place, True
+        self.sees_folder = ray.get(self.sees_ref)  # it was asked that first
 
     def send(self, client: int, ref: ray.ObjectRef[Any]) -> None:
         """Note a client that it was sent, and the reference to the reply."""
@@ -171,6 +194,8 @@ class RayFleet:
         uses_gpu: Whether GPUs are metered.
         room_timeout_seconds: How long a round waits for a worker for which the cluster has no room.
         code: Folder with the code of parts of one's own, if there is any.
+        state: Folder of clients' states.
+        mark: Name of the file by which the driver marked it; see `store.mark`.
         sizes: How much data each client has, by its id, in any unit: those with the most are visited first. None: it is
             not known.
 
@@ -190,11 +215,18 @@ class RayFleet:
         uses_gpu: bool,
         room_timeout_seconds: float = 300.0,
         code: Path | None = None,
+        state: Path,
+        mark: str,
         sizes: Sequence[int] | None = None,
     ) -> None:
         spec_refs = {model: ray.put(spec) for model, spec in specs.items()}  # once for all workers, if it is large
         variables = {model: passed_on(spec.environment, code) for model, spec in specs.items()}
-        self._workers = {plan.name: _Worker(plan, spec_refs[plan.model], variables[plan.model]) for plan in plans}
+        files = read_code(code) if code else NO_CODE
+        self._workers = {
+            plan.name: _Worker(plan, spec_refs[plan.model], variables[plan.model], files, (state.resolve(), mark))
+            for plan in plans
+        }
+        self._store = ClientStore(state)
         self._sizes = sizes
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
@@ -222,42 +254,39 @@ class RayFleet:
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`."""
-        return self._ask(
-            round, downlinks, lambda actor, client, downlink: actor.visit.remote(client, round, downlink, evaluate)
-        )
+        return self._ask(round, downlinks, "visit", lambda client: (evaluate,))
 
     def measure(
         self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
     ) -> Iterator[Reply]:
         """See `Fleet.measure`."""
-        return self._ask(
-            round,
-            downlinks,
-            lambda actor, client, downlink: actor.measure.remote(client, round, downlink, examples.get(client, ())),
-        )
+        return self._ask(round, downlinks, "measure", lambda client: (examples.get(client, ()),))
 
     def _ask(
-        self, round: int, downlinks: Mapping[int, bytes], call: Callable[[Any, int, Any], Any]
+        self, round: int, downlinks: Mapping[int, bytes], method: str, further: Callable[[int], tuple[Any, ...]]
     ) -> Iterator[Reply]:
-        """Replies of clients to `call`, see `_answers`."""
-        for answer in self._answers(round, downlinks, call):
-            yield _REPLY.decode(answer)
+        """Replies of clients, see `_answers`."""
+        for client, answer in self._answers(round, downlinks, method, further):
+            self._store.put(client, answer.files)
+            yield _REPLY.decode(answer.reply)
         check_quorum(round, self._num_asked, self.lost, self._quorum)
 
     def _answers(
         self,
         round: int,
         downlinks: Mapping[int, bytes],
-        call: Callable[[Any, int, Any], Any],
+        method: str,
+        further: Callable[[int], tuple[Any, ...]],
         idle: Callable[[_Worker], None] = lambda worker: None,
-    ) -> Iterator[Any]:
+    ) -> Iterator[tuple[int, Answer]]:
         """What actors return for each client; clients that are given up are in `lost`. An actor runs its calls in
         order, so only the first of each is watched.
 
         Args:
             round: The round.
             downlinks: The clients, each with its message.
-            call: Asks an actor, given the client and a reference to the message.
+            method: What is asked of an actor, with a client, the round, the client's message, and what follows.
+            further: Further arguments for a client.
             idle: Is called with a worker for which nothing is left to do.
         """
         shared = {downlink: ray.put(downlink) for downlink in set(downlinks.values())}
@@ -272,7 +301,9 @@ class RayFleet:
             left = waiting[worker.plan.model]
             while left and len(worker.clients) < (2 if len(left) > left.num_workers else 1):
                 client = left.next_for(worker)
-                worker.send(client, call(worker.actor, client, shared[downlinks[client]]))
+                files = None if worker.sees_folder else self._store.files(client)
+                arguments = (client, round, shared[downlinks[client]], *further(client), files)
+                worker.send(client, getattr(worker.actor, method).remote(*arguments))
             if not worker.clients:
                 idle(worker)
 
@@ -329,10 +360,10 @@ class RayFleet:
                         leave_out(worker)
                 else:
                     if worker.has_room:
-                        worker.done()
-                        yield answer
+                        append_to_log(answer.log)
+                        yield worker.done(), answer
                     else:
-                        worker.place, worker.has_room = answer, True
+                        worker.arrive(answer)
             if not ready:
                 for worker in hurried:
                     if time.monotonic() < self._deadline(worker):
@@ -380,11 +411,12 @@ class RayFleet:
             ClientError: An adapter could not be written.
         """
 
-        def export(actor: Any, client: int, downlink: Any) -> Any:
-            return actor.export_adapter.remote(client, round, downlink, folder / client_folder(client))
+        def place(client: int) -> tuple[Path]:
+            return (folder / client_folder(client),)
 
-        for _ in self._answers(round, downlinks, export, idle=_Worker.stop):
-            pass
+        for client, answer in self._answers(round, downlinks, "export_adapter", place, idle=_Worker.stop):
+            for name, content in answer.files.items():
+                write_file(folder / client_folder(client) / name, content)
         if self.lost:
             client, reason = min(self.lost.items())
             raise ClientError(f"the adapter of client {client} was not written: {reason}")
@@ -421,7 +453,7 @@ class RayFleet:
         if worker.has_room:
             return
         try:
-            worker.place = ray.get(worker.place_ref, timeout=timeout_seconds)
+            worker.arrive(ray.get(worker.place_ref, timeout=timeout_seconds))
         except GetTimeoutError:
             plan = worker.plan
             needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"
@@ -431,7 +463,6 @@ class RayFleet:
             ) from None
         except RayError as error:
             raise ClientError(f"{worker.plan.name} did not start: {first_line(error)}") from error
-        worker.has_room = True
 
     def _get(self, ref: ray.ObjectRef[Any], who: str) -> Any:
         try:

@@ -10,11 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from semcons_ray.distributed.cluster import actor_options, passed_on
+from semcons_ray.distributed.cluster import NO_CODE, actor_options, passed_on
 from semcons_ray.distributed.worker import ServerActor
 from semcons_ray.errors import PlacementError, SemconsError, first_line
 from semcons_ray.federation.server import ServerSpec, Verdict
 from semcons_ray.metering.ledger import LedgerRow
+from semcons_ray.parts import read_code
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RayServer:
     ) -> None:
         self._spec = spec
         self._code = code
+        self._files = read_code(code) if code else NO_CODE
         # It books no core, which would be idle: it works seldom and briefly, while clients generate.
         self._options = actor_options(node_id=node_id, threads=spec.threads, num_cpus=0, num_gpus=gpus)
         self._timeout_seconds = timeout_seconds
@@ -99,7 +101,7 @@ class RayServer:
         ray.kill(self._actor, no_restart=True)
 
     def _start(self) -> None:
-        self._actor = ServerActor.options(**self._options).remote(passed_on(code=self._code))  # type: ignore[attr-defined]
+        self._actor = ServerActor.options(**self._options).remote(passed_on(code=self._code), self._files)  # type: ignore[attr-defined]
         self._pending = [self._actor.load.remote(self._spec)]
         for method, arguments in self._heard:
             self._pending.append(getattr(self._actor, method).remote(*arguments))

@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import ray
 
 from semcons_ray.data.examples import Example
-from semcons_ray.distributed.cluster import begin
+from semcons_ray.distributed.cluster import NO_CODE, begin
 from semcons_ray.errors import ClientError, UserError
-from semcons_ray.federation.fleet import Host, HostSpecProtocol
+from semcons_ray.federation.fleet import Host, HostSpecProtocol, Reply
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
+from semcons_ray.federation.store import Files, read_files
 from semcons_ray.federation.weights import pack
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter, open_meters
 from semcons_ray.metering.gpus import this_place
 from semcons_ray.metering.ledger import LedgerRow, Place
-from semcons_ray.tracking.run_log import join_run_log
+from semcons_ray.tracking.run_log import LogAfar, join_run_log
 
 logger = logging.getLogger(__name__)
 
 
+class Answer(NamedTuple):
+    """What a worker returns.
+
+    Attributes:
+        reply: The encoded `Reply`; that of nothing is of no use.
+        files: Files by name, which the driver is to write, since the worker does not see the run's folder.
+        log: Lines of the run's log, for the same reason.
+    """
+
+    reply: bytes
+    files: Files
+    log: str
+
+
 @ray.remote
 class WorkerActor:
-    """A process that hosts clients of one model, with `variables` of the driver's environment.
+    """A process that hosts clients of one model, with `variables` of the driver's environment and its `code`.
 
     Loading is not done in the constructor: an error there reaches the driver as a dead actor, without the message that
     says what to change.
     """
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        begin(variables)
+    def __init__(self, variables: Mapping[str, str], code: Mapping[str, bytes] = NO_CODE) -> None:
+        begin(variables, code)
         self._host: Host | None = None
         self._failure: Exception | None = None
+        self._log = LogAfar()
         self._meter: NodeMeter | None = None
         self._rendezvous: Any = None
 
@@ -59,7 +76,7 @@ class WorkerActor:
 
     def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
         """Load the model, as the worker of this name; returns `Host.adapter_shapes`."""
-        join_run_log(worker)
+        self._log = join_run_log(worker)
         try:
             self._host = spec.build(worker)
             return dict(self._host.adapter_shapes)
@@ -75,17 +92,52 @@ class WorkerActor:
         """See `Host.first_adapter`; its tensors are returned as safetensors."""
         return pack(self._loaded().first_adapter, "float32")
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> bytes:
-        """See `Host.visit`; the `Reply` is returned as MessagePack, which is faster than pickling."""
-        return msgspec.msgpack.encode(self._loaded().visit(client_id, round, downlink, evaluate))
+    def sees(self, folder: Path, name: str) -> bool:
+        """Whether it sees the folder that the driver marked."""
+        return (folder / name).is_file()
 
-    def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> bytes:
-        """See `Host.measure`; the `Reply` is encoded as in `visit`."""
-        return msgspec.msgpack.encode(self._loaded().measure(client_id, round, downlink, examples))
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool, files: Files | None = None) -> Answer:
+        """See `Host.visit`; the `Reply` is encoded as MessagePack, which is faster than pickling.
 
-    def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
-        """See `Host.export_adapter`."""
-        self._loaded().export_adapter(client_id, round, downlink, folder)
+        Args:
+            client_id: The client.
+            round: The round.
+            downlink: Its message.
+            evaluate: Whether it is evaluated.
+            files: The files of its state, if this process does not see the folder in which they are.
+        """
+        return self._answer(client_id, files, lambda host: host.visit(client_id, round, downlink, evaluate))
+
+    def measure(
+        self,
+        client_id: int,
+        round: int,
+        downlink: bytes,
+        examples: Sequence[Example] = (),
+        files: Files | None = None,
+    ) -> Answer:
+        """See `Host.measure`, and `visit` for `files`."""
+        return self._answer(client_id, files, lambda host: host.measure(client_id, round, downlink, examples))
+
+    def export_adapter(
+        self, client_id: int, round: int, downlink: bytes, folder: Path, files: Files | None = None
+    ) -> Answer:
+        """See `Host.export_adapter`, and `visit` for `files`. Without the folder, the adapter's files are returned."""
+        if files is None:
+            self._loaded().export_adapter(client_id, round, downlink, folder)
+            return Answer(b"", {}, self._log.take())
+        with tempfile.TemporaryDirectory(prefix="semcons-adapter-") as made:
+            self._answer(client_id, files, lambda host: host.export_adapter(client_id, round, downlink, Path(made)))
+            return Answer(b"", read_files(Path(made)), self._log.take())
+
+    def _answer(self, client_id: int, files: Files | None, ask: Callable[[Host], Reply | None]) -> Answer:
+        """What the host answers, and the files of the client's state that changed, if they were given."""
+        host = self._loaded()
+        if files is None:
+            return Answer(msgspec.msgpack.encode(ask(host)), {}, self._log.take())
+        with host.lent(client_id, files) as changed:
+            encoded = msgspec.msgpack.encode(ask(host))
+        return Answer(encoded, changed, self._log.take())
 
     def start_meter(self, node: str, uses_gpu: bool) -> str:
         """Meter this node's energy from now on; returns the meters' names, empty if the node has none."""
@@ -104,10 +156,11 @@ class WorkerActor:
 
 @ray.remote
 class ServerActor:
-    """A process that embeds answers and forms the consensus, with `variables` of the driver's environment."""
+    """A process that embeds answers and forms the consensus, with `variables` of the driver's environment and its
+    `code`."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        begin(variables)
+    def __init__(self, variables: Mapping[str, str], code: Mapping[str, bytes] = NO_CODE) -> None:
+        begin(variables, code)
         self._server: Server | None = None
         self._failure: Exception | None = None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -218,6 +218,7 @@ class AdapterModels:
     engine: Engine | None = None
 
     environment: tuple[str, ...] = ()
+    keeps_files: ClassVar[bool] = False
 
     def make(self, seed: int, ledger: Ledger) -> Adapted:
         """Load the base model; the GPUs on which it is are noted in the ledger.

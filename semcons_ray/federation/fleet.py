@@ -8,6 +8,7 @@ is a pure function of the client's last state, the round and the downlink messag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -267,6 +268,10 @@ class Host(Protocol):
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         """Write the adapter with which a client would start `round` to `folder`, in PEFT's format."""
+        ...
+
+    def lent(self, client_id: int, files: Mapping[str, bytes]) -> AbstractContextManager[dict[str, bytes]]:
+        """See `store.ClientStore.lent`."""
         ...
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,7 +21,7 @@ from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
-from semcons_ray.federation.store import ClientStore, check_mark
+from semcons_ray.federation.store import ClientStore, Files, check_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import Prompt, PublicPrompts
 from semcons_ray.metering.gpus import this_place
@@ -54,6 +55,11 @@ class ModelsSpec(Protocol):
     @property
     def environment(self) -> tuple[str, ...]:
         """Names of the environment variables that the worker needs besides those that all have."""
+        ...
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether models write files of their own to the run's folder while they work, so that they must see it."""
         ...
 
     def make(self, seed: int, ledger: Ledger) -> Models:
@@ -102,11 +108,14 @@ class HostSpec:
     def build(self, worker: str) -> ClientHost:
         """Make the host of a worker, by its name in the ledger.
 
+        If it does not see the folder that the driver marked, it has one of its own, for files that come with visits.
+
         Raises:
-            RunFolderError: This process does not see the folder that the driver marked.
+            RunFolderError: It does not see it, and its models must.
             UserError: A model cannot be found, loaded or made.
         """
-        check_mark(self.state, self.mark)
+        if self.models.keeps_files:
+            check_mark(self.state, self.mark)
         from semcons_ray.federation.client import Duties
 
         ledger = Ledger(worker, this_place(uses_gpu=False).node)
@@ -117,7 +126,8 @@ class HostSpec:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
         duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
         clients = Clients(self.private, self.generation, duties, models, ledger)
-        store = ClientStore(self.state, writes=models.writes)
+        state = self.state if (self.state / self.mark).is_file() else Path(tempfile.mkdtemp(prefix="semcons-state-"))
+        store = ClientStore(state, writes=models.writes)
         return ClientHost(clients, self.algorithm, store, ledger, prompt_bytes=len(self.public_prompts))
 
 
@@ -239,6 +249,10 @@ class ClientHost:
         with writing(folder.parent):
             folder.mkdir(parents=True, exist_ok=True)
             client.export(folder)
+
+    def lent(self, client_id: int, files: Files) -> AbstractContextManager[dict[str, bytes]]:
+        """See `ClientStore.lent`."""
+        return self.store.lent(client_id, files)
 
     def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
         client = self.clients[client_id]

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from semcons_ray.errors import ConfigError, writing
 from semcons_ray.federation.fleet import client_folder
@@ -52,6 +52,7 @@ class KindModels:
     system_prompt: str
     folder: Path
     environment: tuple[str, ...] = ()
+    keeps_files: ClassVar[bool] = True
 
     def make(self, seed: int, ledger: Ledger) -> Kept:
         """A model for each client.

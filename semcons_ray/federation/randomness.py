@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -33,17 +34,32 @@ def stream(seed: int, round: int, client_id: int, stage: Stage) -> np.random.Gen
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who takes part in a round: a share `participation` of all clients, at least one, drawn without replacement."""
+    """Who takes part in a round: a share `participation` of all clients, at least one, drawn without replacement.
+
+    Attributes:
+        num_clients: Number of all clients.
+        participation: The share.
+        seed: The experiment's seed.
+        num_rounds: How many rounds there are; None: it is not known.
+    """
 
     num_clients: int
     participation: float
     seed: int
+    num_rounds: int | None = None
 
     def sample(self, round: int) -> tuple[int, ...]:
         """Clients of a round, in ascending order."""
         count = max(1, int(self.participation * self.num_clients + 0.5))
         drawn = stream(self.seed, round, SERVER, "participation").choice(self.num_clients, size=count, replace=False)
         return tuple(sorted(drawn.tolist()))
+
+    @cached_property
+    def members(self) -> Sequence[int]:
+        """Clients that take part in any round, ascending; all, where the number of rounds is not known."""
+        if self.num_rounds is None or self.participation >= 1:
+            return range(self.num_clients)
+        return sorted({client for round in range(1, self.num_rounds + 1) for client in self.sample(round)})
 
 
 def priorities(seed: int, round: int, client_ids: Sequence[int], num_prompts: int) -> NDArray[np.float64]:

@@ -198,6 +198,7 @@ class Server:
         self._asked = {client: self._generation[client] if self._generation else alike for client in ordered}
         num_ballots = [own.num_sent for own in self._asked.values()]
         self._ballots = [(client, sample) for client, own in self._asked.items() for sample in range(own.num_sent)]
+        self._column = {client: column for column, (client, sample) in enumerate(self._ballots) if sample == 0}
         # Among equals a client is drawn, so that more samples are no more chances, and then its first sample wins.
         ranks = draws[:, order].argsort(axis=1).argsort(axis=1).repeat(num_ballots, axis=1)
         most = max(num_ballots, default=1)
@@ -222,7 +223,7 @@ class Server:
                 shape = (self._num_prompts, self._priority.shape[1], self._embedder.dimension)
                 self._embeddings = vectors.new_zeros(shape)
             by_sample = vectors.reshape(len(message.samples), self._num_prompts, -1)
-            column = self._ballots.index((client_id, 0))
+            column = self._column[client_id]
             self._embeddings[:, column : column + len(message.samples)] = by_sample.transpose(0, 1)
             self._answers[client_id] = message
             self._refused.pop(client_id, None)

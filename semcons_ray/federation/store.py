@@ -6,17 +6,19 @@ after any crash: if its file is there, the stored reply comes back and no work i
 starts from the file before it. Two files are kept for each client, since the round in progress may still be repeated.
 
 A process that sees another folder than the driver does would find no state there, and silently begin again from the
-base model. So the driver puts a new mark into the folder at each start (`mark`), and each process looks for it
-(`check_mark`).
+base model. So the driver puts a new mark into the folder at each start (`mark`), and each process looks for it. One
+that does not find it is sent a client's files with each visit, and returns those that it wrote, which the driver puts
+into the folder before it takes note of the reply: so no file system need be shared, and nothing else is changed by it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,31 @@ def mark(folder: Path) -> str:
         name = f".mark-{uuid.uuid4().hex}"
         (folder / name).touch()
     return name
+
+
+Files = Mapping[str, bytes]
+"""Contents of files by name."""
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder; none if it is not there."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*")) if path.is_file()}
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it; its folder is made if need be.
+
+    Raises:
+        StorageError: The disk is full, or cannot be written to.
+    """
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with writing(path.parent.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content)
+            beside.rename(path)
+        finally:
+            beside.unlink(missing_ok=True)  # half of a file, where the disk is full
 
 
 def check_mark(folder: Path, name: str) -> None:
@@ -135,8 +162,40 @@ class ClientStore:
                 beside.rename(path)
             finally:
                 beside.unlink(missing_ok=True)  # half of a file, where the disk is full
-        for round in self._rounds(reply.client_id)[:-KEPT]:
-            self._path(reply.client_id, round).unlink(missing_ok=True)
+        self._drop_old(reply.client_id)
+
+    def files(self, client_id: int) -> dict[str, bytes]:
+        """The files of a client, for a process that does not see the folder."""
+        return read_files(self.folder / client_folder(client_id))
+
+    def put(self, client_id: int, files: Files) -> None:
+        """Write files of a client, and remove those that are no longer needed.
+
+        Raises:
+            StorageError: The disk is full, or cannot be written to.
+        """
+        for name, content in files.items():
+            write_file(self.folder / client_folder(client_id) / name, content)
+        if files:
+            self._drop_old(client_id)
+
+    @contextlib.contextmanager
+    def lent(self, client_id: int, files: Files) -> Iterator[dict[str, bytes]]:
+        """Hold the files of a client that are kept elsewhere, in this folder and for the block; those that it changes
+        are in the dict afterwards."""
+        changed: dict[str, bytes] = {}
+        own = self.folder / client_folder(client_id)
+        self.put(client_id, files)
+        try:
+            yield changed
+            found = read_files(own)
+            changed |= {name: content for name, content in found.items() if files.get(name) != content}
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+    def _drop_old(self, client_id: int) -> None:
+        for round in self._rounds(client_id)[:-KEPT]:
+            self._path(client_id, round).unlink(missing_ok=True)
 
     def _path(self, client_id: int, round: int) -> Path:
         return self.folder / client_folder(client_id) / f"round_{round:03d}.safetensors"

@@ -1,4 +1,4 @@
-"""The code of parts of one's own, kept in a folder that all processes of a run see.
+"""The code of parts of one's own, kept in the run's folder, and sent to processes that do not see that.
 
 A worker on another machine does not find a module of the working folder. And a module that is edited while a run goes
 on would change it, if a worker is replaced or the run resumed. So a run keeps the modules that are not installed, with
@@ -7,10 +7,13 @@ what they have loaded from beside them, and its workers take them from there.
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,23 @@ def use_code(folder: Path, *, first: bool = True) -> None:
     if folder.is_dir() and str(folder) not in sys.path:
         sys.path.insert(0 if first else len(sys.path), str(folder))
         importlib.invalidate_caches()
+
+
+def read_code(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that `keep_code` wrote, by their paths in it; none if it is not there."""
+    if not folder.is_dir():
+        return {}
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in _inside(folder)}
+
+
+def unpack_code(files: Mapping[str, bytes]) -> Path:
+    """Write files that `read_code` gave to a folder of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="semcons-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def _files(named: Sequence[tuple[Kind, str]]) -> dict[str, bytes]:

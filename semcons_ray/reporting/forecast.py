@@ -110,7 +110,7 @@ def _sections(forecast: Forecast) -> Iterator[tuple[str, str]]:
     plan = forecast.plan
     yield "settings that differ from the defaults", dump_yaml(changed_settings(forecast.config))
     shares = []
-    for size, group in groupby(enumerate(plan.split.private), key=lambda share: len(share[1])):
+    for size, group in groupby(enumerate(plan.split.num_private), key=lambda share: share[1]):
         clients = [client for client, _ in group]
         shares.append(f"client {clients[0]}: {size}" if len(clients) == 1 else
                       f"clients {clients[0]} to {clients[-1]}: {size} each")  # fmt: skip

@@ -131,11 +131,13 @@ class Method:
     """What clients and server do, and what they are measured by: parts that settings name, with their options.
 
     Attributes:
+        cohort: Who takes part.
         algorithm: The algorithm.
         election: How an answer is elected, where the algorithm forms a consensus.
         metrics: Metrics by key.
     """
 
+    cohort: Cohort
     algorithm: Algorithm
     election: Election
     metrics: Mapping[str, Metric]
@@ -148,11 +150,12 @@ def make_method(config: ExperimentConfig) -> Method:
         ConfigError: One refuses its options, or a metric has the name of something else.
     """
     algorithm, evaluation = config.algorithm, config.evaluation
-    cohort = Cohort(config.clients.num_clients, config.clients.participation, config.seed)
+    cohort = cohort_of(config)
     metrics = make_metrics(evaluation.metrics, evaluation.metric_options)
     if taken := metrics.keys() - {*DEFAULT_METRICS} & {*column_names(MetricsRow), *OWN_METRICS}:
         raise ConfigError(f"evaluation.metrics: {min(taken)} is another column of metrics.parquet; use module:object")
     return Method(
+        cohort,
         build_algorithm(algorithm, cohort, config.client_ranks(), config.num_rounds),
         Election(
             algorithm.rule,
@@ -166,6 +169,12 @@ def make_method(config: ExperimentConfig) -> Method:
         ),
         metrics,
     )
+
+
+def cohort_of(config: ExperimentConfig) -> Cohort:
+    """Who takes part in which round; where data is pooled, all do."""
+    participation = 1.0 if config.algorithm.name == "centralized" else config.clients.participation
+    return Cohort(config.clients.num_clients, participation, config.seed, config.num_rounds)
 
 
 def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
@@ -228,7 +237,7 @@ def prepare_data(config: ExperimentConfig, folder: RunFolder, revisions: Mapping
         split, canaries = with_canaries(split, source.examples, data.canaries, config.seed)
         write_canaries(canaries, folder.canaries)
     write_split(split, folder.data)
-    return split
+    return read_split(folder.data)
 
 
 def unused_examples(
@@ -369,7 +378,7 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
     Args:
         config: The settings.
         folders: Folder of each model by name.
-        split: The texts.
+        split: The texts, of which those of clients that take part in no round are not looked at.
 
     Raises:
         ModelError: A tokenizer cannot be loaded, or its chat template cannot be used; see `ChatFormat`.
@@ -385,7 +394,7 @@ def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split
         template_kwargs=model.chat_template_kwargs,
         template_date=model.template_date,
     )
-    texts = [(example.prompt, example.response) for example in split.examples()]
+    texts = [(example.prompt, example.response) for example in split.examples(cohort_of(config).members)]
     raised = f"raise model.max_length from {model.max_length}, or use a smaller data.max_response_chars"
     tallies = []
     for name, chat in formats.items():
@@ -405,7 +414,8 @@ def check_models(config: ExperimentConfig, folders: Mapping[str, Path], split: D
     Raises:
         ModelError: One can't; the message says what to change.
     """
-    texts = [text for example in split.examples() for text in (text_of(example.prompt), example.response)]
+    examples = split.examples(cohort_of(config).members)
+    texts = [text for example in examples for text in (text_of(example.prompt), example.response)]
     for name, folder in folders.items():
         check_model(folder, config.model.model_copy(update={"name": name}), *_own_settings(config, name), texts)
 
@@ -741,7 +751,9 @@ def parts(
             uses_gpu=uses_gpu,
             room_timeout_seconds=failures.room_timeout_seconds,
             code=code,
-            sizes=[len(share) for share in split.private],
+            state=folder.state,
+            mark=shared,
+            sizes=split.num_private,
         )
     try:
         yield fleet, server

@@ -8,7 +8,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,8 +141,12 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             without = f"; clients of {others} have none" if others else ""
             observers.stage(f"writing adapters{without}")
             last = config.num_rounds + 1
-            have = [model in config.open_models for model in config.client_models()]
-            trained = [client for client, private in enumerate(split.private) if private and have[client]]
+            open_clients = [config.clients_with()[name] for name in config.open_models]
+            trained = [
+                client
+                for client in method.cohort.members
+                if rounds.num_private[client] and any(client in clients for clients in open_clients)
+            ]
             downlinks = method.algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
             with folder.writing_adapters() as adapters:
                 fleet.export_adapters(last, downlinks, adapters)
@@ -246,6 +253,11 @@ class Rounds:
     alone: bool
     judge: Judge | None = None
 
+    @cached_property
+    def num_private(self) -> Sequence[int]:
+        """Number of private examples of each client."""
+        return self.split.num_private
+
     def run(self, round: int, began: float) -> tuple[Commit, bytes]:
         """Run a round; returns its commit, and the server's state for the next round.
 
@@ -289,17 +301,17 @@ class Rounds:
     def _measure_base(self, visitor: _Watched, state: bytes) -> RoundOutcome:
         # Before training, all clients of one architecture have the same model, so it is measured once. No client is
         # visited for it, so that the client that was measured begins round 1 as the others do.
-        models = self.placement.config.client_models()
-        first = {model: client for client, model in reversed([*enumerate(models)])}
-        replies = tuple(visitor.measure(0, dict.fromkeys(sorted(first.values()), b"")))
-        measured = {models[reply.client_id]: reply.evaluation for reply in replies}
+        config = self.placement.config
+        first = [clients[0] for clients in config.clients_with().values()]
+        replies = tuple(visitor.measure(0, dict.fromkeys(first, b"")))
+        measured = {config.model_of(reply.client_id): reply.evaluation for reply in replies}
         for model, evaluation in measured.items():
             if evaluation and not math.isfinite(evaluation.nll_sum):
                 raise ModelError(
                     f"the base model {model} has a test NLL of {evaluation.nll_sum} in "
-                    f"{self.placement.config.model.dtype}: set model.dtype to bfloat16 or float32"
+                    f"{config.model.dtype}: set model.dtype to bfloat16 or float32"
                 )
-        evaluations = {client: measured.get(model) for client, model in enumerate(models)}
+        evaluations = {client: measured.get(config.model_of(client)) for client in self.method.cohort.members}
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
 
     def _measure_own(self, round: int, outcome: RoundOutcome) -> tuple[dict[int, dict[str, float]], list[LedgerRow]]:
@@ -309,12 +321,12 @@ class Rounds:
         Returns:
             Further metrics by client, and the ledger's rows of that work.
         """
-        tests = dict(enumerate(self.split.client_test))
+        tests = self.split.client_test
         alone = self.placement.config.algorithm.name == "centralized"  # client 0 has the model of all
         asked: dict[int, list[int]] = {}
         for client in sorted(outcome.evaluations):
             measured = outcome.evaluations[client]
-            if measured and measured.nll and tests.get(client):
+            if measured and measured.nll and tests and tests[client]:
                 asked.setdefault(0 if alone else client, []).append(client)
         own: dict[int, dict[str, float]] = {}
         rows: list[LedgerRow] = []
@@ -352,15 +364,14 @@ class Rounds:
             own: Metrics on clients' own test sets.
         """
         config = self.placement.config
-        models = config.client_models()
         replies = {reply.client_id: reply for reply in outcome.replies}
-        tables: dict[int, pd.DataFrame] = {}  # by identity, since clients may share one evaluation
-        items: dict[int, pd.DataFrame] = {}
-        for client_id, measured in sorted(outcome.evaluations.items()):
-            if measured is not None:
-                if id(measured) not in tables:
-                    tables[id(measured)] = self._items(round, measured)
-                items[client_id] = tables[id(measured)]
+        measured = {client: one for client, one in sorted(outcome.evaluations.items()) if one is not None}
+        alike = {id(one): one for one in measured.values()}  # clients may share one evaluation
+        similarity = self._similarity(round, [*alike.values()])
+        tables = {
+            key: self._items(round, one, near) for (key, one), near in zip(alike.items(), similarity, strict=True)
+        }
+        items = {client: tables[id(one)] for client, one in measured.items()}
         if items:
             whole = pd.concat([table.assign(client_id=client) for client, table in items.items()], ignore_index=True)
             self.folder.write_table(f"items/round_{round:03d}.parquet", whole)
@@ -373,17 +384,28 @@ class Rounds:
             yield MetricsRow(
                 round=round,
                 client_id=client_id,
-                model=models[client_id],
+                model=config.model_of(client_id),
                 **columns,
                 perplexity=math.exp(min(columns["nll"], 700.0)),
                 train_loss=reply.train_loss if reply else math.nan,
-                num_private=len(self.split.private[client_id]),
+                num_private=self.num_private[client_id],
                 num_pseudo_labels=reply.num_pseudo_labels if reply else 0,
                 others={**others, **own.get(client_id, {})},
             )
 
-    def _items(self, round: int, measured: Evaluation) -> pd.DataFrame:
-        wanted, test = self.placement.config.evaluation.metrics, self.split.test
+    def _similarity(self, round: int, measured: Sequence[Evaluation]) -> list[Sequence[float]]:
+        """Cosines of the answers of each evaluation to the references, asked of the server at once; empty if they are
+        not wanted."""
+        if "similarity" not in self.placement.config.evaluation.metrics:
+            return [()] * len(measured)
+        answers = [answer for one in measured for answer in one.answers]
+        references = [self.split.test[place].response for one in measured for place in range(len(one.answers))]
+        cosines = iter(self.server.similarity(round, answers, references) if answers else ())
+        return [[*islice(cosines, len(one.answers))] for one in measured]
+
+    def _items(self, round: int, measured: Evaluation, similarity: Sequence[float]) -> pd.DataFrame:
+        """A row for each test item; see `score_items`."""
+        test = self.split.test
         references = [example.response for example in test]
         answered = references[: len(measured.answers)]
         prompts = [example.prompt for example in test[: len(measured.answers)]]
@@ -394,7 +416,7 @@ class Rounds:
             num_bytes=measured.num_bytes,
             answers=measured.answers,
             references=references,
-            similarity=self.server.similarity(round, measured.answers, answered) if "similarity" in wanted else (),
+            similarity=similarity,
             opinions=self.judge.compare(round, prompts, measured.answers, answered) if self.judge else (),
             options=[example.options for example in test],
             option_nll=measured.option_nll,
@@ -476,24 +498,27 @@ def _mean(agreement: npt.NDArray[np.float32]) -> float:
 
 
 def _consensus_table(verdict: Verdict) -> pd.DataFrame:
-    elected = [*zip(verdict.winner, verdict.winning_sample, strict=True)]
+    """A row for each ballot to each prompt; column by column, since clients times prompts may be many."""
+    num_prompts, num_ballots = len(verdict.winner), len(verdict.client_ids)
+    clients, samples = np.array(verdict.client_ids, dtype=int), np.array(verdict.samples, dtype=int)
+    elected = (verdict.winner[:, None] == clients) & (verdict.winning_sample[:, None] == samples)
+
+    def by_prompt(rows: Sequence[Sequence[Any]]) -> list[Any]:
+        return list(chain.from_iterable(zip(*rows, strict=True)))
+
     return pd.DataFrame(
-        [
-            {
-                "prompt_id": prompt,
-                "client_id": client,
-                "sample": sample,
-                "answer": verdict.answers[column][prompt],
-                "draws": verdict.draws[column][prompt],
-                "confidence": verdict.confidence[column][prompt],
-                "similarity": verdict.similarity[prompt, column],
-                "chosen": bool(elected[prompt] == (client, sample) and not verdict.abstained[prompt]),
-                "agreement": verdict.agreement[prompt],
-                "abstained": bool(verdict.abstained[prompt]),
-            }
-            for prompt in range(len(verdict.winner))
-            for column, (client, sample) in enumerate(zip(verdict.client_ids, verdict.samples, strict=True))
-        ]
+        {
+            "prompt_id": np.repeat(np.arange(num_prompts), num_ballots),
+            "client_id": np.tile(clients, num_prompts),
+            "sample": np.tile(samples, num_prompts),
+            "answer": by_prompt(verdict.answers),
+            "draws": by_prompt(verdict.draws),
+            "confidence": by_prompt(verdict.confidence),
+            "similarity": verdict.similarity.reshape(-1),
+            "chosen": (elected & ~verdict.abstained[:, None]).reshape(-1),
+            "agreement": verdict.agreement.repeat(num_ballots),
+            "abstained": verdict.abstained.repeat(num_ballots),
+        }
     )
 
 

@@ -20,12 +20,11 @@ from semcons_ray.data.examples import Example
 from semcons_ray.data.split import DataSplit
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
-from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.token_probabilities import PROBABILITY, TOKEN
 from semcons_ray.federation.weights import Shapes
 from semcons_ray.messages import NO_LABELS, NO_TARGETS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
-from semcons_ray.runs.assembly import LARGE_PARAMETERS, count_parameters
+from semcons_ray.runs.assembly import LARGE_PARAMETERS, cohort_of, count_parameters
 from semcons_ray.runs.experiment import Plan
 
 CHARS_A_TOKEN = 4
@@ -161,6 +160,7 @@ class Forecast:
                 template_date=model.template_date,
             )
         self.private = [example for share in plan.split.private for example in share]
+        self._num_private = plan.split.num_private
         self._training_of, self._generation_of = self.config.client_training(), self.config.client_generation()
         kinds = [(name, self._generation_of[client].max_new_tokens) for client, name in enumerate(self.models)]
         found = {
@@ -170,7 +170,7 @@ class Forecast:
         self._lengths = [found[kind] for kind in kinds]
         self._adapters: dict[str, tuple[float, float]] = {}
         self.parameters = {name: count_parameters(folder) for name, folder in plan.models.items()}
-        cohort = Cohort(self.config.clients.num_clients, self.config.clients.participation, self.config.seed)
+        cohort = cohort_of(self.config)
         self._algorithm = build_algorithm(self.config.algorithm, cohort, self._ranks, self.config.num_rounds)
         alone = self.config.algorithm.name == "centralized"
         rounds = range(1, self.config.num_rounds + 1)
@@ -328,7 +328,7 @@ class Forecast:
         training, algorithm = self._training_of[client], self.config.algorithm
         lengths, prompts = self._lengths[client], len(self.plan.split.public)
         labels = prompts if self._learns(round) and algorithm.pseudo_label_weight else 0
-        examples = len(self.plan.split.private[client])
+        examples = self._num_private[client]
         tokens = examples * lengths.example + labels * (lengths.prompt + lengths.answer)
         passes = float(training.local_epochs)
         if training.local_steps:

@@ -292,7 +292,7 @@ def read_answered(folder: Path) -> Answered:
         references=["" if prompt in known else text for prompt, text in enumerate(right)],
         categories=[example.category for example in split.public],
         embedder=build_embedder(embedder, options, "cpu"),
-        num_examples={client: len(examples) for client, examples in enumerate(split.private)},
+        num_examples=dict(enumerate(split.num_private)),
         known=known,
         seed=config.seed,
         embeds_both=config.server.embed == "prompt_and_answer",

@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,13 @@ class FakeHost:
     def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
         scored = "".join(f"{example.prompt} " for example in examples).encode()
         return self.visit(client_id, round, b"measured " + scored + downlink, True)
+
+    @contextmanager
+    def lent(self, client_id: int, files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+        """Where the folder is not seen, what a visit leaves behind is how much came with it."""
+        changed: dict[str, bytes] = {}
+        yield changed
+        changed[f"round_{len(files):03d}.safetensors"] = b"".join(files.values()) + b"x"
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

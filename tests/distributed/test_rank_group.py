@@ -17,6 +17,7 @@ from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ConfigError
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.federation.store import mark
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
 
@@ -79,7 +80,10 @@ def start(node: cluster.Node, folder: Path, **trouble: object) -> RayFleet:
     share = min(node.cpus / 2, 1.0)
     plan = WorkerPlan("worker-0", node.node_id, node.name, "m", (0, 1, 2), 1, 0.0, 0, share, ranks=2)
     spec = RankSpec(folder, **trouble)  # type: ignore[arg-type]
-    return RayFleet([plan], {"m": spec}, timeout_seconds=300.0, max_restarts=1, quorum=0.5, uses_gpu=False)
+    return RayFleet(
+        [plan], {"m": spec}, timeout_seconds=300.0, max_restarts=1, quorum=0.5, uses_gpu=False, state=folder,
+        mark=mark(folder),
+    )  # fmt: skip
 
 
 def visited(fleet: RayFleet) -> dict[int, bytes]:

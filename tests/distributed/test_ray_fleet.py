@@ -12,6 +12,7 @@ from semcons_ray.distributed import cluster, ray_fleet
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ClientError, ModelError, QuorumError
+from semcons_ray.federation.store import mark
 from semcons_ray.metering.ledger import Place
 from semcons_ray.tracking.run_log import run_log
 from tests.distributed.fakes import FakeSpec
@@ -23,11 +24,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 class DiesAtStart:
     """As a worker that Ray starts on a node that is just being lost."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
+    def __init__(self, variables: Mapping[str, str], code: Mapping[str, bytes]) -> None:
         ray.actor.exit_actor()
 
     def place(self, uses_gpu: bool) -> Place:
         return Place("")
+
+    def sees(self, folder: Path, name: str) -> bool:
+        return True
 
     def load(self, spec: FakeSpec, worker: str) -> None: ...
 
@@ -64,16 +68,25 @@ def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[Make
         shared_cpus: float | None = None,
         one_model: bool = False,
         sizes: tuple[int, ...] | None = None,
+        sees_folder: bool = True,
         **trouble: Any,
     ) -> RayFleet:
+        models = ["m" if one_model else f"m{i}" for i in range(len(clients))]
         plans = [
-            WorkerPlan(
-                f"worker-{i}", nodes[0].node_id, nodes[0].name, "m" if one_model else f"m{i}", ids, 1, 0.0, 0, shared_cpus
-            )
+            WorkerPlan(f"worker-{i}", nodes[0].node_id, nodes[0].name, models[i], ids, 1, 0.0, 0, shared_cpus)
             for i, ids in enumerate(clients)
         ]
-        specs = {plan.model: FakeSpec(tmp_path, **trouble) for plan in plans}
-        made.append(RayFleet(plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False, sizes=sizes))
+        visits = tmp_path / "visits"
+        visits.mkdir(exist_ok=True)
+        specs = {plan.model: FakeSpec(visits, **trouble) for plan in plans}
+        state = tmp_path / "state"
+        name = mark(state) if sees_folder else ".mark-elsewhere"
+        made.append(
+            RayFleet(
+                plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False, sizes=sizes,
+                state=state, mark=name,
+            )
+        )  # fmt: skip
         return made[-1]
 
     yield make
@@ -89,7 +102,7 @@ def uplinks(fleet: RayFleet, round: int = 1) -> dict[int, bytes]:
 
 def test_every_client_is_visited_once_with_its_own_message(make_fleet: MakeFleet, tmp_path: Path) -> None:
     assert uplinks(make_fleet((0, 2, 4), (1, 3))) == {c: b"hello %d %d" % (c % 2, c) for c in range(5)}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{client}-1-0" for client in range(5)]
+    assert sorted(path.name for path in (tmp_path / "visits").iterdir()) == [f"{client}-1-0" for client in range(5)]
 
 
 def test_workers_of_one_model_take_over_clients_that_are_left_and_those_with_the_most_data_come_first(
@@ -100,7 +113,7 @@ def test_workers_of_one_model_take_over_clients_that_are_left_and_those_with_the
     fleet = make_fleet((0, 1, 2, 3, 4), (5,), one_model=True, sizes=sizes, troubles={4: "hang"}, times=9, timeout=15.0)
     began = time.time()
     assert sorted(uplinks(fleet)) == [0, 1, 2, 3, 5]
-    visited = {path.name[0]: path.stat().st_mtime - began for path in tmp_path.glob("*-1-0")}
+    visited = {path.name[0]: path.stat().st_mtime - began for path in (tmp_path / "visits").glob("*-1-0")}
     assert max(visited[client] for client in "1235") < 12
     assert visited["0"] > 12  # the second largest was sent with it
 
@@ -126,6 +139,17 @@ def test_clients_of_a_worker_without_room_are_visited_by_others_of_its_model(
     ray.kill(fleet._workers["worker-1"].actor)
     assert sorted(uplinks(fleet)) == [0, 1, 2, 3]
     assert fleet.lost == {}
+
+
+def test_where_the_folder_is_not_seen_files_travel_with_visits(make_fleet: MakeFleet, tmp_path: Path) -> None:
+    fleet = make_fleet((0, 1), sees_folder=False)
+    for round in (1, 2, 3):
+        assert sorted(uplinks(fleet, round)) == [0, 1]
+    of_client = {path.name: path.read_bytes() for path in (tmp_path / "state" / "client_001").iterdir()}
+    assert of_client == {"round_001.safetensors": b"xx", "round_002.safetensors": b"xxxx"}  # two are kept
+    list(fleet.measure(3, {1: b""}))
+    fleet.export_adapters(4, {1: b"one"}, tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "client_001" / "who").read_text() == "1 4 one"
 
 
 def test_the_first_adapter_is_a_workers_to_the_last_bit(make_fleet: MakeFleet) -> None:
@@ -158,7 +182,7 @@ def test_a_client_that_diverges_is_left_out_at_once_and_its_worker_goes_on(
     actor = fleet._workers["worker-0"].actor
     assert sorted(uplinks(fleet)) == [0, 2, 3]
     assert fleet.lost == {1: "its training loss is nan"}
-    assert len(list(tmp_path.glob("1-1-*"))) == 1
+    assert len(list((tmp_path / "visits").glob("1-1-*"))) == 1
     assert fleet._workers["worker-0"].actor is actor
     assert sorted(uplinks(fleet, round=2)) == [0, 2, 3]
 
@@ -178,7 +202,7 @@ def test_what_the_user_must_mend_is_not_retried(make_fleet: MakeFleet, tmp_path:
     fleet = make_fleet((0,), troubles={0: "refuse"}, times=9)
     with pytest.raises(ModelError, match=r"^change model\.name$"):
         uplinks(fleet)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list((tmp_path / "visits").iterdir())) == 1
 
 
 def test_a_model_that_does_not_load_says_so(make_fleet: MakeFleet) -> None:

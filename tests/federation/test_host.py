@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, PerClient, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, MessageError, NotFiniteError, RunFolderError, StorageError
+from semcons_ray.errors import ClientError, MessageError, NotFiniteError, StorageError
 from semcons_ray.federation.adapter_model import AdapterModel, AdapterModels
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
@@ -201,9 +201,25 @@ def test_a_host_without_public_prompts_sends_none(make_spec: MakeSpec) -> None:
     assert "load" not in [row.stage for row in host.visit(2, 1, NO_WORDS, False).rows[1:]]
 
 
-def test_a_host_that_does_not_see_the_marked_folder_does_not_begin(make_spec: MakeSpec) -> None:
-    with pytest.raises(RunFolderError, match="state is another folder on"):
-        make_spec(mark=".mark-of-another").build("worker-7")
+def test_a_host_that_does_not_see_the_marked_folder_works_on_files_that_it_is_lent(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    host, afar = spec.build("worker-7"), make_spec(mark=".mark-of-another").build("worker-7")
+    kept: dict[str, bytes] = {}
+    for round in (1, 2, 3):
+        reply = host.visit(2, round, NO_WORDS, True)
+        with afar.lent(2, kept) as changed:
+            lent = afar.visit(2, round, NO_WORDS, True)
+        assert [*changed] == [f"round_{round:03d}.safetensors"]
+        assert (lent.uplink, lent.train_loss, lent.evaluation) == (reply.uplink, reply.train_loss, reply.evaluation)
+        assert not (afar.store.folder / "client_002").exists()  # nothing of a client stays
+        kept |= changed
+        with afar.lent(2, kept) as again:  # a visit that is asked for again is not done again
+            repeated = afar.visit(2, round, b"whatever", True)
+            assert msgspec.msgpack.encode(repeated) == msgspec.msgpack.encode(lent)
+        assert again == {}
+        with afar.lent(2, kept) as measured:
+            assert afar.measure(2, round, NO_WORDS).evaluation == reply.evaluation
+        assert measured == {}
 
 
 class Noted:

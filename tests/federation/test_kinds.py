@@ -25,7 +25,8 @@ TEST = (Example("spell one", "o n e", "spell"), Example("add one and one", "it i
 
 
 def kind(tmp_path: Path, name: str = "Parrot", **options: Any) -> KindModels:
-    return KindModels("polly", f"tests.parrots:{name}", options, range(3, 4), "packaged:all-minilm", "be brief", tmp_path)
+    named, clients = f"tests.parrots:{name}", range(3, 4)
+    return KindModels("polly", named, options, clients, "packaged:all-minilm", "be brief", tmp_path)
 
 
 def host(tmp_path: Path, name: str = "Parrot", **options: Any) -> ClientHost:

@@ -20,6 +20,7 @@ from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.errors import PlacementError
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.federation.store import mark
 from semcons_ray.runs.experiment import run_experiment
 from tests.distributed.fakes import FakeSpec
 from tests.distributed.test_ray_server import FakeServerSpec
@@ -225,7 +226,10 @@ def fleet(nodes: ThreeNodes, tmp_path: Path) -> Iterator[RayFleet]:
             for i, node in enumerate(list_nodes())
         ]
         specs = {plan.model: FakeSpec(tmp_path) for plan in plans}
-        fleet = RayFleet(plans, specs, timeout_seconds=60, max_restarts=1, quorum=0.5, uses_gpu=False)
+        fleet = RayFleet(
+            plans, specs, timeout_seconds=60, max_restarts=1, quorum=0.5, uses_gpu=False, state=tmp_path,
+            mark=mark(tmp_path),
+        )  # fmt: skip
         fleet._room_timeout_seconds = 5
         yield fleet
         fleet.close()
@@ -271,7 +275,7 @@ def test_a_cluster_that_others_have_filled_is_no_reason_to_wait_for_ever(fleet: 
     with pytest.raises(PlacementError, match=r"no node had 1 of the CPU cores free for worker-0 in 1 s; "):
         RayFleet(
             [plan], {plan.model: FakeSpec(tmp_path)}, timeout_seconds=60, max_restarts=0, quorum=0.5, uses_gpu=False,
-            room_timeout_seconds=1,
+            room_timeout_seconds=1, state=tmp_path, mark="",
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pytest
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.federation.client import Client
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
-from semcons_ray.tracking.run_log import VARIABLE, join_run_log, run_log
+from semcons_ray.tracking.run_log import VARIABLE, append_to_log, join_run_log, run_log
 from tests.invariants.runs import Silent, StoppedError
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\w+) ([\w-]+)@\S+ (\S+): ", re.MULTILINE)
@@ -61,6 +61,7 @@ def write_many(path: str, process: int) -> None:
 
 def test_lines_of_several_processes_are_whole_and_none_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "run.log"
+    path.touch()  # as the driver does
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=write_many, args=(str(path), index)) for index in range(3)]
     for process in processes:
@@ -71,6 +72,25 @@ def test_lines_of_several_processes_are_whole_and_none_is_lost(tmp_path: Path) -
     assert len(lines) == 600
     assert all(LINE.match(line) and line.endswith("x" * 5000) for line in lines)
     assert {name for _, name, _ in LINE.findall(path.read_text())} == {"worker-0", "worker-1", "worker-2"}
+
+
+def test_a_process_that_does_not_see_the_folder_gives_its_lines_to_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, before = logging.getLogger(), [*logging.getLogger().handlers]
+    monkeypatch.setenv("SEMCONS_RUN_LOG", str(tmp_path / "elsewhere" / "run.log"))
+    try:
+        afar = join_run_log("worker-5")
+        logging.getLogger("semcons_ray.somewhere").warning("lost its way")
+        lines = afar.take()
+        assert [name for _, name, _ in LINE.findall(lines)] == ["worker-5"]
+        assert lines.endswith("lost its way\n")
+        assert afar.take() == ""
+    finally:
+        root.handlers[:] = before
+    with run_log(tmp_path / "run.log", "driver"):
+        append_to_log(lines)
+    assert (tmp_path / "run.log").read_text() == lines
 
 
 @pytest.mark.slow

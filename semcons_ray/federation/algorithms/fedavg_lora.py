@@ -159,11 +159,12 @@ class FedAvgLora:
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
 
     def alike(self, updates: Sequence[AdapterUpdate]) -> Mapping[int, Sequence[int]]:
-        """By a client whose model is measured after a round, the clients that have the same: here those of one rank."""
-        same: dict[int, list[int]] = {}
-        for client_id, rank in enumerate(self.ranks):
-            same.setdefault(self.ranks.index(rank), []).append(client_id)
-        return same
+        """By a client whose model is measured after a round, the clients that have the same: here those of one rank, of
+        all that take part in any round."""
+        of_rank: dict[int, list[int]] = {}
+        for client_id in self.cohort.members:
+            of_rank.setdefault(self.ranks[client_id], []).append(client_id)
+        return {clients[0]: clients for clients in of_rank.values()}
 
     def downlinks(self, round: int, state: bytes, client_ids: Sequence[int]) -> Mapping[int, bytes]:
         """The average as each client gets it, encoded once for each rank."""

@@ -1,0 +1,156 @@
+"""Many clients, and many of which few take part: what a round costs, and what the driver holds.
+
+    python experiments/benchmarks/scale/run.py clients [--sizes 500 10000] [--rounds 5]
+    python experiments/benchmarks/scale/run.py registered [--sizes 1000 1000000] [--rounds 20]
+
+Each run is `semcons run` in a process of its own: clients of a random Llama of two layers on two Ray workers, and a
+server whose embedder is `TrigramEmbedder`, since a model of sentences would take longer than all clients together. The
+driver's memory is the highest that the system noted for it (VmHWM). Results are added to results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+import yaml
+from torch import Tensor
+
+from semcons_ray.metering.environment import describe_environment
+from semcons_ray.reporting.tables import busy_share
+
+HERE = Path(__file__).parent
+TAKING_PART = 100
+DIMENSION = 384
+
+
+class TrigramEmbedder:
+    """How often each group of three letters is in a text, by a hash of it."""
+
+    dimension = DIMENSION
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, (N, D) float32."""
+        vectors = torch.zeros(len(texts), DIMENSION)
+        for row, text in enumerate(texts):
+            padded = f"  {text}  "
+            for start in range(len(padded) - 2):
+                vectors[row, zlib.crc32(padded[start : start + 3].encode()) % DIMENSION] += 1
+        return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def many_clients() -> Any:
+    """The benchmark beside this one, which makes the model."""
+    spec = importlib.util.spec_from_file_location("many_clients", HERE.parent / "many_clients" / "run.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_config(folder: Path, kind: str, size: int, rounds: int) -> Path:
+    """Write everything that a run needs."""
+    many_clients().write_model(folder / "model")
+    examples = 4 if kind == "clients" else 1
+    data = folder / "questions.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for number in range(size * examples + 200):
+            row = {"prompt": f"how do you paint house {number}?", "response": f"paint it as house {number % 100}"}
+            file.write(json.dumps(row) + "\n")
+    config = {
+        "name": f"{size} {kind}",
+        "num_rounds": rounds,
+        "clients": {"num_clients": size} | ({"participation": TAKING_PART / size} if kind == "registered" else {}),
+        "data": {"source": str(data), "examples_per_client": examples, "num_test": 8, "partition": "iid"},
+        "prompts": {"budget": 64, "selection": "random"},
+        "model": {"name": str(folder / "model"), "max_length": 48},
+        "training": {"batch_size": 8, "local_steps": 1},
+        "generation": {"max_new_tokens": 6, "batch_size": 64},
+        "server": {"embedder": "run:TrigramEmbedder"},
+        "evaluation": {"every": rounds, "num_answers": 0},
+        "resources": {"fleet": "ray", "max_workers": 2},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def high_water(pid: int) -> int:
+    """Most memory that a process has had, in bytes; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def run(kind: str, size: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    config, out = write_config(scratch, kind, size, rounds), scratch / "run"
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "run", str(config), "--out", str(out)]
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    began, most, server = time.time(), 0, 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths}) as process:
+        while process.poll() is None:
+            most = max(most, high_water(process.pid))
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+                if "ServerActor" in child.name():
+                    server = max(server, high_water(child.pid))
+            time.sleep(1)
+    ended = time.time()
+    if process.returncode:
+        sys.exit(f"the run ended with {process.returncode}")
+    table, ledger = pd.read_parquet(out / "rounds.parquet"), pd.read_parquet(out / "ledger.parquet")
+    later = table[table["round"] > 0]
+    steady = ledger[ledger["round"].isin(later["round"][later["round"] < rounds])]  # the last round evaluates
+    busy = busy_share(steady)
+    last = later.iloc[-1]
+    return {
+        "kind": kind,
+        "size": size,
+        "rounds": rounds,
+        "seconds": round(ended - began, 1),
+        "ready_seconds": round(float(table.started_at[table["round"] == 1].iloc[0]) - began, 1),
+        "round_seconds": [round(value, 2) for value in later.duration_seconds],
+        "num_answered": later.num_answered.tolist(),
+        "busy_share_of_workers": {name: round(float(share), 4) for name, share in busy.items() if "worker" in name},
+        "end_seconds": round(ended - float(last.started_at + last.duration_seconds), 1),
+        "driver_peak_bytes": most,
+        "server_peak_bytes": server,
+        "load_average": os.getloadavg()[1],
+        "environment": describe_environment(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("clients", "registered"))
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of clients")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for results.json")
+    args = parser.parse_args()
+    sizes = args.sizes or ([500, 10_000] if args.kind == "clients" else [1_000, 1_000_000])
+    path = args.out / "results.json"
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = run(args.kind, size, args.rounds or (5 if args.kind == "clients" else 20), Path(scratch))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        kept = [one for one in found if (one["kind"], one["size"]) != (args.kind, size)]
+        path.write_text(json.dumps([*kept, result], indent=2) + "\n", encoding="utf-8")
+        print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()
