@@ -98,17 +98,33 @@ def go_on(folder: Path, run: Answered, way: str, out: Path) -> None:
     write_split(dataclasses.replace(split, test=(*split.test, *(unseen[place] for place in order))), branch.data)
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """Exact match in clients' own skills and in those of others, means over clients, and how many test prompts there
-    are."""
+def scores(folder: Path) -> pd.DataFrame:
+    """By client, its model and its skill, exact match in all test prompts, in those of its own skill and in the others,
+    and how many there are."""
     branch = RunFolder(folder)
     split, config = read_split(branch.data), branch.stored_config()
-    skill_of = [share[0].category for share in split.private]
     items = pd.read_parquet(folder / "items" / f"round_{config.num_rounds:03d}.parquet")
-    skill = items["item"].map(lambda item: split.test[item].category)
-    own = skill == items["client_id"].map(lambda client: skill_of[client])
-    means = items.groupby([own.rename("own"), items["client_id"]])["exact_match"].mean().groupby("own").mean()
-    return {"own_skill": means[True], "other_skills": means[False], "num_items": items["item"].nunique()}
+    rows = []
+    for client, mine in items.groupby("client_id"):
+        skill = split.private[client][0].category
+        is_own, right = np.array([split.test[item].category == skill for item in mine["item"]]), mine["exact_match"]
+        means = {"all_skills": right.mean(), "own_skill": right[is_own].mean(), "other_skills": right[~is_own].mean()}
+        model = config.model_of(client).removeprefix("packaged:")
+        rows.append({"client": client, "model": model, "skill": skill, **means, "num_items": mine["item"].nunique()})
+    return pd.DataFrame(rows)
+
+
+def by_client(table: pd.DataFrame) -> pd.DataFrame:
+    """For each client, what elected labels give it over none, seed by seed, with half of the 95% t-interval."""
+    rows = []
+    for (client, model, skill), seeds in table.groupby(["client", "model", "skill"]):
+        row: dict[str, object] = {"client": client, "model": model, "skill": skill, "seeds": seeds["seed"].nunique()}
+        for measure in ("all_skills", "own_skill", "other_skills"):
+            ways = seeds.pivot(index="seed", columns="labels", values=measure)
+            gain, half = mean_and_half_width((ways[ELECTED] - ways[NONE]).to_numpy(float))
+            row |= {f"{measure}, none": ways[NONE].mean(), f"{measure}, gain": gain, f"{measure}, half width": half}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -139,20 +155,27 @@ def main() -> None:
     places: Mapping[tuple[Path, str], Path] = {
         (folder, way): args.out / folder.name / way.replace(" ", "_") for folder in args.runs for way in args.ways
     }
-    rows = []
+    rows, clients = [], []
     for (folder, way), place in places.items():
         run = read_answered(folder)
         if not place.exists():
             go_on(folder, run, way, place)
         resume_experiment(place)
         right = float(np.nanmean(run.is_right(labels(run, way)))) if way in (RANDOM, ELECTED, REFERENCE) else np.nan
-        rows.append({"seed": run.seed, "labels": way, "labels_right": right, **scores(place)})
+        found = scores(place)
+        clients.append(found.assign(seed=run.seed, labels=way))
+        means = {key: found[key].mean() for key in ("own_skill", "other_skills", "num_items")}
+        rows.append({"seed": run.seed, "labels": way, "labels_right": right, **means})
         print(rows[-1], flush=True)
     if args.table:
         table = pd.DataFrame(rows)
         table.to_csv(args.table / "worth.csv", index=False, float_format="%.4f")
         summary(table).to_csv(args.table / "worth_summary.csv", index=False, float_format="%.4f")
         print(summary(table).round(3).to_string(index=False))
+        if {ELECTED, NONE} <= {*args.ways}:
+            gains = by_client(pd.concat(clients))
+            gains.to_csv(args.table / "worth_clients.csv", index=False, float_format="%.4f")
+            print(gains.round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

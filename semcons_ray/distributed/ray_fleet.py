@@ -414,7 +414,13 @@ class RayFleet:
         def place(client: int) -> tuple[Path]:
             return (folder / client_folder(client),)
 
-        for client, answer in self._answers(round, downlinks, "export_adapter", place, idle=_Worker.stop):
+        def stop(worker: _Worker) -> None:
+            worker.stop()
+            for other in self._workers.values():
+                if not other.has_room:
+                    other.since = time.monotonic()  # from now on there may be room
+
+        for client, answer in self._answers(round, downlinks, "export_adapter", place, idle=stop):
             for name, content in answer.files.items():
                 write_file(folder / client_folder(client) / name, content)
         if self.lost:

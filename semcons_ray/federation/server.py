@@ -7,6 +7,7 @@ or as many samples as it draws; P public prompts; D embedding dimension.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -140,12 +141,15 @@ class TextEmbedder(Protocol):
 
 NOTHING_KNOWN: Mapping[int, str] = {}
 
+IN_MEMORY = 2 << 30
+"""Most bytes of embeddings that the server holds in memory."""
+
 
 class Server:
     """The server's part of the protocol, in this process.
 
     During a round it holds the embeddings of all ballots, P B D float32 values: with n samples of each client n times
-    as many as with one.
+    as many as with one. On a CPU they are in a file of the system's folder for such (TMPDIR) if they are large.
 
     Args:
         embedder: Turns texts into unit vectors.
@@ -220,14 +224,24 @@ class Server:
             texts = [text for sample in message.samples for text in self._embedded(sample)]
             vectors = self._embedder.embed(texts)
             if self._embeddings is None:
-                shape = (self._num_prompts, self._priority.shape[1], self._embedder.dimension)
-                self._embeddings = vectors.new_zeros(shape)
+                self._embeddings = self._room(vectors)
             by_sample = vectors.reshape(len(message.samples), self._num_prompts, -1)
             column = self._column[client_id]
             self._embeddings[:, column : column + len(message.samples)] = by_sample.transpose(0, 1)
             self._answers[client_id] = message
             self._refused.pop(client_id, None)
             work.tokens = sum(len(answer.split()) for sample in message.samples for answer in sample)
+
+    def _room(self, vectors: Tensor) -> Tensor:
+        """Zeros for the embeddings of all ballots, (P, B, D), like vectors: in memory or, on a CPU and beyond
+        `IN_MEMORY`, in a file, of which the system keeps in memory what there is room for."""
+        num_ballots, num_prompts, dimension = len(self._ballots), self._num_prompts, self._embedder.dimension
+        count = num_ballots * num_prompts * dimension
+        if vectors.device.type != "cpu" or count * vectors.element_size() <= IN_MEMORY:
+            return vectors.new_zeros(num_prompts, num_ballots, dimension)
+        with tempfile.NamedTemporaryFile(prefix="semcons-embeddings-") as file:  # gone with the last mapping of it
+            mapped = torch.from_file(file.name, shared=True, size=count, dtype=vectors.dtype)
+        return mapped.view(num_ballots, num_prompts, dimension).transpose(0, 1)  # a client's in a row
 
     def _decoded(self, client_id: int, uplink: bytes) -> Answers:
         message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)

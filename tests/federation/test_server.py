@@ -284,6 +284,23 @@ def test_order_of_arrival_and_repetition_change_nothing() -> None:
     assert verdicts[0].similarity.tolist() == verdicts[1].similarity.tolist()
 
 
+def test_large_embeddings_are_in_a_file_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts, mapped = [], []
+    for most in (1 << 20, 8):
+        monkeypatch.setattr("semcons_ray.federation.server.IN_MEMORY", most)
+        judge = server(num_samples=[2, 1, 2])
+        judge.begin(1, [0, 1, 2])
+        judge.collect(2, samples(2, ["left", "middle"], ["right", ""]))
+        judge.collect(0, samples(0, ["middle", "left"], ["left", "left"]))
+        mapped.append(judge._embeddings is not None and judge._embeddings.is_contiguous())
+        verdicts.append(judge.conclude())
+    assert mapped == [True, False]
+    first, second = verdicts
+    for name in ("winner", "similarity", "agreement", "votes"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    assert first.labels == second.labels
+
+
 def test_missing_clients_and_empty_answers_have_no_vote() -> None:
     judge = server(min_votes=1)
     judge.begin(1, [0, 1, 2])

@@ -134,11 +134,14 @@ def lose_a_node(config: ExperimentConfig, out: Path, nodes: ThreeNodes, *, round
 
 @pytest.mark.usefixtures("short_wait")
 def test_a_node_lost_in_mid_round_shrinks_the_vote_and_the_survivors_numbers_stay(
-    tiny_config: MakeConfig, nodes: ThreeNodes, undisturbed: Path, tmp_path: Path
+    tiny_config: MakeConfig, nodes: ThreeNodes, tiniest: Path, tiny_llama: Path, tiny_qwen: Path, tmp_path: Path
 ) -> None:
-    """The other nodes are full, so the lost node's client sits out."""
+    """Each client has a model of its own, and the other nodes are full, so the lost node's client sits out."""
     nodes.set()
-    plan = lose_a_node(on_cluster(tiny_config, nodes), tmp_path / "run", nodes, round=1)
+    models = {"clients": {"num_clients": 3, "mix": {str(path): 1 for path in (tiniest, tiny_llama, tiny_qwen)}}}
+    undisturbed = tmp_path / "undisturbed"
+    run_experiment(tiny_config(**models), undisturbed, Silent())
+    plan = lose_a_node(on_cluster(tiny_config, nodes, **models), tmp_path / "run", nodes, round=1)
     assert "3 clients on 3 workers, 3 nodes" in plan
     rounds = pd.read_parquet(tmp_path / "run" / "rounds.parquet").set_index("round")
     assert rounds["num_answered"].tolist()[1:] == [2, 2]
@@ -153,26 +156,13 @@ def test_a_node_lost_in_mid_round_shrinks_the_vote_and_the_survivors_numbers_sta
     assert len(list((tmp_path / "run" / "adapters").iterdir())) == 3  # the lost one's by a worker that made room
 
 
-@pytest.mark.usefixtures("short_wait")
-def test_clients_that_do_not_listen_to_each_other_do_not_notice_the_loss_at_all(
-    tiny_config: MakeConfig, nodes: ThreeNodes, tmp_path: Path
+@pytest.mark.parametrize(("cpus", "round"), [(1, 1), (2, 2)])
+def test_a_node_lost_in_mid_round_changes_no_number_where_others_have_its_model(
+    tiny_config: MakeConfig, nodes: ThreeNodes, undisturbed: Path, tmp_path: Path, cpus: int, round: int
 ) -> None:
-    nodes.set()
-    algorithm = {"algorithm": {"name": "local_only"}}
-    run_experiment(tiny_config(**algorithm), tmp_path / "undisturbed", Silent())
-    lose_a_node(on_cluster(tiny_config, nodes, **algorithm), tmp_path / "run", nodes, round=1)
-    runs = [pd.read_parquet(tmp_path / out / "metrics.parquet") for out in ("undisturbed", "run")]
-    gone = set(runs[0]["client_id"]) - set(runs[1].loc[runs[1]["round"] == 2, "client_id"])
-    assert len(gone) == 1
-    survivors = [run[~run["client_id"].isin(gone)].reset_index(drop=True) for run in runs]
-    pd.testing.assert_frame_equal(*survivors, check_exact=True)
-
-
-def test_a_node_lost_in_mid_round_changes_no_number_where_others_have_room(
-    tiny_config: MakeConfig, nodes: ThreeNodes, undisturbed: Path, tmp_path: Path
-) -> None:
-    nodes.set(cpus=2)
-    lose_a_node(on_cluster(tiny_config, nodes), tmp_path / "run", nodes, round=2)
+    """Full or not: workers of its model visit its client."""
+    nodes.set(cpus)
+    lose_a_node(on_cluster(tiny_config, nodes), tmp_path / "run", nodes, round=round)
     assert_same_run(undisturbed, tmp_path / "run")
 
 
