@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.distributed.cluster import connect, list_nodes
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
@@ -53,18 +53,20 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
     check = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 5000}
     cluster = Cluster()
     cluster.add_node(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, _system_config=check)
-    made = Machines(cluster.address, hidden, [of_its_own(cluster.address, hidden) for _ in range(2)])
-    deadline = time.monotonic() + 120
-    ray.init(cluster.address)
-    while sum(node["Alive"] for node in ray.nodes()) < 3:
-        assert time.monotonic() < deadline, "the nodes did not join"
-        time.sleep(0.5)
-    ray.shutdown()
-    yield made
-    ray.shutdown()
-    while made.nodes:
-        made.lose_one()
-    cluster.shutdown()
+    made = Machines(cluster.address, hidden, [])
+    try:
+        with connect(cluster.address):
+            for count in (2, 3):  # one after the other: two that start at once may choose the same ports
+                made.nodes.append(of_its_own(cluster.address, hidden))
+                deadline = time.monotonic() + 120
+                while len(list_nodes()) < count:
+                    assert time.monotonic() < deadline, "a node did not join"
+                    time.sleep(0.5)
+        yield made
+    finally:
+        while made.nodes:
+            made.lose_one()
+        cluster.shutdown()
 
 
 def test_a_run_without_a_common_folder_survives_a_killed_driver_and_a_lost_node(
