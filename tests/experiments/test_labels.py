@@ -80,7 +80,22 @@ def test_clients_go_on_with_the_labels_that_are_meant(
     assert learnt["num_pseudo_labels"].to_dict() == expected
     tests = [[one.prompt for one in read_split(tmp_path / name / "data.parquet").test] for name in ("run", "on")]
     assert (len(tests[1]), tests[1][: len(tests[0])]) == (9, tests[0])
-    assert worth.scores(tmp_path / "on")["num_items"] == 9
+    scores, items = worth.scores(tmp_path / "on"), pd.read_parquet(tmp_path / "on/items/round_002.parquet")
+    assert scores["num_items"].tolist() == [9, 9, 9]
+    assert scores["all_skills"].tolist() == items.groupby("client_id")["exact_match"].mean().tolist()
+    assert scores["model"].tolist() == [config.model.name] * 3
+
+
+def test_what_a_client_gains_is_seed_by_seed() -> None:
+    rows = [
+        {"client": 1, "model": "m", "skill": "sums", "seed": seed, "labels": way, "all_skills": right, "own_skill": 0.5}
+        for way, seeds in ((worth.NONE, (0.1, 0.3)), (worth.ELECTED, (0.2, 0.6)))
+        for seed, right in enumerate(seeds)
+    ]
+    (gain,) = worth.by_client(pd.DataFrame(rows).assign(other_skills=0.2)).to_dict("records")
+    assert (gain["client"], gain["seeds"], gain["own_skill, gain"]) == (1, 2, 0.0)
+    assert (gain["all_skills, none"], gain["all_skills, gain"]) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert gain["all_skills, half width"] == pytest.approx(12.7062 * 0.1, rel=1e-4)
 
 
 def test_differences_are_seed_by_seed() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 
-from semcons_ray.config import GenerationConfig
+from semcons_ray.config import GenerationConfig, LoraConfig
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.language_model import LanguageModel
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = LanguageModel(str(resolve_model(NAME)), dtype="float32", max_length=64)
+    model = LanguageModel(str(resolve_model(NAME)), lora=LoraConfig(), dtype="float32", device="cpu", max_length=64)
     engine, process = SPEC.build(""), psutil.Process()
     right = tells = 0
     memory, before = list[int](), None
