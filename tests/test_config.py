@@ -1145,3 +1145,19 @@ def test_what_is_part_of_the_program_that_runs_is_not_for_workers(
     with pytest.raises(ConfigError, match=f"{key} __main__:mine is part of the program that runs"):
         load_config(None, settings)
     assert load_config(None, settings | {"resources": {"fleet": "local"}})
+
+
+def test_what_differs_between_a_million_clients_is_ranges_and_exceptions():
+    config = validate_config(
+        {
+            "clients": {"num_clients": 10**6, "participation": 1e-4, "mix": {"a": 3, "b": 1}, "lora_ranks": [2, 4, 8]},
+            "algorithm": {"name": "local_only"},
+        },
+        where="here",
+    )
+    assert config.clients_with() == {"a": range(750_000), "b": range(750_000, 10**6)}
+    assert [config.model_of(client) for client in (0, 749_999, 750_000)] == ["a", "a", "b"]
+    assert config.lora_ranks == (2, 4, 8)
+    assert config.client_training().own == {}
+    few = config.model_copy(update={"clients": config.clients.model_copy(update={"num_clients": 2})})
+    assert (few.lora_ranks, few.client_ranks()) == ((2, 4), (2, 4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from semcons_ray.distributed.cluster import NO_CODE, actor_options
 from semcons_ray.distributed.placement import WorkerPlan
-from semcons_ray.distributed.worker import Answer, WorkerActor
+from semcons_ray.distributed.worker import Answer, Arrival, WorkerActor
 from semcons_ray.errors import ClientError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol
 from semcons_ray.metering.energy import EnergyWindow
@@ -54,9 +53,10 @@ class RankGroup:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room, rank)
             self._ranks.append(WorkerActor.options(**options).remote(variables, code))  # type: ignore[attr-defined]
 
-    def place(self, uses_gpu: bool) -> Place:
-        """See `WorkerActor.place`; once it returns, all ranks are running."""
-        return Place.of_all(self._wait([actor.place.remote(uses_gpu) for actor in self._ranks]))
+    def arrive(self, *arguments: Any) -> Arrival:
+        """See `WorkerActor.arrive`; once it returns, all ranks are running, on one node."""
+        ranks: list[Arrival] = self._wait([actor.arrive.remote(*arguments) for actor in self._ranks])
+        return Arrival(Place.of_all([rank.place for rank in ranks]), all(rank.sees_folder for rank in ranks))
 
     def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
         """Join the ranks in a process group, and load the model; see `WorkerActor.load`."""
@@ -70,11 +70,6 @@ class RankGroup:
         """See `WorkerActor.first_adapter`."""
         adapter: bytes = self._all("first_adapter")
         return adapter
-
-    def sees(self, folder: Path, name: str) -> bool:
-        """See `WorkerActor.sees`; all ranks are on one node."""
-        sees: bool = self._wait([self._ranks[0].sees.remote(folder, name)])[0]
-        return sees
 
     def visit(self, *arguments: Any) -> Answer:
         """See `WorkerActor.visit`."""

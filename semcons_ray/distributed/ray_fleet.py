@@ -34,7 +34,7 @@ from semcons_ray.data.examples import Example
 from semcons_ray.distributed.cluster import NO_CODE, actor_options, passed_on
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.rank_group import RankGroup, make_room
-from semcons_ray.distributed.worker import Answer, WorkerActor
+from semcons_ray.distributed.worker import Answer, Arrival, WorkerActor
 from semcons_ray.errors import (
     ClientError,
     NotFiniteError,
@@ -103,8 +103,7 @@ class _Worker:
             self.room = make_room(plan)
             options |= {"num_cpus": 0, "num_gpus": 0}
             self.actor = RankGroup.options(**options).remote(plan, self.room, variables, self.code)  # type: ignore[attr-defined]
-        self.sees_ref = self.actor.sees.remote(*self.marked)
-        self.place_ref = self.actor.place.remote(plan.gpus > 0)
+        self.arrival_ref = self.actor.arrive.remote(plan.gpus > 0, *self.marked)
         self.load_ref = self.actor.load.remote(self.spec_ref, plan.name)
         if self.has_room:  # the waiting time of a worker that waits for room already goes on
             self.since = time.monotonic()
@@ -113,12 +112,12 @@ class _Worker:
     @property
     def awaited_ref(self) -> ray.ObjectRef[Any]:
         """Reference to what it will return next."""
-        return self.refs[0] if self.has_room else self.place_ref
+        return self.refs[0] if self.has_room else self.arrival_ref
 
-    def arrive(self, place: Place) -> None:
-        """Note that its process is running, and where."""
-        self.place, self.has_room = place, True
-        self.sees_folder = ray.get(self.sees_ref)  # it was asked that first
+    def arrived(self, arrival: Arrival) -> None:
+        """Note that its process is running."""
+        self.place, self.sees_folder = arrival
+        self.has_room = True
 
     def send(self, client: int, ref: ray.ObjectRef[Any]) -> None:
         """Note a client that it was sent, and the reference to the reply."""
@@ -363,7 +362,7 @@ class RayFleet:
                         append_to_log(answer.log)
                         yield worker.done(), answer
                     else:
-                        worker.arrive(answer)
+                        worker.arrived(answer)
             if not ready:
                 for worker in hurried:
                     if time.monotonic() < self._deadline(worker):
@@ -459,7 +458,7 @@ class RayFleet:
         if worker.has_room:
             return
         try:
-            worker.arrive(ray.get(worker.place_ref, timeout=timeout_seconds))
+            worker.arrived(ray.get(worker.arrival_ref, timeout=timeout_seconds))
         except GetTimeoutError:
             plan = worker.plan
             needs = f"{plan.gpus:g} of the GPUs" if plan.gpus else f"{plan.num_cpus:g} of the CPU cores"

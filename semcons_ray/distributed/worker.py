@@ -26,6 +26,18 @@ from semcons_ray.tracking.run_log import LogAfar, join_run_log
 logger = logging.getLogger(__name__)
 
 
+class Arrival(NamedTuple):
+    """What a worker says first.
+
+    Attributes:
+        place: Where it computes.
+        sees_folder: Whether it sees the folder of clients' states that the driver marked.
+    """
+
+    place: Place
+    sees_folder: bool
+
+
 class Answer(NamedTuple):
     """What a worker returns.
 
@@ -70,9 +82,15 @@ class WorkerActor:
 
         join_ranks(rank, num_ranks, address, self._rendezvous)
 
-    def place(self, uses_gpu: bool) -> Place:
-        """Where it computes. It is asked first, since an answer means that the cluster had room for it."""
-        return this_place(uses_gpu=uses_gpu)
+    def arrive(self, uses_gpu: bool, folder: Path, mark: str) -> Arrival:
+        """Where it is. It is asked that first, since an answer means that the cluster had room for it.
+
+        Args:
+            uses_gpu: Whether it uses a GPU.
+            folder: The folder of clients' states.
+            mark: Name of the file by which the driver marked it; see `store.mark`.
+        """
+        return Arrival(this_place(uses_gpu=uses_gpu), (folder / mark).is_file())
 
     def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
         """Load the model, as the worker of this name; returns `Host.adapter_shapes`."""
@@ -91,10 +109,6 @@ class WorkerActor:
     def first_adapter(self) -> bytes:
         """See `Host.first_adapter`; its tensors are returned as safetensors."""
         return pack(self._loaded().first_adapter, "float32")
-
-    def sees(self, folder: Path, name: str) -> bool:
-        """Whether it sees the folder that the driver marked."""
-        return (folder / name).is_file()
 
     def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool, files: Files | None = None) -> Answer:
         """See `Host.visit`; the `Reply` is encoded as MessagePack, which is faster than pickling.
@@ -165,7 +179,7 @@ class ServerActor:
         self._failure: Exception | None = None
 
     def place(self, uses_gpu: bool) -> Place:
-        """See `WorkerActor.place`."""
+        """Where it computes, once the cluster had room for it."""
         return this_place(uses_gpu=uses_gpu)
 
     def load(self, spec: ServerSpec) -> None:

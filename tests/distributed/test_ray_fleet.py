@@ -11,6 +11,7 @@ import ray
 from semcons_ray.distributed import cluster, ray_fleet
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
+from semcons_ray.distributed.worker import Arrival
 from semcons_ray.errors import ClientError, ModelError, QuorumError
 from semcons_ray.federation.store import mark
 from semcons_ray.metering.ledger import Place
@@ -27,11 +28,8 @@ class DiesAtStart:
     def __init__(self, variables: Mapping[str, str], code: Mapping[str, bytes]) -> None:
         ray.actor.exit_actor()
 
-    def place(self, uses_gpu: bool) -> Place:
-        return Place("")
-
-    def sees(self, folder: Path, name: str) -> bool:
-        return True
+    def arrive(self, uses_gpu: bool, folder: Path, mark: str) -> Arrival:
+        return Arrival(Place(""), True)
 
     def load(self, spec: FakeSpec, worker: str) -> None: ...
 

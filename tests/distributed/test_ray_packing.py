@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -11,6 +12,7 @@ from semcons_ray.distributed.placement import GIB, Demand, Limits, Node, packed,
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.distributed.worker import WorkerActor
 from semcons_ray.errors import PlacementError
+from semcons_ray.federation.store import mark
 from tests.distributed.test_ray_server import FakeServerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -91,8 +93,11 @@ def test_a_server_that_finds_no_room_on_a_gpu_says_so(node: Node, tmp_path) -> N
         ray.kill(actor)
 
 
-def test_a_worker_says_where_it_computes(node: Node) -> None:
+def test_a_worker_says_where_it_computes_and_what_it_sees(node: Node, tmp_path: Path) -> None:
     options = cluster.actor_options(node_id=node.node_id, threads=1, num_cpus=0, num_gpus=0.5)
     worker = WorkerActor.options(**options).remote({})  # type: ignore[attr-defined]
-    assert ray.get(worker.place.remote(False)).node == node.name
+    name = mark(tmp_path)
+    for there, sees in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        arrival = ray.get(worker.arrive.remote(False, there, name))
+        assert (arrival.place.node, arrival.sees_folder) == (node.name, sees)
     ray.kill(worker)

@@ -45,3 +45,16 @@ def test_everyone_takes_part_sooner_or_later() -> None:
 )
 def test_sizes_by_hand(num_clients: int, participation: float, size: int) -> None:
     assert len(Cohort(num_clients, participation, 0).sample(1)) == size
+
+
+def test_members_are_those_that_take_part_in_any_round() -> None:
+    cohort = Cohort(20, 0.2, seed=3, num_rounds=4)
+    sampled = {client for round in (1, 2, 3, 4) for client in cohort.sample(round)}
+    assert [*cohort.members] == sorted(sampled)
+    assert 4 < len(sampled) < 20
+    assert [*Cohort(20, 0.2, seed=3).members] == [*range(20)]  # of rounds without end
+    assert [*Cohort(20, 1.0, seed=3, num_rounds=4).members] == [*range(20)]
+
+
+def test_of_a_million_clients_only_those_that_take_part_are_listed() -> None:
+    assert len(Cohort(10**6, 1e-4, seed=0, num_rounds=20).members) <= 2000

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from semcons_ray.distributed.cluster import connect, list_nodes
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.federation.fleet import Reply
+from semcons_ray.federation.store import mark
 from semcons_ray.messages import Answers
 from semcons_ray.metering.environment import describe_environment
 
@@ -69,9 +71,11 @@ def compare(num_clients: int) -> dict[str, Any]:
     node = list_nodes()[0]
     shares = [tuple(range(start, num_clients, NUM_WORKERS)) for start in range(NUM_WORKERS)]
     plans = [WorkerPlan(f"worker-{i}", node.node_id, node.name, "", ids, 1, 0.0, 0) for i, ids in enumerate(shares)]
+    state = Path(tempfile.mkdtemp())
     fleet = RayFleet(
-        plans, {"": NoOpSpec()}, timeout_seconds=60, max_restarts=0, quorum=1.0, uses_gpu=False
-    )
+        plans, {"": NoOpSpec()}, timeout_seconds=60, max_restarts=0, quorum=1.0, uses_gpu=False, state=state,
+        mark=mark(state),
+    )  # fmt: skip
     raw = [RawActor.options(num_cpus=0).remote() for _ in range(NUM_WORKERS)]  # type: ignore[attr-defined]
 
     def our_round(round: int) -> int:

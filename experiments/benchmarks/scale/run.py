@@ -129,6 +129,7 @@ def run(kind: str, size: int, rounds: int, scratch: Path) -> dict[str, Any]:
         "end_seconds": round(ended - float(last.started_at + last.duration_seconds), 1),
         "driver_peak_bytes": most,
         "server_peak_bytes": server,
+        "report_bytes": (out / "report.html").stat().st_size,
         "load_average": os.getloadavg()[1],
         "environment": describe_environment(),
     }
