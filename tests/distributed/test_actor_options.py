@@ -58,9 +58,8 @@ class Environment:
     """In the place of what an actor loads: raises what it finds in its environment, backwards."""
 
     name: str
-    worker: str = "worker-0"
 
-    def build(self) -> None:
+    def build(self, *worker: str) -> None:
         raise KeyError(os.environ[self.name][::-1])
 
 
@@ -78,10 +77,10 @@ def test_actors_of_a_cluster_have_the_variables_and_no_log_of_ray_does(
     secret = "hf_of_the_driver_alone"
     monkeypatch.setenv("HF_TOKEN", secret)  # after the cluster has begun, as on one that somebody else started
     options = actor_options(node_id=ray.get_runtime_context().get_node_id(), threads=1, num_cpus=0, num_gpus=0)
-    for kind in (WorkerActor, ServerActor):
+    for kind, further in ((WorkerActor, ("worker-0",)), (ServerActor, ())):
         actor = kind.options(**options).remote(passed_on())  # type: ignore[attr-defined]
         with pytest.raises(Exception, match=secret[::-1]):
-            ray.get(actor.load.remote(Environment("HF_TOKEN")))
+            ray.get(actor.load.remote(Environment("HF_TOKEN"), *further))
     logs = [path for path in session.rglob("*") if path.is_file()]
     assert logs
     assert not [path for path in logs if secret in path.read_text(errors="replace")]
