@@ -2,10 +2,13 @@
 
     python experiments/benchmarks/scale/run.py clients [--sizes 500 10000] [--rounds 5]
     python experiments/benchmarks/scale/run.py registered [--sizes 1000 1000000] [--rounds 20]
+    python experiments/benchmarks/scale/run.py server [--sizes 2000]
 
 Each run is `semcons run` in a process of its own: clients of a random Llama of two layers on two Ray workers, and a
 server whose embedder is `TrigramEmbedder`, since a model of sentences would take longer than all clients together. The
-driver's memory is the highest that the system noted for it (VmHWM). Results are added to results.json.
+driver's memory is the highest that the system noted for it (VmHWM). `server` is the server alone, in this process and
+with the default model of sentences; it gets 1,000 answers of each client, of 5,000 different texts. Results are added
+to results.json.
 """
 
 from __future__ import annotations
@@ -23,18 +26,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import psutil
 import torch
 import yaml
 from torch import Tensor
 
+from semcons_ray.config import DEFAULTS
+from semcons_ray.consensus import Election
+from semcons_ray.federation.server import ServerSpec
+from semcons_ray.messages import Answers
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.reporting.tables import busy_share
+from semcons_ray.runs.assembly import embedder_of
 
 HERE = Path(__file__).parent
 TAKING_PART = 100
 DIMENSION = 384
+NUM_PROMPTS, NUM_TEXTS = 1_000, 5_000
 
 
 class TrigramEmbedder:
@@ -135,18 +145,54 @@ def run(kind: str, size: int, rounds: int, scratch: Path) -> dict[str, Any]:
     }
 
 
+def run_server(size: int) -> dict[str, Any]:
+    """One round of the server: `size` clients, `NUM_PROMPTS` prompts."""
+    random = np.random.default_rng(0)
+    texts = [f"the answer of number {number}, said in as many words as it takes" for number in range(NUM_TEXTS)]
+    spec = ServerSpec(
+        embedder="sentence_transformers", embedder_options=embedder_of(DEFAULTS, {})[1], device="cpu", threads=1,
+        num_prompts=NUM_PROMPTS,
+        election=Election(), prompts=(), known={}, seed=0,
+    )  # fmt: skip
+    server, began = spec.build(), time.time()
+    loaded = high_water(os.getpid())
+    server.begin(1, [*range(size)])
+    for client in range(size):
+        answers = tuple(texts[place] for place in random.integers(NUM_TEXTS, size=NUM_PROMPTS))
+        message = Answers(round_number=1, client_id=client, num_examples=1, answers=answers)
+        server.collect(client, message.encode())
+    collected = time.time()
+    verdict = server.conclude()
+    concluded = time.time()
+    return {
+        "kind": "server",
+        "size": size,
+        "prompts": NUM_PROMPTS,
+        "labels": len(verdict.labels.prompt_ids),
+        "collect_seconds": round(collected - began, 1),
+        "conclude_seconds": round(concluded - collected, 1),
+        "loaded_bytes": loaded,
+        "peak_bytes": high_water(os.getpid()),
+        "load_average": os.getloadavg()[1],
+        "environment": describe_environment(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("clients", "registered"))
+    parser.add_argument("kind", choices=("clients", "registered", "server"))
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of clients")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for results.json")
     args = parser.parse_args()
-    sizes = args.sizes or ([500, 10_000] if args.kind == "clients" else [1_000, 1_000_000])
+    sizes = args.sizes or {"clients": [500, 10_000], "registered": [1_000, 1_000_000], "server": [2_000]}[args.kind]
     path = args.out / "results.json"
     for size in sizes:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run(args.kind, size, args.rounds or (5 if args.kind == "clients" else 20), Path(scratch))
+        if args.kind == "server":
+            result = run_server(size)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                result = run(args.kind, size, args.rounds or (5 if args.kind == "clients" else 20), Path(scratch))
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         kept = [one for one in found if (one["kind"], one["size"]) != (args.kind, size)]
         path.write_text(json.dumps([*kept, result], indent=2) + "\n", encoding="utf-8")
