@@ -16,7 +16,7 @@ from semcons_ray.distributed.cluster import NO_CODE, begin
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol, Reply
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
-from semcons_ray.federation.store import Files, read_files
+from semcons_ray.federation.store import Files, read_files, sees_mark
 from semcons_ray.federation.weights import pack
 from semcons_ray.metering.energy import EnergyWindow, NodeMeter, open_meters
 from semcons_ray.metering.gpus import this_place
@@ -90,7 +90,7 @@ class WorkerActor:
             folder: The folder of clients' states.
             mark: Name of the file by which the driver marked it; see `store.mark`.
         """
-        return Arrival(this_place(uses_gpu=uses_gpu), (folder / mark).is_file())
+        return Arrival(this_place(uses_gpu=uses_gpu), sees_mark(folder, mark))
 
     def load(self, spec: HostSpecProtocol, worker: str) -> dict[str, tuple[int, ...]]:
         """Load the model, as the worker of this name; returns `Host.adapter_shapes`."""
@@ -140,11 +140,12 @@ class WorkerActor:
         if files is None:
             self._loaded().export_adapter(client_id, round, downlink, folder)
             return Answer(b"", {}, self._log.take())
-        with tempfile.TemporaryDirectory(prefix="semcons-adapter-") as made:
-            self._answer(client_id, files, lambda host: host.export_adapter(client_id, round, downlink, Path(made)))
+        host = self._loaded()
+        with tempfile.TemporaryDirectory(prefix="semcons-adapter-") as made, host.lent(client_id, files):
+            host.export_adapter(client_id, round, downlink, Path(made))
             return Answer(b"", read_files(Path(made)), self._log.take())
 
-    def _answer(self, client_id: int, files: Files | None, ask: Callable[[Host], Reply | None]) -> Answer:
+    def _answer(self, client_id: int, files: Files | None, ask: Callable[[Host], Reply]) -> Answer:
         """What the host answers, and the files of the client's state that changed, if they were given."""
         host = self._loaded()
         if files is None:

@@ -21,7 +21,7 @@ from semcons_ray.data.examples import Example
 from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
-from semcons_ray.federation.store import ClientStore, Files, check_mark
+from semcons_ray.federation.store import ClientStore, Files, check_mark, sees_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import Prompt, PublicPrompts
 from semcons_ray.metering.gpus import this_place
@@ -126,7 +126,7 @@ class HostSpec:
                 prompts = PublicPrompts.decode(self.public_prompts).prompts
         duties = Duties(prompts, self.test, self.num_answers, self.seed, self.scores_options, self.harness)
         clients = Clients(self.private, self.generation, duties, models, ledger)
-        state = self.state if (self.state / self.mark).is_file() else Path(tempfile.mkdtemp(prefix="semcons-state-"))
+        state = self.state if sees_mark(self.state, self.mark) else Path(tempfile.mkdtemp(prefix="semcons-state-"))
         store = ClientStore(state, writes=models.writes)
         return ClientHost(clients, self.algorithm, store, ledger, prompt_bytes=len(self.public_prompts))
 

@@ -81,13 +81,18 @@ def write_file(path: Path, content: bytes) -> None:
             beside.unlink(missing_ok=True)  # half of a file, where the disk is full
 
 
+def sees_mark(folder: Path, name: str) -> bool:
+    """Whether this process sees the folder that the driver marked, and no other one or older copy."""
+    return (folder / name).is_file()
+
+
 def check_mark(folder: Path, name: str) -> None:
     """Check that this process sees the folder that the driver marked.
 
     Raises:
         RunFolderError: It sees no folder there, another folder, or an older copy.
     """
-    if not (folder / name).is_file():
+    if not sees_mark(folder, name):
         host = socket.gethostname()
         found = f"is another folder on {host} than where the run was started"
         if not folder.is_dir():

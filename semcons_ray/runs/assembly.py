@@ -17,6 +17,7 @@ from semcons_ray.config import (
     EvaluationConfig,
     ExperimentConfig,
     GenerationConfig,
+    PerClient,
     TrainingConfig,
     is_chosen,
     setting_value,
@@ -556,7 +557,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
     sharding, model, device = config.sharding, config.model, config.resources.device
     ranks = sharding.models.get(name, 1)
     footprints = []
-    for training, generation in dict.fromkeys(zip(*_own_settings(config, name), strict=True)):
+    for training, generation in zip(*_own_settings(config, name), strict=True):
         footprint = measure_footprint(
             folder,
             dtype=model.dtype,
@@ -586,10 +587,10 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
 
 def _own_settings(config: ExperimentConfig, name: str) -> tuple[list[TrainingConfig], list[GenerationConfig]]:
     """The different pairs of settings of training and of answers of clients that have the model."""
-    clients, own = config.clients_with()[name], config.clients.overrides
-    common = [config] if len(clients) > sum(client in clients for client in own) else []
-    settings = [*common, *(config.of_client(client) for client in own if client in clients)]
-    return [one.training for one in settings], [one.generation for one in settings]
+    training, generation = config.client_training(), config.client_generation()
+    own = {client: (training[client], generation[client]) for client in config.clients.overrides}
+    pairs = PerClient((training.common, generation.common), own).distinct(config.clients_with()[name])
+    return [of_training for of_training, _ in pairs], [of_answers for _, of_answers in pairs]
 
 
 def _check_attention(config: ExperimentConfig) -> None:
