@@ -22,6 +22,7 @@ from semcons_ray.config.sections import (
     EnergyConfig,
     EvaluationConfig,
     FailuresConfig,
+    FederationConfig,
     GenerationConfig,
     ModelConfig,
     PromptsConfig,
@@ -56,6 +57,7 @@ class ExperimentConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     sharding: ShardingConfig = ShardingConfig()
     failures: FailuresConfig = FailuresConfig()
+    federation: FederationConfig = FederationConfig()
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> ExperimentConfig:
@@ -120,6 +122,11 @@ class ExperimentConfig(Settings):
         if self.generation.engine == "vllm":
             self._check_engine()
         self._check_sharding()
+        if self.federation.hears_late and not self.algorithm.is_so("can_hear_late"):
+            raise ValueError(
+                f"federation.policy {self.federation.policy} needs an algorithm.name whose clients can be heard late, "
+                f"such as semantic_consensus or fedavg_lora, and not {name}"
+            )
         for client, own in self.clients.overrides.items():
             self._check_override(client, own)
         return self
@@ -164,6 +171,7 @@ class ExperimentConfig(Settings):
             if unused := [name for name in given if name not in used]:
                 raise ValueError(f"{setting} has options of {', '.join(unused)}, and {where} does not name it")
         algorithm, data, prompts, server = self.algorithm, self.data, self.prompts, self.server
+        federation = self.federation
         named: list[tuple[Kind, str | None, dict[str, Any], str]] = [
             ("algorithm", algorithm.name, algorithm.options, "algorithm.options"),
             ("rule", algorithm.rule if algorithm.forms_consensus else None, algorithm.rule_options,
@@ -178,6 +186,9 @@ class ExperimentConfig(Settings):
             ("embedder", server.embedder, server.embedder_options, "server.embedder_options"),
             *(("metric", name, metrics.get(name, {}), f"evaluation.metric_options.{name}")
               for name in self.evaluation.metrics),
+            ("availability", federation.availability, federation.availability_options,
+             "federation.availability_options"),
+            ("policy", federation.policy, federation.policy_options, "federation.policy_options"),
             *(("tracker", name, trackers.get(name, {}), f"tracking.options.{name}")
               for name in self.tracking.report_to),
         ]  # fmt: skip
@@ -532,6 +543,21 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),
         lambda config: config.generation.engine == "vllm",
         "generation.engine vllm",
+    ),
+    (
+        tuple(f"federation.{name}" for name in FederationConfig.model_fields if name != "devices"),
+        lambda config: bool(config.federation.devices),
+        "federation.devices, with which a run has a virtual clock",
+    ),
+    (
+        ("federation.availability_options",),
+        lambda config: takes_options("availability", config.federation.availability),
+        "a federation.availability that has options",
+    ),
+    (
+        ("federation.policy_options",),
+        lambda config: takes_options("policy", config.federation.policy),
+        "a federation.policy that has options",
     ),
     (("resources.ray_address",), lambda config: config.resources.fleet == "ray", "resources.fleet ray"),
 )

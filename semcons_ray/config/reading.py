@@ -16,7 +16,7 @@ from semcons_ray.config.base import Settings, SomeSettings
 from semcons_ray.config.documents import dump_yaml, parse_yaml, read_yaml
 from semcons_ray.config.experiment import DEFAULTS, ExperimentConfig, has_setting, setting_value, without_effect
 from semcons_ray.config.keys import describe_error, find_setting, merge_settings, place_of
-from semcons_ray.config.sections import UNIONS
+from semcons_ray.config.sections import UNIONS, FederationConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import STORED, PartName, part_names
 
@@ -45,6 +45,24 @@ def load_config(
     if stored:
         return _validated(layers.merged(), layers.where, {STORED: True})
     return validate_config(layers.merged(), where=layers.where)
+
+
+def load_federation(source: str | Path | Mapping[str, Any]) -> FederationConfig:
+    """Read a federation.
+
+    Args:
+        source: A YAML file of an experiment's settings, of which only the section `federation` counts; or the settings
+            of that section.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML or has no such section, or a key or value is refused.
+    """
+    if isinstance(source, Mapping):
+        return validate_config({"federation": {**source}}, where="the federation given").federation
+    values = Layers.read(source).merged()
+    if "federation" not in values:
+        raise ConfigError(f"{source} has no section federation; write federation: {{devices: ...}}")
+    return validate_config({"federation": values["federation"]}, where=str(source)).federation
 
 
 @dataclass(frozen=True)

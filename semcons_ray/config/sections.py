@@ -19,7 +19,7 @@ from semcons_ray.config.base import Settings
 from semcons_ray.config.endpoints import JudgeConfig
 from semcons_ray.config.keys import OPTIONS, Section, merge_settings, typed
 from semcons_ray.errors import ConfigError
-from semcons_ray.parts import Kind, PartName, options_of, resolve
+from semcons_ray.parts import Kind, PartName, build, options_of, resolve
 
 RuleName = Annotated[str, PartName("rule")]
 """A consensus rule. Of the built-in ones those from random_client on are controls: `reference` takes the data's own
@@ -869,3 +869,65 @@ class FailuresConfig(Settings):
     quorum: float = Field(
         0.5, ge=0, le=1, description="Share of a round's participants that must answer; with fewer, the run stops."
     )
+
+
+Shares = dict[str, Annotated[float, Field(gt=0)]]
+
+
+class FederationConfig(Settings):
+    """The federation that a run stands for: on whose devices and links its clients would be, who is there, and for whom
+    the server waits. A run then has a virtual clock, which says how long its rounds would take there, and decides whose
+    answers count."""
+
+    devices: Shares = Field(
+        default_factory=dict,
+        description="Shares of clients by device, as {macbook-m4: 3, rtx-4090: 1}; semcons show devices lists them. "
+        "Empty: there is no virtual clock.",
+    )
+    links: Shares = Field(
+        default_factory=lambda: {"fibre": 1.0},
+        description="Shares of clients by link, as {dsl: 2, 4g: 1}; semcons show links lists them.",
+    )
+    own_devices: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Devices of your own by name, with the fields of those that are there, as "
+        "{mine: {peak_tflops: 82, memory_gb: 24, memory_bandwidth_gb_s: 1008, idle_watts: 20, busy_watts: 450}}.",
+    )
+    own_links: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Links of your own by name, as {mine: {up_mbit: 5, down_mbit: 5, latency_ms: 10}}.",
+    )
+    server_device: str = Field("h100", description="The server's device.")
+    server_link: str = Field("datacentre", description="The server's link, which all clients share.")
+    availability: Annotated[str, PartName("availability")] = Field(
+        "always",
+        description="When clients are there. always; diurnal: the same number of hours each day, each client in a time "
+        "zone of its own; trace: as a CSV file says.",
+    )
+    availability_options: Options = Field(
+        default_factory=dict, description="Options of the availability, as {hours: 8} or {path: trace.csv}."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Chance at each visit that a client is gone before its answers are through."
+    )
+    policy: Annotated[str, PartName("policy")] = Field(
+        "synchronous",
+        description="When the server ends a round. synchronous: when all have answered; deadline: then or after some "
+        "hours, and who is late has no vote; semi_async: with the answer that fills a buffer, and who is late is heard "
+        "in a later round; async: with each answer.",
+    )
+    policy_options: Options = Field(
+        default_factory=dict, description="Options of the policy, as {hours: 2} or {buffer_size: 4}."
+    )
+    model: str | None = Field(
+        None,
+        description="Model for whose size times are calculated, as llama-3.1-8b, with the tokens of the clients' own; "
+        "semcons show models lists them. null: the clients' own.",
+    )
+    region: str = Field("world", description="Where the electricity comes from, for grams of CO2.")
+
+    @property
+    def hears_late(self) -> bool:
+        """Whether answers that come after the round in which their client was asked count in a later one."""
+        policy = build("policy", self.policy, self.policy_options, setting="federation.policy_options")
+        return bool(policy.keeps_late)

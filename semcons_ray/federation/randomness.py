@@ -41,18 +41,24 @@ class Cohort:
         participation: The share.
         seed: The experiment's seed.
         num_rounds: How many rounds there are; None: it is not known.
+        hears_late: Whether answers that come after the round in which their client was asked count in a later one.
     """
 
     num_clients: int
     participation: float
     seed: int
     num_rounds: int | None = None
+    hears_late: bool = False
 
     def sample(self, round: int) -> tuple[int, ...]:
         """Clients of a round, in ascending order."""
         count = max(1, int(self.participation * self.num_clients + 0.5))
         drawn = stream(self.seed, round, SERVER, "participation").choice(self.num_clients, size=count, replace=False)
         return tuple(sorted(drawn.tolist()))
+
+    def awaited(self, round: int) -> Sequence[int]:
+        """Clients whose answers may count in a round, ascending."""
+        return self.members if self.hears_late else self.sample(round)
 
     @cached_property
     def members(self) -> Sequence[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -101,9 +101,15 @@ class ServerProtocol(Protocol):
         keep."""
         ...
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
         """Take the encoded `Answers` of a client. If the message is invalid, the client has no vote
-        (`Verdict.refused`)."""
+        (`Verdict.refused`).
+
+        Args:
+            client_id: The client.
+            uplink: Its message.
+            asked_in: The round in which it was asked, and of which its message must be; None: this one.
+        """
         ...
 
     def conclude(self) -> Verdict:
@@ -211,13 +217,13 @@ class Server:
         self._refused: dict[int, str] = {}
         self._embeddings: Tensor | None = None
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
         """See `ServerProtocol.collect`. A message that comes twice, after a restart, counts once."""
         with self._ledger.stage("embed", round=self._round) as work:
             if client_id in self._answers:
                 return
             try:
-                message = self._decoded(client_id, uplink)
+                message = self._decoded(client_id, uplink, self._round if asked_in is None else asked_in)
             except MessageError as error:
                 self._refused[client_id] = str(error)
                 return
@@ -243,9 +249,9 @@ class Server:
             mapped = torch.from_file(file.name, shared=True, size=count, dtype=vectors.dtype)
         return mapped.view(num_ballots, num_prompts, dimension).transpose(0, 1)  # a client's in a row
 
-    def _decoded(self, client_id: int, uplink: bytes) -> Answers:
-        message = decode_uplink(Answers, uplink, client_id=client_id, round=self._round)
-        with naming(client_id, self._round):
+    def _decoded(self, client_id: int, uplink: bytes, round: int) -> Answers:
+        message = decode_uplink(Answers, uplink, client_id=client_id, round=round)
+        with naming(client_id, round):
             if client_id not in self._asked:
                 raise MessageError("Answers: from a client that was not asked")
             if len(message.answers) != self._num_prompts:
@@ -360,6 +366,48 @@ class Server:
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+class ServerOnDemand:
+    """A server that is made when it is first needed; where nothing is to be embedded, that is never.
+
+    Args:
+        make: Makes it.
+    """
+
+    def __init__(self, make: Callable[[], ServerProtocol]) -> None:
+        self._make = make
+        self._made: ServerProtocol | None = None
+
+    def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
+        """See `ServerProtocol.begin`."""
+        self._needed().begin(round, client_ids, kept)
+
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
+        """See `ServerProtocol.collect`."""
+        self._needed().collect(client_id, uplink, asked_in)
+
+    def conclude(self) -> Verdict:
+        """See `ServerProtocol.conclude`."""
+        return self._needed().conclude()
+
+    def similarity(self, round: int, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """See `ServerProtocol.similarity`."""
+        return self._needed().similarity(round, predictions, references)
+
+    def take_rows(self) -> list[LedgerRow]:
+        """See `ServerProtocol.take_rows`."""
+        return self._made.take_rows() if self._made else []
+
+    def close(self) -> None:
+        """See `ServerProtocol.close`."""
+        if self._made:
+            self._made.close()
+
+    def _needed(self) -> ServerProtocol:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
 
 SAMPLES = ("sample", "A sample, of 2 sentences. The other.")

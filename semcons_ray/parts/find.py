@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from semcons_ray.errors import ConfigError, SemconsError, first_line
-from semcons_ray.parts.table import BUILT_IN, GROUPS, OFFERED, PROTOCOLS, Kind
+from semcons_ray.parts.table import BUILT_IN, GROUPS, OFFERED, PROTOCOLS, Kind, plural
 
 SECRET = "secret"
 """Kind of a pydantic error whose value may be a key or a password, and is never shown."""
@@ -49,7 +49,8 @@ def path_of(kind: Kind, name: str) -> str:
     points = of_packages(kind).get(name, [])
     if len(points) + (name in known) > 1:
         owners = [*(["built in"] if name in known else []), *sorted(f"of package {origin(point)}" for point in points)]
-        raise ConfigError(f"there are several {kind}s {name}, {' and '.join(owners)}; say which by module:object")
+        several = f"there are several {plural(kind)} {name}, {' and '.join(owners)}"
+        raise ConfigError(f"{several}; say which by module:object")
     path = points[0].value if points else known.get(name, name)
     if not re.fullmatch(PATH, path):
         known = names(kind)

@@ -20,6 +20,8 @@ Kind = Literal[
     "embedder",
     "reader",
     "tracker",
+    "availability",
+    "policy",
 ]
 """What can be named in the settings and replaced by an object of one's own."""
 
@@ -111,6 +113,17 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "mlflow": "semcons_ray.tracking.trackers:Mlflow",
         "trackio": "semcons_ray.tracking.trackers:Trackio",
     },
+    "availability": {
+        "always": "semcons_ray.timeline.availability:Always",
+        "diurnal": "semcons_ray.timeline.availability:Diurnal",
+        "trace": "semcons_ray.timeline.availability:Trace",
+    },
+    "policy": {
+        "synchronous": "semcons_ray.timeline.policies:Synchronous",
+        "deadline": "semcons_ray.timeline.policies:Deadline",
+        "semi_async": "semcons_ray.timeline.policies:SemiAsync",
+        "async": "semcons_ray.timeline.policies:Async",
+    },
 }
 
 PROTOCOLS: dict[Kind, str] = {
@@ -126,6 +139,8 @@ PROTOCOLS: dict[Kind, str] = {
     "embedder": "semcons_ray.federation.server:TextEmbedder",
     "reader": "semcons_ray.data.sources:Reader",
     "tracker": "semcons_ray.tracking.trackers:Tracker",
+    "availability": "semcons_ray.timeline.availability:Availability",
+    "policy": "semcons_ray.timeline.policies:Policy",
 }
 """The Protocol that parts of each kind are to fit."""
 
@@ -144,5 +159,12 @@ OFFERED: dict[Kind, tuple[str, ...]] = {
 ON_WORKERS: tuple[Kind, ...] = ("algorithm", "rule", "competence", "defence", "embedder", "client")
 """Kinds of which workers or the server, which may be other processes, need the code; the others work on the driver."""
 
-GROUPS: dict[Kind, str] = {kind: f"semcons_ray.{kind}s" for kind in BUILT_IN}
+
+
+def plural(kind: str) -> str:
+    """The word for several parts of a kind."""
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+
+
+GROUPS: dict[Kind, str] = {kind: f"semcons_ray.{plural(kind)}" for kind in BUILT_IN}
 """Groups of entry points by which installed packages name parts of their own."""

@@ -55,13 +55,14 @@ from semcons_ray.federation.fleet import Algorithm, Fleet, LocalFleet
 from semcons_ray.federation.host import HostSpec, ModelsSpec
 from semcons_ray.federation.kinds import KindModels
 from semcons_ray.federation.randomness import SERVER, Cohort, stream
-from semcons_ray.federation.server import ServerProtocol, ServerSpec, build_embedder
+from semcons_ray.federation.server import ServerOnDemand, ServerProtocol, ServerSpec, build_embedder
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
 from semcons_ray.metering.environment import with_variables
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
+from semcons_ray.modeling.dimensions import Dimensions
 from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.fit import check_model, longest
 from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measure_footprint
@@ -71,6 +72,8 @@ from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 from semcons_ray.parts import build
 from semcons_ray.runs.run_folder import MetricsRow, RunFolder, column_names
+from semcons_ray.timeline.devices import Model
+from semcons_ray.timeline.federation import Federation
 
 CUT = "texts cut at model.max_length"
 LENGTHS = ("model.max_length", "generation.max_new_tokens", "data.max_response_chars")
@@ -148,13 +151,16 @@ def make_method(config: ExperimentConfig) -> Method:
     """Make the parts that need no model and no data.
 
     Raises:
-        ConfigError: One refuses its options, or a metric has the name of something else.
+        ConfigError: One refuses its options, a metric has the name of something else, or a profile of the section
+            federation is not known.
     """
     algorithm, evaluation = config.algorithm, config.evaluation
     cohort = cohort_of(config)
     metrics = make_metrics(evaluation.metrics, evaluation.metric_options)
     if taken := metrics.keys() - {*DEFAULT_METRICS} & {*column_names(MetricsRow), *OWN_METRICS}:
         raise ConfigError(f"evaluation.metrics: {min(taken)} is another column of metrics.parquet; use module:object")
+    if config.federation.devices:
+        Federation.of(config.federation)
     return Method(
         cohort,
         build_algorithm(algorithm, cohort, config.client_ranks(), config.num_rounds),
@@ -175,7 +181,8 @@ def make_method(config: ExperimentConfig) -> Method:
 def cohort_of(config: ExperimentConfig) -> Cohort:
     """Who takes part in which round; where data is pooled, all do."""
     participation = 1.0 if config.algorithm.name == "centralized" else config.clients.participation
-    return Cohort(config.clients.num_clients, participation, config.seed, config.num_rounds)
+    hears_late = config.federation.hears_late
+    return Cohort(config.clients.num_clients, participation, config.seed, config.num_rounds, hears_late)
 
 
 def pin_revisions(config: ExperimentConfig, known: Mapping[str, str]) -> dict[str, str]:
@@ -373,6 +380,20 @@ def count_parameters(folder: Path) -> int:
     return sum(map(prod, read_shapes(folder, read_config(folder)).values()))
 
 
+def model_sizes(folders: Mapping[str, Path]) -> dict[str, Model]:
+    """What the virtual time of models' work depends on, by their names."""
+    sizes = {}
+    for name, folder in folders.items():
+        dimensions = Dimensions.of(read_config(folder))
+        sizes[name] = Model(
+            parameters=count_parameters(folder),
+            layers=dimensions.layers,
+            width=dimensions.width,
+            key_value_bytes=2.0 * dimensions.key_values * dimensions.layers,
+        )
+    return sizes
+
+
 def count_cut_texts(config: ExperimentConfig, folders: Mapping[str, Path], split: DataSplit) -> tuple[Tally, ...]:
     """How many of the questions and answers are cut for each model, which only needs its tokenizer.
 
@@ -562,8 +583,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
             folder,
             dtype=model.dtype,
             attn_implementation=model.attn_implementation,
-            use_dora=model.lora.use_dora,
-            modules_to_save=model.lora.modules_to_save,
+            lora=model.lora,
             quantization=model.quantization,
             max_length=model.num_tokens,
             batch_size=ceil(training.batch_size / ranks),
@@ -576,12 +596,14 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
         if ranks > 1 and sharding.zero_stage == 3:
             footprint = footprint.divided(ranks, offloaded=sharding.cpu_offload)
         footprints.append(footprint)
+    largest = max(footprints, key=lambda footprint: (footprint.device_bytes, footprint.host_bytes))
     return Demand(
         name,
         config.clients_with()[name],
         ranks * max(footprint.host_bytes for footprint in footprints),
-        max(footprint.device_bytes for footprint in footprints),
+        largest.device_bytes,
         ranks,
+        parts=largest.parts,
     )
 
 
@@ -680,7 +702,7 @@ def known_answers(config: ExperimentConfig, references: Sequence[str]) -> dict[i
 def parts(
     placement: Placement, split: DataSplit, method: Method, folder: RunFolder, serving: Mapping[str, Engine]
 ) -> Iterator[tuple[Fleet, ServerProtocol]]:
-    """The fleet and the server, stopped at the end of the block.
+    """The fleet and the server, stopped at the end of the block. A server that has nothing to embed is not made.
 
     Args:
         placement: Where they run.
@@ -721,10 +743,26 @@ def parts(
     for name in placement.demands:
         models = kinds.get(name) or _models_spec(placement, name, serving.get(name))
         specs[name] = _host_spec(placement, models, split, public_prompts, algorithm, folder.state, shared)
+
+    def make_server() -> ServerProtocol:
+        if resources.fleet == "local":
+            return server_spec.build()
+        return RayServer(
+            server_spec,
+            node_id=placement.server.node_id,
+            gpus=placement.server.gpus,
+            timeout_seconds=failures.visit_timeout_seconds,
+            max_restarts=failures.max_restarts,
+            room_timeout_seconds=failures.room_timeout_seconds,
+            code=code,
+        )
+
+    compares = config.evaluation.num_answers > 0 and "similarity" in config.evaluation.metrics
+    # Its share of a GPU is booked before workers ask for theirs.
+    at_once = config.algorithm.forms_consensus or compares or placement.server.gpus > 0
+    server = make_server() if at_once else ServerOnDemand(make_server)
     fleet: Fleet
-    server: ServerProtocol
     if resources.fleet == "local":
-        server = server_spec.build()
         place = this_place(uses_gpu=uses_gpu)
         fleet = LocalFleet(
             {worker.name: specs[worker.model].build(worker.name) for worker in placement.workers},
@@ -734,15 +772,6 @@ def parts(
             meter=NodeMeter(place.node, open_meters(uses_gpu=uses_gpu)),
         )
     else:
-        server = RayServer(
-            server_spec,
-            node_id=placement.server.node_id,
-            gpus=placement.server.gpus,
-            timeout_seconds=failures.visit_timeout_seconds,
-            max_restarts=failures.max_restarts,
-            room_timeout_seconds=failures.room_timeout_seconds,
-            code=code,
-        )
         fleet = RayFleet(
             placement.workers,
             specs,

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -25,8 +25,9 @@ from semcons_ray.distributed.placement import Node, describe_plan
 from semcons_ray.endpoints.judge import Judge
 from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.metrics import OWN_METRICS, score_items, value
-from semcons_ray.federation.fleet import Evaluation, Fleet, Reply, RoundOutcome
+from semcons_ray.federation.fleet import Evaluation, Fleet, Reply, RoundOutcome, own_evaluations
 from semcons_ray.federation.server import ServerProtocol, Verdict
+from semcons_ray.federation.virtual_time import VirtualTime
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
@@ -40,6 +41,7 @@ from semcons_ray.runs.assembly import (
     check_models,
     check_test_set,
     cluster,
+    cohort_of,
     count_cut_texts,
     engines,
     find_models,
@@ -47,6 +49,7 @@ from semcons_ray.runs.assembly import (
     judge_of,
     kinds_of,
     make_method,
+    model_sizes,
     parts,
     pin_revisions,
     place,
@@ -57,6 +60,8 @@ from semcons_ray.runs.observers import Logged, Observer, Observers
 from semcons_ray.runs.own_process import as_found
 from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 from semcons_ray.runs.trackers import Exported, check_trackers, trackers
+from semcons_ray.runs.virtual_clock import check_federation, virtual_time
+from semcons_ray.timeline.devices import Model
 from semcons_ray.tracking.run_log import run_log
 
 
@@ -114,6 +119,7 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
     keep_code(folder.code, named_parts(config))
     method = make_method(config)
     config, split, models, revisions = _prepare(folder, config, observer)
+    sizes = model_sizes(models)
     with cluster(config) as nodes:
         placement = place(config, nodes, models, revisions)
         config = placement.config
@@ -128,10 +134,14 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             parts(placement, split, method, folder, serving) as (fleet, server),
             observers.during(commits),
         ):
-            _write_placement(folder, placement, fleet, alone)
+            _write_placement(folder, placement, sizes, fleet, alone)
             folder.drop_adapters()
             judge = judge_of(config, folder.state)
-            rounds = Rounds(folder, placement, split, method, fleet, server, observers, alone, judge)
+            virtual = None
+            if config.federation.devices:
+                virtual = virtual_time(config, sizes, split)
+                virtual.begin([commit.ledger for commit in commits[1:]], fleet)
+            rounds = Rounds(folder, placement, split, method, fleet, server, observers, alone, judge, virtual)
             while len(commits) <= config.num_rounds:
                 commit, state = rounds.run(len(commits), began)
                 commits.append(commit)
@@ -181,6 +191,8 @@ def _prepare(
     models = find_models(config, revisions)
     config = resolve_max_length(config, models)
     check_models(config, models, split)
+    if config.federation.devices:
+        check_federation(config, model_sizes(models), split, cohort_of(config))
     cut = count_cut_texts(config, models, split)
     folder.write_tallies((*of_data, *cut))
     _tell_losses(cut, observer)
@@ -252,6 +264,7 @@ class Rounds:
     observer: Observer
     alone: bool
     judge: Judge | None = None
+    virtual: VirtualTime | None = None
 
     @cached_property
     def num_private(self) -> Sequence[int]:
@@ -271,19 +284,27 @@ class Rounds:
             outcome = self._measure_base(visitor, state)
         else:
             evaluate = round in config.evaluation.rounds(config.num_rounds)
-            outcome = self.method.algorithm.run_round(round, state, visitor, self.server, evaluate=evaluate)
+            through = self.virtual.over(visitor) if self.virtual else visitor
+            outcome = self.method.algorithm.run_round(round, state, through, self.server, evaluate=evaluate)
+            if self.virtual:
+                outcome = self._with_unheard(round, outcome, self.virtual.unheard, evaluate=evaluate)
         own, own_rows = self._measure_own(round, outcome)
         verdict = outcome.verdict
         if verdict:
             self.folder.write_table(f"consensus/round_{round:03d}.parquet", _consensus_table(verdict))
         ended_at = time.time()
+        metrics = tuple(self._metrics(round, outcome, own))  # which the judge and the server work for
+        ledger = self._ledger(round, outcome, own_rows, started_at, ended_at)
+        if self.virtual and round:
+            self.virtual.ends(ledger)
+        num_heard = self.virtual.num_heard if self.virtual and round else len(visitor.asked) - len(visitor.lost)
         commit = Commit(
             summary=RoundRow(
                 round=round,
                 started_at=started_at,
                 duration_seconds=ended_at - started_at,
                 num_participants=len(visitor.asked),
-                num_answered=len(visitor.asked) - len(visitor.lost),
+                num_answered=num_heard,
                 lost=", ".join(map(str, sorted(visitor.lost))),
                 failures="; ".join(reason for _, reason in sorted(visitor.lost.items())),
                 num_labels=len(verdict.labels.prompt_ids) if verdict else 0,
@@ -292,9 +313,10 @@ class Rounds:
                 if verdict
                 else math.nan,
                 distrusted=", ".join(map(str, verdict.distrusted)) if verdict else "",
+                virtual_seconds=self.virtual.seconds if self.virtual else math.nan,
             ),
-            metrics=tuple(self._metrics(round, outcome, own)),
-            ledger=tuple(self._ledger(round, outcome, own_rows, started_at, ended_at)),
+            metrics=metrics,
+            ledger=tuple(ledger),
         )
         return commit, outcome.next_state
 
@@ -313,6 +335,23 @@ class Rounds:
                 )
         evaluations = {client: measured.get(config.model_of(client)) for client in self.method.cohort.members}
         return RoundOutcome(replies=replies, next_state=state, evaluations=evaluations)
+
+    def _with_unheard(
+        self, round: int, outcome: RoundOutcome, unheard: Sequence[Reply], *, evaluate: bool
+    ) -> RoundOutcome:
+        """The outcome with the visits of clients that are not heard in the round: they have learnt, too. Where clients
+        are heard late, few are asked in a round, so that all the others are measured as well; one that is still at work
+        in virtual time is measured as it will be when it is done."""
+        evaluations, rows = {**outcome.evaluations}, outcome.rows
+        if self.placement.config.algorithm.keeps_models:
+            evaluations |= own_evaluations(unheard)
+            others = [client for client in self.method.cohort.awaited(round) if evaluations.get(client) is None]
+            if evaluate and self.method.cohort.hears_late and others:
+                downlinks = self.method.algorithm.downlinks(round + 1, outcome.next_state, others)
+                for reply in self.fleet.measure(round, downlinks):
+                    evaluations[reply.client_id] = reply.evaluation
+                    rows += reply.rows
+        return replace(outcome, replies=(*outcome.replies, *unheard), evaluations=evaluations, rows=rows)
 
     def _measure_own(self, round: int, outcome: RoundOutcome) -> tuple[dict[int, dict[str, float]], list[LedgerRow]]:
         """Measure the clients that were measured on test sets of their own as well, where they have some and tell how
@@ -522,13 +561,16 @@ def _consensus_table(verdict: Verdict) -> pd.DataFrame:
     )
 
 
-def _write_placement(folder: RunFolder, placement: Placement, fleet: Fleet, alone: bool) -> None:
+def _write_placement(
+    folder: RunFolder, placement: Placement, sizes: Mapping[str, Model], fleet: Fleet, alone: bool
+) -> None:
     folder.write_json(
         "placement.json",
         {
             "device": placement.config.resources.device,
             "workers": [asdict(worker) | {"clients": [*worker.clients]} for worker in placement.workers],
             "engines": [asdict(engine) for engine in placement.engines],
+            "models": {name: asdict(size) for name, size in sizes.items()},
             "nodes": [asdict(node) for node in placement.nodes],
             "energy_meters": dict(fleet.meters),
             "alone": alone,

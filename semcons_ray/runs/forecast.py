@@ -261,16 +261,12 @@ class Forecast:
     def _adapter_bytes(self, name: str) -> tuple[float, float]:
         """Bytes of a model's adapter as it is sent: for each unit of its rank, and of modules trained whole."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        from semcons_ray.modeling.lora import attach_adapter
+        from semcons_ray.modeling.lora import trained_shapes
         from semcons_ray.modeling.model_folder import read_config
 
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(read_config(self.plan.models[name]))
         lora, each = self.config.model.lora, getattr(torch, self.config.algorithm.weight_dtype).itemsize
-        tensors = attach_adapter(base, lora, name).named_parameters()
-        sent: Shapes = {key: tuple(value.shape) for key, value in tensors if value.requires_grad}
+        sent: Shapes = trained_shapes(read_config(self.plan.models[name]), lora, name)
         if isinstance(self._algorithm, FedAvgLora):
             sent = self._algorithm.exchanged(sent)
         factors = sum(prod(shape) for key, shape in sent.items() if "lora_" in key)

@@ -117,6 +117,8 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
         label_churn: Share of prompts whose pseudo-label changed since the round before; NaN if there was none before.
         distrusted: Ids of the clients whose votes count less, or nothing, by `algorithm.defence`, separated by commas;
             empty if none.
+        virtual_seconds: When it ended in the virtual time of `federation.devices`, seconds since round 1 began; NaN
+            without them.
     """
 
     round: int
@@ -130,6 +132,7 @@ class RoundRow(msgspec.Struct, frozen=True, kw_only=True):
     mean_agreement: float
     label_churn: float
     distrusted: str = ""
+    virtual_seconds: float = math.nan
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True):

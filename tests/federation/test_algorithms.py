@@ -53,7 +53,7 @@ class Notes:
     def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         self.taken.append(("begin", round, tuple(client_ids), kept))
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
         self.taken.append(("collect", client_id, uplink))
 
     def conclude(self) -> Any:

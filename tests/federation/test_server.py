@@ -14,7 +14,7 @@ from semcons_ray.config import GenerationConfig
 from semcons_ray.consensus import Election
 from semcons_ray.consensus.evidence import Evidence
 from semcons_ray.errors import ModelError
-from semcons_ray.federation.server import SAMPLES, Server, ServerSpec, build_embedder
+from semcons_ray.federation.server import SAMPLES, Server, ServerOnDemand, ServerSpec, build_embedder
 from semcons_ray.messages import Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
 from tests.federation.rows import work
@@ -372,6 +372,19 @@ def test_weights_are_the_numbers_of_private_examples() -> None:
     assert judge.conclude().winner.tolist() == [2, 2]
 
 
+def test_an_answer_that_comes_late_is_of_the_round_in_which_its_client_was_asked() -> None:
+    judge = server(min_votes=1)
+    judge.begin(3, [0, 1, 2])
+    judge.collect(0, uplink(0, "left", "left", round_number=3))
+    judge.collect(1, uplink(1, "right", "right", round_number=1), 1)
+    judge.collect(2, uplink(2, "right", "right", round_number=1), 2)  # of another round than that
+    verdict = judge.conclude()
+    assert [*verdict.refused] == [2]
+    assert "client 2, round 2" in verdict.refused[2]
+    assert verdict.labels.round_number == 3
+    assert verdict.answers[1] == ("right", "right")
+
+
 def test_a_new_round_forgets_the_old_one() -> None:
     judge = server(min_votes=1)
     judge.begin(1, [0])
@@ -471,6 +484,25 @@ def test_a_verdict_without_answers_is_whole() -> None:
     assert verdict.similarity.shape == (2, 2)
     assert verdict.labels == PseudoLabels(round_number=2, prompt_ids=(), responses=())
     assert verdict.refused == {}
+
+
+def test_a_server_on_demand_is_made_once_when_it_is_first_needed() -> None:
+    made: list[Server] = []
+
+    def make() -> Server:
+        made.append(Server(Compass(), num_prompts=2, election=Election(), seed=0, ledger=Ledger("server", "n")))
+        return made[-1]
+
+    asked = ServerOnDemand(make)
+    assert asked.take_rows() == []
+    asked.close()
+    assert not made
+    asked.begin(1, [0])
+    asked.collect(0, uplink(0, "left", "right"))
+    assert asked.conclude().answers == (("left", "right"),)
+    assert asked.similarity(1, ["left"], ["left"]) == [1.0]
+    assert [row.stage for row in asked.take_rows()] == ["evaluate"]
+    assert len(made) == 1
 
 
 class Noted(Compass):

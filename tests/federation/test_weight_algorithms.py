@@ -760,3 +760,43 @@ def test_centralized_trains_client_0_for_all() -> None:
     assert {c: e.nll_sum for c, e in outcome.evaluations.items() if e} == {0: 0.0, 1: 0.0}
     assert clients[1].notes == []
     assert outcome.next_state == b""
+
+
+LATE = Cohort(num_clients=4, participation=1.0, seed=0, hears_late=True)
+
+
+@pytest.mark.parametrize("kind", [FedAvgLora, FedProx, HetLora])
+def test_where_late_updates_count_the_average_moves_by_their_share_and_age(kind: type[FedAvgLora]) -> None:
+    algorithm = kind(LATE, (1,) * 4, dtype="float32")
+    fleet = FakeFleet(algorithm, [FakeClient()])
+    before = pack(ONE, "float32")
+    # Of four that are asked two are heard, one of this round, 5, and one of round 2: (1 + 1 / sqrt(4)) / 4.
+    updates = [update(OTHER, 1, 0, round=5), update(OTHER, 3, 1, round=2)]
+    after = unpack(algorithm.towards(5, before, updates, fleet))
+    for key in (A, B):
+        torch.testing.assert_close(after[key], 0.625 * ONE[key] + 0.375 * OTHER[key])
+
+
+def test_where_all_are_heard_in_time_it_is_the_mean() -> None:
+    algorithm = FedAvgLora(LATE, (1,) * 4, dtype="float32")
+    updates = [update(OTHER if client else ONE, 1, client, round=2) for client in range(4)]
+    after = unpack(algorithm.towards(2, pack(ONE, "float32"), updates, FakeFleet(algorithm, [FakeClient()])))
+    torch.testing.assert_close(after[A], (ONE[A] + 3 * OTHER[A]) / 4)
+
+
+def test_before_there_is_an_average_it_moves_from_the_adapter_from_which_all_start() -> None:
+    algorithm = FedAvgLora(LATE, (1,) * 4, dtype="float32")
+    fleet = FakeFleet(algorithm, [FakeClient()])
+    after = unpack(algorithm.towards(1, b"", [update(OTHER, 1, round=1)], fleet))
+    torch.testing.assert_close(after[B], 0.25 * OTHER[B])  # B is zero at first
+    torch.testing.assert_close(after[A], 0.75 * fleet.first_adapter[A] + 0.25 * OTHER[A])
+    assert algorithm.towards(7, b"as it was", [], fleet) == b"as it was"
+
+
+@pytest.mark.parametrize(
+    "kind", [Flora, FedExLora, FlexLora, FedSaLora, Scaffold, FedAvgM, FedAdam, OneShotFedAvgLora]
+)
+def test_what_is_defined_by_a_round_of_equals_hears_nobody_late(kind: type[FedAvgLora]) -> None:
+    assert not kind.can_hear_late
+    assert FedAvgLora.can_hear_late
+    assert SemanticConsensus.can_hear_late

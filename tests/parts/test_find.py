@@ -47,6 +47,7 @@ def test_each_built_in_part_is_there_and_fits_its_protocol(kind: Kind) -> None:
 def test_each_kind_has_a_protocol_a_group_and_what_it_is_offered() -> None:
     assert {*get_args(Kind)} == {*BUILT_IN} == {*PROTOCOLS} == {*GROUPS} == {*OFFERED}
     assert GROUPS["rule"] == "semcons_ray.rules"
+    assert GROUPS["policy"] == "semcons_ray.policies"
 
 
 def test_settings_tell_which_parts_they_name() -> None:
@@ -56,6 +57,7 @@ def test_settings_tell_which_parts_they_name() -> None:
         ("algorithm", "semantic_consensus"), ("rule", "medoid"), ("partition", "dirichlet"), ("metric", "chrF"),
         ("competence", "equal"), ("defence", "none"),
         ("selection", "stratified"), ("embedder", "sentence_transformers"), ("tracker", "tensorboard"),
+        ("availability", "always"), ("policy", "synchronous"),
     }  # fmt: skip
 
 

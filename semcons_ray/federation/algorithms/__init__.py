@@ -26,6 +26,7 @@ What an algorithm can be combined with it says by class variables, all of which 
     forms_consensus       the server elects an answer to each public prompt
     factors_only          it is defined by products of A and B, or by one of them, and knows no other tensors
     adjusts_gradients     it changes gradients before each step
+    can_hear_late         answers may count in a later round than that in which their client was asked
 """
 
 from typing import Any

@@ -5,8 +5,15 @@ the average is H. B. McMahan et al., "Communication-Efficient Learning of Deep N
 (FedAvg), arXiv:1602.05629: weighted by the number of private examples.
 
 A client starts each round from the average, with a new optimizer unless `training.keep_optimizer` is set. In round 1
-all start from the same random A, which follows from the seed, and B = 0. The other weight-averaging baselines are
-subclasses that replace how a client takes the average over, how it trains, or how the server aggregates.
+all start from the same random A, which follows from the seed, and B = 0.
+
+Where late updates count, a round has those of few clients, some of which began from an older average. Then the average
+moves towards theirs, by the share that they are of those asked, discounted by its age of t rounds by 1 / sqrt(1 + t)
+(J. Nguyen et al., FedBuff, arXiv:2106.06639). That it moves towards their adapters, and not by how much these changed
+since an average that the server would have to keep, is as in C. Xie et al., FedAsync, arXiv:1903.03934.
+
+The other weight-averaging baselines are subclasses that replace how a client takes the average over, how it trains, or
+how the server aggregates.
 """
 
 from __future__ import annotations
@@ -73,6 +80,7 @@ class FedAvgLora:
     exchanges: range = range(1, 2)
 
     averages_weights: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = True
 
     @property
     def uses_public_prompts(self) -> bool:
@@ -105,7 +113,10 @@ class FedAvgLora:
             updates = self.usable(round, replies, fleet)
             # In the order of their contents: a sum's rounding depends on its order, and ids must change no result.
             updates.sort(key=lambda update: (update.tensors, update.num_examples))
-            state = self.aggregate(state, updates)
+            if self.cohort.hears_late:
+                state = self.towards(round, state, updates, fleet)
+            else:
+                state = self.aggregate(state, updates)
         rows = ledger.take()
         evaluations: dict[int, Evaluation | None] = {}
         if evaluate:
@@ -157,6 +168,16 @@ class FedAvgLora:
         """The server's next state: the means of A and of B over clients, weighted by private examples."""
         adapters = [unpack(update.tensors) for update in updates]
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
+
+    def towards(self, round: int, state: bytes, updates: Sequence[AdapterUpdate], fleet: Visitor) -> bytes:
+        """The last average, moved towards that of updates of which some are late."""
+        if not updates:
+            return state
+        ages = [round - update.round_number for update in updates]
+        share = min(sum((1 + age) ** -0.5 for age in ages) / len(self.cohort.sample(round)), 1.0)
+        before = unpack(state) if state else fleet.first_adapter
+        after = unpack(self.aggregate(state, updates))
+        return pack({key: (1 - share) * before[key].float() + share * after[key] for key in after}, "float32")
 
     def alike(self, updates: Sequence[AdapterUpdate]) -> Mapping[int, Sequence[int]]:
         """By a client whose model is measured after a round, the clients that have the same: here those of one rank, of

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import msgspec
 from torch import Tensor
@@ -44,6 +45,8 @@ class _State(msgspec.Struct):
 @dataclass(frozen=True)
 class FedOpt(FedAvgLora, ABC):
     """FedAvg-LoRA with an optimizer at the server."""
+
+    can_hear_late: ClassVar[bool] = False
 
     @abstractmethod
     def step(self, change: Tensor, moments: Moments) -> tuple[Tensor, Moments]:

@@ -28,6 +28,7 @@ class FedSaLora(FedAvgLora):
 
     factors_only: ClassVar[bool] = True
     own_models: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = False
 
     def alike(self, updates: Sequence[AdapterUpdate]) -> Mapping[int, Sequence[int]]:
         """Each client that sent its A has a model of its own."""

@@ -22,6 +22,7 @@ class FlexLora(FedAvgLora):
 
     factors_only: ClassVar[bool] = True
     any_ranks: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = False
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The mean of the products, weighted by private examples, as an adapter of the clients' highest rank."""

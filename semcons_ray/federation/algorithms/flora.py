@@ -55,6 +55,7 @@ class Flora(FedAvgLora):
     factors_only: ClassVar[bool] = True
     any_ranks: ClassVar[bool] = True
     outgrows_ranks: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = False
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: this round's stack is added, and clients that answered are noted to have all earlier ones."""

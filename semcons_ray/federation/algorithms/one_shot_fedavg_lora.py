@@ -8,7 +8,7 @@ arXiv:2412.04650. Clients train as much as in FedAvg-LoRA, and send the bytes of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
 from semcons_ray.federation.algorithms.local_only import LocalOnly
@@ -26,6 +26,8 @@ class OneShotFedAvgLora(FedAvgLora):
     Attributes:
         num_rounds: Number of the last round, in which adapters are averaged.
     """
+
+    can_hear_late: ClassVar[bool] = False
 
     num_rounds: int = 1
 

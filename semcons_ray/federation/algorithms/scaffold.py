@@ -41,6 +41,7 @@ class Scaffold(FedAvgLora):
     """
 
     adjusts_gradients: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = False
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: the unweighted mean of y_k, and c moved by the mean change of c_k."""

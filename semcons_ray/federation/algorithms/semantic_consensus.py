@@ -76,6 +76,7 @@ class SemanticConsensus:
     any_models: ClassVar[bool] = True
     any_ranks: ClassVar[bool] = True
     forms_consensus: ClassVar[bool] = True
+    can_hear_late: ClassVar[bool] = True
 
     def first_state(self) -> bytes:
         """A `ServerState` with no labels."""
@@ -105,10 +106,11 @@ class SemanticConsensus:
         downlinks = self.downlinks(round, state, participants)
         if round not in self.exchanges or self.self_training:
             return train_apart(round, state, downlinks, fleet, evaluate=evaluate)
-        server.begin(round, participants, ServerState.decode(state).kept)
+        server.begin(round, self.cohort.awaited(round), ServerState.decode(state).kept)
         replies = []
         for reply in fleet.visit(round, downlinks, evaluate=evaluate):
-            server.collect(reply.client_id, reply.uplink)
+            if reply.round in self.exchanges:  # one that comes late may be of a round before the first exchange
+                server.collect(reply.client_id, reply.uplink, reply.round)
             replies.append(reply)
         verdict = server.conclude()
         if verdict.refused:
