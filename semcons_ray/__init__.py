@@ -24,13 +24,14 @@ if TYPE_CHECKING:
         labels,
         load,
         plan,
+        replay,
         resume,
         run,
         sweep,
         watch,
     )
     from semcons_ray.api.results import Comparison, DryRun, Run, Sweep
-    from semcons_ray.config import ExperimentConfig
+    from semcons_ray.config import ExperimentConfig, FederationConfig
     from semcons_ray.consensus.evidence import Competence, Defence, Evidence, Ruling
     from semcons_ray.consensus.rules import Ballots, Rule
     from semcons_ray.data.partition import Partition
@@ -65,7 +66,10 @@ if TYPE_CHECKING:
     from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
+    from semcons_ray.studies.replays import Replays
     from semcons_ray.studies.search_space import SweepConfig
+    from semcons_ray.timeline.availability import Availability
+    from semcons_ray.timeline.policies import Policy
     from semcons_ray.tracking.trackers import Tracker
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "Attack",
     "Attacks",
     "Audit",
+    "Availability",
     "Ballots",
     "Check",
     "Client",
@@ -90,6 +95,7 @@ __all__ = [
     "EngineError",
     "Evidence",
     "ExperimentConfig",
+    "FederationConfig",
     "Labels",
     "MessageError",
     "ModelError",
@@ -97,9 +103,11 @@ __all__ = [
     "Observer",
     "Partition",
     "PlacementError",
+    "Policy",
     "Progress",
     "QuorumError",
     "Reader",
+    "Replays",
     "Reply",
     "RoundOutcome",
     "Rule",
@@ -127,6 +135,7 @@ __all__ = [
     "labels",
     "load",
     "plan",
+    "replay",
     "resume",
     "run",
     "sweep",
@@ -136,10 +145,11 @@ __all__ = [
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
     "semcons_ray.api.experiments": (
-        *("attack", "audit", "compare", "evaluate", "labels", "load", "plan", "resume", "run", "sweep", "watch"),
+        *("attack", "audit", "compare", "evaluate", "labels", "load", "plan"),
+        *("replay", "resume", "run", "sweep", "watch"),
     ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
-    "semcons_ray.config": ("ExperimentConfig",),
+    "semcons_ray.config": ("ExperimentConfig", "FederationConfig"),
     "semcons_ray.consensus.evidence": ("Competence", "Defence", "Evidence", "Ruling"),
     "semcons_ray.consensus.rules": ("Ballots", "Rule"),
     "semcons_ray.data.partition": ("Partition",),
@@ -158,7 +168,10 @@ _HOMES = {
     "semcons_ray.studies.attacks": ("Attacks",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
     "semcons_ray.studies.labels": ("Labels",),
+    "semcons_ray.studies.replays": ("Replays",),
     "semcons_ray.studies.search_space": ("SweepConfig",),
+    "semcons_ray.timeline.availability": ("Availability",),
+    "semcons_ray.timeline.policies": ("Policy",),
     "semcons_ray.tracking.trackers": ("Tracker",),
 }
 """Where names are defined that are not errors."""

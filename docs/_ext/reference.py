@@ -21,7 +21,7 @@ from semcons_ray.commands.init import PRESETS
 from semcons_ray.config import ExperimentConfig, Settings, describe_settings, dump_yaml
 from semcons_ray.endpoints.api_model import ApiOptions
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind
+from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, plural
 from semcons_ray.runs import run_folder
 from semcons_ray.runs.run_folder import MetricsRow, RoundRow, column_names
 
@@ -157,7 +157,7 @@ def parts() -> str:
 
 
 def _parts(kind: Kind) -> Iterator[str]:
-    yield _heading(_capital(f"{kind}s"))
+    yield _heading(_capital(plural(kind)))
     yield (
         f"Protocol: {{py:obj}}`{PROTOCOLS[kind].replace(':', '.')}`. Entry points of packages: `{GROUPS[kind]}`.\n"
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from semcons_ray.api.places import local_folder, new_folder
-from semcons_ray.config import ExperimentConfig, Layer, Source, load_config
+from semcons_ray.config import ExperimentConfig, FederationConfig, Layer, Source, load_config, load_federation
 from semcons_ray.errors import SemconsError, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from semcons_ray.studies.attacks import Attacks
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
+    from semcons_ray.studies.replays import Replays
     from semcons_ray.studies.search_space import SweepConfig
 
 logger = logging.getLogger(__name__)
@@ -386,6 +387,40 @@ def attack(
     if out is not None:
         found.write(folder)
     return found
+
+
+def replay(
+    *places: str | Path,
+    federation: str | Path | Mapping[str, Any] | FederationConfig | None = None,
+    model: str | None = None,
+) -> Replays:
+    """Let the rounds of finished runs pass in a federation: its virtual hours, joules, grams of CO2 and bytes.
+
+    Nothing is run again. What clients trained, wrote and sent is in the runs' ledgers; how long that takes is
+    calculated from the profiles of the federation's devices and links. Losses are those of the runs, so where answers
+    would count in other rounds than they did, as under another policy, what would have been learnt is not known.
+
+    Args:
+        places: Folders or URLs of runs, of comparisons or of sweeps.
+        federation: The section `federation` of an experiment's settings: a YAML file that has it, or its settings;
+            None: each run's own.
+        model: Name of a model for whose size times and weights are calculated (`semcons show models`); None: the runs'
+            own.
+
+    Raises:
+        RunFolderError: One is no such folder, no run of it is finished, or a file is missing or damaged.
+        ConfigError: A setting of the federation is refused, a model does not fit on a device, nobody is ever there; or
+            a run has no federation of its own, and none is given.
+        UserError: No run is given.
+    """
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.studies.replays import find_runs, replay_runs
+
+    if not places:
+        raise UserError("replay needs the folder of a run")
+    if federation is not None and not isinstance(federation, FederationConfig):
+        federation = load_federation(federation)
+    return replay_runs(find_runs([locate(place)[0] for place in places]), federation, model)
 
 
 def watch(folder: str | Path) -> bool:

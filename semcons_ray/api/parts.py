@@ -36,7 +36,7 @@ def render_parts(kinds: list[Kind]) -> str:
 
 def describe_groups() -> str:
     """What a part of each kind is to have, and the group of entry points by which a package names its parts."""
-    return "\n".join(f"  {kind:12}{PROTOCOLS[kind]:52}{group}" for kind, group in GROUPS.items())
+    return "\n".join(f"  {kind:14}{PROTOCOLS[kind]:52}{group}" for kind, group in GROUPS.items())
 
 
 def rows(kinds: list[Kind]) -> Iterator[tuple[str, ...]]:

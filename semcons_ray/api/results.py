@@ -94,7 +94,8 @@ class Run:
 
         Columns: round, started_at (unix seconds), duration_seconds, num_participants and num_answered (clients), lost
         (their ids, separated by commas), failures (why), num_labels (pseudo-labels), mean_agreement (cosine),
-        label_churn (0 to 1), and distrusted (ids of clients whose votes count less by the defence).
+        label_churn (0 to 1), distrusted (ids of clients whose votes count less by the defence), and virtual_seconds
+        (when the round ended in the virtual time of federation.devices; NaN without them).
         """
         return made.read_rounds(self.path)
 

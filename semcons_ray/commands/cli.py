@@ -38,6 +38,7 @@ examples:
   semcons sweep sweep.yaml --out runs/sweep            try many settings: Pareto fronts, and the effect of each
   semcons labels runs/first                            how many labels each rule gets right, from its stored answers
   semcons attack runs/first --out runs/attack          how many labels malicious clients would capture
+  semcons replay runs/first --federation phones.yaml   its hours and joules on other devices and links
   semcons audit runs/first                             whether private text shows in its answers and models
 """
 COMPARE = """\
@@ -105,6 +106,22 @@ examples:
   semcons attack experiments/attack/labels.yaml --seeds 0 1 2 --out runs/attack
   semcons attack runs/seed-0 runs/seed-1 --rules medoid plurality --shares 0.3 --out runs/attack
   semcons attack runs/seed-0 --attacks 'backdoor {trigger: gcd}' --shares 0.3 --learn --out runs/backdoor
+"""
+REPLAY = """\
+F.yaml has a section federation, as the settings of an experiment:
+
+  federation:
+    devices: {laptop-cpu: 3, raspberry-pi-5: 1}      # shares of clients; semcons show devices lists them
+    links: {dsl: 1}                                  # semcons show links
+    policy: deadline                                 # semcons parts policy
+    policy_options: {hours: 2}
+
+Laid over an experiment's own settings (semcons run config.yaml F.yaml) it gives the run a virtual clock. A replay
+runs nothing again: it takes what clients trained, wrote and sent from the ledger.
+
+examples:
+  semcons replay runs/first --federation F.yaml --model llama-3.1-8b
+  semcons replay runs/quality --federation F.yaml --out runs/quality-on-laptops
 """
 SCHEMA = """\
 Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
@@ -185,6 +202,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
+    from semcons_ray.api.profiles import TABLES
     from semcons_ray.api.schema import KINDS
     from semcons_ray.commands import cost, init, parts
 
@@ -263,6 +281,17 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     sub.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE", help=shares)
     learnt = "let the runs' clients learn the labels that backdoors led to, for one round, in DIR/learnt"
     sub.add_argument("--learn", action="store_true", help=learnt)
+    sub = command("replay", _replay, sr.replay, epilog=REPLAY)
+    places = "folders or URLs of finished runs, comparisons or sweeps"
+    sub.add_argument("places", nargs="+", metavar="RUN", help=places)
+    federation = "YAML file with a section federation. Default: each run's own settings"
+    sub.add_argument("--federation", type=Path, metavar="F.yaml", help=federation)
+    scaled = "model for whose size times and weights are calculated, of semcons show models. Default: the runs' own"
+    sub.add_argument("--model", metavar="NAME", help=scaled)
+    sub.add_argument("--out", type=local_folder, metavar="DIR", help="folder for tables and figures")
+    show = "List the devices, links, regions or models that a federation can name, with where their numbers are from."
+    sub = command("show", _show, show)
+    sub.add_argument("kind", choices=TABLES, metavar="KIND", help=f"what to list: {', '.join(TABLES)}")
     sub = command("cost", cost.run, "Calculate the bytes that a round sends: answers against LoRA weights.")
     cost.add_arguments(sub)
     return parser
@@ -350,6 +379,22 @@ def _attack(args: argparse.Namespace) -> int:
     given = {"rules": args.rules, "defences": args.defences, "attacks": args.attacks, "shares": args.shares}
     done = sr.attack(*args.places, **given, seeds=args.seeds, learn=args.learn, out=args.out, say=_say)
     print(f"{done}\n\ntable and figure: {args.out / 'attack.csv'}, {args.out / 'attack.svg'}")
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    done = sr.replay(*args.places, federation=args.federation, model=args.model)
+    print(done)
+    if args.out:
+        done.write(args.out)
+        print(f"\ntables and figures: {args.out}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from semcons_ray.api.profiles import render_profiles
+
+    print(render_profiles(args.kind))
     return 0
 
 

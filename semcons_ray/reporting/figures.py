@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.reporting.drawing import (
     BLUE,
+    CLIENT_COLOURS,
     GREY,
     INK,
     MARKERS,
@@ -36,6 +37,7 @@ from semcons_ray.reporting.tables import (
     describe_measured,
     energy,
     format_number,
+    held_by_round,
     mean_by_round,
     metric_by_round,
     short_model_name,
@@ -45,6 +47,10 @@ from semcons_ray.reporting.timeline import timeline_figure
 from semcons_ray.runs.run_folder import LOSS_NAMES
 
 DASHES = ("-", "--", ":", "-.")
+MAX_LINES = 100
+"""With more clients, a figure shades where most of them are, instead of drawing a line for each."""
+SHADES = ((0.05, 0.95, 0.2), (0.25, 0.75, 0.35))
+"""Quantiles over clients between which it shades, and how opaquely."""
 QUALITY = {
     "bits_per_byte": (
         LOSS_NAMES["bits_per_byte"],
@@ -78,8 +84,21 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
     clients, models = [*values.dropna(axis="columns", how="all")], sorted(set(model_of.values()))
     colours, distinct = client_colours(clients), few(clients)
     has_mean = len(clients) > 1 and not mean.empty
+    many = len(clients) > MAX_LINES
 
-    def draw(axes: Axes, canvas: Canvas) -> None:
+    def shade(axes: Axes) -> None:
+        held = held_by_round(run.metrics, metric)
+        for position, model in enumerate(models):
+            theirs = held[[client for client in clients if model_of[client] == model]]
+            colour = CLIENT_COLOURS[position % len(CLIENT_COLOURS)]
+            for low, high, opacity in SHADES:
+                lower, upper = theirs.quantile(low, axis="columns"), theirs.quantile(high, axis="columns")
+                axes.fill_between(held.index, lower, upper, color=colour, alpha=opacity, linewidth=0)
+            if len(models) > 1:
+                middle = theirs.median(axis="columns")
+                axes.plot(held.index, middle, color=colour, label=f"median of {short_model_name(model)}")
+
+    def draw_lines(axes: Axes) -> None:
         for position, client in enumerate(clients):
             measured = values[client].dropna()
             name = f"{client} · {short_model_name(model_of[client])}" if len(models) > 1 else f"client {client}"
@@ -93,6 +112,9 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
                 alpha=1 if distinct else 0.7,
                 label=name if distinct else None,
             )
+
+    def draw(axes: Axes, canvas: Canvas) -> None:
+        shade(axes) if many else draw_lines(axes)
         if has_mean:
             axes.plot(mean.index, mean, color=INK, linewidth=2.6, label="mean", zorder=1 if distinct else 3)
         axes.set_ylabel(label)
@@ -102,9 +124,12 @@ def quality_figure(run: Run, metric: str) -> Figure | None:
     caption += ", measured. Round 0 is the base model."
     if has_mean:
         caption += " The thick line is the mean over clients"
-        caption += "." if distinct else f", thin lines are all {len(clients)}."
+        caption += "." if distinct or many else f", thin lines are all {len(clients)}."
         if measured := describe_measured(run):
             caption += f" {measured}; others count with their last measurement."
+    if many:
+        caption += f" The dark band holds the middle half of {len(clients):,} clients, the light one the middle 90%"
+        caption += ", each with its last measurement."
     if metric == "nll" and metric != run.loss:
         caption += " Models differ in their tokens, so compare levels within a model only."
     name = label[0].upper() + label[1:]

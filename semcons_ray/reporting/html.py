@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from semcons_ray.config import AlgorithmConfig, dump_yaml
+from semcons_ray.distributed.placement import describe_clients
 from semcons_ray.errors import RunFolderError
 from semcons_ray.metering.ledger import split_gpus
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.parts import BUILT_IN, STORED
-from semcons_ray.reporting.drawing import client_colours
+from semcons_ray.reporting.drawing import Figure, client_colours
 from semcons_ray.reporting.figures import draw_figures
 from semcons_ray.reporting.intervals import INTERVALS
 from semcons_ray.reporting.prompts import prompt_table
@@ -75,6 +76,11 @@ def render_report(run: Run) -> str:
     environment = page_environment()
     clients = quality(run.metrics)
     answered = prompt_table(run)
+    virtual = None
+    if run.config["federation"]["devices"]:  # its clock needs torch, which reports of other runs do without
+        from semcons_ray.reporting.virtual_time import virtual_time
+
+        virtual = virtual_time(run)
     return environment.get_template("report.html.j2").render(
         run=run,
         style=Markup((templates / "report.css").read_text(encoding="utf-8")),
@@ -98,7 +104,9 @@ def render_report(run: Run) -> str:
         stages=work_by_stage(run.ledger).reset_index().to_dict("records"),
         totals=totals(run),
         energy_note=energy_note(run.placement, run.ledger),
-        figures=[{"svg": Markup(figure.svg), "figure": figure} for figure in draw_figures(run)],
+        figures=_drawn(draw_figures(run)),
+        virtual=virtual,
+        virtual_figures=_drawn(virtual.figures if virtual else ()),
         tallies=run.tallies,
         answered=answered,
         config_yaml=dump_yaml(run.config),
@@ -107,6 +115,10 @@ def render_report(run: Run) -> str:
         gpus=run.environment.get("gpus", []),
         workers=run.placement.get("workers", []),
     )
+
+
+def _drawn(figures: Iterable[Figure]) -> list[dict[str, Any]]:
+    return [{"svg": Markup(figure.svg), "figure": figure} for figure in figures]
 
 
 def page_environment() -> Environment:
@@ -126,6 +138,7 @@ def page_environment() -> Environment:
         seconds=format_seconds,
         usd=format_usd,
         short=short_model_name,
+        hosted=describe_clients,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     return environment

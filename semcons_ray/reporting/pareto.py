@@ -63,34 +63,56 @@ def write_pareto(summary: pd.DataFrame, title: str, folder: Path) -> None:
 
 
 def _draw(canvas: Canvas, summary: pd.DataFrame, title: str) -> None:
-    styles = dict(zip(summary.index, arm_styles(summary["algorithm"].tolist()), strict=True))
     name = compared_by(summary)
-    summary = summary.assign(loss=summary[name], half_width=summary[f"{name}_half_width"])
-    shown = summary[summary["loss"].map(math.isfinite)]
+    arms = summary.assign(loss=summary[name], half_width=summary[f"{name}_half_width"])
+    shown = arms[arms["loss"].map(math.isfinite)]
     panels = canvas.subplots(1, 3, sharey=True)
     sources = "; ".join(dict.fromkeys(summary["energy_source"]))
     places = (
         _bytes_axis(panels[0], shown["bytes"]),
-        _axis(panels[1], shown["seconds"], "time at work", "s"),
-        _axis(panels[2], shown["joules"], f"energy, {sources}", "J"),
+        quantity_axis(panels[1], shown["seconds"], "time at work", "s"),
+        quantity_axis(panels[2], shown["joules"], f"energy, {sources}", "J"),
     )
-    _loss_axis(panels[0], shown, LOSS_NAMES[name])
+    draw_arms(canvas, panels, places, arms, LOSS_NAMES[name], title)
+
+
+def draw_arms(
+    canvas: Canvas,
+    panels: Sequence[Axes],
+    places: Sequence[pd.Series[float]],
+    arms: pd.DataFrame,
+    loss: str,
+    title: str,
+) -> None:
+    """Draw arms by loss and several costs, a panel each, with Pareto fronts and a legend.
+
+    Args:
+        canvas: The figure.
+        panels: Its panels, which share the y-axis.
+        places: For each panel, where on its x-axis the arms are whose loss is known.
+        arms: Index arm; columns algorithm, loss and half_width, of the loss's 95% interval.
+        loss: Name of the loss.
+        title: Heading of the figure.
+    """
+    styles = dict(zip(arms.index, arm_styles(arms["algorithm"].tolist()), strict=True))
+    shown = arms[arms["loss"].map(math.isfinite)]
+    _loss_axis(panels[0], shown, loss)
     # In the order of the markers from the top down, so that the eye finds its way.
-    handles = [_handle(arm, styles[arm]) for arm in summary["loss"].sort_values(ascending=False).index]
+    handles = [_handle(arm, styles[arm]) for arm in arms["loss"].sort_values(ascending=False).index]
     handles.append(Line2D([], [], color=FAINT, label="Pareto front"))
     canvas.legend(handles=handles, loc="outside right center", handlelength=1.4, labelspacing=0.45)
-    bars = "bars: 95% t-interval over seeds; " if summary["half_width"].notna().any() else ""
+    bars = "bars: 95% t-interval over seeds; " if arms["half_width"].notna().any() else ""
     heading = f"{title} ({bars}markers that would hide each other are set apart)"
     canvas.suptitle(heading, x=0.01, ha="left", fontsize=10, color=INK)
     canvas.draw_without_rendering()  # places the axes, so that positions of markers are known
-    loss, half_width = shown["loss"].to_dict(), shown["half_width"].to_dict()
+    losses, half_width = shown["loss"].to_dict(), shown["half_width"].to_dict()
     federated = shown[~shown["algorithm"].isin(NOT_FEDERATED)].index
     for axes, place in zip(panels, places, strict=True):
         front = pareto_front(place[federated], shown["loss"])
         for arm, x in _dodged(axes, place, shown["loss"], front).items():
-            _draw_arm(axes, x, loss[arm], half_width[arm], styles[arm])
+            _draw_arm(axes, x, losses[arm], half_width[arm], styles[arm])
         if front:
-            steps = [*((place[arm], loss[arm]) for arm in front), (axes.get_xlim()[1], loss[front[-1]])]
+            steps = [*((place[arm], losses[arm]) for arm in front), (axes.get_xlim()[1], losses[front[-1]])]
             axes.step(*zip(*steps, strict=True), where="post", color=FAINT, zorder=0)
 
 
@@ -155,14 +177,18 @@ def _colour(algorithm: str) -> str:
     return WEIGHTS if settings.averages_weights else ANSWERS if says else NOTHING
 
 
-def _axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Series[float]:
-    """A linear axis from 0; returns where each arm is on it."""
-    largest = float(values.max()) if values.notna().any() else 0.0
-    divisor, unit = scale(largest, unit)
-    axes.set_xlabel(f"{label} ({unit})")
-    axes.set_xlim(0, largest * 1.08 / divisor or 1)
+def quantity_axis(axes: Axes, values: pd.Series[float], label: str, unit: str) -> pd.Series[float]:
+    """A linear axis from 0 of a quantity with SI prefixes; returns where each arm is on it."""
+    divisor, unit = scale(float(values.max()) if values.notna().any() else 0.0, unit)
+    return linear_axis(axes, values / divisor, f"{label} ({unit})")
+
+
+def linear_axis(axes: Axes, values: pd.Series[float], label: str) -> pd.Series[float]:
+    """A linear axis from 0, which has these values; returns them."""
+    axes.set_xlabel(label)
+    axes.set_xlim(0, float(values.max()) * 1.08 if values.max() > 0 else 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    return values / divisor
+    return values
 
 
 def _bytes_axis(axes: Axes, values: pd.Series[float]) -> pd.Series[float]:

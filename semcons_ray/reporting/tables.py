@@ -146,8 +146,8 @@ def read_run(folder: Path) -> Run:
         base_items=base_items,
         last_items=last_items,
         config=config.model_dump(mode="json"),
-        environment=_read_json(folder / "environment.json"),
-        placement=_read_json(folder / "placement.json"),
+        environment=read_json(folder / "environment.json"),
+        placement=read_json(folder / "placement.json"),
         tallies=opened.tallies(),
     )
 
@@ -168,12 +168,13 @@ def read_metrics(folder: Path) -> pd.DataFrame:
 
 
 def read_rounds(folder: Path) -> pd.DataFrame:
-    """rounds.parquet of a run; nobody was distrusted where an earlier version wrote it.
+    """rounds.parquet of a run; without distrust and virtual time where an earlier version wrote it.
 
     Raises:
         RunFolderError: See `read_table`.
     """
-    return read_table(folder / "rounds.parquet", columns_of(RoundRow), added={"distrusted": ""})
+    added: dict[str, float | str] = {"distrusted": "", "virtual_seconds": math.nan}
+    return read_table(folder / "rounds.parquet", columns_of(RoundRow), added=added)
 
 
 def read_ledger(folder: Path) -> pd.DataFrame:
@@ -260,7 +261,12 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object in a JSON file of a run.
+
+    Raises:
+        RunFolderError: It is missing or damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -286,7 +292,8 @@ def held_by_round(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     rows = metrics.reset_index(drop=True).reset_index(names="row")
     last = rows.pivot_table(index="round", columns="client_id", values="row", aggfunc="last").sort_index().ffill()
-    return pd.DataFrame({client: last[client].map(rows[metric]) for client in last})
+    measured = rows[metric].to_numpy(dtype="float64")[last.fillna(0).to_numpy(dtype="int64")]
+    return pd.DataFrame(measured, last.index, last.columns).where(last.notna())
 
 
 def telling(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:

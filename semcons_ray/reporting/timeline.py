@@ -38,7 +38,7 @@ def timeline_figure(run: Run) -> Figure | None:
     shown = sorted((str(worker) for worker in seconds.nlargest(MAX_WORKERS).index), key=_natural)
     start = float(work["started_at"].min())
     squeeze, pauses, length = without_pauses(_spans(work, start))
-    divisor, unit = (1.0, "s") if length < 300 else (60.0, "min") if length < 3 * 3600 else (3600.0, "h")
+    divisor, unit = time_unit(length)
     busy = busy_share(run.ledger)
     stages = [stage for stage in STAGES if stage in set(work["stage"])]
     rounds = run.rounds[run.rounds["round"] > 0]
@@ -84,6 +84,11 @@ def timeline_figure(run: Run) -> Figure | None:
         caption += f" Shown are the {len(shown)} of {len(seconds)} workers with most work."
     size = (11.6, 1.5 + (0.3 if len(shown) <= 16 else 0.2) * len(shown))
     return Figure("timeline", title, caption, render("timeline", title, draw, size), wide=True)
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """The divisor and the unit that suit an axis of so many seconds."""
+    return (1.0, "s") if seconds < 300 else (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
 def _title(ledger: pd.DataFrame) -> str:

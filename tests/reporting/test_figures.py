@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from semcons_ray.reporting.drawing import CLIENT_COLOURS, client_colours
-from semcons_ray.reporting.figures import draw_figures
+from semcons_ray.reporting.figures import MAX_LINES, draw_figures
 from semcons_ray.reporting.tables import read_run
 from semcons_ray.reporting.timeline import MAX_WORKERS, merged, without_pauses
 from tests.reporting.builder import HOSTILE, forget_rounds_after, write_run
@@ -144,6 +144,30 @@ def test_models_that_differ_are_named_and_not_compared(tmp_path):
     assert "compare levels" not in drawn["rouge_l"].caption + drawn["bits_per_byte"].caption
     assert drawn["bits_per_byte"].title == "Mean bits per byte fell from 0.83 to 0.67"
     assert ">mean<" in drawn["bits_per_byte"].svg
+
+
+def test_many_clients_are_shaded_and_take_no_more_room_than_few(tmp_path):
+    sizes = [len(figures(tmp_path / f"{count}", num_clients=count, num_prompts=1)["nll"].svg) for count in (120, 360)]
+    assert sizes[1] < 1.05 * sizes[0]
+    lines = figures(tmp_path / "lines", num_clients=MAX_LINES, num_prompts=1)["nll"]
+    assert "FillBetween" not in lines.svg
+    assert "thin lines are all 100" in lines.caption
+
+
+def test_shades_hold_the_middle_of_clients_with_their_last_measurement(tmp_path):
+    """Of 101 clients, client c has NLL 2 - 0.1 (c + 1) after round 1, the last for all but the first; so quantile q is
+    that of client 100 (1 - q)."""
+    drawn = figures(tmp_path / "run", num_clients=101, num_prompts=1, lost={2: (*range(1, 101),)})["nll"]
+    assert "The dark band holds the middle half of 101 clients, the light one the middle 90%" in drawn.caption
+    for band, (low, high) in enumerate([(95, 5), (75, 25)], start=1):
+        path = re.search(rf'id="nll-FillBetweenPolyCollection_{band}".*? d="([^"]*)"', drawn.svg, re.DOTALL)[1]
+        points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)]
+        end, start = max(x for x, _ in points), min(x for x, _ in points)
+        heights = {side: sorted(y for x, y in points if x == side) for side in (start, end)}
+        assert heights[start][0] == heights[start][-1]  # one base model
+        pixels = heights[end][-1] - heights[end][0]
+        below_base = heights[end][-1] - heights[start][0]
+        assert pixels / below_base == pytest.approx((low - high) / (low + 1), rel=0.01)
 
 
 def test_a_mean_says_of_how_many_clients_it_is_new(tmp_path):

@@ -58,6 +58,14 @@ def test_a_report_that_cannot_be_written_says_so(tmp_path):
         write_report(folder)
 
 
+def test_a_worker_of_many_clients_takes_no_more_room(tmp_path):
+    folder = write_run(tmp_path / "run")
+    placement = json.loads((folder / "placement.json").read_text())
+    placement["workers"][0]["clients"] = [*range(0, 100_000, 2)]
+    (folder / "placement.json").write_text(json.dumps(placement))
+    assert '<td class="text">0, 2, 4, 6, 8, 10, 12, 14, ... (50000)</td>' in render_report(read_run(folder))
+
+
 def test_hostile_text_stays_text(tmp_path):
     folder = write_run(
         tmp_path / "run",
