@@ -39,8 +39,10 @@ FLAT_MEMORY = {
     # oneDNN keeps a compiled kernel for each shape, 1,024 by default: batches of ever new lengths fill that.
     # This is enough for a training step; with far fewer, each layer would compile its kernels again.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    # Setting it also stops the C library from raising the size from which freed blocks are given back.
-    "MALLOC_TRIM_THRESHOLD_": str(128 << 10),
+    # Fixed, so that the C library does not raise them by itself as it goes. As large as it allows: a block from the
+    # first on has its pages cleared by the kernel each time, which for tensors of a training step costs a third of it.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
 }
 """Environment variables that keep an actor's memory from growing with the work that it has done."""
 
@@ -307,6 +309,8 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         "num_gpus": num_gpus,
         "scheduling_strategy": strategy,
         "runtime_env": {"env_vars": variables},
+        # Ray puts an actor that books nothing on any node, whatever its strategy says, so each books a byte.
+        **({"memory": 1} if group is None else {}),
         # Ray's head keeps records of the last 100,000 calls for a dashboard: memory that would grow with visits.
         "enable_task_events": False,
     }

@@ -18,6 +18,9 @@ from semcons_ray.errors import PlacementError
 
 GIB = 1 << 30
 
+LISTED_CLIENTS = 8
+"""Clients of a worker that a plan or a report names."""
+
 STEPS = 10_000
 """Cores and GPUs are booked in steps of 0.0001."""
 
@@ -122,6 +125,7 @@ class Demand:
         device_bytes: GPU memory of each rank.
         ranks: Processes among which the model is divided; 1: it is not.
         elsewhere: Whether answers come from elsewhere, so that its one worker takes no core and no GPU.
+        parts: Bytes by what they are for, of the memory with which a worker or a rank computes; may be unknown.
     """
 
     model: str
@@ -130,6 +134,7 @@ class Demand:
     device_bytes: int
     ranks: int = 1
     elsewhere: bool = False
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     def shares(self, limits: Limits) -> list[float]:
         """The share of a GPU that each rank takes. Several ranks take a whole GPU each, as no two can share one."""
@@ -377,10 +382,19 @@ def describe_plan(workers: Sequence[WorkerPlan], device: str, sizes: Mapping[str
         if worker.gpus:
             each = "the" if worker.ranks == 1 else "each"
             memory += f" + {sizes[worker.model].device_bytes / GIB:.1f} GiB of {each} GPU"
-        hosted = ", ".join(str(client) for client in worker.clients[:8])
-        more = f", ... ({len(worker.clients)})" if len(worker.clients) > 8 else ""
-        lines.append(f"  {worker.name} on {worker.node}: {share}, {memory}, {worker.model}, clients {hosted}{more}")
+        hosted = describe_clients(worker.clients)
+        lines.append(f"  {worker.name} on {worker.node}: {share}, {memory}, {worker.model}, clients {hosted}")
+    for demand in sizes.values():
+        parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in demand.parts.items())
+        if parts:
+            lines.append(f"  GiB of {'a rank' if demand.ranks > 1 else 'a worker'} of {demand.model}: {parts}")
     return "\n".join(lines)
+
+
+def describe_clients(clients: Sequence[int]) -> str:
+    """The first clients of a worker and how many it has, as text."""
+    more = f", ... ({len(clients)})" if len(clients) > LISTED_CLIENTS else ""
+    return ", ".join(map(str, clients[:LISTED_CLIENTS])) + more
 
 
 def describe_share(gpus: float, threads: int) -> str:

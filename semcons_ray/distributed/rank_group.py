@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from semcons_ray.distributed.cluster import NO_CODE, actor_options
 from semcons_ray.distributed.placement import WorkerPlan
-from semcons_ray.distributed.worker import Answer, Arrival, WorkerActor
+from semcons_ray.distributed.worker import Arrival, WorkerActor
 from semcons_ray.errors import ClientError, first_line
 from semcons_ray.federation.fleet import HostSpecProtocol
 from semcons_ray.metering.energy import EnergyWindow
@@ -71,19 +71,19 @@ class RankGroup:
         adapter: bytes = self._all("first_adapter")
         return adapter
 
-    def visit(self, *arguments: Any) -> Answer:
+    def visit(self, *arguments: Any) -> bytes:
         """See `WorkerActor.visit`."""
-        answer: Answer = self._all("visit", *arguments)
+        answer: bytes = self._all("visit", *arguments)
         return answer
 
-    def measure(self, *arguments: Any) -> Answer:
+    def measure(self, *arguments: Any) -> bytes:
         """See `WorkerActor.measure`."""
-        answer: Answer = self._all("measure", *arguments)
+        answer: bytes = self._all("measure", *arguments)
         return answer
 
-    def export_adapter(self, *arguments: Any) -> Answer:
+    def export_adapter(self, *arguments: Any) -> bytes:
         """See `WorkerActor.export_adapter`."""
-        answer: Answer = self._all("export_adapter", *arguments)
+        answer: bytes = self._all("export_adapter", *arguments)
         return answer
 
     def start_meter(self, node: str, uses_gpu: bool) -> str:

@@ -75,9 +75,9 @@ class RayServer:
         self._pending.clear()
         self._tell("begin", round, tuple(client_ids), kept)
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
         """See `ServerProtocol.collect`."""
-        self._tell("collect", client_id, uplink)
+        self._tell("collect", client_id, uplink, asked_in)
 
     def conclude(self) -> Verdict:
         """See `ServerProtocol.conclude`."""

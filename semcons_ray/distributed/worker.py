@@ -39,7 +39,8 @@ class Arrival(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a worker returns.
+    """What a worker returns, as MessagePack: Ray would pickle anything but bytes, which takes longer. A file may thus
+    have up to 4 GiB.
 
     Attributes:
         reply: The encoded `Reply`; that of nothing is of no use.
@@ -50,6 +51,18 @@ class Answer(NamedTuple):
     reply: bytes
     files: Files
     log: str
+
+    def encode(self) -> bytes:
+        """The bytes that `decode` takes."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Answer:
+        """The answer that was encoded."""
+        return _ANSWER.decode(encoded)
+
+
+_ANSWER = msgspec.msgpack.Decoder(Answer)
 
 
 @ray.remote
@@ -110,8 +123,8 @@ class WorkerActor:
         """See `Host.first_adapter`; its tensors are returned as safetensors."""
         return pack(self._loaded().first_adapter, "float32")
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool, files: Files | None = None) -> Answer:
-        """See `Host.visit`; the `Reply` is encoded as MessagePack, which is faster than pickling.
+    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool, files: Files | None = None) -> bytes:
+        """See `Host.visit`; returns an encoded `Answer`, as the next two do.
 
         Args:
             client_id: The client.
@@ -129,30 +142,30 @@ class WorkerActor:
         downlink: bytes,
         examples: Sequence[Example] = (),
         files: Files | None = None,
-    ) -> Answer:
+    ) -> bytes:
         """See `Host.measure`, and `visit` for `files`."""
         return self._answer(client_id, files, lambda host: host.measure(client_id, round, downlink, examples))
 
     def export_adapter(
         self, client_id: int, round: int, downlink: bytes, folder: Path, files: Files | None = None
-    ) -> Answer:
+    ) -> bytes:
         """See `Host.export_adapter`, and `visit` for `files`. Without the folder, the adapter's files are returned."""
         if files is None:
             self._loaded().export_adapter(client_id, round, downlink, folder)
-            return Answer(b"", {}, self._log.take())
+            return Answer(b"", {}, self._log.take()).encode()
         host = self._loaded()
         with tempfile.TemporaryDirectory(prefix="semcons-adapter-") as made, host.lent(client_id, files):
             host.export_adapter(client_id, round, downlink, Path(made))
-            return Answer(b"", read_files(Path(made)), self._log.take())
+            return Answer(b"", read_files(Path(made)), self._log.take()).encode()
 
-    def _answer(self, client_id: int, files: Files | None, ask: Callable[[Host], Reply]) -> Answer:
-        """What the host answers, and the files of the client's state that changed, if they were given."""
+    def _answer(self, client_id: int, files: Files | None, ask: Callable[[Host], Reply]) -> bytes:
+        """What the host answers, and the files of the client's state that changed, if they were given; encoded."""
         host = self._loaded()
         if files is None:
-            return Answer(msgspec.msgpack.encode(ask(host)), {}, self._log.take())
+            return Answer(msgspec.msgpack.encode(ask(host)), {}, self._log.take()).encode()
         with host.lent(client_id, files) as changed:
             encoded = msgspec.msgpack.encode(ask(host))
-        return Answer(encoded, changed, self._log.take())
+        return Answer(encoded, changed, self._log.take()).encode()
 
     def start_meter(self, node: str, uses_gpu: bool) -> str:
         """Meter this node's energy from now on; returns the meters' names, empty if the node has none."""
@@ -197,9 +210,9 @@ class ServerActor:
         """See `Server.begin`."""
         self._loaded().begin(round, client_ids, kept)
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None) -> None:
         """See `Server.collect`."""
-        self._loaded().collect(client_id, uplink)
+        self._loaded().collect(client_id, uplink, asked_in)
 
     def conclude(self) -> Verdict:
         """See `Server.conclude`."""

@@ -20,11 +20,12 @@ logger = logging.getLogger("semcons_ray.fakes")
 @dataclass(frozen=True)
 class FakeSpec:
     """`troubles` by client: "die", "hang", "fail" (an exception), "diverge" (numbers that are not finite) or
-    "refuse" (a UserError), each the first `times`."""
+    "refuse" (a UserError), each the first `times`. A visit takes `seconds`."""
 
     folder: Path
     troubles: Mapping[int, str] = field(default_factory=dict)
     times: int = 1
+    seconds: float = 0.0
     loads: bool = True
     environment: tuple[str, ...] = ()
 
@@ -44,6 +45,7 @@ class FakeHost:
         attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))
         (self.spec.folder / f"{client_id}-{round}-{attempts}").touch()
         logger.info("visits client %d, attempt %d", client_id, attempts)
+        time.sleep(self.spec.seconds)
         if attempts < self.spec.times:
             match self.spec.troubles.get(client_id):
                 case "die":

@@ -2,6 +2,8 @@
 experiments/benchmarks/many_clients), and the driver's variables, which no log is to show."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,36 @@ VARIABLES = (
 )
 
 
+def variables_of(threads: int) -> dict[str, str]:
+    variables: dict[str, str] = actor_options(node_id=NODE, threads=threads, num_cpus=threads, num_gpus=0)[
+        "runtime_env"
+    ]["env_vars"]
+    return variables
+
+
 def test_every_actor_bounds_its_kernel_cache_and_gives_freed_memory_back() -> None:
-    variables = actor_options(node_id=NODE, threads=2, num_cpus=2, num_gpus=0)["runtime_env"]["env_vars"]
+    variables = variables_of(threads=2)
     assert int(variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
     assert int(variables["MALLOC_TRIM_THRESHOLD_"]) > 0
     assert variables["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variables are those of Linux's C library")
+def test_memory_that_a_step_frees_is_used_by_the_next_without_the_kernel() -> None:
+    code = """
+import resource
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step = lambda: [bytes([1]) * size for size in (200 << 10, 1 << 20, 8 << 20)]
+step()
+before = faults()
+for _ in range(20):
+    step()
+print(faults() - before)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **variables_of(1)}, capture_output=True, text=True, check=True)
+    pages_of_a_step = (9 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert int(done.stdout) < pages_of_a_step
 
 
 def test_calls_leave_no_record_at_the_head_of_the_cluster() -> None:

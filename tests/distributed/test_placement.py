@@ -256,6 +256,13 @@ def test_the_printed_plan_names_workers_shares_and_clients() -> None:
     assert "worker-0 on a: 0.5 GPU, 2.0 GiB + 1.0 GiB of the GPU, small, clients 0, 2" in text
 
 
+def test_the_printed_plan_says_what_a_workers_memory_is_for() -> None:
+    small = replace(SMALL, parts={"weights": GIB // 2, "context": 3 * GIB // 4})
+    plan = plan_with_server([small], [node(gpus=1, gpu_memory=8)], limits(), device="cuda")
+    last = "  GiB of a worker of small: weights 0.50, context 0.75"
+    assert describe_plan(plan, "cuda", {"small": small}).splitlines()[-1] == last
+
+
 def test_the_printed_plan_says_that_workers_share_cores() -> None:
     plan = plan_with_server(models(3, 2, 1), [node(cpus=2)], limits(), device="cpu")
     text = describe_plan(plan, "cpu", {})

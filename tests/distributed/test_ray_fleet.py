@@ -116,17 +116,49 @@ def test_workers_of_one_model_take_over_clients_that_are_left_and_those_with_the
     assert visited["0"] > 12  # the second largest was sent with it
 
 
+def at_hand(fleet: RayFleet, downlinks: Mapping[int, bytes]) -> list[int]:
+    """How many clients the worker that had most was sent and not done with, at each reply."""
+    replies = fleet.visit(1, downlinks, evaluate=False)
+    return [max(len(worker.clients) for worker in fleet._workers.values()) for _ in replies]
+
+
+def test_quick_visits_are_sent_in_lots_and_each_round_begins_with_two(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(tuple(range(50)), tuple(range(50, 100)), one_model=True)
+    for _ in range(2):
+        most = at_hand(fleet, dict.fromkeys(range(100), b""))
+        assert len(most) == 100
+        assert most[0] == 2
+        assert 2 < max(most) <= ray_fleet.MOST_AHEAD
+
+
+def test_at_most_one_client_waits_behind_a_long_visit_and_none_at_the_end(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet(tuple(range(16)), (16, 17, 18, 19), one_model=True, seconds=0.2)
+    most = at_hand(fleet, dict.fromkeys(range(20), b""))
+    assert max(most) == 2
+    assert max(most[-4:]) == 1
+
+
+def test_small_messages_go_with_the_calls_and_large_ones_into_the_object_store(make_fleet: MakeFleet) -> None:
+    fleet = make_fleet((0, 1))
+    small, large = b"s" * ray_fleet.SENT_DIRECTLY_BYTES, b"l" * (ray_fleet.SENT_DIRECTLY_BYTES + 1)
+    assert ray_fleet._sent(small) is small
+    assert isinstance(ray_fleet._sent(large), ray.ObjectRef)
+    replies = fleet.visit(1, {0: small, 1: large}, evaluate=False)
+    assert {reply.client_id: reply.uplink for reply in replies} == {0: small + b"0", 1: large + b"1"}
+
+
 def test_a_queue_is_gone_through_in_its_order_and_the_longest_one_is_taken_from() -> None:
     first, second, third = "first", "second", "third"
     waiting = ray_fleet._Waiting([first, second, third])  # type: ignore[list-item]
     for worker, clients in ((first, [4, 2]), (second, [7, 1, 3, 5])):
         waiting.add(worker, clients)  # type: ignore[arg-type]
     waiting.add(first, [9, 8], first=True)  # type: ignore[arg-type]
-    assert (len(waiting), waiting.num_workers) == (8, 3)
+    assert (len(waiting), waiting.half_share) == (8, 2)
     taken = [waiting.next_for(worker) for worker in (first, third, third, second, third)]  # type: ignore[arg-type]
     assert taken == [9, 7, 8, 1, 4]
+    assert waiting.half_share == 1
     assert waiting.take_all() == [2, 3, 5]
-    assert not waiting
+    assert (len(waiting), waiting.half_share) == (0, 0)
 
 
 def test_clients_of_a_worker_without_room_are_visited_by_others_of_its_model(

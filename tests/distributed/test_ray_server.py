@@ -37,7 +37,7 @@ class FakeServer:
     def begin(self, round: int, client_ids: Sequence[int], kept: bytes = b"") -> None:
         self.heard.append(f"begin {round} {client_ids}")
 
-    def collect(self, client_id: int, uplink: bytes) -> None:
+    def collect(self, client_id: int, uplink: bytes, asked_in: int | None = None) -> None:
         if uplink == b"nonsense":
             raise MessageError("Answers: nonsense")
         self.heard.append(uplink.decode())

@@ -14,10 +14,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 from semcons_ray.config import ExperimentConfig
-from semcons_ray.distributed.cluster import connect, list_nodes
+from semcons_ray.distributed.cluster import actor_options, connect, list_nodes
 from semcons_ray.distributed.placement import Demand, Limits, WorkerPlan, plan_workers
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
+from semcons_ray.distributed.worker import ServerActor
 from semcons_ray.errors import PlacementError
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.federation.store import mark
@@ -258,6 +259,20 @@ def test_a_server_lost_with_its_node_is_told_everything_again_on_another(
     server.collect(1, b"two")
     assert server.conclude() == ["begin 1 (0, 1)", "one", "two"]
     server.close()
+
+
+def test_actors_that_book_no_core_are_on_the_node_of_their_plan(nodes: ThreeNodes) -> None:
+    with connect(nodes.set().cluster.address):
+        planned = [node.node_id for node in list_nodes()] * 3
+        actors = [
+            ServerActor.options(**actor_options(node_id=node_id, threads=1, num_cpus=0, num_gpus=0)).remote({})  # type: ignore[attr-defined]
+            for node_id in planned
+        ]
+        asked = [actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for actor in actors]
+        found = ray.get(asked)
+        for actor in actors:
+            ray.kill(actor)
+    assert found == planned
 
 
 def test_a_cluster_that_others_have_filled_is_no_reason_to_wait_for_ever(fleet: RayFleet, tmp_path: Path) -> None:

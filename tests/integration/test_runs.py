@@ -299,7 +299,8 @@ def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_
     # What the user is told, in order.
     plan = then.plan.split("\n")
     assert plan[0] == "4 clients on 1 workers, 1 node, device cpu"
-    assert plan[2:] == ["  a GPU is not used", "  nor is another"]
+    assert plan[2].startswith("  GiB of a worker of ")
+    assert plan[3:] == ["  a GPU is not used", "  nor is another"]
     summaries = [told for told in first.told + then.told if isinstance(told, tuple) and isinstance(told[0], RoundRow)]
     ends = {row.round: (row, metrics) for row, metrics in summaries}
     beginning = ["reading data", "finding models", "loading models"]
@@ -431,6 +432,22 @@ def test_centralized_training_is_of_one_client_with_all_data(tiny_config: MakeCo
     assert metrics.loc[1, "nll"].nunique() == 1  # its model is everyone's
     assert metrics.loc[(1, 0), "nll"] < metrics.loc[(0, 0), "nll"]
     assert [path.name for path in (out / "adapters").iterdir()] == ["client_000"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "evaluation", "is_made"),
+    [
+        ("fedavg_lora", {"num_answers": 0}, False),
+        ("fedavg_lora", {"metrics": ["nll"]}, False),
+        ("fedavg_lora", {}, True),
+        ("semantic_consensus", {"num_answers": 0}, True),
+    ],
+)
+def test_a_server_with_nothing_to_embed_is_not_made(
+    algorithm: str, evaluation: dict[str, Any], is_made: bool, tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_experiment(tiny_config(num_rounds=1, algorithm={"name": algorithm}, evaluation=evaluation), tmp_path / "out")
+    assert ("server" in set(table(tmp_path / "out", "ledger")["worker"])) == is_made
 
 
 def test_each_architecture_is_measured_once_before_training(

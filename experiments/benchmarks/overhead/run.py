@@ -82,23 +82,34 @@ def compare(num_clients: int) -> dict[str, Any]:
         downlinks = dict.fromkeys(range(num_clients), DOWNLINK)
         return sum(len(reply.uplink) for reply in fleet.visit(round, downlinks, evaluate=False))
 
-    def raw_round(round: int) -> int:
-        downlink_ref = ray.put(DOWNLINK)
-        pending = [raw[client % NUM_WORKERS].visit.remote(client, downlink_ref) for client in range(num_clients)]
+    def as_they_come(message: Any) -> int:  # a server that embeds while others work needs that
+        pending = [raw[client % NUM_WORKERS].visit.remote(client, message) for client in range(num_clients)]
         received = 0
-        while pending:  # as they come: a server that embeds while others work needs that
+        while pending:
             done, pending = ray.wait(pending)
             received += sum(len(uplink) for uplink in ray.get(done))
         return received
+
+    def raw_round(round: int) -> int:
+        return as_they_come(ray.put(DOWNLINK))
+
+    def direct_round(round: int) -> int:
+        return as_they_come(DOWNLINK)
 
     def gathered_round(round: int) -> int:
         downlink_ref = ray.put(DOWNLINK)
         refs = [raw[client % NUM_WORKERS].visit.remote(client, downlink_ref) for client in range(num_clients)]
         return sum(len(uplink) for uplink in ray.get(refs))
 
-    seconds: dict[str, list[float]] = {"ours": [], "raw": [], "gathered": []}
+    rounds = {
+        "ours": our_round,
+        "raw_ray": raw_round,
+        "raw_ray_direct": direct_round,
+        "raw_ray_gathered": gathered_round,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
     for round in range(1, WARM_UP + ROUNDS + 1):
-        for name, run in (("ours", our_round), ("raw", raw_round), ("gathered", gathered_round)):
+        for name, run in rounds.items():
             began = time.perf_counter()
             received = run(round)
             if round > WARM_UP:
@@ -108,15 +119,12 @@ def compare(num_clients: int) -> dict[str, Any]:
     fleet.close()
     for actor in raw:
         ray.kill(actor)
-    ours, other, gathered = (statistics.median(seconds[name]) for name in ("ours", "raw", "gathered"))
-    return {
-        "clients": num_clients,
-        "ours_seconds": ours,
-        "raw_ray_seconds": other,
-        "ours_over_raw_ray": ours / other,
-        "raw_ray_gathered_seconds": gathered,
-        "ours_over_raw_ray_gathered": ours / gathered,
-    }
+    case: dict[str, Any] = {"clients": num_clients}
+    for name in rounds:
+        case[f"{name}_seconds"] = statistics.median(seconds[name])
+        if name != "ours":
+            case[f"ours_over_{name}"] = case["ours_seconds"] / case[f"{name}_seconds"]
+    return case
 
 
 def main() -> None:
