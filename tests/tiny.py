@@ -1,7 +1,6 @@
 """Tiny models of real architectures, with a tokenizer trained on the spot; data files; the shapes of a large one."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from semcons_ray.modeling.packaged import CHATML
+from tests.experiments.scripts import load_script
+
+write_hollow = load_script("gpu", "shapes.py").write_hollow
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -117,26 +119,6 @@ def build_model(architecture: str, **config: Any) -> PreTrainedModel:
     if architecture == "gemma3":
         architecture, config = "gemma3_text", {"head_dim": 8, **config}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **config))
-
-
-def write_hollow(folder: Path, architecture: str, **config: Any) -> Path:
-    """A model as far as its size goes: configuration, and names and shapes of its weights, in bfloat16, over a hole in
-    the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = AutoConfig.for_model(architecture, **config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
-    header, end = {}, 0
-    for key, weight in model.named_parameters():
-        begin, end = end, end + 2 * weight.numel()
-        header[key] = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    settings.architectures = [type(model).__name__]
-    settings.save_pretrained(folder)
-    return folder
 
 
 def write_llama_8b(folder: Path) -> Path:

@@ -1,7 +1,10 @@
-"""Models of the sizes that are measured: shapes with random weights, on which speed, memory and joules don't depend."""
+"""Models of the sizes that are measured or planned: shapes with random weights, on which speed, memory and joules don't
+depend, or with none."""
 
 from __future__ import annotations
 
+import json
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,3 +56,23 @@ def write_shape(name: str, folder: Path, device: str, small: bool, tokenizer: st
     model.save_pretrained(target)
     words.save_pretrained(target)
     return target
+
+
+def write_hollow(folder: Path, architecture: str, **config: Any) -> Path:
+    """A model as far as its size goes: configuration, and names and shapes of its weights, in bfloat16, over a hole in
+    the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = AutoConfig.for_model(architecture, **config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    header, end = {}, 0
+    for key, weight in model.named_parameters():
+        begin, end = end, end + 2 * weight.numel()
+        header[key] = {"dtype": "BF16", "shape": [*weight.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    settings.architectures = [type(model).__name__]
+    settings.save_pretrained(folder)
+    return folder

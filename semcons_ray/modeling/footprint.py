@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from pathlib import Path
 
-from semcons_ray.config import Attention, Quantization
+from semcons_ray.config import Attention, LoraConfig, Quantization
 from semcons_ray.modeling.dimensions import Dimensions
 from semcons_ray.modeling.model_folder import read_config, read_shapes
 
@@ -39,8 +39,8 @@ LOADING_MATRICES = 4
 tensor each. The files behind them are mapped into memory, which the system takes back when it needs it."""
 
 TRAINED_BYTES = 24
-"""Bytes of a weight that is trained whole where it is trained: itself and its gradient in the model's dtype, at most 4
-each, and the master weight, its gradient and two moments of AdamW in float32."""
+"""Bytes of a weight that is trained where it is trained: itself and its gradient in the model's dtype, at most 4 each,
+and the master weight, its gradient and two moments of AdamW in float32."""
 
 STORED_BYTES = 32
 """Bytes of it in host memory between steps and visits, in float32: the first value, the adapter before, while and after
@@ -49,8 +49,13 @@ it is trained, its moving average, and what is written or sent."""
 DORA_MATRICES = 4
 """Number of matrices, each counted as the largest of the model, that DoRA needs to compute the norms of a layer."""
 
-LLAMA_LIKE = ("llama", "mistral", "qwen2")
-"""Families whose layers are built alike, and keep less for the backward pass than the bound for all others."""
+PLAIN, NORMED, BOUND = (6, 4, 0), (6, 6, 1), (10, 6, 1)
+KEPT = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "granite"), PLAIN),
+    **dict.fromkeys(("qwen3", "olmo2"), NORMED),
+}
+"""What a layer keeps of a token for its backward pass, by family: how many hidden vectors, vectors as wide as all
+attention heads, and keys with values; a bound for all others. Measured: exactly that."""
 
 ENGINE_PROCESS_BYTES = 1500 << 20
 """A process that has imported vLLM, with its working memory on a CPU: 1350 MiB measured on Linux beside weights and
@@ -70,6 +75,8 @@ RECOMPUTED = 1.5
 """With checkpointing, the most that is alive of one layer, relative to what it keeps for its backward pass: 1.1 to 1.4
 measured with the families of which a bound is tested, gradients included."""
 
+DEFAULT_ADAPTER = LoraConfig()
+
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes of a weight. With 4 bits there is a float32 scale for each 64 weights; the scale for each row with 8 bits is
@@ -81,16 +88,18 @@ class Footprint:
     """Bytes that a worker needs, of host memory and of a GPU's.
 
     On the CPU everything is in host memory. With a GPU, weights, activations and the adapter with its optimizer state
-    are on the GPU; the host has the process, the tokenizer and what is being loaded. Adapters are too small to count.
+    are on the GPU; the host has the process, the tokenizer, adapters between steps and what is being loaded.
 
     Attributes:
         weights: The model's weights; with quantisation, also the largest matrix as it is when computed with.
-        activations: Those of a training batch, or the key-value cache of a batch of answers, whichever is larger.
+        activations: What a training batch keeps for its backward pass. It is gone when answers are written.
         logits: Logits of a training or an evaluation batch, and what is computed from them.
+        cache: The key-value cache of a batch of answers.
         tokenizer: The tokenizer's tables.
         process: The process itself.
         largest: The largest weight matrix, which is part of `weights` as well.
-        trained: Number of weights that are trained whole, beside an adapter.
+        trained: Number of weights that are trained: the adapter's, and those of modules that are trained whole. Of
+            several ranks, each has them all.
         loading: The largest `LOADING_MATRICES` weight matrices.
         offloaded: Weights that a worker on a GPU keeps in host memory, and fetches while it computes with them.
         device: "cpu" or "cuda".
@@ -99,6 +108,7 @@ class Footprint:
     weights: int
     activations: int
     logits: int
+    cache: int = 0
     tokenizer: int = 0
     process: int = PROCESS_BYTES
     largest: int = 0
@@ -120,25 +130,43 @@ class Footprint:
         return replace(self, weights=part + self.largest)
 
     @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the worker needs.
+    def working(self) -> int:
+        """Bytes of a training batch or of the cache, whichever is larger."""
+        return max(self.activations, self.cache)
 
-        On the CPU, logits are allocated outside the heap and leave no holes. They are added to the heap at its largest,
-        since it does not shrink after a batch.
-        """
+    @property
+    def training_state(self) -> int:
+        """Bytes of what is trained where it is trained, with gradients and the optimizer's state."""
+        return self.trained * TRAINED_BYTES
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the worker needs."""
         stored = self.trained * STORED_BYTES
         if self.device == "cuda":
             return self.process + CUDA_HOST_BYTES + self.tokenizer + self.loading + self.offloaded + stored
-        trained = stored + self.trained * TRAINED_BYTES
-        return self.weights + HEAP_GROWTH * self.activations + self.logits + self.tokenizer + self.process + trained
+        return sum(self.parts.values()) + stored
 
     @property
     def device_bytes(self) -> int:
         """Bytes of its GPU's memory that the worker needs; 0 on the CPU."""
+        return sum(self.parts.values()) if self.device == "cuda" else 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for, of the memory with which the worker computes: a GPU's, or the host's.
+
+        On the CPU, logits are allocated outside the heap and leave no holes. They are added to the heap at its largest,
+        since it does not shrink after a batch.
+        """
+        batch = "activations" if self.activations > self.cache else "key-value cache"
+        parts = {"weights": self.weights, "adapter and its optimizer": self.training_state, batch: self.working,
+                 "logits": self.logits}  # fmt: skip
         if self.device == "cuda":
-            alive = int(CUDA_GROWTH * (self.activations + self.logits))
-            return self.weights + alive + CUDA_DEVICE_BYTES + self.trained * TRAINED_BYTES
-        return 0
+            parts["fragmentation"] = int((CUDA_GROWTH - 1) * (self.working + self.logits))
+            return parts | {"context": CUDA_DEVICE_BYTES}
+        parts["fragmentation"] = (HEAP_GROWTH - 1) * self.working
+        return parts | {"process": self.process + self.tokenizer}
 
 
 def measure_footprint(
@@ -151,8 +179,7 @@ def measure_footprint(
     max_new_tokens: int,
     num_samples: int = 1,
     attn_implementation: Attention | None = None,
-    use_dora: bool = False,
-    modules_to_save: Sequence[str] = (),
+    lora: LoraConfig = DEFAULT_ADAPTER,
     quantization: Quantization = "none",
     gradient_checkpointing: bool = False,
     device: str = "cpu",
@@ -162,13 +189,13 @@ def measure_footprint(
     Weights are counted from the headers of the safetensors files. For the backward pass of a training batch, each token
     keeps in each layer at most 10 hidden vectors, 9 vectors as wide as all attention heads, keys and values, 4 vectors
     of the feed-forward width, and for each head T attention weights in float32, where T is `max_length`. That is what a
-    layer of Gemma 3 keeps; one of Llama or Qwen2 keeps 7, 6, none and 4. All sequences are taken to be T tokens long.
+    layer of Gemma 3 keeps; see `KEPT` for less. All sequences are taken to be T tokens long.
     Each expert takes a vector of a token and gives one back, and experts' weights are kept once more. For recurrent
     layers see `Dimensions`. With checkpointing, all this is kept of one layer at a time, while it is computed again
     (see `RECOMPUTED`), and of each layer only the hidden vectors that go into it.
 
     On GPUs attention is one kernel, which computes its weights again in the backward pass. It keeps only the mask, T
-    numbers of the model's dtype. The rest is 10, 6, keys and values, and 4; for `LLAMA_LIKE` models 6, 4, none and 4.
+    numbers of the model's dtype, and 3 vectors as wide as all heads less.
     Attention that is `eager` is no such kernel, and keeps its weights in the model's dtype as well, if that is another.
     With checkpointing, the logits' own memory is free again when the layers are computed again, which use it; that of
     the log-probabilities is in pieces too small for them.
@@ -189,28 +216,30 @@ def measure_footprint(
         max_new_tokens: Longest answer, in tokens.
         num_samples: Answers to a prompt. From two on, the cache of what was read is kept beside that of an answer.
         attn_implementation: See `LanguageModel`.
-        use_dora: Whether the adapter is a DoRA one.
-        modules_to_save: Ends of the names of modules that are trained whole.
+        lora: The adapter, and modules that are trained whole.
         quantization: Bits of the weights.
         gradient_checkpointing: Whether training computes activations again instead of keeping them.
         device: "cpu" or "cuda".
 
     Raises:
-        ModelError: The folder holds no safetensors weights, or no config.json that says how large the model is.
+        ModelError: The folder holds no safetensors weights, or no config.json that says how large the model is; or the
+            adapter does not fit it.
     """
+    from semcons_ray.modeling.lora import trained_shapes  # peft and torch load slowly
+
     config = read_config(folder)
     shapes, size = read_shapes(folder, config), _BYTES[dtype]
     of = Dimensions.of(config)
     weight = 4 + (size if attn_implementation == "eager" and size < 4 else 0)
     attention = (3 if of.drops_attention else 1) * of.heads * max_length * weight
-    vectors = 10 * of.width + 9 * of.heads * of.head_width + of.key_values
+    of_width, of_heads, of_keys = KEPT.get(config.model_type, BOUND)
     if device == "cuda" and attn_implementation != "eager":
         attention = max_length * size
-        vectors = 10 * of.width + 6 * of.heads * of.head_width + of.key_values
-        if config.model_type in LLAMA_LIKE:
-            vectors = 6 * of.width + 4 * of.heads * of.head_width
+    else:
+        of_heads += 3
+    vectors = of_width * of.width + of_heads * of.heads * of.head_width + of_keys * of.key_values
     vectors += 4 * of.feed_forward + 2 * of.experts * of.width
-    if use_dora:
+    if lora.use_dora:
         vectors += 3 * (2 * of.width + of.heads * of.head_width + of.key_values + 2 * of.feed_forward)
     whole = RECOMPUTED if gradient_checkpointing else of.layers
     in_layers = int(batch_size * max_length * whole * (vectors * size + attention))
@@ -226,21 +255,16 @@ def measure_footprint(
     used_again = min(in_layers, of.vocabulary * learnt * size) if device == "cuda" and gradient_checkpointing else 0
     tokenizer, largest = folder / "tokenizer.json", max(map(prod, shapes.values()), default=0) * size
     return Footprint(
-        weights=_weight_bytes(shapes, size, quantization) + (DORA_MATRICES * largest if use_dora else 0),
-        activations=max(kept, cache),
+        weights=_weight_bytes(shapes, size, quantization) + (DORA_MATRICES * largest if lora.use_dora else 0),
+        activations=kept,
         logits=of.vocabulary * rows - used_again,
+        cache=cache,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         largest=largest,
-        trained=sum(_module_size(shapes, name, largest // size) for name in modules_to_save),
+        trained=sum(map(prod, trained_shapes(config, lora, folder.name).values())),
         loading=sum(sorted(map(prod, shapes.values()))[-LOADING_MATRICES:]) * size,
         device=device,
     )
-
-
-def _module_size(shapes: Mapping[str, Sequence[int]], name: str, largest: int) -> int:
-    """Number of weights of all modules whose names end so; one that is tied is in no file, and counts as `largest`."""
-    found = [prod(shape) for key, shape in shapes.items() if key.rpartition(".")[0].endswith(name)]
-    return sum(found) or largest
 
 
 def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -> tuple[int, int]:

@@ -358,21 +358,21 @@ class LanguageModel:
         alone = [[i] for i in range(len(segments))]
         together = pack(lengths, self._max_length, generator) if training.packing else alone
         rows = [[segments[i] for i in row] for row in together]
-        # In the model's order, whatever the adapter's: the optimizer's state goes by index.
-        masters = Masters(adapter, self._parameters)
-        masters.hand_over()
-        trained = [*masters.parameters.values()]
-        adamw = self._optimizer(trained, training, optimizer or {}, num_steps(len(rows), training))
         scale = LossScale(LOSS_SCALE if self._scales_loss else 1.0)
         losses, learnt, processed = list[Tensor](), list[int](), 0
         with (
+            self._room_to("train", f"training.batch_size {training.batch_size}", TRAIN_WITH_LESS),
             self._training(training),
             self._seeded(generator),
             self._training_attention(training),
             self._beside(frozen),
             repeatable(self.device, self._repeats),
-            self._room_to("train", f"training.batch_size {training.batch_size}", TRAIN_WITH_LESS),
         ):
+            # In the model's order, whatever the adapter's: the optimizer's state goes by index.
+            masters = Masters(adapter, self._parameters)
+            masters.hand_over()
+            trained = [*masters.parameters.values()]
+            adamw = self._optimizer(trained, training, optimizer or {}, num_steps(len(rows), training))
             for step in steps_of([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
                 chosen = [segment for i in step for segment in rows[i]]
                 losses.append(self._step_gradients([rows[i] for i in step], training, masters, scale))
@@ -447,12 +447,11 @@ class LanguageModel:
         Every answer has random numbers of its own, so neither the batch that it is in nor how many others are drawn
         changes what is drawn. Prompts are read once for all their answers.
         """
-        self.load_adapter(adapter)
         prompt_ids = [self.chat.prompt_ids(prompt) for prompt in prompts]
         draws = generator.random((generation.num_samples, len(prompts), generation.max_new_tokens))
         order = sorted(range(len(prompts)), key=lambda i: (len(prompt_ids[i]), i))
         written: dict[tuple[int, int], list[int]] = {}
-        with self._beside(frozen), self._room_to("answer", f"generation.batch_size {generation.batch_size}", ASK_LESS):
+        with self._at_work(adapter, frozen, "answer", generation.batch_size):
             for batch in self._decoding.batches(order, [len(ids) for ids in prompt_ids], generation.batch_size):
                 samples = self._written([prompt_ids[i] for i in batch], generation, draws[:, batch])
                 written |= {
@@ -562,10 +561,9 @@ class LanguageModel:
         self, adapter: Adapter, pairs: Sequence[Pair], batch_size: int, *, frozen: Adapter | None = None
     ) -> Score:
         """Score how likely the responses of `pairs` are, in batches; see `fine_tune` for `frozen`."""
-        self.load_adapter(adapter)
         texts = [self._texts(pair) for pair in pairs]
         segments = [[Segment(text.ids, text.learnt) for text in parts] for parts in texts]
-        with self._beside(frozen):
+        with self._at_work(adapter, frozen, "score answers", batch_size):
             nll = iter(self._segment_nll([*itertools.chain(*segments)], batch_size))
         return Score(
             nll=tuple(sum(itertools.islice(nll, len(parts))) for parts in segments),
@@ -597,11 +595,10 @@ class LanguageModel:
             For each prompt, these tokens and their probabilities among all, and the number of tokens that went through
             the model.
         """
-        self.load_adapter(adapter)
         segments = [self._asked(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
         found: dict[int, Targets] = {}
-        with self._beside(frozen), self._room_to("score answers", f"generation.batch_size {batch_size}", ASK_LESS):
+        with self._at_work(adapter, frozen, "score answers", batch_size):
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 rows = self._collate([[segments[i]] for i in batch])
@@ -627,10 +624,9 @@ class LanguageModel:
         Returns:
             The NLL (nats) of each option of each question, and the number of tokens that went through the model.
         """
-        self.load_adapter(adapter)
         texts = [[self.chat.option(prompt, option) for option in options] for prompt, options in questions]
         segments = [Segment(text.ids, text.learnt) for options in texts for text in options]
-        with self._beside(frozen):
+        with self._at_work(adapter, frozen, "score answers", batch_size):
             nll = iter(self._segment_nll(segments, batch_size))
         scored = [tuple(itertools.islice(nll, len(options))) for options in texts]
         return scored, sum(len(segment.ids) for segment in segments)
@@ -639,12 +635,11 @@ class LanguageModel:
         """NLL (nats) of the responses of each segment, summed over its tokens in float64, (N,)."""
         order = sorted(range(len(segments)), key=lambda i: (len(segments[i].ids), i))
         nll = torch.zeros(len(segments), dtype=torch.float64, device=self.device)
-        with self._room_to("score answers", f"generation.batch_size {batch_size}", ASK_LESS):
-            for start in range(0, len(order), batch_size):
-                mine, counts = self._share(order[start : start + batch_size])
-                losses = self._token_nll(self._collate([[segments[i]] for i in mine])).double()
-                rows = torch.split(losses, [segments[i].num_learnt for i in mine])
-                nll[mine] += counts * torch.stack([row.sum() for row in rows])
+        for start in range(0, len(order), batch_size):
+            mine, counts = self._share(order[start : start + batch_size])
+            losses = self._token_nll(self._collate([[segments[i]] for i in mine])).double()
+            rows = torch.split(losses, [segments[i].num_learnt for i in mine])
+            nll[mine] += counts * torch.stack([row.sum() for row in rows])
         return self._gathered(nll)
 
     # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
@@ -800,6 +795,13 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _at_work(self, adapter: Adapter, frozen: Adapter | None, work: str, batch_size: int) -> Iterator[None]:
+        """While the block runs, an adapter is in the model, and a frozen one beside it; see `_room_to`."""
+        with self._room_to(work, f"generation.batch_size {batch_size}", ASK_LESS), self._beside(frozen):
+            self.load_adapter(adapter)
+            yield
 
     @contextmanager
     def _training(self, training: TrainingConfig) -> Iterator[None]:

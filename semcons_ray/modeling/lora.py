@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from semcons_ray.config import LoraConfig
@@ -74,6 +75,23 @@ def attach_adapter(base: Any, lora: LoraConfig, name: str) -> Any:
             return get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
         except (ValueError, TypeError) as error:
             raise ModelError(f"model.lora.target_modules does not fit {name}: {first_line(error)}") from error
+
+
+def trained_shapes(config: Any, lora: LoraConfig, name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes, by name, of all that is trained of a model: its adapter, and modules that are trained whole.
+
+    Args:
+        config: The model's configuration by transformers; no weights are needed.
+        lora: See `attach_adapter`.
+        name: See `attach_adapter`.
+
+    Raises:
+        ModelError: See `attach_adapter`.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    parameters = attach_adapter(base, lora, name).named_parameters()
+    return {key: tuple(value.shape) for key, value in parameters if value.requires_grad}
 
 
 def measure_sizes(model: Any) -> None:

@@ -62,6 +62,30 @@ def test_the_settings_to_lower_are_named(work: str, model: LanguageModel) -> Non
     do(model)  # it is left as it was
 
 
+class TooLarge(dict[str, torch.Tensor]):
+    """An adapter, or a frozen one beside it, for which a GPU has no room."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["adapter", "frozen"])
+@pytest.mark.parametrize("work", ["train", "answer", "score answers"])
+def test_adapters_that_find_no_room_are_said_likewise(work: str, frozen: bool, model: LanguageModel) -> None:
+    fresh = model.fresh_adapter()
+    large = TooLarge(fresh)
+    adapter, beside = (fresh, large) if frozen else (large, None)
+    works: dict[str, Callable[[], object]] = {
+        "train": lambda: model.fine_tune(adapter, PAIRS, TrainingConfig(), np.random.default_rng(0), frozen=beside),
+        "answer": lambda: model.generate(
+            adapter, ["one"], GenerationConfig(), np.random.default_rng(0), frozen=beside
+        ),
+        "score answers": lambda: model.negative_log_likelihood(adapter, PAIRS, 2, frozen=beside),
+    }
+    with pytest.raises(ModelError, match=rf"^not enough memory to {work} .*batch_size .*model\.max_length 32: .*CUDA"):
+        works[work]()
+
+
 def test_the_server_names_its_batch_size(tmp_path: Path) -> None:
     embedder = Embedder(write_bert(tmp_path, positions=64), batch_size=5)
     embedder.model.register_forward_pre_hook(ask_for_too_much)

@@ -225,20 +225,23 @@ BATCHES = {"dtype": "float32", "max_length": 8, "batch_size": 2, "generation_bat
 def test_footprint_by_hand(tiny_llama: Path) -> None:
     """Hidden 32, ffn 64, 2 layers, 4 heads of 8, keys and values of 16: a batch of 2 x 8 tokens in float32.
 
-    8 tokens are learnt, at 8 bytes a logit; 12 are scored, at 4.
+    8 tokens are learnt, at 8 bytes a logit; 12 are scored, at 4. A weight of the adapter takes 24 bytes and 32.
     """
     footprint = measure_footprint(tiny_llama, **BATCHES)
     vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
     attention = 32 * 32 * 2 + 32 * 16 * 2
     parameters = 2 * (attention + 3 * 32 * 64 + 2 * 32) + 32 + 2 * vocabulary * 32
-    kept = 16 * 2 * (10 * 32 + 9 * 32 + 2 * 16 + 4 * 64) * 4 + 16 * 8 * 2 * 4 * 4
+    kept = 16 * 2 * (6 * 32 + 7 * 32 + 4 * 64) * 4 + 16 * 8 * 2 * 4 * 4
+    adapter = 2 * 8 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 64))  # layers, rank, inputs and outputs
     tokenizer = 10 * (tiny_llama / "tokenizer.json").stat().st_size
     assert footprint.weights == 4 * parameters
     assert footprint.activations == kept
     assert footprint.logits == vocabulary * (8 * 8 + 64 * 8)
     assert footprint.tokenizer == tokenizer
     assert footprint.device_bytes == 0
-    assert footprint.host_bytes == 4 * parameters + 2 * kept + footprint.logits + tokenizer + (600 << 20)
+    assert footprint.trained == adapter
+    beside = tokenizer + (600 << 20) + 56 * adapter
+    assert footprint.host_bytes == 4 * parameters + 2 * kept + footprint.logits + beside
 
 
 def test_a_rank_holds_its_share_of_the_weights_and_the_largest_matrix(tiny_llama: Path) -> None:
@@ -252,7 +255,8 @@ def test_a_rank_holds_its_share_of_the_weights_and_the_largest_matrix(tiny_llama
 def test_large_batches_of_answers_decide_the_footprint_where_training_batches_are_small(tiny_llama: Path) -> None:
     """100 sequences of 8 + 4 tokens, 2 layers, keys and values of 16 each: a cache; 400 tokens scored at 4 bytes."""
     footprint = measure_footprint(tiny_llama, **{**BATCHES, "batch_size": 1, "generation_batch_size": 100})
-    assert footprint.activations == 100 * 12 * 2 * 2 * 16 * 4
+    assert footprint.cache == 100 * 12 * 2 * 2 * 16 * 4 > footprint.activations
+    assert footprint.parts["key-value cache"] == footprint.cache
     assert footprint.logits == json.loads((tiny_llama / "config.json").read_text())["vocab_size"] * (1600 + 512)
 
 

@@ -3,12 +3,14 @@
     python experiments/benchmarks/scale/run.py clients [--sizes 500 10000] [--rounds 5]
     python experiments/benchmarks/scale/run.py registered [--sizes 1000 1000000] [--rounds 20]
     python experiments/benchmarks/scale/run.py server [--sizes 2000]
+    python experiments/benchmarks/scale/run.py report [--sizes 2000] [--rounds 20]
 
 Each run is `semcons run` in a process of its own: clients of a random Llama of two layers on two Ray workers, and a
 server whose embedder is `TrigramEmbedder`, since a model of sentences would take longer than all clients together. The
 driver's memory is the highest that the system noted for it (VmHWM). `server` is the server alone, in this process and
-with the default model of sentences; it gets 1,000 answers of each client, of 5,000 different texts. Results are added
-to results.json.
+with the default model of sentences; it gets 1,000 answers of each client, of 5,000 different texts. `report` is a
+page with many clients that were all measured in all rounds: a run of 20, each of which is there many times over with
+answers of its own. Pages are opened in Chromium where it is installed. Results are added to results.json.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import pandas as pd
 import psutil
 import torch
 import yaml
+from browser import opening
 from torch import Tensor
 
 from semcons_ray.config import DEFAULTS
@@ -38,6 +41,7 @@ from semcons_ray.consensus import Election
 from semcons_ray.federation.server import ServerSpec
 from semcons_ray.messages import Answers
 from semcons_ray.metering.environment import describe_environment
+from semcons_ray.reporting import write_report
 from semcons_ray.reporting.tables import busy_share
 from semcons_ray.runs.assembly import embedder_of
 
@@ -45,6 +49,9 @@ HERE = Path(__file__).parent
 TAKING_PART = 100
 DIMENSION = 384
 NUM_PROMPTS, NUM_TEXTS = 1_000, 5_000
+RUN_FOR_REPORT = 20
+"""Clients of the run of which a large report is made."""
+SIZES = {"clients": [500, 10_000], "registered": [1_000, 1_000_000], "server": [2_000], "report": [2_000]}
 
 
 class TrigramEmbedder:
@@ -139,10 +146,50 @@ def run(kind: str, size: int, rounds: int, scratch: Path) -> dict[str, Any]:
         "end_seconds": round(ended - float(last.started_at + last.duration_seconds), 1),
         "driver_peak_bytes": most,
         "server_peak_bytes": server,
-        "report_bytes": (out / "report.html").stat().st_size,
+        **opening(out / "report.html"),
         "load_average": os.getloadavg()[1],
         "environment": describe_environment(),
     }
+
+
+def run_report(size: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """The report of `size` clients that were all measured in all rounds."""
+    config, out = write_config(scratch, "clients", RUN_FOR_REPORT, rounds), scratch / "run"
+    every = ["--evaluation.every", "1", "--evaluation.num_answers", "4", "--resources.fleet", "local"]
+    command = [sys.executable, "-m", "semcons_ray.commands.cli", "run", str(config), *every, "--out", str(out)]
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+    repeat_clients(out, size // RUN_FOR_REPORT)
+    began = time.time()
+    page = write_report(out)
+    return {
+        "kind": "report",
+        "size": size,
+        "rounds": rounds,
+        "write_seconds": round(time.time() - began, 1),
+        **opening(page),
+        "load_average": os.getloadavg()[1],
+        "environment": describe_environment(),
+    }
+
+
+def repeat_clients(out: Path, times: int) -> None:
+    """Put each client of a run into its tables `times` times, with ids and answers of its own; one of them won."""
+    settings = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    count = settings["clients"]["num_clients"]
+    settings["clients"]["num_clients"] = times * count
+    (out / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    for path in [*out.glob("*.parquet"), *out.glob("consensus/*.parquet"), *out.glob("items/*.parquet")]:
+        table = pd.read_parquet(path)
+        if "client_id" not in table:
+            continue
+        of_clients, copies = table[table["client_id"] >= 0], [table]
+        for copy in range(1, times):
+            more = {"client_id": of_clients["client_id"] + copy * count}
+            if "chosen" in of_clients:
+                more |= {"chosen": False, "answer": of_clients["answer"] + f" {copy}"}
+            copies.append(of_clients.assign(**more))
+        pd.concat(copies).to_parquet(path, index=False)
 
 
 def run_server(size: int) -> dict[str, Any]:
@@ -180,19 +227,23 @@ def run_server(size: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("clients", "registered", "server"))
+    parser.add_argument("kind", choices=SIZES)
     parser.add_argument("--sizes", type=int, nargs="+", help="numbers of clients")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for results.json")
     args = parser.parse_args()
-    sizes = args.sizes or {"clients": [500, 10_000], "registered": [1_000, 1_000_000], "server": [2_000]}[args.kind]
+    sizes = args.sizes or SIZES[args.kind]
     path = args.out / "results.json"
     for size in sizes:
         if args.kind == "server":
             result = run_server(size)
         else:
+            rounds = args.rounds or (5 if args.kind == "clients" else 20)
             with tempfile.TemporaryDirectory() as scratch:
-                result = run(args.kind, size, args.rounds or (5 if args.kind == "clients" else 20), Path(scratch))
+                if args.kind == "report":
+                    result = run_report(size, rounds, Path(scratch))
+                else:
+                    result = run(args.kind, size, rounds, Path(scratch))
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         kept = [one for one in found if (one["kind"], one["size"]) != (args.kind, size)]
         path.write_text(json.dumps([*kept, result], indent=2) + "\n", encoding="utf-8")
