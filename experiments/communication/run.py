@@ -18,7 +18,6 @@ from matplotlib.figure import Figure as Canvas
 
 from semcons_ray.api.cost import (
     FIGURE_TARGETS,
-    SHAPES,
     count_parameters,
     draw_figure,
     estimate,
@@ -26,6 +25,7 @@ from semcons_ray.api.cost import (
     split_targets,
 )
 from semcons_ray.metering.units import format_quantity
+from semcons_ray.modeling.shapes import SHAPES
 from semcons_ray.reporting.drawing import BLUE, INK, log_axis, save
 
 HERE = Path(__file__).parent
