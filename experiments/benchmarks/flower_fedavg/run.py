@@ -18,6 +18,7 @@ import torch
 
 from semcons_ray.config import ExperimentConfig, validate_config
 from semcons_ray.data.split import read_split
+from semcons_ray.federation.adapter_model import AdapterModels
 from semcons_ray.federation.algorithms import build_algorithm
 from semcons_ray.federation.host import HostSpec
 from semcons_ray.federation.randomness import Cohort
@@ -71,23 +72,27 @@ def flower_rounds(config: ExperimentConfig, run: Path, state: Path) -> list[dict
     ranks = config.client_ranks()
     cohort = Cohort(config.clients.num_clients, 1.0, config.seed)
     algorithm = build_algorithm(config.algorithm, cohort, ranks, config.num_rounds)
-    host = HostSpec(
-        worker="flower",
+    models = AdapterModels(
         model=config.model,
         device="cpu",
         threads=1,
+        ranks=ranks,
+        training=config.client_training(),
+        generation=config.client_generation(),
+        clients=range(config.clients.num_clients),
+    )
+    host = HostSpec(
+        models=models,
         algorithm=algorithm,
-        private=dict(enumerate(split.private)),
-        ranks=dict(enumerate(ranks)),
+        private=split.private,
+        generation=config.client_generation(),
         public_prompts=b"",
         test=split.test,
         num_answers=0,
-        training=config.training,
-        generation=config.generation,
         seed=config.seed,
         state=state,
         mark=mark(state),
-    ).build()
+    ).build("flower")
     strategy = FedAvg()
     aggregates: list[dict[str, np.ndarray]] = []
     for round in range(1, config.num_rounds + 1):
