@@ -309,8 +309,8 @@ def actor_options(*, node_id: str, threads: int, num_cpus: float, num_gpus: floa
         "num_gpus": num_gpus,
         "scheduling_strategy": strategy,
         "runtime_env": {"env_vars": variables},
-        # Ray puts an actor that books nothing on any node, whatever its strategy says, so each books a byte.
-        **({"memory": 1} if group is None else {}),
+        # Ray puts an actor that books nothing on any node, whatever its strategy says.
+        **({"memory": 1} if group is None and not num_cpus and not num_gpus else {}),
         # Ray's head keeps records of the last 100,000 calls for a dashboard: memory that would grow with visits.
         "enable_task_events": False,
     }
