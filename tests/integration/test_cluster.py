@@ -1,5 +1,6 @@
 """Three Ray nodes (raylets of their own) on one machine: clients spread, a node lost in mid-round, a node joined."""
 
+import contextlib
 import sys
 import time
 from collections import Counter
@@ -69,7 +70,12 @@ class ThreeNodes:
     def lose(self, node_id: str | None = None) -> None:
         """kill -9 of a node's raylet, with all that runs on it."""
         node = next(node for node in self.cluster.worker_nodes if node_id in (None, node.node_id))
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        workers = raylet.children(recursive=True)  # which would live, and answer, for a second or two after it
         self.cluster.remove_node(node, allow_graceful=False)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         while self.halted:
             self.halted.pop().kill()
 
