@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import io
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from semcons_ray.errors import ConfigError
 from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, options_of, resolve
@@ -21,17 +16,9 @@ __all__ = ["Kind", "describe_groups", "render_parts", "rows"]
 
 def render_parts(kinds: list[Kind]) -> str:
     """A table with a row for each part, as wide as the terminal."""
-    from semcons_ray.reporting.terminal import print_whole  # which imports pandas, and help needs none
+    from semcons_ray.reporting.terminal import whole_table  # which imports pandas, and help needs none
 
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in ("kind", "name", "of", "object", "options", "what it is"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("kind", "of"))
-    for row in rows(kinds):
-        table.add_row(*row)
-    stream, width = io.StringIO(), shutil.get_terminal_size((200, 24)).columns
-    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width, force_jupyter=False)
-    print_whole(console, table)
-    return stream.getvalue().rstrip("\n")
+    return whole_table(("kind", "name", "of", "object", "options", "what it is"), rows(kinds), ("kind", "of"), 200)
 
 
 def describe_groups() -> str:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections.abc import Callable
-
-from rich.console import Console
-from rich.table import Table
 
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.modeling.shapes import SHAPES
@@ -19,18 +14,10 @@ Listed = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 def render_profiles(kind: str) -> str:
     """A table with a row for each profile of a kind of `TABLES`, as wide as the terminal."""
-    from semcons_ray.reporting.terminal import print_whole  # which imports pandas
+    from semcons_ray.reporting.terminal import whole_table  # which imports pandas
 
-    head, rows = TABLES[kind]()
-    table = Table(show_edge=False, pad_edge=False)
-    for heading in head:
-        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
-    for row in rows:
-        table.add_row(*row)
-    stream, width = io.StringIO(), shutil.get_terminal_size((160, 24)).columns
-    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width, force_jupyter=False)
-    print_whole(console, table)
-    return stream.getvalue().rstrip("\n")
+    headings, rows = TABLES[kind]()
+    return whole_table(headings, rows, ("name",), 160)
 
 
 def devices() -> Listed:

@@ -191,6 +191,39 @@ class Visitor(Protocol):
         ...
 
 
+class HandsOn:
+    """A visitor that hands all that it is asked on to another; subclasses do something besides.
+
+    Args:
+        visitor: The other.
+    """
+
+    def __init__(self, visitor: Visitor) -> None:
+        self._visitor = visitor
+
+    @property
+    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See `Visitor.adapter_shapes`."""
+        return self._visitor.adapter_shapes
+
+    @property
+    def first_adapter(self) -> Adapter:
+        """See `Visitor.first_adapter`."""
+        return self._visitor.first_adapter
+
+    def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
+        """See `Visitor.visit`."""
+        return self._visitor.visit(round, downlinks, evaluate=evaluate)
+
+    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
+        """See `Visitor.leave_out`."""
+        self._visitor.leave_out(round, reasons)
+
+    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
+        """See `Visitor.measure`."""
+        return self._visitor.measure(round, downlinks)
+
+
 class Fleet(Visitor, Protocol):
     """Clients that can be visited, wherever they are."""
 

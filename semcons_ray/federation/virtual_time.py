@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from semcons_ray.federation.fleet import Reply, Visitor
+from semcons_ray.federation.fleet import HandsOn, Reply, Visitor
 from semcons_ray.metering.ledger import LedgerRow
-from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.timeline.clock import Clock
 from semcons_ray.timeline.work import Visit, Visits, ledger_table, server_work
 
@@ -40,7 +39,7 @@ class VirtualTime:
         """Go on after rounds that are over, by their ledgers' rows, beginning with round 1."""
         for round, rows in enumerate(rounds, start=1):
             self._clock.round(round, self._visits(round, rows))
-            self._clock.serve(server_work(ledger_table(rows)))
+            self.ends(rows)
         asked_in: dict[int, list[int]] = {}
         for client, round in self._clock.pending.items():
             asked_in.setdefault(round, []).append(client)
@@ -89,31 +88,17 @@ class VirtualTime:
         return Visits(ledger_table(rows), self._prompt_tokens)[round]
 
 
-class _Timed:
+class _Timed(HandsOn):
     """See `VirtualTime.over`."""
 
-    def __init__(self, fleet: Visitor, time: VirtualTime) -> None:
-        self._fleet = fleet
+    def __init__(self, visitor: Visitor, time: VirtualTime) -> None:
+        super().__init__(visitor)
         self._time = time
-
-    @property
-    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._fleet.adapter_shapes
-
-    @property
-    def first_adapter(self) -> Adapter:
-        return self._fleet.first_adapter
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         asked = {client: downlinks[client] for client in self._time.idle([*downlinks])}
-        replies = sorted(self._fleet.visit(round, asked, evaluate=evaluate), key=lambda reply: reply.client_id)
+        replies = sorted(super().visit(round, asked, evaluate=evaluate), key=lambda reply: reply.client_id)
         heard, missing = self._time.passes(round, replies)
         yield from heard
         if missing:
-            self._fleet.leave_out(round, missing)
-
-    def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
-        self._fleet.leave_out(round, reasons)
-
-    def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        return self._fleet.measure(round, downlinks)
+            self.leave_out(round, missing)

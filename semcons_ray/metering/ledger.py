@@ -15,6 +15,9 @@ from typing import Literal
 import msgspec
 
 Stage = Literal["load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle"]
+Span = tuple[float, float]
+"""Begin and end of a stretch of time, in seconds."""
+
 EnergySource = Literal["measured", "estimated", "unavailable"]
 
 
@@ -197,17 +200,19 @@ def idle_rows(
             node=places[worker].node,
             stage="idle",
             started_at=window_start,
-            duration_seconds=max(window - _union_seconds(spans[worker]), 0.0),
+            duration_seconds=max(window - sum(end - start for start, end in merged(spans[worker])), 0.0),
             gpus=places[worker].gpus,
         )
         for worker in sorted(spans)
     ]
 
 
-def _union_seconds(spans: list[tuple[float, float]]) -> float:
-    total, covered_until = 0.0, -math.inf
-    for start, end in sorted(spans):
-        if end > covered_until:
-            total += end - max(start, covered_until)
-            covered_until = end
-    return total
+def merged(spans: Sequence[Span], gap: float = 0.0) -> list[Span]:
+    """The union of spans in order; spans no further than `gap` apart become one."""
+    union: list[Span] = []
+    for left, right in sorted(spans):
+        if union and left - union[-1][1] <= gap:
+            union[-1] = (union[-1][0], max(union[-1][1], right))
+        else:
+            union.append((left, right))
+    return union

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import ceil, prod
 from pathlib import Path
 
@@ -225,8 +226,6 @@ def measure_footprint(
         ModelError: The folder holds no safetensors weights, or no config.json that says how large the model is; or the
             adapter does not fit it.
     """
-    from semcons_ray.modeling.lora import trained_shapes  # peft and torch load slowly
-
     config = read_config(folder)
     shapes, size = read_shapes(folder, config), _BYTES[dtype]
     of = Dimensions.of(config)
@@ -261,10 +260,19 @@ def measure_footprint(
         cache=cache,
         tokenizer=TOKENIZER_GROWTH * tokenizer.stat().st_size if tokenizer.is_file() else 0,
         largest=largest,
-        trained=sum(map(prod, trained_shapes(config, lora, folder.name).values())),
+        trained=_num_trained(folder, (folder / "config.json").stat().st_mtime_ns, lora),
         loading=sum(sorted(map(prod, shapes.values()))[-LOADING_MATRICES:]) * size,
         device=device,
     )
+
+
+@lru_cache(maxsize=16)
+def _num_trained(folder: Path, written_ns: int, lora: LoraConfig) -> int:
+    """Number of weights that are trained, by a config.json that was written then. It is the same for all settings of
+    batches, and takes building the model, though without memory, so it is counted once."""
+    from semcons_ray.modeling.lora import trained_shapes  # peft and torch load slowly
+
+    return sum(map(prod, trained_shapes(read_config(folder), lora, folder.name).values()))
 
 
 def measure_engine(folder: Path, *, dtype: str, cache_bytes: int, device: str) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from semcons_ray.runs.virtual_clock import make_clock, tokens_of_example
 from semcons_ray.timeline.clock import Closed
 from semcons_ray.timeline.costs import JOULES, JOULES_PER_KWH, with_joules
 from semcons_ray.timeline.devices import Device, Model
-from semcons_ray.timeline.federation import Federation
+from semcons_ray.timeline.profiles import region
 from semcons_ray.timeline.work import ServerWork, Visits, server_work, tokens_of
 
 MEASURED, SCALED, CALCULATED = "measured", "scaled", "calculated"
@@ -176,7 +176,7 @@ def replay(run: Recorded, federation: FederationConfig, model: str | None = None
     clock.finish()
     sources = dict.fromkeys(("round", "client_id", "num_asked", "loss"), MEASURED)
     sources |= dict.fromkeys(("downlink_bytes", "uplink_bytes", "bytes"), MEASURED if weights == 1 else SCALED)
-    members, grams = clock.members, Federation.of(federation).grams_co2_per_kwh
+    members, grams = clock.members, region(federation.region)
     table = with_joules(clock.visits(), pd.Series({one.round: one.closed_at for one in closed}), members)
     table["device"] = [members.devices.name(client) for client in table["client_id"]]
     table["link"] = [members.links.name(client) for client in table["client_id"]]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+from collections.abc import Iterable, Sequence
+
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
@@ -18,6 +22,26 @@ def narrow_table(title: str = "") -> Table:
     """A table to which columns are to be added, with as little between and around them as can be read."""
     return Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
                  pad_edge=False, padding=(0, 1), collapse_padding=True)  # fmt: skip
+
+
+def whole_table(headings: Sequence[str], rows: Iterable[Sequence[str]], unbroken: Sequence[str], width: int) -> str:
+    """A table of texts, as wide as the terminal.
+
+    Args:
+        headings: One for each column.
+        rows: Cells, in the order of the headings.
+        unbroken: Headings of the columns whose cells are in one line.
+        width: Characters in a line where there is no terminal.
+    """
+    table = Table(show_edge=False, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading in unbroken)
+    for row in rows:
+        table.add_row(*row)
+    stream, width = io.StringIO(), shutil.get_terminal_size((width, 24)).columns
+    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width, force_jupyter=False)
+    print_whole(console, table)
+    return stream.getvalue().rstrip("\n")
 
 
 def print_whole(console: Console, *parts: RenderableType) -> None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
+from semcons_ray.metering.ledger import Span, merged
 from semcons_ray.reporting.drawing import (
     FAINT,
     ORANGE,
@@ -25,8 +26,6 @@ from semcons_ray.reporting.tables import STAGES, Run, busy_share, format_seconds
 
 MAX_WORKERS = 40
 MAX_ROUND_MARKS = 20
-
-Span = tuple[float, float]
 
 
 def timeline_figure(run: Run) -> Figure | None:
@@ -120,17 +119,6 @@ def without_pauses(spans: Sequence[Span]) -> tuple[Callable[[float], float], lis
         return seconds - sum(min(max(seconds - left, 0.0), right - left) for left, right in pauses)
 
     return squeeze, pauses, squeeze(stretches[-1][1])
-
-
-def merged(spans: Sequence[Span], gap: float = 0.0) -> list[Span]:
-    """The union of spans in order; spans no further than `gap` apart become one."""
-    union: list[Span] = []
-    for left, right in sorted(spans):
-        if union and left - union[-1][1] <= gap:
-            union[-1] = (union[-1][0], max(union[-1][1], right))
-        else:
-            union.append((left, right))
-    return union
 
 
 def _spans(rows: pd.DataFrame, start: float) -> list[Span]:

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from semcons_ray.config import FederationConfig
 from semcons_ray.errors import ConfigError, RunFolderError
+from semcons_ray.metering.ledger import merged
 from semcons_ray.metering.units import format_quantity, scale
 from semcons_ray.parts import STORED
 from semcons_ray.reporting.drawing import (
@@ -39,7 +40,7 @@ from semcons_ray.reporting.pareto import arm_styles, draw_arms, linear_axis, qua
 from semcons_ray.reporting.replay import CALCULATED, Recorded, Replay, replay
 from semcons_ray.reporting.tables import Run, format_number, format_seconds
 from semcons_ray.reporting.terminal import narrow_table, print_whole
-from semcons_ray.reporting.timeline import merged, time_unit
+from semcons_ray.reporting.timeline import time_unit
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 MAX_CLIENTS = 40

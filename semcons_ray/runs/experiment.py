@@ -25,14 +25,13 @@ from semcons_ray.distributed.placement import Node, describe_plan
 from semcons_ray.endpoints.judge import Judge
 from semcons_ray.errors import ModelError
 from semcons_ray.evaluation.metrics import OWN_METRICS, score_items, value
-from semcons_ray.federation.fleet import Evaluation, Fleet, Reply, RoundOutcome, own_evaluations
+from semcons_ray.federation.fleet import Evaluation, Fleet, HandsOn, Reply, RoundOutcome, own_evaluations
 from semcons_ray.federation.server import ServerProtocol, Verdict
 from semcons_ray.federation.virtual_time import VirtualTime
 from semcons_ray.messages import PseudoLabels
 from semcons_ray.metering.energy import EnergyWindow, apportion, own_windows
 from semcons_ray.metering.environment import describe_environment
 from semcons_ray.metering.ledger import LedgerRow, idle_rows
-from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.parts import keep_code, use_code
 from semcons_ray.runs.assembly import (
     CUT,
@@ -479,29 +478,22 @@ class Rounds:
         return own_windows(windows, [places[worker.name] for worker in self.placement.workers if worker.gpus == 1])
 
 
-class _Watched:
+class _Watched(HandsOn):
     """A fleet that reports every reply to the observer, and remembers which clients were asked."""
 
     def __init__(self, fleet: Fleet, observer: Observer, num_rounds: int) -> None:
+        super().__init__(fleet)
         self._fleet = fleet
         self._observer = observer
         self._num_rounds = num_rounds
         self.asked: tuple[int, ...] = ()
         self.lost: dict[int, str] = {}
 
-    @property
-    def adapter_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._fleet.adapter_shapes
-
-    @property
-    def first_adapter(self) -> Adapter:
-        return self._fleet.first_adapter
-
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
-        return self._watch(round, downlinks, self._fleet.visit(round, downlinks, evaluate=evaluate))
+        return self._watch(round, downlinks, super().visit(round, downlinks, evaluate=evaluate))
 
     def measure(self, round: int, downlinks: Mapping[int, bytes]) -> Iterator[Reply]:
-        replies = self._fleet.measure(round, downlinks)
+        replies = super().measure(round, downlinks)
         # A measurement after a round is part of that round, and not reported as one; round 0 is only a measurement.
         return replies if round else self._watch(round, downlinks, replies)
 
@@ -514,7 +506,7 @@ class _Watched:
         self.lost = dict(self._fleet.lost)
 
     def leave_out(self, round: int, reasons: Mapping[int, str]) -> None:
-        self._fleet.leave_out(round, reasons)
+        super().leave_out(round, reasons)
         self.lost = dict(self._fleet.lost)
 
 

@@ -13,8 +13,9 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from semcons_ray.errors import ConfigError
+from semcons_ray.metering.ledger import Span, merged
 
-Window = tuple[float, float]
+Window = Span
 """From when a client is there, and until when, in virtual seconds."""
 
 HOUR, DAY = 3600.0, 86400.0
@@ -101,9 +102,7 @@ class Trace:
         if self._period < last:
             raise ConfigError(f"federation.availability_options.hours {hours} is before the last end in {path}")
         self._num_clients = max(self._windows) + 1
-        for windows in self._windows.values():
-            windows.sort()
-            _merge(windows)
+        self._windows = {client: merged(windows) for client, windows in self._windows.items()}
 
     def window(self, client_id: int, chance: float, seconds: float) -> Window:
         """See `Availability.window`."""
@@ -128,17 +127,6 @@ def _parsed(row: Mapping[str, str | None], where: str) -> tuple[int, float, floa
     if client < 0 or not 0 <= start < end < math.inf:
         raise ConfigError(f"{where}: a client from 0, and a start before its end, from 0, are expected")
     return client, start, end
-
-
-def _merge(windows: list[Window]) -> None:
-    """Make one of those that overlap or touch."""
-    merged: list[Window] = []
-    for start, end in windows:
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    windows[:] = merged
 
 
 def is_ever_there(availability: Availability, chances: Sequence[float]) -> bool:

@@ -24,20 +24,17 @@ def with_joules(visits: pd.DataFrame, closed_at: pd.Series[float], members: Memb
         closed_at: When each round ended, by round, in virtual seconds.
         members: The clients.
     """
-    devices, links = members.devices, members.links
-    device, link = devices.of_client[visits["client_id"]], links.of_client[visits["client_id"]]
     busy = visits["fine_tune_seconds"] + visits["generate_seconds"]
     until = np.maximum(closed_at.loc[visits["round"]].to_numpy(), visits["ended_at"])
     idle = (until - visits["began_at"] - busy).clip(lower=0)
-    busy_watts, idle_watts = (
-        np.array([one.num * getattr(one, name) for one in devices.profiles])[device]
-        for name in ("busy_watts", "idle_watts")
-    )
-    up, down = (
-        np.array([getattr(one, f"joules_per_megabyte_{way}") for one in links.profiles])[link] for way in ("up", "down")
-    )
+    devices, links = members.devices, members.links
+    device, link = devices.of_client[visits["client_id"]], links.of_client[visits["client_id"]]
+    at_work = np.array([one.joules(1.0) for one in devices.profiles])[device]
+    at_rest = np.array([one.joules(0.0, 1.0) for one in devices.profiles])[device]
+    up = np.array([one.joules(1.0, 0.0) for one in links.profiles])[link]
+    down = np.array([one.joules(0.0, 1.0) for one in links.profiles])[link]
     return visits.assign(
-        compute_joules=busy * busy_watts,
-        radio_joules=(visits["uplink_bytes"] * up + visits["downlink_bytes"] * down) / 1e6,
-        idle_joules=idle * idle_watts,
+        compute_joules=busy * at_work,
+        radio_joules=visits["uplink_bytes"] * up + visits["downlink_bytes"] * down,
+        idle_joules=idle * at_rest,
     )

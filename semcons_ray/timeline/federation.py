@@ -24,7 +24,6 @@ class Federation:
     Attributes:
         settings: The settings.
         model: The model for whose size times are calculated; None: the clients' own.
-        grams_co2_per_kwh: Grams of CO2 for a kilowatt-hour.
         devices: Devices of clients by name.
         links: Links of clients by name.
         server_device: The server's device.
@@ -35,7 +34,6 @@ class Federation:
 
     settings: FederationConfig
     model: Model | None
-    grams_co2_per_kwh: float
     devices: Mapping[str, Device]
     links: Mapping[str, Link]
     server_device: Device
@@ -50,6 +48,7 @@ class Federation:
         Raises:
             ConfigError: A name is not known, or a profile of one's own or an option is not as it must be.
         """
+        region(settings.region)  # refuses a name that is not known, before any work
 
         def device_of(name: str, setting: str) -> Device:
             own = settings.own_devices.get(name)
@@ -62,7 +61,6 @@ class Federation:
         return cls(
             settings,
             model=model(settings.model, "federation.model") if settings.model else None,
-            grams_co2_per_kwh=region(settings.region),
             devices={name: device_of(name, "federation.devices") for name in settings.devices},
             links={name: link_of(name, "federation.links") for name in settings.links},
             server_device=device_of(settings.server_device, "federation.server_device"),
