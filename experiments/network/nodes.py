@@ -36,6 +36,8 @@ class Cluster:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": "1",
+            # By default a message that takes longer than 10 s is asked for again, and sent again from its beginning.
+            "RAY_object_manager_pull_timeout_ms": "600000",
         }
         self.address = f"{network.address(HEAD)}:{PORT}"
         head = ("--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={folder}/ray")

@@ -3,8 +3,8 @@
     python experiments/network/run.py [--parts PART ...] [--out DIR] [--runs DIR]
 
 own         two clients with a link each, of 1, 5 and 20 Mbit/s, after a calibration of plain calls at 5 Mbit/s.
-shared      four clients that share the head's link of 5 Mbit/s.
-shared_bbr  the same, where TCP avoids congestion by BBR, which does not share evenly at once, and not by Reno.
+shared      four clients that share the head's link of 1, 5 and 20 Mbit/s.
+shared_bbr  at 5 Mbit/s, where TCP avoids congestion by BBR, which does not share evenly at once, and not by Reno.
 
 Needs root, iproute2 and the kernel's tbf. Each client is a Ray node in a namespace of its own; driver and server are on
 the head. Writes rounds.csv, a row for each round; settings.csv, means of the rounds that are predicted;
@@ -66,7 +66,7 @@ class Part:
 
 PARTS = {
     "own": Part(2, False, (1.0, 5.0, 20.0), "bbr", "o"),
-    "shared": Part(4, True, (5.0,), "reno", "s"),
+    "shared": Part(4, True, (1.0, 5.0, 20.0), "reno", "s"),
     "shared_bbr": Part(4, True, (5.0,), "bbr", "x"),
 }
 
@@ -212,7 +212,7 @@ def main() -> None:
         parser.error(f"{file} is not there yet: measure part own first")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # namespaces and nodes go on the way out
     args.out.mkdir(parents=True, exist_ok=True)
-    rounds = pd.read_csv(table) if table.is_file() else pd.DataFrame({"part": []})
+    parts = dict([*pd.read_csv(table).groupby("part")]) if table.is_file() else {}
     with tempfile.TemporaryDirectory() as beside:
         folder = args.runs or Path(beside)
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,8 @@ def main() -> None:
                     for algorithm in ALGORITHMS:
                         measured.append(measure(cluster, network, replace(link, mbit=mbit), algorithm, name, folder))
                         print(measured[-1].to_string(), flush=True)
-            rounds = pd.concat([rounds[rounds["part"] != name], *measured], ignore_index=True)
+            parts[name] = pd.concat(measured)
+            rounds = pd.concat([parts[name] for name in PARTS if name in parts], ignore_index=True)
             rounds.to_csv(table, index=False, float_format="%.6g")
     settings = summarize(rounds)
     settings.to_csv(args.out / "settings.csv", index=False, float_format="%.4g")

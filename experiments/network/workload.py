@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from semcons_ray.config import dump_yaml
 from semcons_ray.modeling.packaged import CHATML
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.tiny import write_embedder, write_model
 
 NUM_WORDS, WORD_LETTERS = 500, 40
