@@ -12,7 +12,7 @@ Legend: r rank, R sum of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -98,15 +98,18 @@ def packed_bytes(shapes: Shapes) -> int:
     return HEADER_BYTES + sum(HEADER_BYTES + 4 * math.prod(shape) for shape in shapes.values())
 
 
-def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The mean of each tensor over adapters, weighted by w_k / sum(w); accumulated in float64, in the order given."""
+def weighted_mean(adapters: Iterable[Adapter], weights: Sequence[float]) -> Adapter:
+    """The mean of each tensor over adapters, weighted by w_k / sum(w); accumulated in float64, in the order given.
+
+    Each adapter is added before the next is asked for, so an iterator that unpacks them needs room for one.
+    """
     total = math.fsum(weights)
-    return {
-        key: torch.stack([adapter[key].double() * (w / total) for adapter, w in zip(adapters, weights, strict=True)])
-        .sum(dim=0)
-        .float()
-        for key in adapters[0]
-    }
+    sums: Adapter = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        sums = sums or {key: torch.zeros_like(value, dtype=torch.float64) for key, value in adapter.items()}
+        for key, value in sums.items():
+            value += adapter[key].double() * (weight / total)
+    return {key: value.float() for key, value in sums.items()}
 
 
 def factors(adapter: Adapter) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 import math
 import struct
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -151,6 +153,20 @@ def test_the_rank_is_that_of_the_first_a() -> None:
 def test_the_mean_is_weighted() -> None:
     mean = weighted_mean([{"w": torch.tensor([1.0, 8.0])}, {"w": torch.tensor([5.0, 0.0])}], [1, 3])
     assert mean["w"].tolist() == [4.0, 2.0]
+
+
+def test_of_adapters_that_are_unpacked_one_by_one_the_mean_holds_none_but_the_last() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def unpacked() -> Iterator[dict[str, torch.Tensor]]:
+        for i in range(5):
+            assert sum(one() is not None for one in held) <= 1
+            value = torch.full((3,), float(i))
+            held.append(weakref.ref(value))
+            yield {"w": value}
+            del value
+
+    assert weighted_mean(unpacked(), [1.0] * 5)["w"].tolist() == [2.0] * 3
 
 
 @given(ranks=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))

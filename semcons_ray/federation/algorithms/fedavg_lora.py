@@ -166,7 +166,7 @@ class FedAvgLora:
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The server's next state: the means of A and of B over clients, weighted by private examples."""
-        adapters = [unpack(update.tensors) for update in updates]
+        adapters = (unpack(update.tensors) for update in updates)
         return pack(weighted_mean(adapters, [update.num_examples for update in updates]), "float32")
 
     def towards(self, round: int, state: bytes, updates: Sequence[AdapterUpdate], fleet: Visitor) -> bytes:

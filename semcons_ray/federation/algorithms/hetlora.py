@@ -26,8 +26,8 @@ class HetLora(FedAvgLora):
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The means of the padded A and B over clients, weighted by the norms of the clients' updates."""
-        adapters = [with_rank(unpack(update.tensors), max(self.ranks)) for update in updates]
-        norms = [update_norm(adapter) for adapter in adapters]
+        norms = [update_norm(unpack(update.tensors)) for update in updates]
+        adapters = (with_rank(unpack(update.tensors), max(self.ranks)) for update in updates)
         # All norms are 0 if nobody has learnt anything; then all clients have the same weight.
         return pack(weighted_mean(adapters, norms if any(norms) else [1.0] * len(norms)), "float32")
 

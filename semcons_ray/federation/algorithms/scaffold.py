@@ -45,8 +45,7 @@ class Scaffold(FedAvgLora):
 
     def aggregate(self, state: bytes, updates: Sequence[AdapterUpdate]) -> bytes:
         """The next state: the unweighted mean of y_k, and c moved by the mean change of c_k."""
-        sent = [unpack(update.tensors) for update in updates]
-        mean = weighted_mean(sent, [1.0] * len(sent))
+        mean = weighted_mean((unpack(update.tensors) for update in updates), [1.0] * len(updates))
         share = len(updates) / self.cohort.num_clients
         before = unpack(state)
         for key in [key for key in mean if key.startswith(_CONTROL)]:
