@@ -528,6 +528,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         lambda config: config.training.lr_scheduler_type != "constant",
         "a training.lr_scheduler_type with warm-up, such as constant_with_warmup",
     ),
+    (
+        ("training.auto_find_batch_size",),
+        lambda config: {*config.open_models} > {*config.sharding.models},
+        "a model that is whole: ranks of sharding.models would have to run out of memory together",
+    ),
     (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
     (
         ("evaluation.lm_eval.every", "evaluation.lm_eval.limit"),

@@ -429,6 +429,12 @@ class TrainingConfig(Settings):
         description="Examples (with packing, rows) that go through the model at a time. An optimizer step sees "
         "batch_size x gradient_accumulation_steps of them. Lower it if memory is short.",
     )
+    auto_find_batch_size: bool = Field(
+        False,
+        description="Whether a batch that does not fit into memory is tried again in halves, and those after it, too. "
+        "An optimizer step sees as many examples as before; its gradients are equal but for rounding. On a GPU the "
+        "plan then asks for the memory of one row.",
+    )
     packing: bool = Field(
         False,
         description="Whether as many examples as fit share a row of model.max_length tokens, in which they do not see "

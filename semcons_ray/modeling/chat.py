@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,6 +29,9 @@ SYSTEM, QUESTION, ANSWER = "mandatum", "quaestio", "responsum"
 """Words that occur in no template: where they appear in a rendered conversation shows where a template puts texts."""
 
 ANCHORS = ("a", ".", "\n")
+REMEMBERED = 4096
+"""How many prompts, and how many texts that are learnt or scored, are remembered as ids: public prompts are asked of
+each client anew, and their labels learnt."""
 SET_HERE = ("messages", "add_generation_prompt", "strftime_now")
 """Variables of a template that users cannot set."""
 
@@ -130,9 +135,15 @@ class ChatFormat:
         if tokenizer.chat_template:
             kwargs = {**(template_kwargs or {}), "strftime_now": datetime.combine(template_date, time()).strftime}
             self._style = _TemplateStyle(tokenizer, name, system_prompt, kwargs)
+        # Four bytes an id, where a list of int takes 36.
+        self._remembered_prompt = lru_cache(REMEMBERED)(lambda prompt: array("i", self._prompt_ids(prompt)))
+        self._remembered = lru_cache(REMEMBERED)(self._compact)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Ids that the model is given to answer a prompt, cut to `max_length`: first by whole turns."""
+        return [*self._remembered_prompt(prompt)]
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         for turns in _shortened(turns_of(prompt)):
             ids = self._ids(self._style.prompt(turns))
             if len(ids) <= self._max_length:
@@ -155,6 +166,14 @@ class ChatFormat:
 
     def encode(self, prompt: Prompt, response: str) -> Encoded:
         """Ids of a part of a conversation (see `parts`), cut to `max_length`: first by whole turns."""
+        ids, learnt, num_bytes, cut = self._remembered(prompt, response)
+        return Encoded([*ids], learnt, num_bytes, cut)
+
+    def _compact(self, prompt: Prompt, response: str) -> tuple[array[int], tuple[tuple[int, int], ...], int, Cut]:
+        found = self._encode(prompt, response)
+        return array("i", found.ids), found.learnt, found.num_bytes, found.cut
+
+    def _encode(self, prompt: Prompt, response: str) -> Encoded:
         lost: Cut = ""
         for turns in _shortened(turns_of(prompt)):
             ids, answers = self._whole(turns, response)

@@ -88,6 +88,11 @@ def running_sums(rows: Tensor) -> Tensor:
     return rows.cumsum(dim=1)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in SAYS_SO)
+
+
 @contextmanager
 def enough_memory(work: str, remedy: str) -> Iterator[None]:
     """Say in one line what to change where the block runs out of memory, which no other try would mend.
@@ -102,7 +107,7 @@ def enough_memory(work: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in SAYS_SO):
+        if not is_out_of_memory(error):
             raise
         said = ". ".join(first_line(error).split(". ")[:3])  # further ones are about torch's allocator
         raise ModelError(f"not enough memory to {work}: {remedy} ({said})") from error

@@ -14,6 +14,7 @@ import copy
 import itertools
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,7 +40,7 @@ from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.client_model import Pair, Score, Targets
 from semcons_ray.modeling.decoding import Decoding, Growing, chosen_tokens
-from semcons_ray.modeling.device import enough_memory, repeatable, to_device
+from semcons_ray.modeling.device import enough_memory, is_out_of_memory, repeatable, to_device
 from semcons_ray.modeling.engine import EngineRequest
 from semcons_ray.modeling.footprint import LOSS_ROWS
 from semcons_ray.modeling.fused import fuse
@@ -68,7 +69,8 @@ may not be in it."""
 
 TRAIN_WITH_LESS = (
     "lower training.batch_size (with more training.gradient_accumulation_steps a step is as large) or "
-    "model.max_length, or set training.gradient_checkpointing; if workers share a GPU, raise resources.gpus_per_worker"
+    "model.max_length, or set training.gradient_checkpointing or training.auto_find_batch_size; if workers share a "
+    "GPU, raise resources.gpus_per_worker"
 )
 ASK_LESS = (
     "lower generation.batch_size, generation.max_new_tokens or model.max_length; if workers share a GPU, raise "
@@ -203,6 +205,7 @@ class LanguageModel:
         if self.device.type == "cuda":
             fuse(self.model)
         self._repeats = True
+        self._fits = sys.maxsize
         self._read_every = READ_EVERY if self.device.type == "cuda" else 1
         self._peft_config = model.active_peft_config
         self._lora = lora
@@ -401,7 +404,7 @@ class LanguageModel:
         """
         while True:
             masters.clear_gradients()
-            part = self._accumulate(step, training, masters, scale.factor)
+            part = self._accumulate_what_fits(step, training, masters, scale.factor)
             with torch.no_grad():
                 loss = self._reduced(part, masters.parameters)
                 if not self._scales_loss or not math.isfinite(loss.item()):
@@ -411,18 +414,38 @@ class LanguageModel:
             if scale.keeps(all(self.of_all_ranks(fits))):
                 return loss
 
-    def _accumulate(
+    def _accumulate_what_fits(
         self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Masters, factor: float
     ) -> Tensor:
-        """Add up the gradients of an optimizer step a batch at a time; returns its loss.
+        """`_accumulate`; if `auto_find_batch_size`, in smaller batches where memory does not suffice, and from then on
+        in all steps of this model."""
+        while True:
+            size = min(training.batch_size, self._fits)
+            try:
+                return self._accumulate(step, size, training, masters, factor)
+            except RuntimeError as error:
+                if not (training.auto_find_batch_size and size > 1 and self._alone and is_out_of_memory(error)):
+                    raise
+            # After the block, whose error holds what the batch has in memory.
+            self._fits = size // 2
+            logger.warning("not enough memory to train on %d rows at a time; from now on %d", size, self._fits)
+            masters.clear_gradients()
+            self._clear_gradients()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulate(
+        self, step: Sequence[Sequence[Segment]], size: int, training: TrainingConfig, masters: Masters, factor: float
+    ) -> Tensor:
+        """Add up the gradients of an optimizer step a batch of `size` rows at a time; returns its loss.
 
         With several ranks, both are this rank's part, which `_reduced` sums up. The backward pass is that of the loss
         times `factor`.
         """
         total = sum(segment.weight * segment.num_learnt for row in step for segment in row)
         losses = []
-        for start in range(0, len(step), training.batch_size):
-            mine, counts = self._share([*range(start, min(start + training.batch_size, len(step)))])
+        for start in range(0, len(step), size):
+            mine, counts = self._share([*range(start, min(start + size, len(step)))])
             batch = self._collate([step[i] for i in mine], packed=training.packing)
             loss = (self._token_nll(batch) * (counts * batch.weights)).sum() / max(total, 1e-9)
             (factor * loss).backward()  # type: ignore[no-untyped-call]
@@ -644,6 +667,9 @@ class LanguageModel:
 
     # What `ShardedLanguageModel` replaces, where several ranks hold one model: see sharded.py ------------------------
 
+    _alone = True
+    """Whether what this process does next is for itself to decide: other ranks would not know of a batch in halves."""
+
     def of_all_ranks(self, value: Value) -> list[Value]:
         """The values that all ranks called this with, by rank."""
         return [value]
@@ -819,8 +845,11 @@ class LanguageModel:
             if training.gradient_checkpointing:
                 base.gradient_checkpointing_disable()
             self._scored = None
-            for parameter in self._parameters.values():
-                parameter.grad = None
+            self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     # Determinism and speed --------------------------------------------------------------------------------------
 

@@ -87,6 +87,8 @@ class ShardedLanguageModel(LanguageModel):
         if self.writes:
             super().export_adapter(adapter, folder)
 
+    _alone = False
+
     def of_all_ranks(self, value: Value) -> list[Value]:
         """See `LanguageModel.of_all_ranks`."""
         values: list[Any] = [None] * self.num_ranks

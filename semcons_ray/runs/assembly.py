@@ -579,6 +579,8 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
     ranks = sharding.models.get(name, 1)
     footprints = []
     for training, generation in zip(*_own_settings(config, name), strict=True):
+        # A host ends a process whose memory it does not have, where a GPU refuses it.
+        finds_its_size = training.auto_find_batch_size and device == "cuda" and ranks == 1
         footprint = measure_footprint(
             folder,
             dtype=model.dtype,
@@ -586,7 +588,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
             lora=model.lora,
             quantization=model.quantization,
             max_length=model.num_tokens,
-            batch_size=ceil(training.batch_size / ranks),
+            batch_size=ceil((1 if finds_its_size else training.batch_size) / ranks),
             generation_batch_size=ceil(generation.batch_size / ranks),
             max_new_tokens=generation.max_new_tokens,
             num_samples=generation.num_samples,

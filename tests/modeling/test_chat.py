@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from semcons_ray.config import ExperimentConfig, GenerationConfig, LoraConfig, dump_config, load_config
 from semcons_ray.errors import ConfigError, ModelError
 from semcons_ray.messages import Turn
+from semcons_ray.modeling import chat as chat_file
 from semcons_ray.modeling.chat import ChatFormat, Encoded, read_formats
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.modeling.packaged import CHATML, locate, resolve_model
@@ -530,3 +531,20 @@ def test_ids_of_a_packaged_model_are_those_of_its_own_flow(key: str) -> None:
     assert ids == own_ids(tokenizer, *turns)[: len(ids)]
     assert ids[:length] == own_ids(tokenizer, turns[0], add_generation_prompt=True)
     assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_texts_are_tokenized_once_and_what_is_remembered_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    plain = chat_file._plain_ids
+    monkeypatch.setattr(chat_file, "_plain_ids", lambda own, text: asked.append(text) or plain(own, text))
+    format = chat(LLAMA3.tokenizer())
+    conversation = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
+    for prompt in ("one two", conversation):
+        first = format.prompt_ids(prompt), format.encode(prompt, "two"), format.encode(prompt, "three")
+        kept, count = [list(first[0]), *([*one.ids] for one in first[1:])], len(asked)
+        first[0].append(0)
+        first[1].ids.clear()
+        again = format.prompt_ids(prompt), format.encode(prompt, "two"), format.encode(prompt, "three")
+        assert [again[0], again[1].ids, again[2].ids] == kept
+        assert again[2] == first[2]
+        assert len(asked) == count

@@ -62,6 +62,47 @@ def test_the_settings_to_lower_are_named(work: str, model: LanguageModel) -> Non
     do(model)  # it is left as it was
 
 
+def tuned(model: LanguageModel, **settings: object) -> dict[str, torch.Tensor]:
+    """The fresh adapter after two epochs of eight examples of several lengths."""
+    adapter = model.fresh_adapter(np.random.default_rng(0))
+    pairs = [Pair("one " * (1 + i % 3), "two " * (1 + i % 2)) for i in range(8)]
+    training = TrainingConfig.model_validate({"learning_rate": 0.1, "local_epochs": 2, **settings})
+    model.fine_tune(adapter, pairs, training, np.random.default_rng(1))
+    return adapter
+
+
+@pytest.mark.parametrize(("first", "size"), [(0, 8), (1, 4)], ids=["at once", "in the midst of a step"])
+def test_a_batch_that_does_not_fit_is_tried_in_halves(first: int, size: int, model: LanguageModel) -> None:
+    expected = tuned(model, batch_size=2, gradient_accumulation_steps=4)
+    seen: list[int] = []
+
+    def only_two(_: object, __: object, inputs: dict[str, torch.Tensor]) -> None:
+        seen.append(len(inputs["input_ids"]))
+        if seen[-1] > 2 and len(seen) > first:
+            ask_for_too_much()
+
+    handle = model.model.get_base_model().register_forward_pre_hook(only_two, with_kwargs=True)
+    settings = {"batch_size": size, "gradient_accumulation_steps": 8 // size}
+    with pytest.raises(ModelError, match="auto_find_batch_size"):
+        tuned(model, **settings)
+    seen.clear()
+    found = tuned(model, **settings, auto_find_batch_size=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    tried = [8, 4] if size == 8 else [4, 4]
+    assert seen == [*tried, *[2] * 8]
+    seen.clear()
+    tuned(model, **settings, auto_find_batch_size=True)
+    assert seen == [2] * 8  # what did not fit is not tried again
+    handle.remove()
+
+
+def test_one_row_that_does_not_fit_is_said(model: LanguageModel) -> None:
+    model.model.get_base_model().register_forward_pre_hook(ask_for_too_much)
+    with pytest.raises(ModelError, match=r"not enough memory to train .*model\.max_length 32"):
+        tuned(model, batch_size=4, auto_find_batch_size=True)
+
+
 class TooLarge(dict[str, torch.Tensor]):
     """An adapter, or a frozen one beside it, for which a GPU has no room."""
 

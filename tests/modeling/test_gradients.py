@@ -238,9 +238,9 @@ def test_a_scale_that_overflows_is_halved_and_its_step_taken_with_the_same_examp
     scales: list[float] = []
     accumulate = LanguageModel._accumulate
 
-    def spy(self: LanguageModel, step: object, training: object, masters: object, factor: float) -> Tensor:
+    def spy(self: LanguageModel, step: object, size: int, training: object, masters: object, factor: float) -> Tensor:
         scales.append(factor)
-        return accumulate(self, step, training, masters, factor)  # type: ignore[arg-type]
+        return accumulate(self, step, size, training, masters, factor)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LanguageModel, "_accumulate", spy)
     steps, _ = gradients(model, batch_size=8)

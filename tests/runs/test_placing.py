@@ -112,6 +112,16 @@ def test_accumulation_needs_the_memory_of_one_batch(folder: Path) -> None:
     assert placed(folder, machine(), training=training).demands == plain.demands
 
 
+def test_who_finds_its_batch_size_needs_the_memory_of_one_row_on_a_gpu_alone(folder: Path) -> None:
+    found, one = {"batch_size": 64, "auto_find_batch_size": True}, {"batch_size": 1}
+    with pytest.raises(PlacementError, match=r"training\.batch_size"):
+        placed(folder, machine(), training={"batch_size": 64})
+    assert placed(folder, machine(), training=found).demands == placed(folder, machine(), training=one).demands
+    host = machine(0, host_gib=4000)
+    whole = placed(folder, host, training={"batch_size": 64})
+    assert placed(folder, host, training=found).demands == whole.demands
+
+
 @pytest.mark.parametrize(
     ("node", "dtype", "says"),
     [
