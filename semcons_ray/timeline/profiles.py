@@ -45,7 +45,7 @@ def link(profile: str | Mapping[str, Any], setting: str = "federation.links") ->
 
 
 def region(name: str, setting: str = "federation.region") -> float:
-    """Grams of CO2 that a kilowatt-hour of electricity causes in a country, or in the `world`.
+    """Grams of CO2 that a kilowatt-hour of electricity causes in a country, a state of one, or the `world`.
 
     Raises:
         ConfigError: There is no such name.

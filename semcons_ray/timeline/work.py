@@ -55,12 +55,14 @@ class Visits:
             {
                 "downlink_bytes": own["downlink_bytes"].where(~learns, own["downlink_bytes"] * weights),
                 "trained_tokens": own["tokens"].where(learns, 0),
-                "prompt_tokens": answers * prompt_tokens,
+                "prompt_tokens": answers.astype("int64"),
                 "generated_tokens": own["tokens"].where(answers, 0),
                 "uplink_bytes": own["uplink_bytes"].where(~encodes, own["uplink_bytes"] * weights),
             }
         )
         sums = table.groupby([own["client_id"], own["round"]]).sum().round().astype("int64").reset_index()
+        # Once, though the client's worker and the engine that answers for it have a row each.
+        sums["prompt_tokens"] = (sums["prompt_tokens"] > 0) * prompt_tokens
         self._table = sums.sort_values(["round", "client_id"])
 
     def __getitem__(self, round: int) -> list[Visit]:

@@ -19,6 +19,7 @@ from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
 from tests.invariants.test_kills import progress, start
+from tests.invariants.test_virtual_time import FEDERATION
 
 pytestmark = [pytest.mark.ray, pytest.mark.nodes, pytest.mark.slow, pytest.mark.real]
 
@@ -72,10 +73,11 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 def test_a_run_without_a_common_folder_survives_a_killed_driver_and_a_lost_node(
     tiny_config: Callable[..., ExperimentConfig], machines: Machines, tmp_path: Path
 ) -> None:
-    run_experiment(tiny_config(num_rounds=3), tmp_path / "undisturbed", Silent())
+    timed = {"num_rounds": 3, "federation": FEDERATION}
+    run_experiment(tiny_config(**timed), tmp_path / "undisturbed", Silent())
     resources = {"fleet": "ray", "device": "cpu", "ray_address": machines.address}
     config, out = tmp_path / "config.yaml", machines.hidden / "run"
-    config.write_text(dump_config(tiny_config(num_rounds=3, resources=resources)))
+    config.write_text(dump_config(tiny_config(**timed, resources=resources)))
     driver = start(["run", str(config), "--out", str(out)])
     deadline = time.monotonic() + 240
     while driver.poll() is None and progress(out) < 2 and time.monotonic() < deadline:

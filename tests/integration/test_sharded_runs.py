@@ -12,12 +12,14 @@ import psutil
 import pytest
 from peft import PeftModel
 
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig, GenerationConfig, LoraConfig, ShardingConfig
 from semcons_ray.data.split import read_split
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, assert_same_run
+from tests.invariants.test_virtual_time import FEDERATION
 
 pytestmark = [
     *(pytest.mark.ray, pytest.mark.slow, pytest.mark.real, pytest.mark.deepspeed),
@@ -35,6 +37,7 @@ def config(tiny_config: Callable[..., ExperimentConfig], tiny_llama: Path, tiny_
         clients={"num_clients": 3, "mix": {str(tiny_llama): 2, str(tiny_qwen): 1}},
         resources={"fleet": "ray", "device": "cpu"},
         sharding={"models": {str(tiny_llama): 2}},
+        federation=FEDERATION,
     )
 
 
@@ -70,6 +73,10 @@ def test_a_mixed_run_is_that_of_the_fleet_without_ranks(
     for round in (0, 1):
         pd.testing.assert_series_equal(metrics.nll[round], expected.nll[round], rtol=1e-5)
         pd.testing.assert_series_equal(metrics.rouge_l[round], expected.rouge_l[round], rtol=1e-5)
+    # Whose work is divided among ranks takes as long by the clock, which knows devices and no ranks.
+    seconds = [pd.read_parquet(run / "rounds.parquet")["virtual_seconds"] for run in (undisturbed, tmp_path / "run")]
+    assert seconds[0][1] == pytest.approx(seconds[1][1], rel=1e-3)
+    assert sr.replay(undisturbed).totals["hours"].iloc[0] * 3600 == pytest.approx(seconds[0].iloc[-1])
 
 
 def test_a_rank_killed_in_mid_round_changes_nothing_and_only_its_group_is_replaced(

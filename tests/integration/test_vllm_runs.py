@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.federation.fleet import Reply
@@ -15,6 +16,7 @@ from semcons_ray.modeling import vllm_engine
 from semcons_ray.runs.experiment import run_experiment
 from tests.invariants.runs import Silent
 from tests.invariants.test_kills import kill_actor
+from tests.invariants.test_virtual_time import FEDERATION
 
 MakeConfig = Callable[..., ExperimentConfig]
 
@@ -32,7 +34,8 @@ SMALL_CACHE = {"engine_cache_gib": 0.1}
 
 
 def run_config(tiny_config: MakeConfig, model: Path, **resources: object) -> ExperimentConfig:
-    return tiny_config(model={"name": str(model)}, generation=VLLM, resources={**SMALL_CACHE, **resources})
+    settings = {"generation": VLLM, "resources": {**SMALL_CACHE, **resources}, "federation": FEDERATION}
+    return tiny_config(model={"name": str(model)}, **settings)
 
 
 def answers(run: Path) -> list[pd.DataFrame]:
@@ -62,7 +65,8 @@ class TestRuns:
                 killed.append(reply.client_id)
                 kill_actor("ray::EngineActor")
 
-        plain = tiny_config(model={"name": str(wide_llama)}, generation={"temperature": 0.0})
+        settings = {"generation": {"temperature": 0.0}, "federation": FEDERATION}
+        plain = tiny_config(model={"name": str(wide_llama)}, **settings)
         run_experiment(plain, tmp_path / "plain", Silent())
         observer = Silent(kill_once)
         run_experiment(run_config(tiny_config, wide_llama, fleet="ray", max_workers=1), tmp_path / "ray", observer)
@@ -72,6 +76,10 @@ class TestRuns:
         for name in ("ray", "local"):
             for mine, theirs in zip(answers(tmp_path / name), answers(tmp_path / "plain"), strict=True):
                 pd.testing.assert_frame_equal(mine, theirs)
+        runs = ("plain", "ray", "local")
+        seconds = [pd.read_parquet(tmp_path / name / "rounds.parquet")["virtual_seconds"].tolist() for name in runs]
+        assert seconds[0] == seconds[1] == seconds[2]
+        assert seconds[0][-1] == pytest.approx(sr.replay(tmp_path / "ray").totals["hours"].iloc[0] * 3600)
         ledger = pd.read_parquet(tmp_path / "ray" / "ledger.parquet")
         generated = ledger[ledger.stage == "generate"]
         assert (generated[generated.worker == "engine-0"].tokens > 0).all()

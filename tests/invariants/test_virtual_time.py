@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig, validate_config
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
 from tests.invariants.runs import Silent, StoppedError, assert_same_run
@@ -104,6 +105,22 @@ def test_who_is_late_is_heard_in_a_later_round(tiny_config: Any, tmp_path: Path,
     ledger = pd.read_parquet(out / "ledger.parquet").query("stage == 'fine_tune'")
     assert not ledger.duplicated(["round", "client_id"]).any()
     assert ledger.groupby("round").size().equals(table["num_participants"].rename_axis("round").astype("int64"))
+
+
+def test_a_client_that_computes_elsewhere_has_a_link_and_no_device_at_work(
+    tiny_config: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    mine = {"parrot": {"kind": "tests.parrots:Listening"}}
+    clients = {"num_clients": 4, "mix": {str(tiny_llama): 3, "parrot": 1}, "models": mine}
+    config = config_with(tiny_config, clients=clients, algorithm={"first_exchange": 1}, federation=FEDERATION)
+    out = run(config, tmp_path / "run", fleet="local")
+    done = sr.replay(out)
+    assert done.totals["hours"].iloc[0] * 3600 == pytest.approx(rounds(out)["virtual_seconds"].iloc[-1])
+    sums = done.visits.groupby("client_id")[["fine_tune_seconds", "generate_seconds", "uplink_seconds"]].sum()
+    (elsewhere,) = sums.index[sums["fine_tune_seconds"] == 0]
+    assert sums.loc[elsewhere, "generate_seconds"] == 0
+    assert sums.loc[elsewhere, "uplink_seconds"] > 0
+    assert (sums.drop(elsewhere)[["fine_tune_seconds", "generate_seconds"]] > 0).all(axis=None)
 
 
 class StopsAfter(Silent):

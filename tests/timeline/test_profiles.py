@@ -55,6 +55,13 @@ def test_each_region_has_a_plausible_factor():
     assert len(grams) > 200
     assert all(0 < value < 1400 for value in grams)  # 1,306 in Turkmenistan
     assert region("norway") < region("world") < region("poland")
+    assert region("canada-quebec") < region("canada") < region("canada-alberta")
+    assert region("us-vermont") < region("us-california") < region("united-states") < region("us-wyoming")
+
+
+def test_factors_of_states_are_grams_of_pounds():
+    assert region("us-alabama") == pytest.approx(713.976 * 0.45359237, abs=0.001)  # pounds a MWh
+    assert region("canada-saskatchewan") == pytest.approx(0.507 * 743.8416 + 0.279 * 995.7260, abs=0.001)  # gas, coal
 
 
 def test_a_larger_device_is_faster():

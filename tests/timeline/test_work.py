@@ -36,6 +36,11 @@ def test_visits_by_hand() -> None:
     assert visits[3] == []
 
 
+def test_prompts_are_read_once_where_an_engine_answers_for_a_worker() -> None:
+    rows = [row(1, 0, "fine_tune", 300), row(1, 0, "generate", 50), row(1, 0, "generate", up=70)]
+    assert Visits(ledger_table(rows), prompt_tokens=25)[1] == [Visit(0, 1, 0, 300, 25, 50, 70)]
+
+
 def test_messages_with_weights_grow_with_the_model_and_texts_do_not() -> None:
     # What is sent on rows of fine_tune and encode; public prompts, answers and what they cost stay.
     visits = Visits(LEDGER[LEDGER["client_id"] == 0], prompt_tokens=25, weights=10)
