@@ -18,6 +18,7 @@ from tests.invariants.runs import Silent
 from tests.studies.test_attacks import RUN
 
 strong = load_script("attack", "strong.py")
+margins = load_script("attack", "margins.py")
 worth = load_script("skills", "worth.py")
 crowd = load_script("crowd", "labels.py")
 
@@ -46,6 +47,19 @@ def test_what_they_know_is_known_in_each_draw_and_drawn_for_each_client(monkeypa
     answers = strong.with_strong(run, 2, 0.5, 2).samples[1]
     assert answers[2][0] == answers[2][1] != answers[3][0]
     assert 160 < answers[2][0].count("right") < 240
+
+
+def test_labels_are_safe_from_fewer_votes_than_they_lead_by() -> None:
+    assert margins.leads(RUN)["lead"].tolist() == [3, 1, 0, 3]
+    shares = {row["share"]: row for row in margins.safe(RUN)}
+    assert [shares[0.0][key] for key in ("safe", "right", "accuracy")] == [0.75, 0.5, pytest.approx(2 / 3)]
+    assert [shares[0.3][key] for key in ("safe", "right", "accuracy")] == [0.5, 0.25, 0.5]  # 1.3 votes beside three
+
+
+def test_a_draw_is_a_part_of_a_vote_and_none_for_nothing() -> None:
+    two = {0: [["a", ""], ["x", ""]], 1: [["a", "b"], ["a", ""]]}
+    run = replace(RUN, samples={1: two}, prompts=["one", "two"], references=["a", "y"])
+    assert margins.leads(run).to_dict("list") == {"lead": [1.0, 0.5], "right": [True, False]}
 
 
 def test_labels_come_about_as_they_are_named() -> None:
