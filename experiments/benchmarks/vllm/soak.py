@@ -1,11 +1,12 @@
 """Does the engine stay what it is? 200 adapters are handed over one after the other, each is asked a few questions, and
 after each of them its memory is read.
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/vllm/soak.py
+    OMP_NUM_THREADS=1 python experiments/benchmarks/vllm/soak.py [--dtype float32]
 
 Adapters are drawn at random and large, so that each answers otherwise than the others; rounding in bfloat16 is then
-large, too. So an answer is right if its first token is nearer to the likeliest one by transformers with the same
-adapter, also in bfloat16, than with the adapter before it; where it is as near, the question tells nothing.
+large, too, and in float32 it decides nothing. An answer is right if its first token is nearer to the likeliest one by
+transformers with the same adapter and dtype than with the adapter before it; where it is as near, the question tells
+nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ HERE = Path(__file__).parent
 NAME = "packaged:smollm2-135m-instruct"
 GREEDY = GenerationConfig(temperature=0.0, max_new_tokens=2)
 PROMPTS = ("What is the capital of France?", "Name a colour.", "How many legs has a spider?")
-SPEC = EngineSpec("engine-0", NAME, "bfloat16", 1, 0.0, 96, 8, 1, 1 << 28)
 SIZE = 0.4
 SETTLED = 20
 """Adapters after which memory is looked at: before, the engine still fills its caches."""
@@ -55,10 +55,11 @@ def first_logits(model: LanguageModel, adapter: Adapter, prompts: list[list[int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = LanguageModel(str(resolve_model(NAME)), lora=LoraConfig(), dtype="bfloat16", device="cpu", max_length=64)
-    engine, process = SPEC.build(""), psutil.Process()
+    model = LanguageModel(str(resolve_model(NAME)), lora=LoraConfig(), dtype=args.dtype, device="cpu", max_length=64)
+    engine, process = EngineSpec("engine-0", NAME, args.dtype, 1, 0.0, 96, 8, 1, 1 << 28).build(""), psutil.Process()
     right = told = 0
     gaps = list[float]()
     memory = list[int]()
@@ -86,6 +87,7 @@ def main() -> None:
     slope = float(np.polyfit(np.arange(len(settled)), settled, 1)[0])
     asked = len(PROMPTS) * args.rounds
     result = {
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "answers": asked,
         "told": told,
@@ -100,7 +102,7 @@ def main() -> None:
         "load_average": os.getloadavg()[1],
         "environment": describe_environment(),
     }
-    (HERE / "soak.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (HERE / f"soak_{args.dtype}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=2))
 
 
