@@ -37,6 +37,8 @@ from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, c
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
 SHORT_NAMES: Mapping[Loss, str] = {"nll": "NLL", "bits_per_byte": "bits/byte"}
 UNITS: Mapping[Loss, str] = {"nll": "nats a token", "bits_per_byte": "of the reference text"}
+MOST_ROWS = 40
+"""How many clients a terminal shows."""
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 INTERVAL_NOTE = (
     f"[95% intervals]: bootstrap, {NUM_RESAMPLES:,} draws of as many test questions, the same for all clients and for "
@@ -607,7 +609,7 @@ def describe_progress(run: Run) -> str:
 
 def _result(run: Run) -> list[RenderableType]:
     table = Table(title=Text(describe_progress(run)), title_justify="left", show_edge=False, pad_edge=False)
-    cells = result_cells(run)
+    cells, hidden = _shown_cells(run)
     for heading in cells:
         table.add_column(str(heading), justify="left" if heading == "model" else "right", overflow="fold")
     for row in cells.to_numpy().tolist():
@@ -619,6 +621,8 @@ def _result(run: Run) -> list[RenderableType]:
     up, down = format_quantity(cost.uplink_bytes, "B"), format_quantity(cost.downlink_bytes, "B")
     wall, setup = format_seconds(cost.wall_seconds), format_seconds(cost.setup_seconds)
     joules = f"{format_quantity(cost.joules, 'J')} ({cost.energy_source})"
+    loss = SHORT_NAMES[run.loss]
+    some = f"Shown are the {MOST_ROWS} clients of the highest {loss}; metrics.parquet has {hidden:,} more."
     lines = (
         f"on the wire  {up} up, {down} down (measured)",
         f"wall time    {wall}, set-up {setup} of it (measured)",
@@ -628,7 +632,17 @@ def _result(run: Run) -> list[RenderableType]:
         *(f"left out     {failures}" for failures in [describe_failures(run.rounds)] if failures),
         *(f"distrusted   {found}" for found in [describe_distrust(run.rounds)] if found),
     )
-    return [table, *_metric_lines(run), *_task_lines(run), Text(), *map(Text, lines)]
+    told = [Text(some)] if hidden else []
+    return [table, *told, *_metric_lines(run), *_task_lines(run), Text(), *map(Text, lines)]
+
+
+def _shown_cells(run: Run) -> tuple[pd.DataFrame, int]:
+    """The rows of `result_cells` for which a terminal has room, and how many clients are left out."""
+    cells, last = result_cells(run), quality(run.metrics)[f"last_{run.loss}"].reset_index(drop=True)
+    if len(last) <= MOST_ROWS:
+        return cells, 0
+    worst = last.sort_values(ascending=False, kind="stable").index[:MOST_ROWS]
+    return cells.iloc[[*sorted(worst), len(cells) - 1]], len(last) - MOST_ROWS
 
 
 def _metric_lines(run: Run) -> list[RenderableType]:

@@ -273,6 +273,16 @@ def test_the_result_of_models_that_differ_is_in_bits_per_byte(tmp_path):
     assert ["mean", "", "0.833", "0.667", "−0.167", "0.200", "0.500"] in rows
 
 
+def test_of_many_clients_the_result_shows_the_worst_and_says_how_many_others_there_are(tmp_path):
+    run = read_run(write_run(tmp_path / "run", num_clients=55))  # the higher the id, the lower the NLL
+    shown = [row[0] for row in table_rows(run) if len(row) == 7]
+    assert shown == ["client", *map(str, range(40)), "mean"]
+    assert "the 40 clients of the highest NLL; metrics.parquet has 15 more" in " ".join(render_result(run, 140).split())
+    all_of_them = read_run(write_run(tmp_path / "few", num_clients=40))
+    assert "Shown are" not in render_result(all_of_them, 140)
+    assert len([row for row in table_rows(all_of_them) if len(row) == 7]) == 42
+
+
 def test_the_result_says_when_energy_is_unavailable(tmp_path):
     text = render_result(read_run(write_run(tmp_path / "run", energy_source="unavailable")))
     assert "energy       unavailable" in text
