@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from semcons_ray.api.experiments import (
         attack,
         audit,
+        break_even,
         compare,
         evaluate,
         labels,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from semcons_ray.security.attacks import Attack, Scene
     from semcons_ray.security.audit import Audit
     from semcons_ray.studies.attacks import Attacks
+    from semcons_ray.studies.break_even import BreakEven
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.replays import Replays
@@ -80,6 +82,7 @@ __all__ = [
     "Audit",
     "Availability",
     "Ballots",
+    "BreakEven",
     "Check",
     "Client",
     "ClientError",
@@ -129,6 +132,7 @@ __all__ = [
     "__version__",
     "attack",
     "audit",
+    "break_even",
     "compare",
     "diagnose",
     "evaluate",
@@ -145,7 +149,7 @@ __all__ = [
 _HOMES = {
     "semcons_ray.api.doctor": ("Check", "diagnose"),
     "semcons_ray.api.experiments": (
-        *("attack", "audit", "compare", "evaluate", "labels", "load", "plan"),
+        *("attack", "audit", "break_even", "compare", "evaluate", "labels", "load", "plan"),
         *("replay", "resume", "run", "sweep", "watch"),
     ),
     "semcons_ray.api.results": ("Comparison", "DryRun", "Run", "Sweep"),
@@ -166,6 +170,7 @@ _HOMES = {
     "semcons_ray.security.attacks": ("Attack", "Scene"),
     "semcons_ray.security.audit": ("Audit",),
     "semcons_ray.studies.attacks": ("Attacks",),
+    "semcons_ray.studies.break_even": ("BreakEven",),
     "semcons_ray.studies.comparison": ("ComparisonConfig",),
     "semcons_ray.studies.labels": ("Labels",),
     "semcons_ray.studies.replays": ("Replays",),

@@ -15,13 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
 
+import semcons_ray as sr
 from semcons_ray.config import FederationConfig
-from semcons_ray.reporting.drawing import save
 from semcons_ray.reporting.replay import Recorded, Replay, replay
 from semcons_ray.studies.batch import slug
 from semcons_ray.timeline.profiles import device, link
@@ -66,44 +64,10 @@ def mean(of_arm: Sequence[Replay], name: str) -> float:
     return float(np.mean([one.totals[name] for one in of_arm]))
 
 
-def break_even_map(runs: Runs) -> pd.DataFrame:
+def break_even(folder: Path) -> sr.BreakEven:
     """Hours and joules of consensus for each of averaging, at equal rounds, by model and link."""
-    rows = []
-    for model in MODELS:
-        for line in LINKS:
-            done = replays({arm: runs[arm] for arm in (CONSENSUS, AVERAGING)}, federation(model, line))
-            row: dict[str, Any] = {"model": model or "smollm2-135m", "device": MODELS[model], "link": line}
-            row["up_mbit"], row["down_mbit"] = link(line).up_mbit, link(line).down_mbit
-            for name in ("hours", "joules"):
-                row |= {f"{arm}, {name}": mean(done[arm], name) for arm in done}
-                row[f"{name}, ratio"] = mean(done[CONSENSUS], name) / mean(done[AVERAGING], name)
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def break_even_mbit(runs: Runs, model: str | None, name: str) -> float:
-    """The rate, up and down, below which consensus takes less of `name` than averaging: 0 if that is below 10 kbit/s,
-    and infinity if it is over 100 Gbit/s."""
-
-    def excess(power: float) -> float:
-        own = {"line": {"up_mbit": 10**power, "down_mbit": 10**power, "latency_ms": 10}}
-        done = replays({arm: runs[arm] for arm in (CONSENSUS, AVERAGING)}, federation(model, "line", own_links=own))
-        return mean(done[CONSENSUS], name) - mean(done[AVERAGING], name)
-
-    low, high = -2.0, 5.0
-    if excess(low) > 0 or excess(high) < 0:
-        return 0.0 if excess(low) > 0 else math.inf
-    while high - low > 0.005:
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    return float(10**low)
-
-
-def break_evens(runs: Runs) -> Iterator[dict[str, Any]]:
-    """A row for each model."""
-    for model in MODELS:
-        mbit = {f"mbit, {name}": break_even_mbit(runs, model, name) for name in ("hours", "joules")}
-        yield {"model": model or "smollm2-135m", "device": MODELS[model], **mbit}
+    models = {model or "own": name for model, name in MODELS.items()}
+    return sr.break_even(folder, models=models, links=LINKS, arms=[CONSENSUS], against=AVERAGING)
 
 
 def table_of_models(runs: Runs) -> Iterator[dict[str, Any]]:
@@ -180,28 +144,6 @@ def policies(folder: Path) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def draw_map(table: pd.DataFrame, path: Path) -> None:
-    """Ratios of hours and of joules as two coloured tables: blue where consensus takes less, red where more."""
-
-    def draw(canvas: Canvas) -> None:
-        for axes, name in zip(canvas.subplots(1, 2, sharey=True), ("hours", "joules"), strict=True):
-            ratios = table.pivot(index="model", columns="link", values=f"{name}, ratio")
-            ratios = ratios.loc[table["model"].unique(), list(LINKS)]
-            norm = mpl.colors.TwoSlopeNorm(0.0, -2.0, 2.0)
-            axes.imshow(np.log10(ratios), cmap="RdBu_r", norm=norm, aspect="auto")
-            axes.set_xticks(range(len(LINKS)), LINKS, rotation=40, ha="right")
-            axes.set_yticks(range(len(ratios)), ratios.index)
-            axes.grid(False)
-            axes.set_title(f"{name} of consensus for each of FedAvg-LoRA", fontsize=10)
-            for row, values in enumerate(ratios.to_numpy()):
-                for column, ratio in enumerate(values):
-                    ink = "white" if abs(math.log10(ratio)) > 1.2 else "black"
-                    text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
-                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-
-    save(path, draw, (11.5, 3.4))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the comparison's folder")
@@ -209,22 +151,19 @@ def main() -> None:
     args = parser.parse_args()
     folder, runs = args.folder, read_runs(args.folder, ARMS)
     RESULTS.mkdir(exist_ok=True)
-    found = break_even_map(runs)
     tables = {
-        "map": found,
         "models": pd.DataFrame(table_of_models(runs)),
-        "break_even": pd.DataFrame(break_evens(runs)),
         "sensitivity": pd.DataFrame(sensitivities(runs)),
         "policies": policies(folder),
     }
-    if args.skills:
-        skills = read_runs(args.skills, (CONSENSUS, AVERAGING))
-        tables |= {"skills_map": break_even_map(skills), "skills_break_even": pd.DataFrame(break_evens(skills))}
     for name, table in tables.items():
         table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.6g")
         print(f"\n{name}\n{table.to_string(index=False)}")
-    for ending in ("svg", "png"):
-        draw_map(found, RESULTS / f"map.{ending}")
+    for of_all, target in ((folder, RESULTS), (args.skills, RESULTS / "skills")):
+        if of_all:
+            found = break_even(of_all)
+            found.write(target)
+            print(f"\n{found}")
 
 
 if __name__ == "__main__":

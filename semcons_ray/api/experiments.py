@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from semcons_ray.runs.observers import Observer
     from semcons_ray.security.audit import Audit
     from semcons_ray.studies.attacks import Attacks
+    from semcons_ray.studies.break_even import BreakEven
     from semcons_ray.studies.comparison import ComparisonConfig
     from semcons_ray.studies.labels import Labels
     from semcons_ray.studies.replays import Replays
@@ -117,11 +118,14 @@ def compare(
     """
     from semcons_ray.api.results import Comparison
     from semcons_ray.studies.comparison import run_comparison
+    from semcons_ray.studies.replays import write_virtual_time
 
     wanted = _comparison(config)
     folder = local_folder(out) if out else new_folder(wanted.name)
     _, failed = run_comparison(wanted, folder, say or logger.info)
     _tell_failed(failed, "runs", folder, say)
+    if found := write_virtual_time(folder):
+        (say or logger.info)(f"their virtual hours, joules and CO2: {found}")
     return Comparison(folder, failed)
 
 
@@ -149,11 +153,14 @@ def sweep(
     """
     wanted = _sweep(config)
     from semcons_ray.api.results import Sweep
+    from semcons_ray.studies.replays import write_virtual_time
     from semcons_ray.studies.sweep import run_sweep
 
     folder = local_folder(out) if out else new_folder(wanted.name)
     _, failed = run_sweep(wanted, folder, say or logger.info)
     _tell_failed(failed, "trials", folder, say)
+    if found := write_virtual_time(folder):
+        (say or logger.info)(f"their virtual hours, joules and CO2: {found}")
     return Sweep(folder, failed)
 
 
@@ -421,6 +428,47 @@ def replay(
     if federation is not None and not isinstance(federation, FederationConfig):
         federation = load_federation(federation)
     return replay_runs(find_runs([locate(place)[0] for place in places]), federation, model)
+
+
+def break_even(
+    *places: str | Path,
+    models: Sequence[str] | Mapping[str, str | None],
+    links: Sequence[str] = (),
+    federation: str | Path | Mapping[str, Any] | FederationConfig | None = None,
+    arms: Sequence[str] = (),
+    against: str | None = None,
+) -> BreakEven:
+    """Compare what finished runs' arms would take, over sizes of the model and over links: where one breaks even.
+
+    Each arm of a comparison is replayed (see `replay`) with every model and link; all clients have the same.
+
+    Args:
+        places: Folders or URLs of runs, of comparisons or of sweeps.
+        models: Names of models (`semcons show models`), or `own` for the runs' own; as a mapping, with the device that
+            clients have with each. A device of None is that of the federation.
+        links: Names of links; none: all of `semcons show links`.
+        federation: The rest, as for `replay`; None: the defaults.
+        arms: Arms that are compared with `against`; none: all.
+        against: Arm with which the others are compared; None: the one that averages weights.
+
+    Raises:
+        RunFolderError: One is no such folder, no run of it is finished, or a file is missing or damaged.
+        ConfigError: A setting of the federation is refused, a model does not fit on a device, or it is not clear what
+            is compared with what.
+        UserError: No run or no model is given.
+    """
+    from semcons_ray.runs.remote_folder import locate
+    from semcons_ray.studies.break_even import break_even_of
+    from semcons_ray.studies.replays import find_runs
+    from semcons_ray.timeline.profiles import table
+
+    if not places or not models:
+        raise UserError("a break-even needs the folder of a comparison, and models")
+    if not isinstance(federation, FederationConfig):
+        federation = load_federation(federation) if federation is not None else FederationConfig()
+    devices = models if isinstance(models, Mapping) else dict.fromkeys(models)
+    found = find_runs([locate(place)[0] for place in places])
+    return break_even_of(found, devices, [*dict.fromkeys(links or table("links"))], federation, arms, against)
 
 
 def watch(folder: str | Path) -> bool:

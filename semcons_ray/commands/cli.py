@@ -39,6 +39,7 @@ examples:
   semcons labels runs/first                            how many labels each rule gets right, from its stored answers
   semcons attack runs/first --out runs/attack          how many labels malicious clients would capture
   semcons replay runs/first --federation phones.yaml   its hours and joules on other devices and links
+  semcons break-even runs/quality --models llama-3.1-8b=rtx-4090   by size of the model and link, who is faster
   semcons audit runs/first                             whether private text shows in its answers and models
 """
 COMPARE = """\
@@ -122,6 +123,11 @@ runs nothing again: it takes what clients trained, wrote and sent from the ledge
 examples:
   semcons replay runs/first --federation F.yaml --model llama-3.1-8b
   semcons replay runs/quality --federation F.yaml --out runs/quality-on-laptops
+"""
+BREAK_EVEN = """\
+examples:
+  semcons break-even runs/quality --models own=laptop-cpu llama-3.2-1b=macbook-m4 llama-3.1-8b=rtx-4090
+  semcons break-even runs/quality --models llama-3.1-8b --links 4g dsl fibre --federation F.yaml --out runs/map
 """
 SCHEMA = """\
 Editors with YAML's language server find the schema by a line at the head of a file, which semcons init writes:
@@ -289,6 +295,17 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     scaled = "model for whose size times and weights are calculated, of semcons show models. Default: the runs' own"
     sub.add_argument("--model", metavar="NAME", help=scaled)
     sub.add_argument("--out", type=local_folder, metavar="DIR", help="folder for tables and figures")
+    sub = command("break-even", _break_even, sr.break_even, epilog=BREAK_EVEN)
+    sub.add_argument("places", nargs="+", metavar="RUN", help=places)
+    scaled = "models of semcons show models, or own, each with the clients' device; without: that of --federation"
+    sub.add_argument("--models", nargs="+", required=True, type=_model_on, metavar="NAME[=DEVICE]", help=scaled)
+    sub.add_argument("--links", nargs="+", default=(), metavar="NAME", help="default: all of semcons show links")
+    arms = "arms that are compared with --against; default: all"
+    sub.add_argument("--arms", nargs="+", default=(), metavar="ARM", help=arms)
+    against = "arm with which the others are compared; default: the one that averages weights"
+    sub.add_argument("--against", metavar="ARM", help=against)
+    sub.add_argument("--federation", type=Path, metavar="F.yaml", help="YAML file with a section federation, the rest")
+    sub.add_argument("--out", type=local_folder, metavar="DIR", help="folder for tables and figures")
     show = "List the devices, links, regions or models that a federation can name, with where their numbers are from."
     sub = command("show", _show, show)
     sub.add_argument("kind", choices=TABLES, metavar="KIND", help=f"what to list: {', '.join(TABLES)}")
@@ -384,6 +401,25 @@ def _attack(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     done = sr.replay(*args.places, federation=args.federation, model=args.model)
+    print(done)
+    if args.out:
+        done.write(args.out)
+        print(f"\ntables and figures: {args.out}")
+    return 0
+
+
+def _model_on(text: str) -> tuple[str, str | None]:
+    """A model, and the device that clients have with it."""
+    name, _, device = text.partition("=")
+    return name, device or None
+
+
+def _break_even(args: argparse.Namespace) -> int:
+    models = dict(args.models)
+    if len(models) < len(args.models):
+        raise UserError("--models: a model is there twice; each has one device")
+    given = {name: getattr(args, name) for name in ("links", "federation", "arms", "against")}
+    done = sr.break_even(*args.places, models=models, **given)
     print(done)
     if args.out:
         done.write(args.out)

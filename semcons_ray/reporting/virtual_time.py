@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import textwrap
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -401,3 +404,30 @@ def write_quality(summary: pd.DataFrame, rounds: pd.DataFrame, loss: Loss, title
     for ending in ("svg", "png"):
         save(folder / f"quality.{ending}", draw_quality, (12.5, max(4.6, 1.0 + 0.21 * len(summary))))
         save(folder / f"hours.{ending}", draw_hours, (9.5, 4.8))
+
+
+def write_map(panels: Mapping[str, pd.DataFrame], folder: Path, name: str) -> None:
+    """Draw ratios as coloured tables, blue below 1 and red above, into a .svg and a .png.
+
+    Args:
+        panels: By title, ratios above 0; their rows and columns are the same.
+        folder: An existing folder.
+        name: The file's name without its ending.
+    """
+    rows, columns = next(iter(panels.values())).shape
+
+    def draw(canvas: Canvas) -> None:
+        for axes, (title, ratios) in zip(canvas.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+            axes.imshow(np.log10(ratios), cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -2.0, 2.0), aspect="auto")
+            axes.set_xticks(range(columns), ratios.columns, rotation=40, ha="right")
+            axes.set_yticks(range(rows), ratios.index)
+            axes.grid(False)
+            axes.set_title(title, fontsize=10)
+            for row, values in enumerate(ratios.to_numpy()):
+                for column, ratio in enumerate(values):
+                    ink = "white" if abs(math.log10(ratio)) > 1.2 else "black"
+                    text = f"{ratio:.2g}" if ratio < 10 else f"{ratio:.0f}"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+
+    for ending in ("svg", "png"):
+        save(folder / f"{name}.{ending}", draw, (2.5 + 1.15 * columns, 1.4 + 0.4 * rows))

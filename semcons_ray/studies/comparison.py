@@ -7,6 +7,7 @@ A comparison's folder:
     rounds.csv, summary.csv, stages.csv, metrics.csv    see reporting/comparison.py
     table.md, pareto.svg, pareto.png       the summary as a table and a figure
     environment.json        versions and machine of the first run
+    virtual_time/           where all runs have a virtual clock: their replays; see studies/replays.py
 
 The same command again continues with what is not finished; arms and seeds may be added or removed.
 """

@@ -23,6 +23,9 @@ from semcons_ray.studies.comparison import finished_runs, load_comparison
 
 logger = logging.getLogger(__name__)
 
+VIRTUAL_TIME = "virtual_time"
+"""Folder of a study with the replays of its runs."""
+
 
 class Place(NamedTuple):
     """Where a finished run is.
@@ -147,22 +150,49 @@ def replay_runs(places: Sequence[Place], federation: FederationConfig | None, mo
         model: Name of a model for whose size times and weights are calculated; None: the runs' own.
 
     Raises:
-        RunFolderError: A run is not finished, or a file of it is missing or damaged.
+        RunFolderError: See `read_recorded`.
         ConfigError: See `replay`; or a run has no federation of its own, and none is given.
     """
-    metrics = [read_metrics(place.folder) for place in places]
-    loss = comparable_loss(itertools.chain(*(telling(table, "nll")["model"] for table in metrics)))
+    recorded, loss = read_recorded(places)
     done: dict[tuple[str, int], Replay] = {}
     algorithms, settings = {}, set()
-    for arm, folder in places:
-        run = Recorded.read(folder, loss)
+    for (arm, seed), run in recorded.items():
         own = federation or run.config.federation
         if not own.devices and federation is None:
-            raise ConfigError(f"{folder} has no federation.devices of its own; give a file that has, by --federation")
-        done[arm, run.config.seed] = replay(run, own, model)
+            raise ConfigError(f"{arm} has no federation.devices of its own; give a file that has, by --federation")
+        done[arm, seed] = replay(run, own, model)
         algorithms[arm] = run.config.algorithm.name
         settings.add(describe_federation(own.model_copy(update={"model": model or own.model})))
     return Replays(done, algorithms, loss, settings.pop() if len(settings) == 1 else "Each run in its own federation")
+
+
+def read_recorded(places: Sequence[Place]) -> tuple[dict[tuple[str, int], Recorded], Loss]:
+    """Read finished runs, by arm and seed, and the loss by which they can be compared.
+
+    Raises:
+        RunFolderError: A run is not finished, or a file of it is missing or damaged.
+    """
+    metrics = [read_metrics(place.folder) for place in places]
+    loss = comparable_loss(itertools.chain(*(telling(table, "nll")["model"] for table in metrics)))
+    runs = [(place.arm, Recorded.read(place.folder, loss)) for place in places]
+    return {(arm, run.config.seed): run for arm, run in runs}, loss
+
+
+def write_virtual_time(folder: Path) -> Path | None:
+    """Write the replays of a study's finished runs, each in its own federation, into the study's folder; see
+    `Replays.write`.
+
+    Args:
+        folder: A comparison's or a sweep's folder.
+
+    Returns:
+        The folder with the replays; None if no run is finished, or one has no federation.
+    """
+    runs, _ = _of_study(folder)
+    if not runs or not all(RunFolder(run.folder).stored_config().federation.devices for run in runs):
+        return None
+    replay_runs(runs, None, None).write(folder / VIRTUAL_TIME)
+    return folder / VIRTUAL_TIME
 
 
 def find_runs(folders: Sequence[Path]) -> list[Place]:
@@ -179,22 +209,26 @@ def find_runs(folders: Sequence[Path]) -> list[Place]:
     ]
 
 
-def _runs(folder: Path) -> list[tuple[str, Path]]:
-    """The arm and the folder of each finished run of a folder; the arm of a run by itself is not named."""
-    if (folder / "comparison.yaml").is_file():
-        comparison = load_comparison(folder / "comparison.yaml")
-        runs = [(run.arm, run.folder) for run in finished_runs(comparison, folder)]
-        total = len(comparison.arms) * len(comparison.seeds)
-    elif (folder / "sweep.yaml").is_file():
-        trials = [path.parent for path in sorted(folder.glob("trials/[!.]*/config.yaml"))]
-        runs, total = [(path.name, path) for path in trials if _is_finished(path)], len(trials)
-    else:
-        return [("", folder)]
+def _runs(folder: Path) -> list[Place]:
+    """The finished runs of a folder; the arm of a run by itself is not named."""
+    if not any((folder / name).is_file() for name in ("comparison.yaml", "sweep.yaml")):
+        return [Place("", folder)]
+    runs, total = _of_study(folder)
     if not runs:
         raise RunFolderError(f"{folder}: none of its runs is finished")
     if len(runs) < total:
         logger.warning("%s: %d of %d runs are not finished, and left out", folder, total - len(runs), total)
     return runs
+
+
+def _of_study(folder: Path) -> tuple[list[Place], int]:
+    """The finished runs of a comparison or a sweep, and how many it has."""
+    if (folder / "comparison.yaml").is_file():
+        comparison = load_comparison(folder / "comparison.yaml")
+        runs = [Place(run.arm, run.folder) for run in finished_runs(comparison, folder)]
+        return runs, len(comparison.arms) * len(comparison.seeds)
+    trials = [path.parent for path in sorted(folder.glob("trials/[!.]*/config.yaml"))]
+    return [Place(path.name, path) for path in trials if _is_finished(path)], len(trials)
 
 
 def _is_finished(folder: Path) -> bool:

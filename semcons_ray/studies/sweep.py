@@ -7,6 +7,7 @@ A sweep's folder:
     trials.csv, trials.parquet    a row for each trial
     report.html             Pareto fronts, effects of the keys
     stopped.json            trials that the scheduler stopped early
+    virtual_time/           where all trials have a virtual clock: their replays; see studies/replays.py
     code/                   modules of parts of one's own, if there are any
     tune/                   what Tune's loggers write: CSV and JSON, in a folder for each trial
 

@@ -23,7 +23,7 @@ def test_init_writes_every_setting_and_run_can_read_it(tmp_path: Path, capsys: p
     "command",
     [
         *("init", "schema", "doctor", "run", "resume", "compare", "sweep", "report", "labels", "attack", "replay"),
-        *("show", "cost"),
+        *("break-even", "show", "cost"),
     ],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:

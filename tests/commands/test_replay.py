@@ -1,4 +1,4 @@
-"""`semcons replay` and `semcons show`."""
+"""`semcons replay`, `semcons break-even` and `semcons show`."""
 
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,27 @@ def test_a_model_that_is_not_known_or_too_large_is_one_line(own: Path, capsys: p
     for model, said in (("llama-9", "there is no model llama-9"), ("llama-3.1-405b", "memory")):
         assert main(["replay", str(own), "--model", model]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_break_even_of_two_runs(
+    own: Path, tmp_path: Path, tiny_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = run(straggling(tiny_config, "fedavg_lora", {}), tmp_path / "averages", fleet="local")
+    models = ("--models", "own=laptop-cpu", "llama-3.1-8b=rtx-4090")
+    told = ("break-even", str(own), str(other), *models, "--links", "dsl", "lan", "dsl")
+    assert main([*told, "--out", str(tmp_path / "map")]) == 0
+    said = capsys.readouterr().out
+    assert f"Virtual hours of {own} for each of {other}" in " ".join(said.split())
+    assert (tmp_path / "map" / "map.svg").is_file()
+    for wrong, words in (
+        (("--against", "x"), "there is no arm x"),
+        (("--links", "dls"), "did you mean dsl"),
+        (("--models", "own=h100", "own=rtx-4090"), "a model is there twice"),
+    ):
+        assert main([*told, *wrong]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["devices", "links", "regions"])

@@ -31,8 +31,8 @@ def test_settings_that_a_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", shown_pages(), ids=name_of)
 def test_commands_that_a_page_names_exist(page: Path) -> None:
     texts = [*literals(page), *(block.content for block in blocks(page) if block.language in ("bash", "text"))]
-    named = {found for text in texts for found in re.findall(r"(?:^|[`\n])semcons ([a-z]+)", text)}
-    assert named <= {*re.findall(r"^## semcons (\w+)$", reference.commands(), re.M)}
+    named = {found for text in texts for found in re.findall(r"(?:^|[`\n])semcons ([a-z-]+)", text)}
+    assert named <= {*re.findall(r"^## semcons ([\w-]+)$", reference.commands(), re.M)}
 
 
 def test_every_setting_is_told_with_its_default() -> None:

@@ -10,26 +10,13 @@ import semcons_ray as sr
 from semcons_ray.config import FederationConfig, dump_yaml
 from semcons_ray.errors import ConfigError, RunFolderError, UserError
 from semcons_ray.reporting.intervals import mean_and_half_width
-from semcons_ray.runs.experiment import run_experiment
-from semcons_ray.studies.comparison import dump_comparison, load_comparison, plan_runs
-from tests.invariants.runs import Silent
+from semcons_ray.studies.comparison import dump_comparison, load_comparison
+from semcons_ray.studies.replays import write_virtual_time
 from tests.invariants.test_virtual_time import FEDERATION
+from tests.studies.conftest import ARMS
 
-ARMS = {"consensus": {"algorithm": {"first_exchange": 1}}, "averages": {"algorithm": {"name": "fedavg_lora"}}}
 BIG = {**FEDERATION["own_devices"]["fast"], "memory_gb": 400}
 LARGE = {**FEDERATION, "own_devices": {"fast": BIG, "slow": BIG}}
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, tiny_config: Any) -> Path:
-    """A comparison of two arms with two seeds, all finished, without federations of their own."""
-    out = tmp_path_factory.mktemp("compared")
-    experiment = tiny_config(clients={"num_clients": 4}).model_dump(mode="json", exclude_unset=True)
-    comparison = load_comparison({"seeds": [0, 1], "experiment": experiment, "arms": ARMS})
-    (out / "comparison.yaml").write_text(dump_comparison(comparison))
-    for one in plan_runs(comparison, out):
-        run_experiment(one.config, one.folder, Silent())
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +113,25 @@ def test_a_sweeps_trials_are_arms_of_their_own(compared: Path, tmp_path: Path) -
     for number, path in enumerate(sorted(compared.glob("runs/*/*/config.yaml"))):
         (tmp_path / "trials" / f"trial-{number}").symlink_to(path.parent)
     assert sr.replay(tmp_path, federation=FEDERATION).summary.index.tolist() == [f"trial-{place}" for place in range(4)]
+
+
+def test_a_comparison_with_clocks_has_its_replays_beside_it(compared: Path, tiny_config: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = tiny_config(resources={"fleet": "local"}, federation=FEDERATION)
+    experiment = settings.model_dump(mode="json", exclude_unset=True)
+    sr.compare({"seeds": [0, 1], "experiment": experiment, "arms": ARMS}, out=tmp_path / "of_clocks", say=said.append)
+    found = tmp_path / "of_clocks" / "virtual_time"
+    assert said[-1].endswith(str(found))
+    totals = pd.read_csv(found / "totals.csv")
+    assert totals["hours [calculated]"].tolist() == pytest.approx(sr.replay(found.parent).totals["hours"].tolist())
+    assert (found / "quality.svg").is_file()
+    assert write_virtual_time(compared) is None
+    assert not (compared / "virtual_time").exists()
+
+
+def test_a_sweep_of_which_no_trial_is_finished_has_no_replays(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("space: {}\n")
+    assert write_virtual_time(tmp_path) is None
 
 
 def test_what_is_refused(compared: Path, tmp_path: Path) -> None:
