@@ -155,6 +155,11 @@ def test_the_mean_is_weighted() -> None:
     assert mean["w"].tolist() == [4.0, 2.0]
 
 
+def test_the_mean_is_summed_in_float64() -> None:
+    mean = weighted_mean([{"w": torch.tensor([value])} for value in (1e8, 1.0, -1e8)], [1.0] * 3)
+    assert mean["w"].item() == pytest.approx(1 / 3)
+
+
 def test_of_adapters_that_are_unpacked_one_by_one_the_mean_holds_none_but_the_last() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 
