@@ -127,6 +127,13 @@ def test_a_comparison_with_clocks_has_its_replays_beside_it(compared: Path, tiny
     assert (found / "quality.svg").is_file()
     assert write_virtual_time(compared) is None
     assert not (compared / "virtual_time").exists()
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "sweep.yaml").write_text("space: {}\n")
+    (tmp_path / "some" / "trials").mkdir()
+    for name, study in (("timed", found.parent), ("plain", compared)):
+        run = next(path.parent for path in sorted(study.glob("runs/*/*/config.yaml")))
+        (tmp_path / "some" / "trials" / name).symlink_to(run)
+    assert write_virtual_time(tmp_path / "some") is None
 
 
 def test_a_sweep_of_which_no_trial_is_finished_has_no_replays(tmp_path: Path) -> None:
