@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from semcons_ray.reporting.drawing import CLIENT_COLOURS, MARKERS, save
 from semcons_ray.reporting.intervals import mean_and_half_width
-from semcons_ray.reporting.terminal import narrow_table, print_whole
+from semcons_ray.reporting.terminal import as_text, narrow_table
 
-WIDTH = 120
 KEYS = ["rule", "competence", "defence", "attack", "share"]
 LEARNT = ("success", "usual_success", "test_accuracy", "usual_test_accuracy")
 """What models do that learnt attacked labels and the usual ones; see `studies.attacks.attack_table`."""
@@ -69,13 +65,10 @@ def render_attacks(summary: pd.DataFrame, num_runs: int, width: int | None = Non
             table.add_row(str(rule), str(defence), str(attack), *cells)
     note = "captured / accuracy: captured labels are the attackers', wrong, and would not be there without them."
     seeds = f" Means over {num_runs} runs, ± half of the 95% t-interval." if num_runs > 1 else ""
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    console = Console(file=stream, width=width, color_system=None, force_jupyter=False)
-    print_whole(console, table, Text(), Text(note + seeds))
+    told = as_text(table, Text(), Text(note + seeds), width=width)
     if "success" in summary:
-        print_whole(console, Text(), _table_of_learnt(summary[summary["success"].notna()]))
-    return stream.getvalue()
+        told += as_text(Text(), _table_of_learnt(summary[summary["success"].notna()]), width=width)
+    return told
 
 
 def _table_of_learnt(learnt: pd.DataFrame) -> Table:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-
 import pandas as pd
-from rich.console import Console
 from rich.text import Text
 
 from semcons_ray.evaluation.bootstrap import NUM_RESAMPLES
 from semcons_ray.metering.units import format_quantity
-from semcons_ray.reporting.summary import WIDTH
 from semcons_ray.reporting.tables import format_interval, format_number
-from semcons_ray.reporting.terminal import narrow_table, print_whole
+from semcons_ray.reporting.terminal import as_text, narrow_table
 
 CATEGORY = "category: "
 """How names of columns begin that are of one category of prompts."""
@@ -59,8 +54,4 @@ def render_labels(table: pd.DataFrame, pairs: pd.DataFrame, left_out: int, *, wi
         lines.append(f"Rounds {', '.join(map(str, rounds[:-1]))} are in the table of --csv.")
     if left_out:
         lines.append(f"{left_out} prompts are left out, since no right answer to them is known.")
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    console = Console(file=stream, width=width, color_system=None, force_jupyter=False)
-    print_whole(console, cells, Text(), *map(Text, lines))
-    return stream.getvalue().rstrip("\n")
+    return as_text(cells, Text(), *map(Text, lines), width=width).rstrip("\n")

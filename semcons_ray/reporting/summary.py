@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,10 +16,9 @@ from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.comparison import LOSS_COLUMNS
 from semcons_ray.reporting.intervals import ARM_COLUMNS
 from semcons_ray.reporting.tables import format_interval, format_number, format_seconds, format_usd
-from semcons_ray.reporting.terminal import narrow_table, print_whole
+from semcons_ray.reporting.terminal import as_text, narrow_table
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
-WIDTH = 120
 NO_METRICS = pd.DataFrame(columns=list(ARM_COLUMNS))
 INTERVALS_NOTE = (
     "±: half of the 95% t-interval over seeds. [95% intervals]: over test questions, by "
@@ -137,7 +134,7 @@ def render_summary(
 ) -> str:
     """The summary, and what each metric differs by, as plain text.
 
-    By default it is as wide as the terminal, or `WIDTH` columns where there is none.
+    By default it is as wide as the terminal, or `terminal.WIDTH` columns where there is none.
     """
     loss = compared_by(summary)
     others = [name for kind, name in LOSS_NAMES.items() if kind != loss]
@@ -148,10 +145,7 @@ def render_summary(
         differences = metric_cells(metrics[metrics["difference"].notna()], ("difference",))
         in_two_lines = differences.map(lambda text: text.replace(" [", "\n["))
         parts += [Text(), _table(in_two_lines, ""), Text(), Text(INTERVALS_NOTE)]
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    print_whole(Console(file=stream, width=width, color_system=None, force_jupyter=False), *parts)
-    return stream.getvalue()
+    return as_text(*parts, width=width)
 
 
 def _table(cells: pd.DataFrame, title: str) -> Table:

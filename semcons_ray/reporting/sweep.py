@@ -3,9 +3,7 @@ key."""
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +16,6 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +32,7 @@ from semcons_ray.reporting.tables import (
     format_usd,
     short_keys,
 )
-from semcons_ray.reporting.terminal import print_whole
+from semcons_ray.reporting.terminal import as_text
 from semcons_ray.runs.run_folder import Loss, write_file
 
 COSTS = {"total_bytes": ("bytes on the wire", "B"), "seconds": ("time at work", "s"), "joules": ("energy", "J")}
@@ -200,12 +197,9 @@ def render_sweep(result: SweepResult, width: int | None = None) -> str:
         table.add_column(str(heading), justify="left" if is_text else "right", overflow="fold")
     for row in cells.to_numpy().tolist():
         table.add_row(*map(Text, row))
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    print_whole(Console(file=stream, width=width, color_system=None, force_jupyter=False), table)
     spans = sorted(result.spans().items(), key=lambda item: -item[1])
     effects = ", ".join(f"{key} {format_number(span)}" for key, span in spans if not math.isnan(span))
-    return f"{stream.getvalue()}\nbest less worst {metric_name(result.metric)} by key: {effects or '–'}"
+    return f"{as_text(table, width=width)}\nbest less worst {metric_name(result.metric)} by key: {effects or '–'}"
 
 
 def _failed(visits: int) -> str:

@@ -18,6 +18,10 @@ BETWEEN = 3
 """Characters between two columns, at most."""
 
 
+WIDTH = 120
+"""Characters in a line where there is no terminal."""
+
+
 def narrow_table(title: str = "") -> Table:
     """A table to which columns are to be added, with as little between and around them as can be read."""
     return Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False,
@@ -42,6 +46,18 @@ def whole_table(headings: Sequence[str], rows: Iterable[Sequence[str]], unbroken
     console = Console(file=stream, highlight=False, markup=False, soft_wrap=True, width=width, force_jupyter=False)
     print_whole(console, table)
     return stream.getvalue().rstrip("\n")
+
+
+def as_text(*parts: RenderableType, width: int | None = None) -> str:
+    """What `print_whole` prints, as plain text.
+
+    Args:
+        parts: What is printed.
+        width: In characters; None: the terminal's, or `WIDTH` where there is none.
+    """
+    stream, width = io.StringIO(), width or shutil.get_terminal_size((WIDTH, 24)).columns
+    print_whole(Console(file=stream, width=width, color_system=None, force_jupyter=False), *parts)
+    return stream.getvalue()
 
 
 def print_whole(console: Console, *parts: RenderableType) -> None:

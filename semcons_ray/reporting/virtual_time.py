@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from rich.console import Console
 from rich.text import Text
 
 from semcons_ray.config import FederationConfig
@@ -42,13 +39,12 @@ from semcons_ray.reporting.drawing import (
 from semcons_ray.reporting.pareto import arm_styles, draw_arms, linear_axis, quantity_axis
 from semcons_ray.reporting.replay import CALCULATED, Recorded, Replay, replay
 from semcons_ray.reporting.tables import Run, format_number, format_seconds
-from semcons_ray.reporting.terminal import narrow_table, print_whole
+from semcons_ray.reporting.terminal import as_text, narrow_table
 from semcons_ray.reporting.timeline import time_unit
 from semcons_ray.runs.run_folder import LOSS_NAMES, Loss
 
 MAX_CLIENTS = 40
 MAX_ROUND_MARKS = 20
-WIDTH = 120
 
 PHASES = {
     "download": SKY,
@@ -345,12 +341,8 @@ def render_replays(
     for arm, row in summary.iterrows():
         seeds = [str(row["runs"])] if several else []
         table.add_row(Text(str(arm)), *seeds, *(_cell(name, row) for name in headings))
-    stream = io.StringIO()
-    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
-    console = Console(file=stream, width=width, color_system=None, force_jupyter=False)
     note = "± half of the 95% t-interval over seeds. " if several else ""
-    print_whole(console, Text(title), Text(), table, Text(), Text(note + SOURCES_NOTE))
-    return stream.getvalue().rstrip("\n")
+    return as_text(Text(title), Text(), table, Text(), Text(note + SOURCES_NOTE), width=width).rstrip("\n")
 
 
 def _cell(name: str, row: pd.Series[Any]) -> str:

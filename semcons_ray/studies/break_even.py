@@ -3,10 +3,8 @@ by link."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.text import Text
 
 from semcons_ray.config import FederationConfig
 from semcons_ray.errors import ConfigError
 from semcons_ray.reporting.replay import CALCULATED, Recorded, replay
-from semcons_ray.reporting.terminal import narrow_table, print_whole
-from semcons_ray.reporting.virtual_time import COSTS, WIDTH, describe_federation, write_map
+from semcons_ray.reporting.terminal import as_text, narrow_table
+from semcons_ray.reporting.virtual_time import COSTS, describe_federation, write_map
 from semcons_ray.runs.run_folder import write_file
-from semcons_ray.studies.replays import Place, read_recorded
+from semcons_ray.studies.replays import Place
 
 OWN = "own"
 """Stands for the runs' own models."""
@@ -91,15 +88,11 @@ class BreakEven:
 
     def __str__(self) -> str:
         """Ratios, a table for each arm and kind, and the rates; as wide as the terminal."""
-        stream = io.StringIO()
-        width = shutil.get_terminal_size((WIDTH, 24)).columns
-        console = Console(file=stream, width=width, color_system=None, force_jupyter=False)
         parts: list[Any] = [Text(f"{self.setting}.")]
         for arm, kind in itertools.product(self.arms, KINDS):
             parts += [Text(), Text(f"{self._title(arm, kind)}; below 1 it takes less"), self._ratios(arm, kind)]
         note = f"{RATES_NOTE} All of it is calculated, from the runs' ledgers and the profiles of devices and links."
-        print_whole(console, *parts, Text(), self._rates(), Text(), Text(note))
-        return stream.getvalue().rstrip("\n")
+        return as_text(*parts, Text(), self._rates(), Text(), Text(note)).rstrip("\n")
 
     @property
     def arms(self) -> list[str]:
@@ -178,7 +171,7 @@ def break_even_of(
         against: An arm's name; None: the only one that averages weights.
 
     Raises:
-        RunFolderError: See `read_recorded`.
+        RunFolderError: A run is not finished, or a file of it is missing or damaged.
         ConfigError: See `replay`; or there is no such arm, or none or several that average weights.
     """
     there = dict.fromkeys(place.arm for place in places)
@@ -186,10 +179,10 @@ def break_even_of(
         if unknown := [arm for arm in given if arm not in there]:
             raise ConfigError(f"{option}: there is no arm {unknown[0]}; there are {'; '.join(there)}")
     wanted = {*arms, against} if arms and against else there
-    recorded, _ = read_recorded([place for place in places if place.arm in wanted])
     runs: dict[str, list[Recorded]] = {}
-    for (arm, _), run in recorded.items():
-        runs.setdefault(arm, []).append(run)
+    for arm, folder in places:
+        if arm in wanted:
+            runs.setdefault(arm, []).append(Recorded.read(folder))
     base = against or _averaging(runs)
     runs = {arm: of_arm for arm, of_arm in runs.items() if not arms or arm in (*arms, base)}
     if len(runs) < 2:

@@ -150,32 +150,31 @@ def replay_runs(places: Sequence[Place], federation: FederationConfig | None, mo
         model: Name of a model for whose size times and weights are calculated; None: the runs' own.
 
     Raises:
-        RunFolderError: See `read_recorded`.
+        RunFolderError: A run is not finished, or a file of it is missing or damaged.
         ConfigError: See `replay`; or a run has no federation of its own, and none is given.
     """
-    recorded, loss = read_recorded(places)
+    loss = loss_of(places)
     done: dict[tuple[str, int], Replay] = {}
     algorithms, settings = {}, set()
-    for (arm, seed), run in recorded.items():
+    for arm, folder in places:
+        run = Recorded.read(folder, loss)
         own = federation or run.config.federation
         if not own.devices and federation is None:
-            raise ConfigError(f"{arm} has no federation.devices of its own; give a file that has, by --federation")
-        done[arm, seed] = replay(run, own, model)
+            raise ConfigError(f"{folder} has no federation.devices of its own; give a file that has, by --federation")
+        done[arm, run.config.seed] = replay(run, own, model)
         algorithms[arm] = run.config.algorithm.name
         settings.add(describe_federation(own.model_copy(update={"model": model or own.model})))
     return Replays(done, algorithms, loss, settings.pop() if len(settings) == 1 else "Each run in its own federation")
 
 
-def read_recorded(places: Sequence[Place]) -> tuple[dict[tuple[str, int], Recorded], Loss]:
-    """Read finished runs, by arm and seed, and the loss by which they can be compared.
+def loss_of(places: Sequence[Place]) -> Loss:
+    """The loss by which runs can be compared.
 
     Raises:
-        RunFolderError: A run is not finished, or a file of it is missing or damaged.
+        RunFolderError: A file of a run is missing or damaged.
     """
     metrics = [read_metrics(place.folder) for place in places]
-    loss = comparable_loss(itertools.chain(*(telling(table, "nll")["model"] for table in metrics)))
-    runs = [(place.arm, Recorded.read(place.folder, loss)) for place in places]
-    return {(arm, run.config.seed): run for arm, run in runs}, loss
+    return comparable_loss(itertools.chain(*(telling(table, "nll")["model"] for table in metrics)))
 
 
 def write_virtual_time(folder: Path) -> Path | None:

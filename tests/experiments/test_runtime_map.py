@@ -6,22 +6,14 @@ import pytest
 
 from semcons_ray.reporting.replay import Recorded
 from tests.experiments.scripts import load_script
-from tests.reporting.recorded import recorded
+from tests.reporting.recorded import TEXT, WEIGHTS, recorded
 
 script = load_script("runtime", "run.py")
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[Recorded]]:
-    text = [
-        {"stage": "fine_tune", "tokens": 3000, "downlink_bytes": 1000},
-        {"stage": "generate", "tokens": 500, "uplink_bytes": 1000},
-    ]
-    weights = [
-        {"stage": "fine_tune", "tokens": 1000, "downlink_bytes": 5_000_000},
-        {"stage": "encode", "uplink_bytes": 5_000_000},
-    ]
-    return {"consensus": [recorded("semantic_consensus", text)], "FedAvg-LoRA": [recorded("fedavg_lora", weights)]}
+    return {"consensus": [recorded("semantic_consensus", TEXT)], "FedAvg-LoRA": [recorded("fedavg_lora", WEIGHTS)]}
 
 
 def test_sensitivities_name_each_assumption_twice(runs: dict[str, list[Recorded]]) -> None:

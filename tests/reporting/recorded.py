@@ -1,13 +1,25 @@
 """Finished runs as a replay reads them, made from rows of a ledger."""
 
+from collections.abc import Mapping, Sequence
+
 import pandas as pd
 
 from semcons_ray.config import validate_config
 from semcons_ray.reporting.replay import Recorded
 from semcons_ray.timeline.devices import Model
 
+TEXT = (
+    {"stage": "fine_tune", "tokens": 3000, "downlink_bytes": 1000},
+    {"stage": "generate", "tokens": 500, "uplink_bytes": 1000},
+)
+WEIGHTS = (
+    {"stage": "fine_tune", "tokens": 1000, "downlink_bytes": 5_000_000},
+    {"stage": "encode", "uplink_bytes": 5_000_000},
+)
+"""What a visit of consensus, and of averaging, has in the ledger."""
 
-def recorded(algorithm: str, rows: list[dict[str, object]]) -> Recorded:
+
+def recorded(algorithm: str, rows: Sequence[Mapping[str, object]]) -> Recorded:
     config = validate_config(
         {"num_rounds": 2, "clients": {"num_clients": 2}, "algorithm": {"name": algorithm}}, where="test"
     )

@@ -11,7 +11,7 @@ from semcons_ray.config import FederationConfig
 from semcons_ray.errors import ConfigError, UserError
 from semcons_ray.reporting.replay import Recorded, replay
 from semcons_ray.studies.break_even import BreakEven, rate_in_words
-from tests.reporting.recorded import recorded
+from tests.reporting.recorded import TEXT, WEIGHTS, recorded
 
 DEVICES = {"own": "laptop-cpu", "llama-3.1-8b": "rtx-4090"}
 REST = FederationConfig(server_link="datacentre")
@@ -19,15 +19,7 @@ REST = FederationConfig(server_link="datacentre")
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, list[Recorded]]:
-    text = [
-        {"stage": "fine_tune", "tokens": 3000, "downlink_bytes": 1000},
-        {"stage": "generate", "tokens": 500, "uplink_bytes": 1000},
-    ]
-    weights = [
-        {"stage": "fine_tune", "tokens": 1000, "downlink_bytes": 5_000_000},
-        {"stage": "encode", "uplink_bytes": 5_000_000},
-    ]
-    return {"consensus": [recorded("semantic_consensus", text)], "averages": [recorded("fedavg_lora", weights)]}
+    return {"consensus": [recorded("semantic_consensus", TEXT)], "averages": [recorded("fedavg_lora", WEIGHTS)]}
 
 
 @pytest.fixture(scope="module")
