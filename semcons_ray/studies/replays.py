@@ -185,12 +185,18 @@ def write_virtual_time(folder: Path) -> Path | None:
         folder: A comparison's or a sweep's folder.
 
     Returns:
-        The folder with the replays; None if no run is finished, or one has no federation.
+        The folder with the replays; None if no run is finished, one has no federation, or it cannot be had any more, as
+        where a trace file is gone, which is said in the log: what was run is not lost by it.
     """
     runs, _ = _of_study(folder)
     if not runs or not all(RunFolder(run.folder).stored_config().federation.devices for run in runs):
         return None
-    replay_runs(runs, None, None).write(folder / VIRTUAL_TIME)
+    try:
+        replays = replay_runs(runs, None, None)
+    except (ConfigError, RunFolderError) as error:
+        logger.warning("there is no virtual time of %s: %s", folder, error)
+        return None
+    replays.write(folder / VIRTUAL_TIME)
     return folder / VIRTUAL_TIME
 
 

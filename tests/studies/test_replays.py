@@ -10,8 +10,10 @@ import semcons_ray as sr
 from semcons_ray.config import FederationConfig, dump_yaml
 from semcons_ray.errors import ConfigError, RunFolderError, UserError
 from semcons_ray.reporting.intervals import mean_and_half_width
+from semcons_ray.runs.experiment import run_experiment
 from semcons_ray.studies.comparison import dump_comparison, load_comparison
 from semcons_ray.studies.replays import write_virtual_time
+from tests.invariants.runs import Silent
 from tests.invariants.test_virtual_time import FEDERATION
 from tests.studies.conftest import ARMS
 
@@ -134,6 +136,23 @@ def test_a_comparison_with_clocks_has_its_replays_beside_it(compared: Path, tiny
         run = next(path.parent for path in sorted(study.glob("runs/*/*/config.yaml")))
         (tmp_path / "some" / "trials" / name).symlink_to(run)
     assert write_virtual_time(tmp_path / "some") is None
+
+
+def test_a_study_whose_trace_is_gone_is_not_lost_by_it(
+    tiny_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client_id,start_hours,end_hours\n0,0,24\n1,0,24\n2,0,24\n")
+    there = {"availability": "trace", "availability_options": {"path": str(trace)}}
+    settings = tiny_config(num_rounds=1, resources={"fleet": "local"}, federation=FEDERATION | there)
+    study = tmp_path / "sweep" / "trials"
+    study.mkdir(parents=True)
+    run_experiment(settings, study / "one", Silent())
+    (study.parent / "sweep.yaml").write_text("space: {}\n")
+    assert write_virtual_time(study.parent) == study.parent / "virtual_time"
+    trace.unlink()
+    assert write_virtual_time(study.parent) is None
+    assert "trace.csv" in caplog.text
 
 
 def test_a_sweep_of_which_no_trial_is_finished_has_no_replays(tmp_path: Path) -> None:
