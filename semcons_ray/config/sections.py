@@ -790,9 +790,11 @@ class ResourcesConfig(Settings):
         "fit.",
     )
     threads_per_worker: int = Field(1, ge=1, description="CPU threads of a worker actor.")
-    gpus_per_worker: GpuShare = Field(1.0, gt=0, description="Share of a GPU that a worker actor gets, on GPUs.")
+    gpus_per_worker: GpuShare = Field(
+        1.0, gt=0, description="Share of a GPU and of its memory that a worker actor gets, on GPUs."
+    )
     server_gpus: GpuShare = Field(
-        0.0, ge=0, description="Share of a GPU that the server actor gets. 0: it computes on the CPU."
+        0.0, ge=0, description="Share of a GPU and of its memory that the server actor gets. 0: it computes on the CPU."
     )
     engine_threads: int | None = Field(
         None,

@@ -327,6 +327,20 @@ def see_booked_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(booked)
 
 
+def keep_to_booked_memory() -> None:
+    """In an actor's process that has booked a part of a GPU: have torch take no more than that part of its memory.
+
+    One that needs more than was planned then runs out of memory itself, and not whoever shares the GPU with it.
+    """
+    resources: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    share = resources.get("GPU", 0.0)
+    if 0 < share < 1:
+        import torch
+
+        if torch.cuda.is_available():  # if not, whoever loads a model says so
+            torch.cuda.set_per_process_memory_fraction(share)
+
+
 def passed_on(needed: Sequence[str] = (), code: Path | None = None) -> dict[str, str]:
     """Environment variables of this process that workers need as well, and where they find code.
 

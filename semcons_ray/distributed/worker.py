@@ -12,7 +12,7 @@ import msgspec
 import ray
 
 from semcons_ray.data.examples import Example
-from semcons_ray.distributed.cluster import NO_CODE, begin
+from semcons_ray.distributed.cluster import NO_CODE, begin, keep_to_booked_memory
 from semcons_ray.errors import ClientError, UserError
 from semcons_ray.federation.fleet import Host, HostSpecProtocol, Reply
 from semcons_ray.federation.server import Server, ServerSpec, Verdict
@@ -109,6 +109,7 @@ class WorkerActor:
         """Load the model, as the worker of this name; returns `Host.adapter_shapes`."""
         self._log = join_run_log(worker)
         try:
+            keep_to_booked_memory()
             self._host = spec.build(worker)
             return dict(self._host.adapter_shapes)
         except UserError as error:
@@ -200,6 +201,7 @@ class ServerActor:
         """Load the embedding model."""
         join_run_log("server")
         try:
+            keep_to_booked_memory()
             self._server = spec.build()
         except Exception as error:
             logger.error("the server could not load", exc_info=error)

@@ -42,7 +42,6 @@ class AdapterModel:
         engine: The engine that generates its answers; None: the base model does.
 
     Attributes:
-        adapter: The adapter.
         frozen: An adapter of any rank that is added to the base model and not trained; empty: there is none.
         optimizer: State of the optimizer; empty unless it is kept.
         memory: What an algorithm has the client remember.
@@ -73,13 +72,22 @@ class AdapterModel:
     def restore(self, state: State) -> None:
         """See `ClientModel.restore`."""
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        self.adapter, self.optimizer, self.frozen, self.memory = (
+        self._adapter, self.optimizer, self.frozen, self.memory = (
             {key.removeprefix(part): value for key, value in tensors.items() if key.startswith(part)}
             for part in (_ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY)
         )
-        self._has_learnt = bool(self.adapter)
-        if not self.adapter:
-            self.adapter = self.fresh_adapter()
+        self._has_learnt = bool(self._adapter)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The client's adapter; a fresh one, made when it is asked for, where it has none."""
+        if not self._adapter:
+            self._adapter = self.fresh_adapter()
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter) -> None:
+        self._adapter = adapter
 
     def state(self) -> dict[str, Tensor]:
         """Adapter, optimizer state, frozen adapter, and the algorithm's memory.

@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
+from safetensors.torch import load
 from torch import Tensor
 
 from semcons_ray.errors import RunFolderError, writing
@@ -123,8 +123,8 @@ class ClientStore:
         path = self._path(client_id, round)
         if not path.is_file():
             return None
-        with _reading(path) as file:
-            return msgspec.msgpack.decode(_as_bytes(file.get_tensor(_REPLY)), type=Reply)
+        with _reading(path) as (tensors, _):
+            return msgspec.msgpack.decode(_as_bytes(tensors[_REPLY]), type=Reply)
 
     def is_new(self, client_id: int, *, before: int) -> bool:
         """Whether the client was never visited earlier than round `before`."""
@@ -138,10 +138,12 @@ class ClientStore:
         """
         for round in reversed(self._rounds(client_id)):
             if round < before:
-                with _reading(self._path(client_id, round)) as file:
-                    texts = json.loads((file.metadata() or {}).get(_BYTES, "[]"))
-                    state = {key: file.get_tensor(key) for key in file.keys() if key != _REPLY}  # noqa: SIM118
-                    return {key: _as_bytes(value) if key in texts else value for key, value in state.items()}
+                with _reading(self._path(client_id, round)) as (tensors, texts):
+                    return {
+                        key: _as_bytes(value) if key in texts else value
+                        for key, value in tensors.items()
+                        if key != _REPLY
+                    }
         return {}
 
     def save(self, state: State, reply: Reply) -> None:
@@ -159,11 +161,22 @@ class ClientStore:
             raise ValueError(f"a client's state has no room for a {_REPLY}: give it another name")
         tensors = {key: _as_tensor(value) if isinstance(value, bytes) else value for key, value in state.items()}
         written = [key for key, value in state.items() if isinstance(value, bytes)]
-        encoded = {**tensors, _REPLY: _as_tensor(msgspec.msgpack.encode(reply))}
+        tensors[_REPLY] = _as_tensor(msgspec.msgpack.encode(reply))
+        encoded = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        # `safetensors.torch.save_file` takes three times as long over the many small tensors of an adapter.
+        specs = {
+            key: TensorSpec(
+                dtype=str(value.dtype).removeprefix("torch."),
+                shape=value.shape,
+                data_ptr=value.data_ptr(),
+                data_len=value.nbytes,
+            )
+            for key, value in encoded.items()
+        }
         with writing(self.folder):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(encoded, beside, {_BYTES: json.dumps(written)} if written else None)
+                serialize_file(specs, beside, {_BYTES: json.dumps(written)} if written else None)
                 beside.rename(path)
             finally:
                 beside.unlink(missing_ok=True)  # half of a file, where the disk is full
@@ -207,9 +220,11 @@ class ClientStore:
 
     def _rounds(self, client_id: int) -> list[int]:
         folder = self.folder / client_folder(client_id)
-        if not folder.is_dir():
+        try:
+            names = os.listdir(folder)  # noqa: PTH208 (paths take ten times as long, three times a visit)
+        except FileNotFoundError:
             return []
-        return sorted(int(path.stem[6:]) for path in folder.glob("round_*.safetensors"))
+        return sorted(int(name[6:-12]) for name in names if name.startswith("round_"))
 
 
 def _as_tensor(value: bytes) -> Tensor:
@@ -222,9 +237,15 @@ def _as_bytes(tensor: Tensor) -> bytes:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _reading(path: Path) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:
+    """The tensors of a file, and the names of those that stand for bytes.
+
+    The file is read as a whole: opening it by `safe_open` takes three times as long for a small adapter.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        tensors, header = load(content), content[8 : 8 + int.from_bytes(content[:8], "little")]
+        about = json.loads(header)["__metadata__"] if b"__metadata__" in header else {}
+        yield tensors, json.loads(about.get(_BYTES, "[]"))
+    except (SafetensorError, OSError, msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
         raise RunFolderError(f"{path} is damaged ({error}); delete it, and resume repeats that visit") from error

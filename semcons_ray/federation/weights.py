@@ -46,6 +46,10 @@ def pack(tensors: Adapter, dtype: str) -> bytes:
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str:
     """Name of the first tensor that holds infinity or NaN; empty if none does."""
+    # All together first: the largest size is finite where all are.
+    floats = [value for value in tensors.values() if value.is_floating_point() and value.numel()]
+    if math.isfinite(torch.nn.utils.get_total_norm(floats, torch.inf, foreach=True)):
+        return ""
     return next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), "")
 
 

@@ -45,6 +45,30 @@ class Sees:
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+@ray.remote
+class Keeps:
+    """An actor as ours are, on a machine that says it has a GPU, and what it tells torch to keep to."""
+
+    def told(self) -> list[float]:
+        import torch
+
+        told: list[float] = []
+        torch.cuda.is_available = lambda: True
+        torch.cuda.set_per_process_memory_fraction = told.append  # type: ignore[assignment]
+        cluster.keep_to_booked_memory()
+        return told
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.3, [0.3]), (1.0, []), (0.0, [])])
+def test_an_actor_keeps_to_the_part_of_the_gpu_that_it_booked(node: Node, share: float, told: list[float]) -> None:
+    options = cluster.actor_options(node_id=node.node_id, threads=1, num_cpus=0, num_gpus=share)
+    actor = Keeps.options(**options).remote()
+    try:
+        assert ray.get(actor.told.remote(), timeout=60) == told
+    finally:
+        ray.kill(actor)
+
+
 def start(node: Node, share: float) -> tuple[ray.actor.ActorHandle, ray.ObjectRef]:
     actor = Sees.options(**cluster.actor_options(node_id=node.node_id, threads=1, num_cpus=0, num_gpus=share)).remote()
     return actor, actor.gpu.remote()

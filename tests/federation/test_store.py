@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from semcons_ray.errors import RunFolderError, StorageError
 from semcons_ray.federation.fleet import Evaluation, Reply
@@ -139,10 +139,27 @@ def test_a_visit_that_a_full_disk_has_no_room_for_leaves_nothing_behind(
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("semcons_ray.federation.store.save_file", fills_the_disk)
+    monkeypatch.setattr("semcons_ray.federation.store.serialize_file", fills_the_disk)
     with pytest.raises(StorageError, match=f"cannot write {tmp_path}: the disk is full"):
         ClientStore(tmp_path).save({"x": torch.zeros(1)}, reply(1))
     assert not list(tmp_path.rglob("*round*"))
+
+
+def test_a_state_of_any_types_is_read_as_it_was_and_by_safetensors_too(tmp_path: Path) -> None:
+    turned = torch.arange(6.0).reshape(2, 3).T
+    state = {"turned": turned, "scalar": torch.tensor(3), "none": torch.empty(0, 4), "text": b"__metadata__"}
+    state |= {str(kind): torch.ones(2, dtype=kind) for kind in (torch.bfloat16, torch.float64, torch.bool)}
+    store = ClientStore(tmp_path)
+    store.save(state, reply(1))
+    (path,) = tmp_path.rglob("round_*")
+    by_safetensors = load_file(path)
+    kept = store.load(0, before=2)
+    assert kept.pop("text") == state.pop("text") == by_safetensors.pop("text").numpy().tobytes()
+    assert kept.keys() == state.keys() == by_safetensors.keys() - {"reply"}
+    for key, value in state.items():
+        assert kept[key].dtype == by_safetensors[key].dtype == value.dtype
+        assert torch.equal(kept[key], value)
+        assert torch.equal(by_safetensors[key], value)
 
 
 def test_a_folder_that_cannot_be_marked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
