@@ -23,7 +23,7 @@ from semcons_ray.endpoints.api_model import ApiOptions
 from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.parts import BUILT_IN, GROUPS, PROTOCOLS, Kind, plural
 from semcons_ray.runs import run_folder
-from semcons_ray.runs.run_folder import MetricsRow, RoundRow, column_names
+from semcons_ray.runs.run_folder import MetricsRow, RoundRow, columns_of
 
 PLACE = re.compile(r"<!-- from the code: ([a-z_]+) -->")
 """Where a part made from the code stands in a page."""
@@ -227,7 +227,7 @@ def columns(row: type[msgspec.Struct]) -> str:
     told = dict(re.findall(r"^    (\w+): (.*(?:\n        .*)*)", inspect.getdoc(row) or "", re.M))
     hints = get_type_hints(row)
     words = {int: "whole number", float: "number", str: "text"}
-    rows = [(f"`{name}`", words.get(hints[name], "text"), _one_line(told.get(name, ""))) for name in column_names(row)]
+    rows = [(f"`{name}`", words.get(hints[name], "text"), _one_line(told.get(name, ""))) for name in columns_of(row)]
     return _table(("column", "type", "what it is"), rows)
 
 

@@ -404,7 +404,8 @@ class Sweep:
     @cached_property
     def runs(self) -> Mapping[str, Run]:
         """The trials that have results, by the names of their folders."""
-        return {path.parent.name: Run(path.parent) for path in sorted(self.path.glob("trials/[!.]*/ledger.parquet"))}
+        paths = [path.parent for path in sorted(self.path.glob("trials/[!.]*/config.yaml"))]
+        return {path.name: Run(path) for path in paths if RunFolder(path).has_tables()}
 
     @property
     def figure(self) -> Path:

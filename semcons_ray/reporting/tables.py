@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pandas as pd
 from rich.console import Console, RenderableType
@@ -32,7 +31,7 @@ from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.metering.units import format_quantity
 from semcons_ray.reporting.intervals import INTERVALS, changes
 from semcons_ray.reporting.terminal import print_whole
-from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, column_names, comparable_loss
+from semcons_ray.runs.run_folder import Loss, MetricsRow, RoundRow, RunFolder, columns_of, comparable_loss
 
 STAGES = ("load", "fine_tune", "generate", "encode", "embed", "consensus", "aggregate", "evaluate", "idle")
 SHORT_NAMES: Mapping[Loss, str] = {"nll": "NLL", "bits_per_byte": "bits/byte"}
@@ -46,7 +45,6 @@ INTERVAL_NOTE = (
 )
 TASKS_NOTE = "± 1.96 standard errors of one model over the items of the task, as lm-eval computes them."
 
-_DTYPES = {int: "int64", float: "float64", str: "str"}
 _DATA = {"role": "str", "client_id": "int64", "prompt": "str", "response": "str", "category": "str"}
 _CONSENSUS = {
     "prompt_id": "int64",
@@ -154,12 +152,6 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def columns_of(row: type[msgspec.Struct]) -> dict[str, str]:
-    """Types of the columns of a table whose rows are of this class, by name."""
-    types = {field.name: _DTYPES.get(field.type, "str") for field in msgspec.structs.fields(row)}
-    return {name: types[name] for name in column_names(row)}
-
-
 def read_metrics(folder: Path) -> pd.DataFrame:
     """metrics.parquet of a run: the columns of `MetricsRow`, and one for each further metric.
 
@@ -225,10 +217,10 @@ def read_items(folder: Path, metrics: pd.DataFrame, settings: Iterable[str]) -> 
 def read_table(
     path: Path, columns: Mapping[str, str], *, others: str = "", added: Mapping[str, float | str] = {}
 ) -> pd.DataFrame:
-    """Read columns of a parquet file and convert them to the given types.
+    """Read columns of a parquet file, or of a folder of them, and convert them to the given types.
 
     Args:
-        path: The file.
+        path: The file or folder.
         columns: Types by name.
         others: The type of all further columns; "": they are left out.
         added: Values for columns that earlier versions did not write.
@@ -250,15 +242,18 @@ def read_table(
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """Read a parquet file as it is.
+    """Read a parquet file, or a folder of them as one table, as it is.
 
     Raises:
-        RunFolderError: The file is missing or damaged; the message names it.
+        RunFolderError: It is missing or damaged; the message names it.
     """
+    missing = RunFolderError(f"{path} is missing: the run has not come that far, or files were lost")
+    if path.is_dir() and not any(path.glob("[!.]*")):
+        raise missing
     try:
         return pd.read_parquet(path)
     except FileNotFoundError as error:
-        raise RunFolderError(f"{path} is missing: the run has not come that far, or files were lost") from error
+        raise missing from error
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is cut off or no parquet at all
         raise RunFolderError(f"{path} cannot be read: {first_line(error)}") from error
 

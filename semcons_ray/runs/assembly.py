@@ -71,7 +71,7 @@ from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
 from semcons_ray.parts import build
-from semcons_ray.runs.run_folder import MetricsRow, RunFolder, column_names
+from semcons_ray.runs.run_folder import MetricsRow, RunFolder, columns_of
 from semcons_ray.timeline.devices import Model
 from semcons_ray.timeline.federation import Federation
 
@@ -157,7 +157,7 @@ def make_method(config: ExperimentConfig) -> Method:
     algorithm, evaluation = config.algorithm, config.evaluation
     cohort = cohort_of(config)
     metrics = make_metrics(evaluation.metrics, evaluation.metric_options)
-    if taken := metrics.keys() - {*DEFAULT_METRICS} & {*column_names(MetricsRow), *OWN_METRICS}:
+    if taken := metrics.keys() - {*DEFAULT_METRICS} & {*columns_of(MetricsRow), *OWN_METRICS}:
         raise ConfigError(f"evaluation.metrics: {min(taken)} is another column of metrics.parquet; use module:object")
     if config.federation.devices:
         Federation.of(config.federation)

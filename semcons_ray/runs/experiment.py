@@ -111,8 +111,8 @@ def resume_experiment(out: Path, *observers: Observer, alone: bool = True) -> Ru
 
 def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, alone: bool) -> None:
     commits = folder.commits()
+    folder.write_tables(commits)  # of a driver that was killed, the last round may not be in them
     if folder.is_finished(config.num_rounds):
-        folder.write_tables(commits)
         with Observers(trackers(config, folder)).during(commits):
             return
     keep_code(folder.code, named_parts(config))
@@ -141,10 +141,11 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
                 virtual = virtual_time(config, sizes, split)
                 virtual.begin([commit.ledger for commit in commits[1:]], fleet)
             rounds = Rounds(folder, placement, split, method, fleet, server, observers, alone, judge, virtual)
-            while len(commits) <= config.num_rounds:
-                commit, state = rounds.run(len(commits), began)
-                commits.append(commit)
-                folder.commit(commits, state)
+            first = len(commits)
+            del commits  # the driver's memory does not grow with the rounds
+            for round in range(first, config.num_rounds + 1):
+                commit, state = rounds.run(round, began)
+                folder.commit(commit, state)
                 observers.round_ends(commit)
             others = ", ".join(config.other_models)
             without = f"; clients of {others} have none" if others else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -99,14 +100,18 @@ class RemoteFolder:
         """
         files = self._files()
         changed = [name for name, stamp in files.items() if self._copied.get(name) != stamp]
+        gone = self._copied.keys() - files.keys()
+        in_the_way = {name for name in gone if (self.folder / name).is_dir()}  # tables of an earlier version
         try:
+            for name in in_the_way:
+                self._fs.rm_file(f"{self._root}/{name}")
             for name in sorted(changed, key=lambda name: name.startswith("state/round_")):
                 path = f"{self._root}/{name}"
                 self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
                 # In a transaction, for stores that have them: a reader then never sees half of a file.
                 with self._fs.transaction, self._fs.open(path, "wb") as target, (self.folder / name).open("rb") as file:
                     shutil.copyfileobj(file, target)
-            for name in self._copied.keys() - files.keys():
+            for name in gone - in_the_way:
                 self._fs.rm_file(f"{self._root}/{name}")
         except Exception as error:
             raise self._failed("write", error) from error
@@ -129,13 +134,15 @@ class RemoteFolder:
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Size and modification time of each file, without files that are being written and the lock."""
-        stats = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
-        return {
-            name: (stat.st_size, stat.st_mtime_ns)
-            for path, stat in stats.items()
-            if not any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-            and (name := path.relative_to(self.folder).as_posix()) != "state/lock"
-        }
+        found = {}
+        for folder, below, files in os.walk(self.folder):
+            below[:] = [name for name in below if not name.startswith(".")]
+            within = Path(folder).relative_to(self.folder)
+            for name in files:
+                if not name.startswith(".") and (key := (within / name).as_posix()) != "state/lock":
+                    stat = (Path(folder) / name).stat()
+                    found[key] = stat.st_size, stat.st_mtime_ns
+        return found
 
     def _failed(self, verb: str, error: Exception) -> RunFolderError:
         return RunFolderError(f"cannot {verb} {self.url}: {str(error) or type(error).__name__}")

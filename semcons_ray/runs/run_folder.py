@@ -13,7 +13,7 @@
     state/client_NNN/       clients' states (see federation/store.py); own/ is their models', if those keep something
     state/judge/            what the judge of answers said
     state/TRACKER.json      the run of a tracker that goes on after a resume, and the last round that was sent to it
-    ledger.parquet, metrics.parquet, rounds.parquet   tables, gathered from the commits
+    ledger.parquet/, metrics.parquet/, rounds.parquet/    tables, with a part for each round, made of its commit
     consensus/round_NNN.parquet                       every answer to every prompt, and which was elected
     items/round_NNN.parquet                           what each test item gave for each client that was measured
     lm_eval/round_NNN.parquet                         scores of clients' models in tasks of lm-eval, if there are any
@@ -41,6 +41,7 @@ from typing import IO, Any, Literal
 
 import msgspec
 import pandas as pd
+import pyarrow.parquet as pq
 
 from semcons_ray.config import ExperimentConfig, dump_config, load_config
 from semcons_ray.data.losses import Tally
@@ -143,9 +144,22 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     ledger: tuple[LedgerRow, ...]
 
 
-def column_names(kind: type[msgspec.Struct]) -> list[str]:
-    """Columns that every table has whose rows are of this class; `MetricsRow.others` has further ones."""
-    return [field.name for field in msgspec.structs.fields(kind) if field.name != "others"]
+def columns_of(kind: type[msgspec.Struct]) -> dict[str, str]:
+    """Types of the columns that every table has whose rows are of this class, by name; `MetricsRow.others` has further
+    ones, of numbers."""
+    fields = [field for field in msgspec.structs.fields(kind) if field.name != "others"]
+    return {field.name: _DTYPES.get(field.type, "str") for field in fields}
+
+
+_DTYPES = {int: "int64", float: "float64", str: "str"}
+
+TABLES: Mapping[str, type[msgspec.Struct]] = {
+    "ledger.parquet": LedgerRow,
+    "rounds.parquet": RoundRow,
+    "metrics.parquet": MetricsRow,
+}
+"""The classes of the rows of the tables that have a part for each round, in the order in which parts are written: a
+reader finds all of a round of which there are metrics."""
 
 
 SCORES = "lm_eval"
@@ -391,21 +405,27 @@ class RunFolder:
         """Write a parquet file."""
         self._write(name, frame.to_parquet(index=False))
 
-    def commit(self, commits: Sequence[Commit], next_state: bytes) -> None:
-        """Commit a round and update the tables.
+    def commit(self, commit: Commit, next_state: bytes) -> None:
+        """Commit a round and add it to the tables, in a time that does not grow with the rounds before.
 
         Args:
-            commits: The commits of all rounds done, from 0 on; the last one is new.
-            next_state: The server's state after that round.
+            commit: The round, which follows on those that are committed.
+            next_state: The server's state after it.
 
         Raises:
             StorageError: The disk is full, or cannot be written to.
         """
-        round = len(commits) - 1
+        round = commit.summary.round
         self._write(f"state/server_{round:03d}", next_state)
-        self._write(f"state/round_{round:03d}.msgpack", msgspec.msgpack.encode(commits[-1]))
+        self._write(f"state/round_{round:03d}.msgpack", msgspec.msgpack.encode(commit))
         (self.state / f"server_{round - 2:03d}").unlink(missing_ok=True)
-        self.write_tables(commits)
+        parts = {name: self._part(name, commit) for name in TABLES}
+        columns = {name: self._known_columns(name) or [*part] for name, part in parts.items()}
+        if all(set(part) <= set(columns[name]) for name, part in parts.items()):
+            for name, part in parts.items():
+                self._write(_place(name, round), _encode_part(name, part, columns[name]))
+        else:  # a metric that no round had before
+            self.write_tables(self.commits())
 
     def server_state(self, round: int) -> bytes:
         """The server's state after a committed round.
@@ -438,18 +458,43 @@ class RunFolder:
         return commits
 
     def write_tables(self, commits: Sequence[Commit]) -> None:
-        """Gather the tables from the commits."""
-        tables: dict[str, tuple[type[msgspec.Struct], list[msgspec.Struct]]] = {
-            "rounds.parquet": (RoundRow, [commit.summary for commit in commits]),
-            "metrics.parquet": (MetricsRow, [row for commit in commits for row in commit.metrics]),
-            "ledger.parquet": (LedgerRow, [row for commit in commits for row in commit.ledger]),
-        }
-        for name, (kind, rows) in tables.items():
-            values = [msgspec.structs.asdict(row) for row in rows]
-            others = [row.pop("others", {}) for row in values]
-            table = pd.DataFrame(values, columns=column_names(kind))
-            table = pd.concat([table, pd.DataFrame(others, index=table.index)], axis="columns")
-            self.write_table(name, self._with_scores(table) if kind is MetricsRow else table)
+        """Gather the tables from the commits of all rounds done. Parts that are as they should be are left alone."""
+        for name in TABLES:
+            parts = [self._part(name, commit) for commit in commits]
+            names = dict.fromkeys(str(column) for part in parts for column in part)
+            columns = sorted(names, key=lambda column: column if column.startswith(PREFIX) else "")
+            if (self.path / name).is_file():  # an earlier version kept a table in one file
+                (self.path / name).unlink()
+            for round, part in enumerate(parts):
+                path, content = self.path / _place(name, round), _encode_part(name, part, columns)
+                if not path.is_file() or path.read_bytes() != content:
+                    self._write(_place(name, round), content)
+            wanted = {self.path / _place(name, round) for round in range(len(parts))}
+            for path in {*(self.path / name).glob("round_*.parquet")} - wanted:  # of a commit that was deleted
+                path.unlink()
+
+    def has_tables(self) -> bool:
+        """Whether tables have a round in them."""
+        last = self.path / [*TABLES][-1]
+        return last.is_file() or any(last.glob("round_*.parquet"))
+
+    def _part(self, name: str, commit: Commit) -> pd.DataFrame:
+        """What a round adds to a table."""
+        rows: Sequence[msgspec.Struct] = {
+            "ledger.parquet": commit.ledger,
+            "rounds.parquet": (commit.summary,),
+            "metrics.parquet": commit.metrics,
+        }[name]
+        values = [msgspec.structs.asdict(row) for row in rows]
+        others = [row.pop("others", {}) for row in values]
+        part = pd.DataFrame(values, columns=[*columns_of(TABLES[name])])
+        part = pd.concat([part, pd.DataFrame(others, index=part.index)], axis="columns")
+        return part.join(self.scores(commit.summary.round), on="client_id") if name == "metrics.parquet" else part
+
+    def _known_columns(self, name: str) -> list[str]:
+        """The columns of a table so far; none if it has no round."""
+        first = self.path / _place(name, 0)
+        return list(pq.read_schema(first).names) if first.is_file() else []
 
     def add_scores(self, round: int, scores: Mapping[int, Sequence[TaskScore]]) -> None:
         """Add to what clients' models score in tasks of lm-eval after a round; tables are not written.
@@ -475,19 +520,21 @@ class RunFolder:
         wide: pd.DataFrame = by_client["value"].join(by_client["stderr"].add_suffix(STDERR))
         return wide.sort_index(axis="columns")
 
-    def _with_scores(self, metrics: pd.DataFrame) -> pd.DataFrame:
-        """metrics.parquet with columns for scores in tasks of lm-eval."""
-        by_round = {round: self.scores(round) for round in metrics["round"].unique()}
-        found = {round: scores for round, scores in by_round.items() if len(scores)}
-        if not found:
-            return metrics
-        wide = pd.concat(found, names=["round"]).sort_index(axis="columns")
-        return metrics.join(wide, on=["round", "client_id"])
-
     def _write(self, name: str, content: bytes) -> None:
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
         write_file(path, content)
+
+
+def _place(name: str, round: int) -> str:
+    """A round's part of a table. Readers put parts together in the order of their names."""
+    return f"{name}/round_{round:06d}.parquet"
+
+
+def _encode_part(name: str, part: pd.DataFrame, columns: Sequence[str]) -> bytes:
+    """A part as a parquet file. All parts of a table have the same columns of the same types."""
+    types = dict.fromkeys(columns, "float64") | columns_of(TABLES[name])
+    return bytes(part.reindex(columns=list(columns)).astype(types).to_parquet(index=False))
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -27,8 +27,8 @@ from semcons_ray.errors import RunFolderError, SemconsError, StorageError
 from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
-from semcons_ray.reporting.tables import columns_of, mean_by_round, read_table
-from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, comparable_loss, write_file
+from semcons_ray.reporting.tables import mean_by_round, read_table
+from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, columns_of, comparable_loss, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, configure_runs, load_study, run_jobs, slug, warn_of_losses
 

@@ -86,7 +86,7 @@ class Trial(Job):
     @property
     def has_results(self) -> bool:
         """Whether a round was evaluated."""
-        return (self.folder / "ledger.parquet").is_file()
+        return (self.folder / "config.yaml").is_file() and RunFolder(self.folder).has_tables()
 
 
 def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tuple[SweepResult | None, int]:

@@ -134,8 +134,8 @@ def test_a_run_that_goes_on_can_be_read_and_is_resumed(stopped: sr.Run, tmp_path
 def test_a_damaged_or_missing_file_is_named(run: sr.Run, tmp_path: Path) -> None:
     path = tmp_path / "copy"
     shutil.copytree(run.path, path)
-    (path / "metrics.parquet").write_bytes(b"PAR1")
-    (path / "rounds.parquet").unlink()
+    (path / "metrics.parquet/round_000001.parquet").write_bytes(b"PAR1")
+    shutil.rmtree(path / "rounds.parquet")
     (path / "consensus/round_001.parquet").write_bytes(b"")
     found = sr.load(path)
     assert isinstance(found, sr.Run)

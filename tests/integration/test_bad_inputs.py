@@ -52,11 +52,11 @@ class Place:
         return self.run("--data.source", self.write(name, content))
 
     def copy(self, *, without: str = "", damage: str = "", change: tuple[str, str] = ("", "")) -> Path:
-        """The finished run once more, with a file gone or cut in the middle, or words of config.yaml changed."""
+        """The finished run once more, with something gone, a file cut in the middle, or words of config.yaml changed."""
         copy = self.folder / "copy"
         shutil.copytree(self.finished, copy)
         if without:
-            (copy / without).unlink()
+            shutil.rmtree(copy / without) if (copy / without).is_dir() else (copy / without).unlink()
         if damage:
             content = (copy / damage).read_bytes()
             (copy / damage).write_bytes(content[: len(content) // 2])
@@ -97,6 +97,7 @@ def refusing_template(place: Place) -> list[str]:
 
 
 ROW = json.dumps({"prompt": "p", "response": "r"}) + "\n"
+LEDGER_PART = "ledger.parquet/round_000001.parquet"
 
 CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     # the command line
@@ -219,7 +220,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         lambda p: ["report", str(p.copy(without="metrics.parquet"))],
         "metrics.parquet",
     ),
-    "report of half a ledger": (lambda p: ["report", str(p.copy(damage="ledger.parquet"))], "ledger.parquet"),
+    "report of half a ledger": (lambda p: ["report", str(p.copy(damage=LEDGER_PART))], "ledger.parquet"),
     "init over a config": (lambda p: ["init", str(Path(p.write("x/config.yaml", "seed: 1")).parent)], "exists"),
     "cost of an unknown model": (lambda p: ["cost", "--model", "/no/such"], "/no/such"),
 }

@@ -16,7 +16,7 @@ from semcons_ray.modeling.language_model import LanguageModel, Pair
 from semcons_ray.reporting import write_report
 from semcons_ray.runs.experiment import plan_experiment, run_experiment
 from semcons_ray.runs.forecast import Forecast
-from tests.invariants.runs import Silent, assert_same_run
+from tests.invariants.runs import Silent, assert_same_run, replace_table
 from tests.tiny import examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
@@ -105,9 +105,9 @@ def test_each_clients_model_is_measured_on_its_own_test_set_and_nothing_else_cha
     assert "on its own test set" in write_report(run).read_text(encoding="utf-8")
     assert "on its own test set" not in write_report(plain).read_text(encoding="utf-8")
     # But for these columns and the work of measuring them, both runs are the same to the last bit.
-    metrics.drop(columns=own_columns(run)).to_parquet(run / "metrics.parquet", index=False)
+    replace_table(run / "metrics.parquet", metrics.drop(columns=own_columns(run)))
     for folder, table in ((run, ledger), (plain, before)):
-        table[table["stage"] != "evaluate"].to_parquet(folder / "ledger.parquet", index=False)
+        replace_table(folder / "ledger.parquet", table[table["stage"] != "evaluate"])
     assert_same_run(run, plain)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -416,7 +417,7 @@ def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_
     assert sorted(path.name for path in (out / "adapters").iterdir()) == [f"client_00{client}" for client in range(4)]
 
     # Once it is finished, only the tables are written again.
-    (out / "rounds.parquet").unlink()
+    shutil.rmtree(out / "rounds.parquet")
     last = Notes()
     resume_experiment(out, last)
     assert last.told == []

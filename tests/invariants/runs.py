@@ -1,5 +1,6 @@
 """Run an experiment in a test, and compare what two runs wrote."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,12 @@ class Silent(Observer):
             self.on_client(reply)
         except Exception as error:
             raise StoppedError from error
+
+
+def replace_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table of a run anew, as one file, as an earlier version did."""
+    shutil.rmtree(path)
+    table.to_parquet(path, index=False)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import semcons_ray as sr
 from semcons_ray.config import ExperimentConfig, validate_config
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
-from tests.invariants.runs import Silent, StoppedError, assert_same_run
+from tests.invariants.runs import Silent, StoppedError, assert_same_run, replace_table
 from tests.invariants.test_equality import four_cores  # noqa: F401  (a fixture)
 
 FEDERATION = {
@@ -50,7 +50,7 @@ def test_a_clock_that_waits_for_all_changes_nothing(tiny_config: Any, tmp_path: 
     assert virtual.is_monotonic_increasing
     for name in ("plain", "timed"):
         table = pd.read_parquet(tmp_path / name / "rounds.parquet").drop(columns="virtual_seconds")
-        table.to_parquet(tmp_path / name / "rounds.parquet")
+        replace_table(tmp_path / name / "rounds.parquet", table)
     assert_same_run(tmp_path / "plain", tmp_path / "timed")
 
 

@@ -53,6 +53,19 @@ def test_what_changed_is_copied_and_what_is_gone_goes(url: str) -> None:
     assert (other.folder / "config.yaml").read_text() == "two"
 
 
+def test_a_table_of_an_earlier_version_makes_room_for_its_parts(url: str) -> None:
+    fs, root = fsspec.url_to_fs(url)
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe(f"{root}/rounds.parquet", b"all")
+    remote = RemoteFolder(url)
+    remote.fetch()
+    (remote.folder / "rounds.parquet").unlink()
+    (remote.folder / "rounds.parquet").mkdir()
+    (remote.folder / "rounds.parquet" / "round_000000.parquet").write_bytes(b"one")
+    remote.copy()
+    assert names(url) == {"rounds.parquet/round_000000.parquet"}
+
+
 @pytest.mark.parametrize(
     "name",
     [

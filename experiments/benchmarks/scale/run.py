@@ -4,13 +4,16 @@
     python experiments/benchmarks/scale/run.py registered [--sizes 1000 1000000] [--rounds 20]
     python experiments/benchmarks/scale/run.py server [--sizes 2000]
     python experiments/benchmarks/scale/run.py report [--sizes 2000] [--rounds 20]
+    python experiments/benchmarks/scale/run.py rounds [--sizes 100] [--rounds 1000]
 
 Each run is `semcons run` in a process of its own: clients of a random Llama of two layers on two Ray workers, and a
 server whose embedder is `TrigramEmbedder`, since a model of sentences would take longer than all clients together. The
 driver's memory is the highest that the system noted for it (VmHWM). `server` is the server alone, in this process and
 with the default model of sentences; it gets 1,000 answers of each client, of 5,000 different texts. `report` is a
 page with many clients that were all measured in all rounds: a run of 20, each of which is there many times over with
-answers of its own. Pages are opened in Chromium where it is installed. Results are added to results.json.
+answers of its own. Pages are opened in Chromium where it is installed. `rounds` commits made-up rounds of clients that
+are all measured, and copies each to a URL (in memory): what the last rounds cost beside those from round 10 on, in
+seconds of a CPU. Results are added to results.json.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,14 +40,17 @@ import yaml
 from browser import opening
 from torch import Tensor
 
-from semcons_ray.config import DEFAULTS
+from semcons_ray.config import DEFAULTS, validate_config
 from semcons_ray.consensus import Election
 from semcons_ray.federation.server import ServerSpec
 from semcons_ray.messages import Answers
 from semcons_ray.metering.environment import describe_environment
+from semcons_ray.metering.ledger import LedgerRow
 from semcons_ray.reporting import write_report
-from semcons_ray.reporting.tables import busy_share
+from semcons_ray.reporting.tables import busy_share, read_ledger
 from semcons_ray.runs.assembly import embedder_of
+from semcons_ray.runs.remote_folder import RemoteFolder
+from semcons_ray.runs.run_folder import Commit, MetricsRow, RoundRow, RunFolder
 
 HERE = Path(__file__).parent
 TAKING_PART = 100
@@ -51,7 +58,13 @@ DIMENSION = 384
 NUM_PROMPTS, NUM_TEXTS = 1_000, 5_000
 RUN_FOR_REPORT = 20
 """Clients of the run of which a large report is made."""
-SIZES = {"clients": [500, 10_000], "registered": [1_000, 1_000_000], "server": [2_000], "report": [2_000]}
+SIZES = {
+    **{"clients": [500, 10_000], "registered": [1_000, 1_000_000], "server": [2_000], "report": [2_000]},
+    "rounds": [100],
+}
+ROUNDS = {"clients": 5, "registered": 20, "report": 20, "rounds": 1_000}
+COMPARED = 20
+"""Rounds of which medians are compared: as many from round 10 on, and at the end."""
 
 
 class TrigramEmbedder:
@@ -179,7 +192,7 @@ def repeat_clients(out: Path, times: int) -> None:
     count = settings["clients"]["num_clients"]
     settings["clients"]["num_clients"] = times * count
     (out / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    for path in [*out.glob("*.parquet"), *out.glob("consensus/*.parquet"), *out.glob("items/*.parquet")]:
+    for path in [path for path in out.rglob("*.parquet") if path.is_file()]:
         table = pd.read_parquet(path)
         if "client_id" not in table:
             continue
@@ -190,6 +203,75 @@ def repeat_clients(out: Path, times: int) -> None:
                 more |= {"chosen": False, "answer": of_clients["answer"] + f" {copy}"}
             copies.append(of_clients.assign(**more))
         pd.concat(copies).to_parquet(path, index=False)
+
+
+def made_up(round: int, size: int) -> Commit:
+    """A round of `size` clients that were all asked, heard and measured."""
+    random = np.random.default_rng(round)
+    summary = RoundRow(
+        round=round, started_at=60.0 * round, duration_seconds=60.0, num_participants=size, num_answered=size, lost="",
+        failures="", num_labels=64, mean_agreement=0.5, label_churn=0.25,
+    )  # fmt: skip
+    metrics = tuple(
+        MetricsRow(
+            round=round, client_id=client, model="org/a", nll=nll, perplexity=float(np.exp(nll)), bits_per_byte=nll / 3,
+            rouge_l=0.5, similarity=0.5, train_loss=nll, num_private=4, num_pseudo_labels=64, others={"f1": nll / 4},
+        )
+        for client, nll in enumerate(random.random(size).tolist())
+    )  # fmt: skip
+    ledger = tuple(
+        LedgerRow(
+            round=round, client_id=client, worker="worker-0", node="here", stage=stage, started_at=60.0 * round + took,
+            duration_seconds=took, tokens=64, uplink_bytes=100, energy_joules=took, energy_source="estimated",
+        )
+        for client in range(size)
+        for stage, took in zip(("fine_tune", "generate", "encode", "evaluate"), random.random(4).tolist(), strict=True)
+    )  # fmt: skip
+    return Commit(summary=summary, metrics=metrics, ledger=ledger)
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of each file."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def run_rounds(size: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Commit and copy `rounds` rounds of `size` clients."""
+    os.environ["SEMCONS_CACHE"] = str(scratch)
+    remote = RemoteFolder("memory://bucket/run")
+    config = validate_config({"num_rounds": rounds, "clients": {"num_clients": size}}, where="rounds")
+    folder = RunFolder.create(remote.folder, config)
+    costs: dict[str, list[float]] = {"commit_seconds": [], "copy_seconds": [], "written_bytes": []}
+    compared = {*range(10, 10 + COMPARED), *range(rounds + 1 - COMPARED, rounds + 1)}
+    for number in range(rounds + 1):
+        before = stamps(folder.path) if number in compared else {}
+        commit, began = made_up(number, size), time.process_time()
+        folder.commit(commit, b"state")
+        committed = time.process_time()
+        remote.copy()
+        if number in compared:
+            costs["commit_seconds"].append(committed - began)
+            costs["copy_seconds"].append(time.process_time() - committed)
+            written = [stamp[0] for path, stamp in stamps(folder.path).items() if before.get(path) != stamp]
+            costs["written_bytes"].append(sum(written))
+    first = {name: statistics.median(values[:COMPARED]) for name, values in costs.items()}
+    last = {name: statistics.median(values[-COMPARED:]) for name, values in costs.items()}
+    began = time.process_time()
+    folder.write_tables(folder.commits())
+    gathered = time.process_time()
+    read_ledger(folder.path)
+    return {
+        "kind": "rounds",
+        "size": size,
+        "rounds": rounds,
+        "from_round_10": {name: round(value, 4) for name, value in first.items()},
+        "at_the_end": {name: round(value, 4) for name, value in last.items()},
+        "ratio": {name: round(last[name] / first[name], 2) for name in costs},
+        "resume_seconds": round(gathered - began, 1),
+        "read_ledger_seconds": round(time.process_time() - gathered, 2),
+        "load_average": os.getloadavg()[1],
+        "environment": describe_environment(),
+    }
 
 
 def run_server(size: int) -> dict[str, Any]:
@@ -238,10 +320,12 @@ def main() -> None:
         if args.kind == "server":
             result = run_server(size)
         else:
-            rounds = args.rounds or (5 if args.kind == "clients" else 20)
+            rounds = args.rounds or ROUNDS[args.kind]
             with tempfile.TemporaryDirectory() as scratch:
                 if args.kind == "report":
                     result = run_report(size, rounds, Path(scratch))
+                elif args.kind == "rounds":
+                    result = run_rounds(size, rounds, Path(scratch))
                 else:
                     result = run(args.kind, size, rounds, Path(scratch))
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
