@@ -106,7 +106,8 @@ def compare(
 
     Args:
         config: Settings of a comparison, or of an experiment, which is then run with all default arms.
-        out: A new folder, or that of the same comparison; None: a folder of its own in runs/.
+        out: A new folder, or that of the same comparison, or a URL to which each run is copied after each round; None:
+            a folder of its own in runs/.
         say: Called with a line for each run that ends; None: the lines are logged.
 
     Returns:
@@ -117,15 +118,19 @@ def compare(
         StorageError: The disk is full, or cannot be written to.
     """
     from semcons_ray.api.results import Comparison
-    from semcons_ray.studies.comparison import run_comparison
+    from semcons_ray.runs.remote_folder import locate_study
+    from semcons_ray.studies.comparison import RUNS, SETTINGS, run_comparison
     from semcons_ray.studies.replays import write_virtual_time
 
     wanted = _comparison(config)
-    folder = local_folder(out) if out else new_folder(wanted.name)
-    _, failed = run_comparison(wanted, folder, say or logger.info)
-    _tell_failed(failed, "runs", folder, say)
+    place = out or new_folder(wanted.name)
+    folder, remote = locate_study(place, SETTINGS, RUNS)
+    _, failed = run_comparison(wanted, folder, say or logger.info, remote)
+    _tell_failed(failed, "runs", place, say)
     if found := write_virtual_time(folder):
         (say or logger.info)(f"their virtual hours, joules and CO2: {found}")
+    if remote:
+        remote.copy()
     return Comparison(folder, failed)
 
 
@@ -141,7 +146,8 @@ def sweep(
 
     Args:
         config: Settings of a sweep.
-        out: A new folder, or that of the same sweep; None: a folder of its own in runs/.
+        out: A new folder, or that of the same sweep, or a URL to which each trial is copied after each round; None: a
+            folder of its own in runs/.
         say: Called with a line for each trial that ends; None: the lines are logged.
 
     Returns:
@@ -153,19 +159,23 @@ def sweep(
     """
     wanted = _sweep(config)
     from semcons_ray.api.results import Sweep
+    from semcons_ray.runs.remote_folder import locate_study
     from semcons_ray.studies.replays import write_virtual_time
-    from semcons_ray.studies.sweep import run_sweep
+    from semcons_ray.studies.sweep import SETTINGS, TRIALS, run_sweep
 
-    folder = local_folder(out) if out else new_folder(wanted.name)
-    _, failed = run_sweep(wanted, folder, say or logger.info)
-    _tell_failed(failed, "trials", folder, say)
+    place = out or new_folder(wanted.name)
+    folder, remote = locate_study(place, SETTINGS, TRIALS)
+    _, failed = run_sweep(wanted, folder, say or logger.info, remote)
+    _tell_failed(failed, "trials", place, say)
     if found := write_virtual_time(folder):
         (say or logger.info)(f"their virtual hours, joules and CO2: {found}")
+    if remote:
+        remote.copy()
     return Sweep(folder, failed)
 
 
 def load(place: str | Path) -> Run | Comparison | Sweep:
-    """The run, the comparison or the sweep in a folder, or the run at a URL.
+    """The run, the comparison or the sweep in a folder or at a URL.
 
     Raises:
         RunFolderError: There is none, or it cannot be read.
@@ -196,19 +206,23 @@ def plan(
     Args:
         config: Settings of what `kind` says.
         kind: "run", "compare" or "sweep".
-        out: The folder or URL of a run, which is only checked to be free.
+        out: The folder or URL; that of a run is only checked to be free.
         observers: Are told of the stages.
 
     Raises:
         UserError: It would be refused.
     """
+    from semcons_ray.runs.remote_folder import RemoteFolder, is_url
+
     if kind == "run":
         return _plan_run(config, out, observers)
+    if out and is_url(out):
+        RemoteFolder(str(out))  # which refuses what it cannot use
     if kind == "compare":
         from semcons_ray.studies.comparison import plan_runs
 
         wanted = _comparison(config)
-        runs = plan_runs(wanted, local_folder(out or ""))[: len(wanted.arms)]
+        runs = plan_runs(wanted, Path(out or ""))[: len(wanted.arms)]
         return _plan_many([(run.arm, run.config) for run in runs], len(wanted.seeds), observers)
     from semcons_ray.studies.search_space import describe_point
 
@@ -559,7 +573,7 @@ def _naming(place: str | Path, folder: Path) -> Iterator[None]:
         raise
 
 
-def _tell_failed(failed: int, what: str, folder: Path, say: Callable[[str], None] | None) -> None:
+def _tell_failed(failed: int, what: str, place: str | Path, say: Callable[[str], None] | None) -> None:
     """Warn of failures, which nobody was told of but the log."""
     if failed and say is None:
-        logger.warning("%d %s failed, as the log says; the same call with out=%r goes on", failed, what, str(folder))
+        logger.warning("%d %s failed, as the log says; the same call with out=%r goes on", failed, what, str(place))

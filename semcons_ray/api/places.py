@@ -16,7 +16,7 @@ def local_folder(place: str | Path) -> Path:
         RunFolderError: It is a URL.
     """
     if "://" in str(place):
-        raise RunFolderError(f"{place} is a URL; only run, resume and report take one")
+        raise RunFolderError(f"{place} is a URL; only runs, comparisons and sweeps are kept at one")
     return Path(place)
 
 

@@ -253,8 +253,8 @@ def _parser(*, needs_out: bool = True) -> argparse.ArgumentParser:
     settings = f"settings (the same names as in the YAML file; default in brackets):\n\n{describe_settings()}"
     work("run", _run, sr.run, str, "new folder for the run's files, or a URL", settings)
     command("resume", _resume, sr.resume).add_argument("folder", metavar="DIR", help=RUN)
-    work("compare", _compare, sr.compare, local_folder, "folder for all runs, tables and the figure", COMPARE)
-    work("sweep", _sweep, sr.sweep, local_folder, "folder for all trials and the report", SWEEP)
+    work("compare", _compare, sr.compare, str, "folder for all runs, tables and the figure, or a URL", COMPARE)
+    work("sweep", _sweep, sr.sweep, str, "folder for all trials and the report, or a URL", SWEEP)
     watched = RUN.partition(",")[0]
     command("watch", _watch, sr.watch).add_argument("folder", type=local_folder, metavar="DIR", help=watched)
     report = "Print a run's result table, and write its report.html again."
@@ -346,7 +346,8 @@ def _compare(args: argparse.Namespace) -> int:
         return _plan(settings, "compare", args.out)
     done = sr.compare(settings, out=args.out, say=_say)
     if done.runs:
-        print(f"{done}\n\ntable and figure: {done.path / 'table.md'}, {done.figure}")
+        place = args.out.rstrip("/")
+        print(f"{done}\n\ntable and figure: {place}/table.md, {place}/{done.figure.name}")
     return 1 if done.failed else 0
 
 
@@ -356,7 +357,7 @@ def _sweep(args: argparse.Namespace) -> int:
         return _plan(settings, "sweep", args.out)
     done = sr.sweep(settings, out=args.out, say=_say)
     if done.runs:
-        print(f"{done}\nreport: {done.figure}")
+        print(f"{done}\nreport: {args.out.rstrip('/')}/{done.figure.name}")
     return 1 if done.failed else 0
 
 

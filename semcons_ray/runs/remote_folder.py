@@ -1,9 +1,11 @@
-"""A run folder at a URL (s3://, gs://, file:// or any other that fsspec knows), updated after each round.
+"""A run's or study's folder at a URL (s3://, gs://, file:// or any other that fsspec knows), updated after each round.
 
 Workers keep their clients' states in files that they rename, which an object store cannot do. So a run works in a local
 folder, and the files that changed are copied to the URL when a round is committed. The copy at the URL is
 authoritative: resume and report begin by fetching it. Files are copied in an order such that a run can be resumed from
 the URL wherever copying stops: a round's commit after all files that belong to it, and deletions last.
+
+Of a study, each run's folder is copied by the process that runs it, and what else there is by the study's own.
 """
 
 from __future__ import annotations
@@ -34,24 +36,27 @@ class RemoteFolder:
 
     Args:
         url: A URL that fsspec can write to.
+        folder: The local folder, of which all that there is so far is at the URL; None: a folder below the cache.
 
     Attributes:
-        folder: The local folder, below the cache. On a cluster, SEMCONS_CACHE must name a folder that all machines
-            share.
+        folder: The local folder. On a cluster, SEMCONS_CACHE must name a folder that all machines share.
 
     Raises:
         RunFolderError: The URL's protocol is unknown, needs a package that is not installed, or cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
+    _left_out = ""
+    """A folder in it that is not copied with the rest."""
+
+    def __init__(self, url: str, folder: Path | None = None) -> None:
         self.url = url.rstrip("/")
         try:
             self._fs, self._root = fsspec.url_to_fs(self.url)
         except Exception as error:  # whatever a protocol's package raises
             raise self._failed("use", error) from error
         name = self._root.rstrip("/").rpartition("/")[2] or "run"
-        self.folder = cache_dir() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16] / name
-        self._copied: dict[str, tuple[int, int]] = {}
+        self.folder = folder or cache_dir() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16] / name
+        self._copied = self._files() if folder else {}
 
     def check_free(self) -> None:
         """Prepare a new run: check that the URL is free, and empty the local folder.
@@ -136,8 +141,8 @@ class RemoteFolder:
         """Size and modification time of each file, without files that are being written and the lock."""
         found = {}
         for folder, below, files in os.walk(self.folder):
-            below[:] = [name for name in below if not name.startswith(".")]
             within = Path(folder).relative_to(self.folder)
+            below[:] = [name for name in below if not name.startswith(".") and str(within / name) != self._left_out]
             for name in files:
                 if not name.startswith(".") and (key := (within / name).as_posix()) != "state/lock":
                     stat = (Path(folder) / name).stat()
@@ -146,6 +151,47 @@ class RemoteFolder:
 
     def _failed(self, verb: str, error: Exception) -> RunFolderError:
         return RunFolderError(f"cannot {verb} {self.url}: {str(error) or type(error).__name__}")
+
+
+class RemoteStudy(RemoteFolder):
+    """The folder of a comparison or a sweep at a URL.
+
+    Args:
+        url: A URL that fsspec can write to.
+        settings: The file with the study's settings.
+        runs: A pattern of its run folders.
+
+    Raises:
+        RunFolderError: See `RemoteFolder`.
+    """
+
+    def __init__(self, url: str, settings: str, runs: str) -> None:
+        self._settings, self._runs = settings, runs
+        self._left_out = runs.partition("/")[0]
+        super().__init__(url)
+
+    def go_on(self) -> None:
+        """Fetch what there is of the study, or check that the URL is free.
+
+        Raises:
+            RunFolderError: There is something else at the URL, or it cannot be read.
+        """
+        try:
+            has_begun = self._fs.exists(f"{self._root}/{self._settings}")
+        except Exception as error:
+            raise self._failed("read", error) from error
+        if not has_begun:
+            self.check_free()
+            return
+        self.fetch()
+        for run in self.folder.glob(self._runs):
+            if not (run / "state" / "round_000.msgpack").is_file():  # copying stopped before there was a commit
+                shutil.rmtree(run)
+
+    def of_run(self, folder: Path) -> RemoteFolder:
+        """The folder of one of its runs; to be called before the run goes on."""
+        name = folder.resolve().relative_to(self.folder.resolve()).as_posix()
+        return RemoteFolder(f"{self.url}/{name}", folder)
 
 
 class Copying(Observer):
@@ -157,6 +203,10 @@ class Copying(Observer):
 
     def round_ends(self, commit: Commit) -> None:
         """Copy what changed."""
+        self.copy()
+
+    def copy(self) -> None:
+        """The same, whatever it was that changed."""
         try:
             self._remote.copy()
         except RunFolderError as error:
@@ -197,6 +247,24 @@ def locate(place: str | Path, *, new: bool = False) -> tuple[Path, RemoteFolder 
         remote.check_free()
     else:
         remote.fetch()
+    return remote.folder, remote
+
+
+def locate_study(place: str | Path, settings: str, runs: str) -> tuple[Path, RemoteStudy | None]:
+    """The local folder of a study and, if `place` is a URL, the folder there, from which what there is was fetched.
+
+    Args:
+        place: A folder or a URL, of the study or free.
+        settings: See `RemoteStudy`.
+        runs: See `RemoteStudy`.
+
+    Raises:
+        RunFolderError: See `RemoteStudy.go_on`.
+    """
+    if not is_url(place):
+        return Path(place), None
+    remote = RemoteStudy(str(place), settings, runs)
+    remote.go_on()
     return remote.folder, remote
 
 

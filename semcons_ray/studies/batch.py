@@ -39,6 +39,7 @@ from semcons_ray.errors import ConfigError, SemconsError
 from semcons_ray.metering.environment import usable_cpus
 from semcons_ray.metering.gpus import cuda_fault, visible_gpus
 from semcons_ray.runs.observers import Observer
+from semcons_ray.runs.remote_folder import RemoteStudy, copying
 from semcons_ray.runs.run_folder import RunFolder
 
 
@@ -121,7 +122,11 @@ def configure_runs(shared: dict[str, Any], runs: Sequence[tuple[str, dict[str, A
 SomeJob = TypeVar("SomeJob", bound=Job)
 
 
-def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], float]], None]) -> None:
+def run_jobs(
+    jobs: Sequence[SomeJob],
+    report: Callable[[SomeJob, Callable[[], float]], None],
+    remote: RemoteStudy | None = None,
+) -> None:
     """Run or resume each job.
 
     With `resources.fleet` ray, or `energy.exclusive`, jobs run one after another. Else they run in several processes,
@@ -131,20 +136,21 @@ def run_jobs(jobs: Sequence[SomeJob], report: Callable[[SomeJob, Callable[[], fl
     Args:
         jobs: The jobs; their folders must differ.
         report: Called when a job is done, with the job and a function that returns its seconds or raises its error.
+        remote: Where the study is kept as well.
 
     Raises:
         SemconsError: A process died.
     """
     if any(job.config.resources.fleet == "ray" for job in jobs):
         for job in jobs:
-            report(job, functools.partial(perform, job))
+            report(job, functools.partial(perform, job, remote=remote))
         return
     configs = [job.config for job in jobs]
     threads = max((config.resources.threads_per_worker for config in configs), default=1)
     gpus = [] if cuda_fault() else [gpu.uuid for gpu in visible_gpus()]
     places = plan_processes(configs, gpus, usable_cpus() // threads)
     with start_processes(places, threads) as pool:
-        futures = {pool.submit(perform, job, alone=len(places) == 1): job for job in jobs}
+        futures = {pool.submit(perform, job, alone=len(places) == 1, remote=remote): job for job in jobs}
         try:
             for future in as_completed(futures):
                 report(futures[future], future.result)
@@ -207,17 +213,22 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def perform(job: Job, *observers: Observer, alone: bool = True) -> float:
-    """Run or resume a job, see `run_experiment`; returns the seconds that it took."""
+def perform(job: Job, *observers: Observer, alone: bool = True, remote: RemoteStudy | None = None) -> float:
+    """Run or resume a job, see `run_experiment`, and copy it to where the study is kept as well; returns the seconds
+    that it took."""
     from semcons_ray.runs.experiment import resume_experiment, run_experiment
 
     began = time.monotonic()
+    kept = remote.of_run(job.folder) if remote else None
+    observers = (*copying(kept), *observers)
     if job.folder.exists():
         folder = RunFolder(job.folder)
         folder.write_config(folder.settings_to_resume(job.config))
         resume_experiment(job.folder, *observers, alone=alone)
     else:
         run_experiment(job.config, job.folder, *observers, alone=alone)
+    if kept:
+        kept.copy()
     return time.monotonic() - began
 
 

@@ -28,9 +28,13 @@ from semcons_ray.reporting.comparison import Comparison, compare_runs
 from semcons_ray.reporting.pareto import write_pareto
 from semcons_ray.reporting.summary import summary_markdown
 from semcons_ray.reporting.tables import mean_by_round, read_table
+from semcons_ray.runs.remote_folder import RemoteStudy
 from semcons_ray.runs.run_folder import LOSS_NAMES, MetricsRow, columns_of, comparable_loss, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, configure_runs, load_study, run_jobs, slug, warn_of_losses
+
+SETTINGS, RUNS = "comparison.yaml", "runs/*/*"
+"""The file with a comparison's settings, and a pattern of its run folders."""
 
 DEFAULT_ARMS: dict[str, dict[str, Any]] = {
     "semantic consensus": {},
@@ -135,7 +139,7 @@ def plan_runs(comparison: ComparisonConfig, out: Path) -> list[ArmRun]:
 
 
 def run_comparison(
-    comparison: ComparisonConfig, out: Path, say: Callable[[str], None]
+    comparison: ComparisonConfig, out: Path, say: Callable[[str], None], remote: RemoteStudy | None = None
 ) -> tuple[Comparison | None, int]:
     """Do the runs that are not finished, and write the results of all.
 
@@ -143,6 +147,7 @@ def run_comparison(
         comparison: What to compare.
         out: A new folder, or that of a comparison with the same settings.
         say: Called with a line for each run, and with errors.
+        remote: Where it is kept as well; its runs are copied there as they go on.
 
     Returns:
         The comparison of the finished runs, None if there are none; and the number of runs that failed.
@@ -155,7 +160,9 @@ def run_comparison(
     _check_folder(out, runs)
     check_trackers(*(run.config for run in runs))
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "comparison.yaml", dump_comparison(comparison))
+    write_file(out / SETTINGS, dump_comparison(comparison))
+    if remote:
+        remote.copy()
     todo = [run for run in runs if not run.finished]
     numbers = itertools.count(len(runs) - len(todo) + 1)
     failed = 0
@@ -181,7 +188,7 @@ def run_comparison(
     if len(todo) < len(runs):
         say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished")
     try:
-        run_jobs(todo, report)
+        run_jobs(todo, report, remote)
     except StorageError:
         raise
     except SemconsError as error:
@@ -202,7 +209,7 @@ def dump_comparison(comparison: ComparisonConfig) -> str:
 
 
 def _check_folder(out: Path, runs: Sequence[ArmRun]) -> None:
-    if out.exists() and not (out / "comparison.yaml").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / SETTINGS).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no comparison; choose another --out")
     for run in runs:
         run.check_settings()

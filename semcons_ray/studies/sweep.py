@@ -50,12 +50,16 @@ from semcons_ray.reporting.tables import read_ledger, read_metrics, read_rounds
 from semcons_ray.runs.assembly import find_models, kinds_of
 from semcons_ray.runs.observers import Observer
 from semcons_ray.runs.own_process import as_found
+from semcons_ray.runs.remote_folder import Copying, RemoteStudy
 from semcons_ray.runs.run_folder import Commit, RunFolder, comparable_loss, held, write_file
 from semcons_ray.runs.trackers import check_trackers
 from semcons_ray.studies.batch import Job, gpu_share, perform, warn_of_losses
 from semcons_ray.studies.search_space import Point, SweepConfig, dump_sweep, label, trial_name
 
 ROUND = "round"
+
+SETTINGS, TRIALS = "sweep.yaml", "trials/[!.]*"
+"""The file with a sweep's settings, and a pattern of its run folders."""
 
 CODE = "code"
 """Folder of a sweep with the code of parts of one's own."""
@@ -89,13 +93,16 @@ class Trial(Job):
         return (self.folder / "config.yaml").is_file() and RunFolder(self.folder).has_tables()
 
 
-def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tuple[SweepResult | None, int]:
+def run_sweep(
+    sweep: SweepConfig, out: Path, say: Callable[[str], None], remote: RemoteStudy | None = None
+) -> tuple[SweepResult | None, int]:
     """Do the trials that are not finished, and write the results of all.
 
     Args:
         sweep: What to try; checked by `load_sweep`.
         out: A new folder, or that of a sweep of the same experiment.
         say: Called with a line for each trial.
+        remote: Where it is kept as well; its trials are copied there as they go on.
 
     Returns:
         The results, None if no trial has any; and the number of trials that failed.
@@ -107,21 +114,24 @@ def run_sweep(sweep: SweepConfig, out: Path, say: Callable[[str], None]) -> tupl
     out = out.resolve()
     check_trackers(sweep.configure(sweep.first()))
     trials = _trials(sweep, out)
-    if out.exists() and not (out / "trials").is_dir() and (not out.is_dir() or any(out.iterdir())):
+    has_begun = any((out / name).exists() for name in (SETTINGS, "trials"))
+    if out.exists() and not has_begun and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no sweep; choose another --out")
     for trial in trials:
         trial.check_settings()
     (out / "trials").mkdir(parents=True, exist_ok=True)
     with held(out / ".lock", out):
-        write_file(out / "sweep.yaml", dump_sweep(sweep))
+        write_file(out / SETTINGS, dump_sweep(sweep))
         keep_code(out / CODE, {part for point in sweep.tried() for part in named_parts(sweep.configure(point))})
+        if remote:
+            remote.copy()
         done = [trial for trial in trials if trial.finished or trial.name in _stopped(sweep, out)]
         total = sweep.num_samples if sweep.search == "optuna" else len(trials)
         if done:
             say(f"{len(done)} of {total} trials are finished")
         failed = 0
         if len(done) < total:
-            failed = _tune(sweep, out, trials, done, total, say)
+            failed = _tune(sweep, out, trials, done, total, say, remote)
         return _write_results(sweep, out), failed
 
 
@@ -144,6 +154,7 @@ def _tune(
     done: Sequence[Trial],
     total: int,
     say: Callable[[str], None],
+    remote: RemoteStudy | None,
 ) -> int:
     """Run the trials that are not done; returns how many failed."""
     todo = [trial for trial in trials if trial not in done]
@@ -152,7 +163,7 @@ def _tune(
     for config in {tuple(config.clients_with()): config for config in configs}.values():
         find_models(config)  # before trials start, lest two convert the same model at once
     needed = [name for config in configs for kind in kinds_of(config, out).values() for name in kind.environment]
-    progress = _Progress(sweep, out, len(done), total, say)
+    progress = _Progress(sweep, out, len(done), total, say, remote)
     callbacks: list[tune.Callback] = [progress, *(kind() for kind in (CSVLoggerCallback, JsonLoggerCallback))]
     with as_found(), with_variables(_TUNE_VARIABLES, replace=True), connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
@@ -161,6 +172,7 @@ def _tune(
             room.reserve(config)  # a trial that fits nowhere is refused now, since it would wait for ever
         at_once = _at_once(sweep, experiment)
         shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on(needed)}
+        shared |= {"remote": remote}
         alone = 1 in (at_once, total - len(done))
         trainable = tune.with_parameters(_perform_trial, **shared, alone=alone)
         tuner = tune.Tuner(
@@ -241,7 +253,14 @@ def _group(bundle: dict[str, float], count: int, *first: dict[str, float]) -> tu
 
 
 def _perform_trial(
-    config: dict[str, Any], *, sweep: SweepConfig, out: Path, marked: str, variables: dict[str, str], alone: bool
+    config: dict[str, Any],
+    *,
+    sweep: SweepConfig,
+    out: Path,
+    marked: str,
+    variables: dict[str, str],
+    remote: RemoteStudy | None,
+    alone: bool,
 ) -> None:
     """In the trial's process: run or resume the trial, and report its rounds, including those from before a kill.
 
@@ -268,7 +287,7 @@ def _perform_trial(
     with held(out / "trials" / f".{trial.name}.lock", trial.folder, wait=True):
         if trial.has_results:
             report(trial.rounds().loc[: last - 1])
-        perform(trial, Reporter(), alone=alone)
+        perform(trial, Reporter(), alone=alone, remote=remote)
     report(trial.rounds().loc[[last]])
 
 
@@ -340,8 +359,17 @@ def _scheduler(sweep: SweepConfig, done: Sequence[Trial]) -> TrialScheduler | No
 class _Progress(tune.Callback):
     """Says a line for each trial that ends, and records those that were stopped."""
 
-    def __init__(self, sweep: SweepConfig, out: Path, done: int, total: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: SweepConfig,
+        out: Path,
+        done: int,
+        total: int,
+        say: Callable[[str], None],
+        remote: RemoteStudy | None,
+    ) -> None:
         self._sweep, self._out, self._done, self._total, self._say = sweep, out, done, total, say
+        self._copying = Copying(remote) if remote else None
         self.failed = 0
         self._warned: set[str] = set()
         self._full = ""
@@ -360,6 +388,8 @@ class _Progress(tune.Callback):
             outcome += f", stopped after round {result[ROUND]}"
             names = sorted({*_stopped(self._sweep, self._out), ours.name})
             write_file(self._out / "stopped.json", json.dumps(names, indent=2) + "\n")
+            if self._copying:
+                self._copying.copy()
         self._tell(ours, f"{outcome} ({result['time_total_s']:.0f} s)")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

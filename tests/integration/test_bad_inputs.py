@@ -52,7 +52,7 @@ class Place:
         return self.run("--data.source", self.write(name, content))
 
     def copy(self, *, without: str = "", damage: str = "", change: tuple[str, str] = ("", "")) -> Path:
-        """The finished run once more, with something gone, a file cut in the middle, or words of config.yaml changed."""
+        """The finished run once more, with something gone, or cut in the middle, or words of config.yaml changed."""
         copy = self.folder / "copy"
         shutil.copytree(self.finished, copy)
         if without:

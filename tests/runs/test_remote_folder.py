@@ -9,12 +9,16 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile
 
+import semcons_ray as sr
 from semcons_ray.commands.cli import main
-from semcons_ray.config import ExperimentConfig, dump_config
+from semcons_ray.config import ExperimentConfig, dump_config, dump_yaml
 from semcons_ray.errors import RunFolderError
 from semcons_ray.federation.fleet import Reply
 from semcons_ray.runs.experiment import resume_experiment, run_experiment
-from semcons_ray.runs.remote_folder import Copying, RemoteFolder
+from semcons_ray.runs.remote_folder import Copying, RemoteFolder, locate_study
+from semcons_ray.runs.run_folder import RunFolder
+from semcons_ray.studies.batch import Job, perform
+from semcons_ray.studies.comparison import RUNS, SETTINGS
 from tests.invariants.runs import Silent, StoppedError, assert_same_run
 
 MakeConfig = Callable[..., ExperimentConfig]
@@ -182,6 +186,95 @@ def test_the_commands_take_urls(tiny_config: MakeConfig, tmp_path: Path, capsys:
     assert f"semcons resume {url}" in capsys.readouterr().err
 
 
+def test_a_study_is_not_kept_where_something_else_is(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fs, root = fsspec.url_to_fs(url)
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe(f"{root}/config.yaml", b"num_rounds: 2")
+    assert main(["compare", "--out", url]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{url} is not empty; choose another --out" in line
+    assert names(url) == {"config.yaml"}
+
+
+def test_a_study_goes_on_without_runs_that_were_copied_before_they_had_a_commit(url: str) -> None:
+    fs, root = fsspec.url_to_fs(url)
+    for name in ("comparison.yaml", "runs/a/seed_0/config.yaml", "runs/b/seed_0/state/round_000.msgpack"):
+        fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+        fs.pipe(f"{root}/{name}", b"content")
+    folder, remote = locate_study(url, SETTINGS, RUNS)
+    assert remote
+    assert {path.relative_to(folder).as_posix() for path in folder.glob(RUNS)} == {"runs/b/seed_0"}
+    # Of the runs' folders the study itself copies and deletes nothing.
+    (folder / "table.md").write_text("of all")
+    (folder / "runs/b/seed_0/run.log").write_text("of one")
+    (folder / "comparison.yaml").unlink()
+    remote.copy()
+    kept = {"runs/a/seed_0/config.yaml", "runs/b/seed_0/state/round_000.msgpack"}
+    assert names(url) == {"table.md", *kept}
+    of_run = remote.of_run(folder / "runs/b/seed_0")
+    (folder / "runs/b/seed_0/run.log").write_text("of one, which goes on")
+    (folder / "runs/b/seed_0/state/round_000.msgpack").unlink()
+    of_run.copy()
+    assert names(url) == {"table.md", "runs/a/seed_0/config.yaml", "runs/b/seed_0/run.log"}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_run_of_a_study_whose_machine_is_lost_goes_on_from_the_url_to_the_same_numbers(
+    tiny_config: MakeConfig, url: str, cache: Path, tmp_path: Path
+) -> None:
+    run_experiment(tiny_config(), tmp_path / "undisturbed", Silent())
+
+    def lose(reply: Reply) -> None:
+        if reply.round == 2:
+            raise StoppedError
+
+    folder, remote = locate_study(url, SETTINGS, RUNS)
+    assert remote
+    folder.mkdir(parents=True)
+    (folder / SETTINGS).write_text("{}")
+    remote.copy()
+    with pytest.raises(StoppedError):
+        perform(Job(tiny_config(), folder / "runs/a/seed_0"), Silent(lose), remote=remote)
+    shutil.rmtree(cache)
+    folder, again = locate_study(url, SETTINGS, RUNS)
+    job = Job(tiny_config(), folder / "runs/a/seed_0")
+    assert len(RunFolder(job.folder).commits()) == 2
+    perform(job, remote=again)
+    assert_same_run(tmp_path / "undisturbed", job.folder)
+    there = {str(path.relative_to(job.folder)) for path in job.folder.rglob("*") if path.is_file()}
+    hidden = {name for name in there if any(part.startswith(".") for part in Path(name).parts)}
+    assert names(f"{url}/runs/a/seed_0") == there - hidden - {"state/lock"}
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_comparison_at_a_url_is_read_and_repeated_from_there(
+    tiny_config: MakeConfig, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, file = f"file://{tmp_path}/store/quality", tmp_path / "quality.yaml"
+    experiment = tiny_config(num_rounds=1, clients={"num_clients": 2})
+    values = {
+        "seeds": [0],
+        "arms": {"local only": {"algorithm": {"name": "local_only"}}},
+        "experiment": experiment.model_dump(mode="json", exclude={"name", "seed"}),
+    }
+    file.write_text(dump_yaml(values))
+    assert main(["compare", str(file), "--out", url]) == 0
+    assert f"table and figure: {url}/table.md, {url}/pareto.svg" in capsys.readouterr().out
+    stored = tmp_path / "store" / "quality"
+    assert {"comparison.yaml", "table.md", "pareto.svg", "summary.csv", "runs"} <= {p.name for p in stored.iterdir()}
+    shutil.rmtree(cache)
+    before = {path: path.stat().st_mtime_ns for path in stored.glob("runs/**/*")}
+    assert main(["compare", str(file), "--out", url]) == 0
+    assert capsys.readouterr().err == "1 of 1 runs are finished\n"
+    assert {path: path.stat().st_mtime_ns for path in stored.glob("runs/**/*")} == before
+    shutil.rmtree(cache)
+    found = sr.load(url)
+    assert isinstance(found, sr.Comparison)
+    assert found.table.index.tolist() == ["local only"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -189,12 +282,17 @@ def test_the_commands_take_urls(tiny_config: MakeConfig, tmp_path: Path, capsys:
         (["run", "--out", "s3://bucket/run"], "s3"),
         (["resume", "memory://bucket/nothing"], "memory://bucket/nothing holds nothing"),
         (["report", "file:///no/such/run"], "file:///no/such/run holds nothing"),
-        (["compare", "--out", "s3://bucket/runs"], "s3://bucket/runs is a URL"),
-        (["sweep", "sweep.yaml", "--out", "s3://bucket/swept"], "s3://bucket/swept is a URL"),
+        (["compare", "--out", "nowhere://bucket/runs"], "cannot use nowhere://bucket/runs"),
+        (["compare", "--dry-run", "--out", "nowhere://bucket/runs"], "cannot use nowhere://bucket/runs"),
+        (["sweep", "sweep.yaml", "--out", "nowhere://bucket/swept"], "cannot use nowhere://bucket/swept"),
         (["init", "s3://bucket/config"], "s3://bucket/config is a URL"),
     ],
 )
-def test_bad_urls_are_one_clear_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_urls_are_one_clear_line(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.yaml").write_text("space: {prompts.budget: {grid: [4, 6]}}")
     assert main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from semcons_ray.config import ExperimentConfig, validate_config
-from semcons_ray.distributed.placement import GIB, Node
+from semcons_ray.distributed.placement import GIB, Node, packed
 from semcons_ray.errors import PlacementError
 from semcons_ray.studies.search_space import SweepConfig
 from semcons_ray.studies.sweep import _at_once, _Room
@@ -55,6 +55,50 @@ def test_a_trial_in_one_process_reserves_its_share_of_one_gpu() -> None:
     local = {"fleet": "local", "gpus_per_worker": 0.5, "server_gpus": 0.25}
     assert bundles(config(**local), node(2)) == [{"CPU": 1, "GPU": 0.75}]
     assert bundles(config(**local), node()) == [{"CPU": 1}]
+
+
+def start_trials(config: ExperimentConfig, nodes: list[Node]) -> tuple[int, int]:
+    """How many trials find room at once, given bundle by bundle; and how many GPUs then have something to do."""
+    left, count = [node.gpus for node in nodes], 0
+    while True:
+        tried = [*left]
+        for bundle in bundles(config, *nodes):
+            room = (packed(gpus, [bundle["GPU"]]) for gpus in tried)
+            found = [(index, gpus) for index, gpus in enumerate(room) if gpus is not None]
+            if not found:
+                return count, sum(gpu < 1 for gpus in left for gpu in gpus)
+            tried[found[0][0]] = found[0][1]
+        left, count = tried, count + 1
+
+
+@pytest.mark.parametrize("gpus", [4, 8])
+@pytest.mark.parametrize(
+    ("workers", "engine", "share", "server", "trials"),
+    [
+        (1, "transformers", 1.0, 0.0, 64),
+        (4, "transformers", 1.0, 0.0, 16),
+        (8, "transformers", 1.0, 0.0, 8),
+        (8, "transformers", 0.5, 0.0, 16),
+        (4, "transformers", 0.5, 0.5, 25),  # in 62.5 GPUs; the rest holds no trial
+        (1, "vllm", 0.5, 0.0, 64),  # and the engine the other half
+        (1, "vllm", 0.25, 0.25, 64),
+    ],
+)
+def test_a_sweep_keeps_64_gpus_busy(
+    workers: int, engine: str, share: float, server: float, trials: int, gpus: int
+) -> None:
+    values = {
+        "clients": {"num_clients": 20},
+        "generation": {"engine": engine},
+        "resources": {
+            **({"fleet": "local", "engine_gpus": 0.5} if engine == "vllm" else {"max_workers": workers}),
+            **{"gpus_per_worker": share, "server_gpus": server, "device": "cuda"},
+        },
+    }
+    sweep = SweepConfig.model_validate({"experiment": values, "space": {"prompts.budget": {"grid": [*range(1, 129)]}}})
+    trial = sweep.configure(sweep.first())
+    assert _at_once(sweep, trial) is None  # Tune starts as many as find room
+    assert start_trials(trial, [node(gpus)] * (64 // gpus)) == (trials, 63 if trials == 25 else 64)
 
 
 @pytest.mark.parametrize(
