@@ -71,6 +71,10 @@ _TUNE_VARIABLES = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # TensorBoard's files are written by each run
 }
 
+_START_AT_ONCE = {"TUNE_MAX_PENDING_TRIALS_PG": "64"}
+"""Of trials that are known beforehand, so many start at a time; else Tune starts one after the other, and a large
+cluster is idle for minutes. Optuna is asked for a point only when there is room for it."""
+
 
 @dataclass(frozen=True)
 class Trial(Job):
@@ -165,7 +169,8 @@ def _tune(
     needed = [name for config in configs for kind in kinds_of(config, out).values() for name in kind.environment]
     progress = _Progress(sweep, out, len(done), total, say, remote)
     callbacks: list[tune.Callback] = [progress, *(kind() for kind in (CSVLoggerCallback, JsonLoggerCallback))]
-    with as_found(), with_variables(_TUNE_VARIABLES, replace=True), connect(experiment.resources.ray_address):
+    variables = _TUNE_VARIABLES | (_START_AT_ONCE if sweep.search != "optuna" else {})
+    with as_found(), with_variables(variables, replace=True), connect(experiment.resources.ray_address):
         logging.getLogger("ray").setLevel(logging.CRITICAL)  # a trial that fails is told of in a line of our own
         room = _Room(list_nodes())
         for config in configs:
