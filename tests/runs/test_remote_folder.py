@@ -167,7 +167,7 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_url_to_the_same_numbers
     resume_experiment(again.folder, Copying(again))
     again.copy()
     assert_same_run(tmp_path / "undisturbed", again.folder)
-    assert {"adapters/client_000/adapter_model.safetensors", "metrics.parquet"} <= names(url)
+    assert {"adapters/client_000/adapter_model.safetensors", "metrics.parquet/round_000002.parquet"} <= names(url)
 
 
 @pytest.mark.slow

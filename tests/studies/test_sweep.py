@@ -1,6 +1,7 @@
 """Real sweeps of tiny models."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +103,29 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(
     capsys.readouterr()
     assert main(["sweep", str(write(tmp_path, values)), "--out", str(killed)]) == 0
     assert capsys.readouterr().err == "4 of 4 trials are finished\n"
+
+
+def test_a_sweep_at_a_url_goes_on_from_there_on_another_machine(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = iter(tmp_path / name for name in ("one", "other"))
+    monkeypatch.setattr("semcons_ray.runs.remote_folder.cache_dir", lambda: next(caches) / "cache")
+    url, store = f"file://{tmp_path}/store", tmp_path / "store"
+    values = {**values, "experiment": {**values["experiment"], "num_rounds": 1}}
+    first = {**values, "space": {"prompts.budget": {"grid": [4]}}}
+    assert main(["sweep", str(write(tmp_path, first)), "--out", url]) == 0
+    assert f"report: {url}/report.html" in capsys.readouterr().out
+    assert {"sweep.yaml", "trials.csv", "report.html", "tune"} <= {path.name for path in store.iterdir()}
+    (trial,) = store.glob("trials/*")
+    assert RunFolder(trial).is_finished(1)
+    before = {path: path.stat().st_mtime_ns for path in trial.rglob("*") if path.is_file()}
+    shutil.rmtree(tmp_path / "one")
+    more = {**values, "space": {"prompts.budget": {"grid": [4, 6]}}}
+    assert main(["sweep", str(write(tmp_path, more)), "--out", url]) == 0
+    assert capsys.readouterr().err.startswith("1 of 2 trials are finished\n")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [RunFolder(path).is_finished(1) for path in store.glob("trials/*")] == [True, True]
+    assert pd.read_csv(store / "trials.csv")["status"].tolist() == ["finished"] * 2
 
 
 def test_a_sweep_with_another_experiment_is_named_and_left_alone(
