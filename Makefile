@@ -12,7 +12,7 @@ ENGINES = vllm deepspeed bitsandbytes lm-eval trackers
 ON_TOP = $(PYTHON) -m venv --without-pip $(1) && $(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	> "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 
-.PHONY: run test test-engines test-mutation test-install check docs setup architectures $(ENGINES) clean
+.PHONY: run test test-engines test-mutation test-install test-image check docs setup architectures $(ENGINES) clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -43,6 +43,9 @@ $(VENV)-mutation/.ready: $(VENV)/.ready-dev
 
 test-install: ## Set up and run on each of PYTHONS as on a user's machine; by hand, as it downloads 4 GB a Python
 	failed=0; for python in $(PYTHONS); do .ci/install "$$python" || failed=1; done; exit $$failed
+
+test-image: ## Build an image and run in it, alone and as two nodes with a token; by hand, needs Docker
+	.ci/image $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX))
 
 check: $(VENV)/.ready-dev ## Style, types and layers
 	$(VENV)/bin/ruff check .
