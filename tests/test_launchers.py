@@ -1,12 +1,16 @@
 """Launcher files: what can be said of them without a cloud, Kubernetes, Docker or Slurm at hand."""
 
+import functools
+import json
+import operator
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -14,36 +18,13 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 LAUNCHERS = ["cloud/aws.yaml", "cloud/gcp.yaml", "onprem/onprem.yaml"]
+SCRIPTS = ["as_user", "image", "install", "resolve", "run"]
+CLAIM = "kuberay/runs-claim.yaml"
 KUBERAY = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
 
-# Fields of the ray.io/v1 resources and what they hold: a dict of fields, a kind of value, or None for Kubernetes' own
-# types. From ray-project/kuberay (Apache-2.0), ray-operator/apis/ray/v1/{raycluster,rayjob}_types.go at feeaf72.
-HEAD: dict[str, Any] = {
-    "template": None, "headService": None, "enableIngress": bool, "ingressOptions": None, "resources": dict,
-    "labels": dict, "rayStartParams": dict, "serviceType": str,
-}  # fmt: skip
-WORKERS: dict[str, Any] = {
-    "suspend": bool, "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int,
-    "idleTimeoutSeconds": int, "priority": int, "resources": dict, "labels": dict, "rayStartParams": dict,
-    "template": None, "scaleStrategy": None, "numOfHosts": int,
-}  # fmt: skip
-RAY_CLUSTER: dict[str, Any] = {
-    "upgradeStrategy": None, "authOptions": {"enableK8sTokenAuth": bool, "secretName": str, "mode": str},
-    "suspend": bool, "managedBy": str, "autoscalerOptions": None, "headServiceAnnotations": dict,
-    "enableInTreeAutoscaling": bool, "gcsFaultToleranceOptions": None, "historyServerOptions": None,
-    "networkPolicy": None, "tlsOptions": None, "headGroupSpec": HEAD, "rayVersion": str, "workerGroupSpecs": [WORKERS],
-}  # fmt: skip
-RAY_JOB: dict[str, Any] = {
-    "activeDeadlineSeconds": int, "backoffLimit": int, "rayClusterSpec": RAY_CLUSTER, "submitterPodTemplate": None,
-    "metadata": dict, "clusterSelector": dict, "submitterConfig": None, "managedBy": str, "deletionStrategy": None,
-    "entrypoint": str, "runtimeEnvYAML": str, "jobId": str, "submissionMode": str, "entrypointResources": str,
-    "entrypointNumCpus": float, "entrypointNumGpus": float, "ttlSecondsAfterFinished": int,
-    "preRunningDeadlineSeconds": int, "shutdownAfterJobFinishes": bool, "suspend": bool,
-}  # fmt: skip
-REQUIRED = {
-    id(RAY_CLUSTER): {"headGroupSpec"}, id(HEAD): {"template", "rayStartParams"},
-    id(WORKERS): {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"},
-}  # fmt: skip
+# What KubeRay 1.5.1, the oldest that will do, takes as a RayJob's `spec`; tests/kuberay/reduce.py says how it was made.
+SCHEMA: dict[str, Any] = json.loads((ROOT / "tests" / "kuberay" / "rayjob-1.5.1.json").read_text())
+RAY_JOB = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -75,40 +56,70 @@ def test_a_launcher_file_with_an_unknown_key_is_refused() -> None:
         validate_config(prepare_config({**read(LAUNCHERS[0]), "idle_timeout": 1}))
 
 
-def check(value: Any, fields: Any, where: str) -> None:
-    if isinstance(fields, dict):
-        assert set(value) <= set(fields), where
-        assert REQUIRED.get(id(fields), set()) <= set(value), where
-        for key, inner in value.items():
-            check(inner, fields[key], f"{where}.{key}")
-    elif isinstance(fields, list):
-        for index, inner in enumerate(value):
-            check(inner, fields[0], f"{where}[{index}]")
-    elif fields is not None:
-        assert type(value) is fields, where
-        if fields is dict:  # resources, labels, parameters of ray start: strings all
-            assert all(isinstance(inner, str) for inner in value.values()), where
-
-
-@pytest.mark.parametrize("name", KUBERAY)
-def test_kuberay_knows_every_field(name: str) -> None:
+def ray_job(name: str) -> dict[str, Any]:
+    """The `spec` of a RayJob, or of one with this RayCluster."""
     resource = read(name)
     assert set(resource) == {"apiVersion", "kind", "metadata", "spec"}
     assert resource["apiVersion"] == "ray.io/v1"
-    fields = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}[resource["kind"]]
-    check(resource["spec"], fields, resource["kind"])
-    cluster = resource["spec"].get("rayClusterSpec", resource["spec"])
+    spec: dict[str, Any] = resource["spec"]
+    return {"RayJob": spec, "RayCluster": {"rayClusterSpec": spec}}[resource["kind"]]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_takes_the_file(name: str) -> None:
+    job = ray_job(name)
+    RAY_JOB.validate(job)
+    cluster = job["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert f"\nray=={cluster['rayVersion']}\n" in (ROOT / "requirements.lock").read_text()
-    claim = yaml.safe_load((CLUSTER / "kuberay" / "runs-claim.yaml").read_text())
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert {"name": "runs", "mountPath": "/shared"} in container["volumeMounts"]
         claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod["volumes"]}
-        assert claims["runs"] == {"claimName": claim["metadata"]["name"]}
+        assert claims["runs"] == {"claimName": read(CLAIM)["metadata"]["name"]}
         assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_kubernetes_takes_the_claim_to_a_folder_that_pods_share() -> None:
+    job, claim = ray_job(KUBERAY[0]), read(CLAIM)
+    assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    # Pods may have claims in them, so the schema knows what belongs into one.
+    volumes = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    volumes.append({"name": "claim", "ephemeral": {"volumeClaimTemplate": {"spec": claim["spec"]}}})
+    RAY_JOB.validate(job)
+    claim["spec"]["accessMode"] = claim["spec"].pop("accessModes")
+    assert not RAY_JOB.is_valid(job)
+
+
+def fields(value: Any, *above: Any) -> Iterator[tuple[Any, ...]]:
+    """Where each field is; resources may have any name."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield (*above, name)
+            if name not in ("limits", "requests"):
+                yield from fields(inner, *above, name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from fields(inner, *above, index)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_refuses_each_field_if_it_is_misspelt_or_holds_something_else(name: str) -> None:
+    job = ray_job(name)
+    every = list(fields(job))
+    assert ("rayClusterSpec", "workerGroupSpecs", 0, "template", "spec", "containers", 0, "image") in every
+    for *above, field in every:
+        place = functools.reduce(operator.getitem, above, job)
+        held = place.pop(field)
+        place[f"{field}s"] = held
+        assert not RAY_JOB.is_valid(job), (*above, field)
+        del place[f"{field}s"]
+        place[field] = [[]]
+        assert not RAY_JOB.is_valid(job), (*above, field)
+        place[field] = held
+    assert RAY_JOB.is_valid(job)
 
 
 def test_both_kuberay_files_describe_the_same_cluster() -> None:
@@ -118,7 +129,7 @@ def test_both_kuberay_files_describe_the_same_cluster() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ["shellcheck", "cluster/slurm/semcons.sbatch", ".ci/as_user", ".ci/install", ".ci/resolve", ".ci/run"],
+        ["shellcheck", "cluster/slurm/semcons.sbatch", *(f".ci/{name}" for name in SCRIPTS)],
         ["hadolint", "cluster/docker/Dockerfile"],
     ],
     ids=["shellcheck", "hadolint"],
@@ -159,7 +170,6 @@ exec "$@"
 """
 
 
-@pytest.mark.skipif(shutil.which("awk") is None, reason="needs awk")
 @pytest.mark.parametrize("there", [False, True], ids=["new", "requeued"])
 def test_the_slurm_script_starts_ray_waits_for_it_and_runs_or_resumes(tmp_path: Path, there: bool) -> None:
     """Commands are stand-ins that note how they were called: the order and the words are the script's."""
@@ -169,11 +179,11 @@ def test_the_slurm_script_starts_ray_waits_for_it_and_runs_or_resumes(tmp_path: 
     for name, text in {
         "srun": SRUN,
         "scontrol": "#!/bin/bash\necho one\necho two\n",
-        "hostname": "#!/bin/bash\necho 10.0.0.1\n",
-        "ray": note,
+        "ray": f'#!/bin/bash\necho "ray $* with $SRUN_CPUS_PER_TASK" >> {tmp_path}/calls\n',
         "semcons": note + f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $RAY_ADDRESS" >> {tmp_path}/calls\n',
         "python": f"""#!/bin/bash
 if [[ $2 == *secrets* ]]; then printf "%064d" 0; exit; fi
+if [[ $2 == *ip_address* ]]; then echo 10.0.0.1; exit; fi
 until (( $(grep -c ^ray {tmp_path}/calls 2>/dev/null) == 2 )); do sleep 0.1; done  # both nodes have started
 echo 2
 """,
@@ -195,7 +205,7 @@ echo 2
     head, worker = sorted((call for call in calls if call.startswith("ray")), key=lambda call: "--head" not in call)
     assert "--port=23456" in head
     assert f"--address={address}" in worker
-    assert all("--num-cpus=4 --num-gpus=0" in call for call in (head, worker))
+    assert all(call.endswith("--num-cpus=4 --num-gpus=0 with 4") for call in (head, worker))
     run = f"semcons run a.yaml --out {out} --resources.ray_address auto --seed 1"
     assert (f"semcons resume {out}" if there else run) in calls
     assert f"token 64 {address}" in calls
