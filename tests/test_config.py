@@ -232,7 +232,22 @@ def test_what_was_probably_meant(key, meant):
         ({"training": {"local_steps": 4, "local_epochs": 2}}, ("training.local_epochs 2", "training.local_steps")),
         ({"training": {"warmup_ratio": 0.1}}, ("training.warmup_ratio 0.1", "training.lr_scheduler_type")),
         ({"sharding": {"zero_stage": 2}}, ("sharding.zero_stage 2", "sharding.models")),
-        ({"resources": {"engine_threads": 2}}, ("resources.engine_threads 2", "generation.engine vllm")),
+        (
+            {"generation": {"engine": "transformers"}, "resources": {"engine_threads": 2}},
+            ("resources.engine_threads 2", "generation.engine vllm"),
+        ),
+        (
+            {"resources": {"engine_replicas": 2, "fleet": "local"}},
+            ("resources.engine_replicas 2", "resources.fleet ray"),
+        ),
+        (
+            {
+                "algorithm": {"name": "fedavg_lora"},
+                "generation": {"engine": "vllm"},
+                "evaluation": {"num_answers": 0},
+            },
+            ("generation.engine vllm", "answers of a client"),
+        ),
         ({"resources": {"fleet": "local", "ray_address": "auto"}}, ("resources.ray_address auto", "resources.fleet")),
     ],
 )
@@ -560,6 +575,7 @@ RANGES = {
     "resources.gpus_per_worker": (0.1, 0),
     "resources.server_gpus": (0, -1),
     "resources.engine_gpus": (0.3, 0),
+    "resources.engine_replicas": (1, 0),
     "resources.memory_limit_gib": (0.5, 0),
     "failures.visit_timeout_seconds": (0.1, 0),
     "failures.max_restarts": (0, -1),

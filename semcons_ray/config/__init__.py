@@ -41,6 +41,7 @@ from semcons_ray.config.reading import (
     refusal,
     validate_config,
     validate_shared,
+    with_engine,
 )
 from semcons_ray.config.sections import (
     DEFAULT_METRICS,
@@ -125,6 +126,7 @@ __all__ = [
     "typed",
     "validate_config",
     "validate_shared",
+    "with_engine",
     "without_effect",
     "without_settings",
 ]

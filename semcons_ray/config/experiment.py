@@ -119,8 +119,9 @@ class ExperimentConfig(Settings):
         for key in ("use_dora", "modules_to_save"):
             if getattr(self.model.lora, key):
                 self._check_beside_factors(f"model.lora.{key}")
-        if self.generation.engine == "vllm":
-            self._check_engine()
+        if self.generation.engine == "vllm" and (objection := self.objection_to_vllm()):
+            setting, why = objection
+            raise ValueError(f"{setting} needs generation.engine transformers: {why}")
         self._check_sharding()
         if self.federation.hears_late and not self.algorithm.is_so("can_hear_late"):
             raise ValueError(
@@ -256,23 +257,24 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"algorithm.name {self.algorithm.name} knows A and B alone, and {key} trains more than them"
             )
-        if self.generation.engine == "vllm":
-            raise ValueError(f"{key} needs generation.engine transformers: vllm adds A and B alone")
         if self.sharding.models:
             raise ValueError(f"{key} is not for models of sharding.models")
         if self.model.quantization != "none":
             raise ValueError(f"{key} is not for model.quantization {self.model.quantization}")
 
-    def _check_engine(self) -> None:
-        if self.algorithm.is_so("outgrows_ranks"):
-            raise ValueError(
-                f"algorithm.name {self.algorithm.name} needs generation.engine transformers: what it adds to the base "
-                "model outgrows any rank"
-            )
+    def objection_to_vllm(self) -> tuple[str, str] | None:
+        """The setting that asks for what vLLM cannot do, with its value, and the reason; None: there is none."""
+        algorithm, lora, quantization = self.algorithm, self.model.lora, self.model.quantization
+        if algorithm.is_so("outgrows_ranks"):
+            return f"algorithm.name {algorithm.name}", "what it adds to the base model outgrows any rank"
+        for key in ("use_dora", "modules_to_save"):
+            if getattr(lora, key):
+                return f"model.lora.{key}", "vllm adds A and B alone"
         if self.sharding.models:
-            raise ValueError("sharding.models needs generation.engine transformers: its ranks answer together")
-        if self.model.quantization != "none":
-            raise ValueError(f"model.quantization {self.model.quantization} needs generation.engine transformers")
+            return "sharding.models", "its ranks answer together"
+        if quantization != "none":
+            return f"model.quantization {quantization}", "the weights of a vllm engine are whole"
+        return None
 
     def _check_sharding(self) -> None:
         if not self.sharding.models:
@@ -307,6 +309,11 @@ class ExperimentConfig(Settings):
         """Settings of each client's answers."""
         own = {client: self.of_client(client).generation for client in self.clients.overrides}
         return PerClient(self.generation, own)
+
+    @property
+    def gives_answers(self) -> bool:
+        """Whether clients answer prompts: the public ones, or some of the test set."""
+        return self.algorithm.learns_prompts or self.evaluation.num_answers > 0
 
     @property
     def lora_ranks(self) -> tuple[int, ...]:
@@ -368,7 +375,6 @@ _OF_ADAPTERS = (
     *setting_keys(TrainingConfig, "training."),
     *(key for key in setting_keys(ModelConfig, "model.") if key not in ("model.name", "model.system_prompt")),
     "generation.batch_size",
-    "generation.engine",
     "clients.lora_ranks",
     "algorithm.ema_decay",
     "evaluation.lm_eval.tasks",
@@ -492,7 +498,7 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
     (("generation.send_draws",), lambda config: config.generation.num_samples > 1, "generation.num_samples over 1"),
     (
         ("generation.stop",),
-        lambda config: config.algorithm.learns_prompts or config.evaluation.num_answers > 0,
+        lambda config: config.gives_answers,
         "answers: evaluation.num_answers over 0, algorithm.name semantic_consensus or algorithm.self_labels",
     ),
     (
@@ -545,9 +551,21 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         "judge in evaluation.metrics",
     ),
     (
+        ("generation.engine",),  # transformers is what any run has that has no engine
+        lambda config: config.generation.engine == "transformers"
+        or (bool(config.open_models) and config.gives_answers),
+        "answers of a client whose model is not of clients.models: evaluation.num_answers over 0, algorithm.name "
+        "semantic_consensus or algorithm.self_labels",
+    ),
+    (
         ("resources.engine_threads", "resources.engine_gpus", "resources.engine_cache_gib"),
-        lambda config: config.generation.engine == "vllm",
+        lambda config: config.generation.engine != "transformers",
         "generation.engine vllm",
+    ),
+    (
+        ("resources.engine_replicas",),
+        lambda config: config.generation.engine != "transformers" and config.resources.fleet == "ray",
+        "generation.engine vllm and resources.fleet ray",
     ),
     (
         tuple(f"federation.{name}" for name in FederationConfig.model_fields if name != "devices"),

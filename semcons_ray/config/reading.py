@@ -14,7 +14,14 @@ from pydantic.fields import FieldInfo
 
 from semcons_ray.config.base import Settings, SomeSettings
 from semcons_ray.config.documents import dump_yaml, parse_yaml, read_yaml
-from semcons_ray.config.experiment import DEFAULTS, ExperimentConfig, has_setting, setting_value, without_effect
+from semcons_ray.config.experiment import (
+    DEFAULTS,
+    ExperimentConfig,
+    has_setting,
+    is_chosen,
+    setting_value,
+    without_effect,
+)
 from semcons_ray.config.keys import describe_error, find_setting, merge_settings, place_of
 from semcons_ray.config.sections import UNIONS, FederationConfig
 from semcons_ray.errors import ConfigError
@@ -164,13 +171,31 @@ def validate_config(values: dict[str, Any], *, where: Where, shared: dict[str, A
     Raises:
         ConfigError: A key is unknown, or a value has the wrong type, is out of range or has no effect.
     """
-    config = validate_shared(values, where=where, shared=shared)
-    for key, _ in without_effect(config):
+    return _settled(validate_shared(values, where=where, shared=shared))
+
+
+def _settled(config: ExperimentConfig) -> ExperimentConfig:
+    """The same settings, with the defaults of those that have no effect."""
+    for key, _ in [*without_effect(config)]:
         if key.startswith("clients.overrides."):
             config = _with_setting(config, "clients.overrides", _without(config, key))
         else:
             config = _with_setting(config, key, setting_value(DEFAULTS, key))
     return config
+
+
+def with_engine(config: ExperimentConfig, engine: Literal["transformers", "vllm"]) -> ExperimentConfig:
+    """The settings with `generation.engine` resolved; those that have no effect then have their defaults.
+
+    Workers have what an engine leaves of a GPU, unless it is said what they have.
+    """
+    resources = config.resources
+    if engine == "vllm" and not is_chosen(config, "resources.gpus_per_worker"):
+        left = round(resources.gpus_per_worker - resources.engine_gpus, 4)
+        if left > 0:
+            resources = resources.model_copy(update={"gpus_per_worker": left})
+    generation = config.generation.model_copy(update={"engine": engine})
+    return _settled(config.model_copy(update={"generation": generation, "resources": resources}))
 
 
 def _with_setting(settings: SomeSettings, key: str, value: Any) -> SomeSettings:

@@ -515,10 +515,12 @@ class GenerationConfig(Settings):
         description="Prompts that transformers answers, and test examples that are scored, in a batch. Lower it if "
         "memory is short.",
     )
-    engine: Literal["transformers", "vllm"] = Field(
-        "transformers",
-        description="transformers: each client's own model answers; vllm: one engine for each base model answers for "
-        "all its clients together (install it with `make vllm`).",
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="transformers: each client's own model answers; vllm: engines of each base model answer for all "
+        "its clients together (install it with `make vllm`). auto: vllm if it is installed, clients compute on GPUs, "
+        "the GPUs have room for engines beside as many workers, and no other setting asks for what vllm cannot do; "
+        "else transformers. The plan says which, and why.",
     )
 
     @property
@@ -805,6 +807,11 @@ class ResourcesConfig(Settings):
     engine_gpus: GpuShare = Field(0.3, gt=0, description="Share of a GPU that a vllm engine gets, on GPUs.")
     engine_cache_gib: float = Field(
         0.5, gt=0, description="Size in GiB of a vllm engine's key-value cache; a larger one batches more prompts."
+    )
+    engine_replicas: int = Field(
+        1,
+        ge=1,
+        description="vllm engines of each base model. A client's prompts go to the one with the fewest requests.",
     )
     memory_limit_gib: float | None = Field(
         None, gt=0, description="Host memory in GiB that placement may plan with on each node. null: what is free."

@@ -1,11 +1,13 @@
 """Generation engines as Ray actors: their placement, and how workers call them.
 
-There is one actor for each base model. Calls of several workers run in it at once, so that their prompts are batched
-together.
+There are one or more actors for each base model. Calls of several workers run in one at once, so that their prompts
+are batched together. An answer does not depend, but for rounding, on which of them is asked: a request has the adapter
+and every prompt's random stream with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,9 @@ from semcons_ray.metering.gpus import this_place
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
 from semcons_ray.tracking.run_log import join_run_log
+
+SLOW_SECONDS = 1.0
+"""So long an engine is waited for to say how many requests it has. One that has answered others says it at once."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class EngineActor:
         self._engine: VllmEngine | None = None
         self._failure: Exception | None = None
         self._loading = threading.Lock()
+        self._counting = threading.Lock()
+        self._num_open = 0
 
     def load(self) -> None:
         """Load the model. The constructor does not, since its errors do not reach the caller."""
@@ -150,13 +157,22 @@ class EngineActor:
 
     def generate(self, request: EngineRequest) -> EngineReply:
         """See `Engine.generate`."""
-        engine = self._loaded()
+        with self._counting:
+            self._num_open += 1
         try:
+            engine = self._loaded()
             return engine.generate(request)
         except EngineError:
             if engine.is_broken:
                 os._exit(1)
             raise
+        finally:
+            with self._counting:
+                self._num_open -= 1
+
+    def num_open(self) -> int:
+        """How many requests are not answered yet."""
+        return self._num_open
 
     def host_bytes(self) -> int:
         """See `VllmEngine.host_bytes`."""
@@ -189,12 +205,12 @@ class RayEngine:
         Args:
             spec: What the engine is built from.
             plan: Where it goes.
-            callers: Most calls at a time.
+            callers: Most requests at a time.
             max_restarts: How often a request is repeated if the engine dies while answering it.
         """
         options = actor_options(node_id=plan.node_id, threads=plan.threads, num_cpus=plan.cpus, num_gpus=plan.gpus)
         actor = EngineActor.options(  # type: ignore[attr-defined]
-            **options, max_concurrency=callers + 1, max_restarts=-1, max_task_retries=max_restarts
+            **options, max_concurrency=2 * callers + 1, max_restarts=-1, max_task_retries=max_restarts
         ).remote(spec, passed_on())
         actor.load.remote()
         return cls(spec.name, actor)
@@ -228,3 +244,32 @@ class RayEngine:
             raise error.cause from None
         except RayError as error:
             raise EngineError(f"{self.name} died: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Several engines of one base model, of which the one with the fewest open requests is asked.
+
+    Attributes:
+        engines: The engines.
+    """
+
+    engines: tuple[RayEngine, ...]
+
+    def generate(self, request: EngineRequest) -> EngineReply:
+        """See `Engine.generate`."""
+        return self._least_loaded().generate(request)
+
+    def _least_loaded(self) -> RayEngine:
+        """One that is starting again does not say how many it has, and is passed over while another does.
+
+        If several have the fewest, workers that ask at the same moment do not all take the same.
+        """
+        counts = [engine.actor.num_open.remote() for engine in self.engines]
+        told, _ = ray.wait(counts, num_returns=len(counts), timeout=SLOW_SECONDS)
+        found = dict[int, int]()
+        for ref in told:
+            with contextlib.suppress(RayError):
+                found[counts.index(ref)] = ray.get(ref)
+        turn, size = os.getpid(), len(counts)
+        return self.engines[min(found or range(size), key=lambda i: (found.get(i, 0), (i + turn) % size))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from semcons_ray.metering.ledger import Ledger, LedgerRow, Place
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.client_model import SAMPLING, Pair, Score, State, Targets, Task
 from semcons_ray.modeling.engine import Engine
+from semcons_ray.modeling.handover import HandOver
 
 if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
     from semcons_ray.modeling.language_model import LanguageModel
@@ -39,7 +39,7 @@ class AdapterModel:
         batch_size: Prompts answered, and texts scored, at once.
         seed: The experiment's seed.
         ledger: Where the engine's work is recorded.
-        engine: The engine that generates its answers; None: the base model does.
+        handover: Hands its adapter to the engine that generates its answers; None: the base model does.
 
     Attributes:
         frozen: An adapter of any rank that is added to the base model and not trained; empty: there is none.
@@ -57,7 +57,7 @@ class AdapterModel:
         batch_size: int,
         seed: int,
         ledger: Ledger,
-        engine: Engine | None = None,
+        handover: HandOver | None = None,
     ) -> None:
         self.client_id = client_id
         self.base = base
@@ -66,7 +66,7 @@ class AdapterModel:
         self.batch_size = batch_size
         self.seed = seed
         self.ledger = ledger
-        self.engine = engine
+        self.handover = handover
         self.restore({})
 
     def restore(self, state: State) -> None:
@@ -131,32 +131,32 @@ class AdapterModel:
     def answer(self, prompts: Sequence[Prompt], task: Task) -> list[list[str]]:
         """See `ClientModel.answer`; the first answers are those of a client that draws no more."""
         generation = GenerationConfig(batch_size=self.batch_size, **{name: getattr(task, name) for name in SAMPLING})
-        if self.engine is not None:
-            return self._engine_answers(self.engine, prompts, task, generation)
+        if self.handover is not None:
+            return self._engine_answers(self.handover, prompts, task, generation)
         answers, tokens = self.base.generate(self.adapter, prompts, generation, task.generator, frozen=self.frozen)
         task.tokens += tokens
         return _by_sample(answers, task)
 
     def _engine_answers(
-        self, engine: Engine, prompts: Sequence[Prompt], task: Task, generation: GenerationConfig
+        self, handover: HandOver, prompts: Sequence[Prompt], task: Task, generation: GenerationConfig
     ) -> list[list[str]]:
         request = self.base.engine_request(self.adapter, prompts, generation, task.generator)
-        asked = time.perf_counter()
-        reply = engine.generate(request)
-        task.waited_seconds = time.perf_counter() - asked
-        self.ledger.add(
-            LedgerRow(
-                round=task.round,
-                client_id=self.client_id,
-                worker=reply.engine,
-                node=reply.node,
-                stage="generate" if task.purpose == "answer" else "evaluate",
-                started_at=reply.started_at,
-                duration_seconds=reply.busy_seconds,
-                tokens=reply.num_tokens,
-                gpus=reply.gpus,
+        replies = handover.ask(self.adapter, request)
+        task.waited_seconds = sum(seconds for _, seconds in replies)
+        for reply, _ in replies:
+            self.ledger.add(
+                LedgerRow(
+                    round=task.round,
+                    client_id=self.client_id,
+                    worker=reply.engine,
+                    node=reply.node,
+                    stage="generate" if task.purpose == "answer" else "evaluate",
+                    started_at=reply.started_at,
+                    duration_seconds=reply.busy_seconds,
+                    tokens=reply.num_tokens,
+                    gpus=reply.gpus,
+                )
             )
-        )
         return _by_sample(self.base.decode(reply.answers, generation.stop), task)
 
     def score(self, pairs: Sequence[Pair]) -> Score:
@@ -248,7 +248,7 @@ class AdapterModels:
         base = kind.of(self.model, folder, device=self.device, seed=seed, trainings=trainings, **more)
         place = this_place(uses_gpu=self.device == "cuda")
         ledger.gpus = Place.of_all(base.of_all_ranks(place)).gpus
-        return Adapted(self, base, seed, ledger)
+        return Adapted(self, base, seed, ledger, None if self.engine is None else HandOver(self.engine, base))
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,14 @@ class Adapted:
         base: The base model.
         seed: The experiment's seed.
         ledger: See `AdapterModel`.
+        handover: See `AdapterModel`.
     """
 
     spec: AdapterModels
     base: LanguageModel
     seed: int
     ledger: Ledger
+    handover: HandOver | None = None
 
     @property
     def first_adapter(self) -> Adapter:
@@ -288,5 +290,5 @@ class Adapted:
             batch_size=spec.generation[client_id].batch_size,
             seed=self.seed,
             ledger=self.ledger,
-            engine=spec.engine,
+            handover=self.handover,
         )

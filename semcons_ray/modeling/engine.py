@@ -8,7 +8,7 @@ by the model itself begin with the same ids and end at the same tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -26,6 +26,7 @@ class EngineRequest:
         ends: Ids that end an answer.
         stop: Texts that end an answer.
         seeds: Seed of each prompt's own random stream.
+        num_told: Of how many answers, from the first, the reply tells how likely their tokens are.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -37,6 +38,20 @@ class EngineRequest:
     ends: Sequence[int]
     stop: Sequence[str]
     seeds: Sequence[int]
+    num_told: int = 0
+
+
+@dataclass(frozen=True)
+class Told:
+    """An answer, and how likely the engine finds it.
+
+    Attributes:
+        ids: Its token ids, with that of the token that ended it.
+        log_likelihoods: Log-likelihood of each in nats, at temperature 1.
+    """
+
+    ids: list[int]
+    log_likelihoods: list[float]
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class EngineReply:
         started_at: Start of the request's part of the engine's busy time, unix seconds.
         busy_seconds: Length of that part. Requests are worked on at the same time, but each is given a stretch of its
             own, so that all parts add up to the time that the engine was busy.
+        told: The first answers, as many as the request asks for.
     """
 
     answers: list[list[int]]
@@ -62,6 +78,7 @@ class EngineReply:
     gpus: str
     started_at: float
     busy_seconds: float
+    told: list[Told] = field(default_factory=list)
 
 
 class Engine(Protocol):

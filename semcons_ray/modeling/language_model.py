@@ -160,6 +160,7 @@ class LanguageModel:
         self.name = name
         self.device = torch.device(device)
         self._max_length = max_length
+        self.dtype = dtype
         self._rounding = 1e-3 if dtype == "float32" else 0.4  # see `_check_packing`
         self._attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         options = loading_options(quantization, dtype=dtype, device=device)
@@ -594,6 +595,20 @@ class LanguageModel:
             num_bytes=tuple(sum(text.num_bytes for text in parts) for parts in texts),
             processed_tokens=sum(len(text.ids) for parts in texts for text in parts),
         )
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self, adapter: Adapter, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """How likely each token of answers is, in nats; prompts and answers are token ids, and go through the model
+        together."""
+        texts = [
+            Segment([*prompt, *answer], ((len(prompt), len(prompt) + len(answer)),))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        with self._at_work(adapter, None, "score answers", len(texts)):
+            nll = self._token_nll(self._collate([[text] for text in texts]))
+        return [(-part).tolist() for part in torch.split(nll, [text.num_learnt for text in texts])]
 
     def response_ids(self, prompt: Prompt, response: str) -> list[int]:
         """Tokens of a response to a prompt, with those that end it."""

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from semcons_ray.errors import ConfigError, EngineError, ModelError, first_line
-from semcons_ray.modeling.engine import EngineReply, EngineRequest
+from semcons_ray.modeling.engine import EngineReply, EngineRequest, Told
 
 logger = logging.getLogger(__name__)
 
@@ -114,13 +114,15 @@ class EngineSpec:
 
 @dataclass
 class _Job:
-    """A request in work: its answers so far, the prompts without one yet by vLLM's id, and the time spent on it."""
+    """A request in work: its answers so far, the prompts without one yet by vLLM's id, how likely the first answers
+    are, and the time spent on it."""
 
     request: EngineRequest
     done: Future[EngineReply] = field(default_factory=Future)
     adapter_id: int = 0
     unanswered: dict[str, int] = field(default_factory=dict)
     answers: dict[int, list[int]] = field(default_factory=dict)
+    told: dict[int, Told] = field(default_factory=dict)
     busy_seconds: float = 0.0
 
 
@@ -223,6 +225,7 @@ class VllmEngine:
                 stop=list(job.request.stop),
                 ignore_eos=True,  # ends are named
                 detokenize=bool(job.request.stop),
+                logprobs=0 if index < job.request.num_told else None,  # 0: of no token but the one that is written
             )
             request_id = f"{job.adapter_id}-{index}"
             job.unanswered[request_id] = index
@@ -245,7 +248,11 @@ class VllmEngine:
         for output in outputs:
             if output.finished:
                 job = of_adapter[int(output.request_id.partition("-")[0])]
-                job.answers[job.unanswered.pop(output.request_id)] = list(output.outputs[0].token_ids)
+                index, (written, *_) = job.unanswered.pop(output.request_id), output.outputs
+                job.answers[index] = ids = list(written.token_ids)
+                if written.logprobs:
+                    likely = [found[token].logprob for token, found in zip(ids, written.logprobs, strict=False)]
+                    job.told[index] = Told(ids, likely)
                 if not job.unanswered:
                     self._finish(job)
 
@@ -273,6 +280,7 @@ class VllmEngine:
                 gpus=self._gpus,
                 started_at=started_at,
                 busy_seconds=job.busy_seconds,
+                told=[told for _, told in sorted(job.told.items())],
             )
         )
 
@@ -282,9 +290,12 @@ def _load(spec: EngineSpec) -> Any:
     from vllm import EngineArgs, SamplingParams
     from vllm.inputs import tokens_input
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.sample import sampler
 
     from semcons_ray.modeling.packaged import resolve_model
 
+    if not spec.gpus:  # the ranks of told tokens, which nobody asks for: to compile them in C++ takes half a minute
+        sampler.batched_count_greater_than = lambda likely, chosen: (likely >= chosen).sum(-1)
     # Collecting what is left of an earlier engine destroys vLLM's process groups: do it now, not while this one loads.
     gc.collect()
     set_num_threads = torch.set_num_threads
@@ -306,14 +317,16 @@ def _load(spec: EngineSpec) -> Any:
     )
     try:
         engine = LLMEngine.from_engine_args(arguments)
-        # What this device has no kernel for shows with the first token only.
-        probe = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        # What this device has no kernel for shows with the first token only; what is compiled for it, is so now.
+        probe = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, logprobs=0)
         engine.add_request("probe", tokens_input([0]), probe)
         while engine.has_unfinished_requests():
             engine.step()
         return engine
     except Exception as error:  # vLLM raises many kinds; all of them mean the same to the user
         logger.exception("vLLM cannot load %s", spec.model)
-        raise ModelError(f"vLLM cannot load model {spec.model}: {first_line(error)}") from error
+        raise ModelError(
+            f"vLLM cannot load model {spec.model}: {first_line(error)}; set generation.engine to transformers"
+        ) from error
     finally:
         torch.set_num_threads = set_num_threads  # vLLM puts a function in its place that does nothing

@@ -21,6 +21,7 @@ from semcons_ray.config import (
     TrainingConfig,
     is_chosen,
     setting_value,
+    with_engine,
 )
 from semcons_ray.consensus import Election
 from semcons_ray.data.canaries import with_canaries, write_canaries
@@ -29,7 +30,7 @@ from semcons_ray.data.losses import Reason, Tally
 from semcons_ray.data.sources import is_files, load_examples, pin_data
 from semcons_ray.data.split import DataSplit, divide, read_split, write_split
 from semcons_ray.distributed.cluster import connect, list_nodes, this_node
-from semcons_ray.distributed.engines import EnginePlan, RayEngine, plan_engines
+from semcons_ray.distributed.engines import EnginePlan, RayEngine, Replicas, plan_engines
 from semcons_ray.distributed.placement import (
     GIB,
     Demand,
@@ -45,7 +46,7 @@ from semcons_ray.distributed.placement import (
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.distributed.ray_server import RayServer
 from semcons_ray.endpoints.judge import JUDGE, Judge
-from semcons_ray.errors import ConfigError, ModelError
+from semcons_ray.errors import ConfigError, ModelError, PlacementError
 from semcons_ray.evaluation.harness import Harness
 from semcons_ray.evaluation.metrics import OWN_METRICS, Metric, make_metrics
 from semcons_ray.evaluation.scores import numeric_match
@@ -59,7 +60,7 @@ from semcons_ray.federation.server import ServerOnDemand, ServerProtocol, Server
 from semcons_ray.federation.store import mark
 from semcons_ray.messages import PublicPrompts, text_of
 from semcons_ray.metering.energy import Draw, NodeMeter, estimate_draw, open_meters
-from semcons_ray.metering.environment import with_variables
+from semcons_ray.metering.environment import has_vllm_for_gpus, with_variables
 from semcons_ray.metering.gpus import IN_NVMLS_ORDER, this_place
 from semcons_ray.modeling.chat import read_formats
 from semcons_ray.modeling.dimensions import Dimensions
@@ -69,7 +70,13 @@ from semcons_ray.modeling.footprint import PROCESS_BYTES, measure_engine, measur
 from semcons_ray.modeling.model_folder import read_config, read_shapes
 from semcons_ray.modeling.packaged import pin_model, resolve_model
 from semcons_ray.modeling.quantization import check_quantization
-from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine, check_installed, room_for_rank
+from semcons_ray.modeling.vllm_engine import (
+    RANKS,
+    EngineSpec,
+    VllmEngine,
+    check_installed,
+    room_for_rank,
+)
 from semcons_ray.parts import build
 from semcons_ray.runs.run_folder import MetricsRow, RunFolder, columns_of
 from semcons_ray.timeline.devices import Model
@@ -92,13 +99,13 @@ class Placement:
     """Where everything runs.
 
     Attributes:
-        config: The settings, with `auto` of `model.dtype` and `resources.device` resolved.
+        config: The settings, with `auto` of `model.dtype`, `resources.device` and `generation.engine` resolved.
         nodes: The nodes, before anything is placed.
         server: Placement of the server.
         workers: Placement of each worker.
         demands: What a worker of each model needs, by model name.
         engines: Placement of each generation engine; empty: clients' own models answer.
-        warnings: Lines about GPUs that are there and not used.
+        notes: Lines about GPUs that are there and not used, and about what `generation.engine` auto stands for.
         revisions: See `pin_revisions`.
     """
 
@@ -108,7 +115,7 @@ class Placement:
     workers: tuple[WorkerPlan, ...]
     demands: dict[str, Demand]
     engines: tuple[EnginePlan, ...] = ()
-    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     revisions: Mapping[str, str] = field(default_factory=dict)
 
     def pinned(self, model: str) -> str:
@@ -511,7 +518,10 @@ def place(
     folders: dict[str, Path],
     revisions: Mapping[str, str] = NO_REVISIONS,
 ) -> Placement:
-    """Resolve device and dtype, and place engines, server and workers.
+    """Resolve device, dtype and what answers, and place engines, server and workers.
+
+    An engine that `generation.engine` auto stands for takes no worker's place: there are as many workers as there would
+    be without. So that there can be, they have what it leaves of a GPU, unless `resources.gpus_per_worker` is given.
 
     Args:
         config: The settings.
@@ -526,7 +536,7 @@ def place(
     """
     resources = config.resources
     device = choose_device(resources.device, nodes)
-    warnings = tuple(unused_gpus(resources.device, nodes))
+    notes = tuple(unused_gpus(resources.device, nodes))
     nodes = tuple(replace(node, gpus=()) if node.cuda_fault else node for node in nodes)
     dtype = config.model.dtype
     if dtype == "auto" and folders:
@@ -542,6 +552,51 @@ def place(
         }
     )
     _check_attention(config)
+    if config.generation.engine != "auto":
+        return replace(_placed(config, nodes, folders, revisions), notes=notes)
+    without = _placed(with_engine(config, "transformers"), nodes, folders, revisions)
+    placement, reason = without, _why_not_vllm(config)
+    if reason is None:
+        try:
+            beside = _placed(with_engine(config, "vllm"), nodes, folders, revisions)
+        except PlacementError as error:
+            reason = f"engines and workers do not fit together: {error}"
+        else:
+            if len(beside.workers) < len(without.workers):
+                reason = f"beside engines there is room for {len(beside.workers)} workers of {len(without.workers)}"
+            else:
+                placement, reason = beside, "it is installed, and clients compute on GPUs"
+    engine = placement.config.generation.engine
+    return replace(placement, notes=(*notes, f"  generation.engine auto is {engine}: {reason}") if folders else notes)
+
+
+def _why_not_vllm(config: ExperimentConfig) -> str | None:
+    """Why clients' own models answer, and no vLLM engine, where `generation.engine` is auto, whatever room there is;
+    None: an engine may answer.
+
+    Args:
+        config: The settings, with `resources.device` resolved.
+    """
+    if config.resources.device == "cpu":
+        return "clients compute on the CPU"
+    if not has_vllm_for_gpus():
+        return "vLLM is not installed, or only its build for CPUs"
+    if not (config.open_models and config.gives_answers):
+        return "no client answers with a model of this machine"
+    if objection := config.objection_to_vllm():
+        return "{}: {}".format(*objection)
+    if max(config.lora_ranks) > RANKS[-1]:
+        return f"model.lora.rank {max(config.lora_ranks)} is over {RANKS[-1]}"
+    if config.resources.fleet == "local":
+        return "with resources.fleet local, one client asks at a time"
+    return None
+
+
+def _placed(
+    config: ExperimentConfig, nodes: tuple[Node, ...], folders: dict[str, Path], revisions: Mapping[str, str]
+) -> Placement:
+    """Place engines, server and workers by settings that are resolved; see `place`."""
+    resources, device = config.resources, config.resources.device
     demands = [_demand(config, name, folder) for name, folder in folders.items()]
     demands += [
         Demand(name, config.clients_with()[name], SERVER_BYTES, 0, elsewhere=True) for name in config.other_models
@@ -568,8 +623,7 @@ def place(
         plan_workers(demands, free, limits, device=device),
         {demand.model: demand for demand in demands},
         engines,
-        warnings,
-        revisions,
+        revisions=revisions,
     )
 
 
@@ -643,7 +697,7 @@ def _place_engines(
     }
     on_gpu = resources.device == "cuda"
     return plan_engines(
-        [Demand(name, (), host, device) for name, (host, device) in needs.items()],
+        [Demand(name, (), host, device) for name, (host, device) in needs.items()] * resources.engine_replicas,
         nodes,
         threads=resources.engine_threads or resources.threads_per_worker,
         cpus=0 if on_gpu or resources.fleet == "local" else resources.engine_threads or 0,
@@ -654,7 +708,7 @@ def _place_engines(
 
 @contextlib.contextmanager
 def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]:
-    """The generation engines by model name, stopped at the end of the block; none if clients' own models answer.
+    """The generation engines by their own names, stopped at the end of the block; none if clients' own models answer.
 
     Raises:
         ModelError: An engine cannot load its model.
@@ -679,16 +733,23 @@ def engines(placement: Placement) -> Iterator[dict[str, RayEngine | VllmEngine]]
                 stops=any(settings.stop for settings in generation),
             )
             if config.resources.fleet == "local":
-                started[plan.model] = spec.build(this_place(uses_gpu=plan.gpus > 0).gpus)
+                started[plan.name] = spec.build(this_place(uses_gpu=plan.gpus > 0).gpus)
             else:
                 restarts = config.failures.max_restarts
-                started[plan.model] = RayEngine.start(spec, plan, callers=callers, max_restarts=restarts)
+                started[plan.name] = RayEngine.start(spec, plan, callers=callers, max_restarts=restarts)
         for engine in started.values():
             engine.wait()
         yield started
     finally:
         for engine in started.values():
             engine.close()
+
+
+def _serving(placement: Placement, started: Mapping[str, RayEngine | VllmEngine], model: str) -> Engine | None:
+    """What answers for the clients of a model; None: their own model does."""
+    mine = [started[plan.name] for plan in placement.engines if plan.model == model]
+    replicas = tuple(engine for engine in mine if isinstance(engine, RayEngine))
+    return Replicas(replicas) if len(replicas) > 1 else next(iter(mine), None)
 
 
 def known_answers(config: ExperimentConfig, references: Sequence[str]) -> dict[int, str]:
@@ -702,7 +763,11 @@ def known_answers(config: ExperimentConfig, references: Sequence[str]) -> dict[i
 
 @contextlib.contextmanager
 def parts(
-    placement: Placement, split: DataSplit, method: Method, folder: RunFolder, serving: Mapping[str, Engine]
+    placement: Placement,
+    split: DataSplit,
+    method: Method,
+    folder: RunFolder,
+    started: Mapping[str, RayEngine | VllmEngine],
 ) -> Iterator[tuple[Fleet, ServerProtocol]]:
     """The fleet and the server, stopped at the end of the block. A server that has nothing to embed is not made.
 
@@ -711,7 +776,7 @@ def parts(
         split: Who holds which examples.
         method: What clients and server do.
         folder: The run's folder.
-        serving: Generation engines by model name.
+        started: See `engines`.
 
     Raises:
         UserError: There is no room for a worker, or a model cannot be loaded; the message says what to change.
@@ -743,7 +808,7 @@ def parts(
     kinds = kinds_of(config, folder.state, placement.revisions)
     specs: dict[str, HostSpec] = {}
     for name in placement.demands:
-        models = kinds.get(name) or _models_spec(placement, name, serving.get(name))
+        models = kinds.get(name) or _models_spec(placement, name, _serving(placement, started, name))
         specs[name] = _host_spec(placement, models, split, public_prompts, algorithm, folder.state, shared)
 
     def make_server() -> ServerProtocol:

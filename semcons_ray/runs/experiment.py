@@ -129,8 +129,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
         exported = Exported(folder.path.resolve().name, config)
         observers = Observers([exported, *trackers(config, folder), observer])
         with (
-            engines(placement) as serving,
-            parts(placement, split, method, folder, serving) as (fleet, server),
+            engines(placement) as started,
+            parts(placement, split, method, folder, started) as (fleet, server),
             observers.during(commits),
         ):
             _write_placement(folder, placement, sizes, fleet, alone)
@@ -160,8 +160,8 @@ def _execute(folder: RunFolder, config: ExperimentConfig, observer: Observer, al
             downlinks = method.algorithm.downlinks(last, folder.server_state(config.num_rounds), trained)
             with folder.writing_adapters() as adapters:
                 fleet.export_adapters(last, downlinks, adapters)
-            if serving:
-                peaks = {plan.name: serving[plan.model].host_bytes() for plan in placement.engines}
+            if started:
+                peaks = {name: engine.host_bytes() for name, engine in started.items()}
                 folder.write_json("engines.json", {"peak_host_bytes": peaks})
 
 
@@ -201,7 +201,7 @@ def _prepare(
 
 def _describe(placement: Placement) -> str:
     plan = describe_plan(placement.workers, placement.config.resources.device, placement.demands)
-    return "\n".join([plan + describe_engines(placement.engines), *placement.warnings])
+    return "\n".join([plan + describe_engines(placement.engines), *placement.notes])
 
 
 @dataclass(frozen=True)

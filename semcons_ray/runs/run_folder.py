@@ -191,6 +191,8 @@ def differences(begun: ExperimentConfig, now: ExperimentConfig) -> list[tuple[st
     stored, wanted = (config.model_dump(mode="json", exclude=set(DECIDE_NO_NUMBER)) for config in (begun, now))
     if now.model.dtype == "auto":
         stored["model"]["dtype"] = "auto"  # a run that has begun stores the dtype to which auto was resolved
+    if now.generation.engine == "auto":
+        stored["generation"]["engine"] = "auto"  # likewise
     if now.model.max_length is None:
         stored["model"]["max_length"] = None  # likewise
     return list(compare(stored, wanted, ""))

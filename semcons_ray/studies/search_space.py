@@ -26,6 +26,7 @@ from semcons_ray.config import (
     typed,
     validate_config,
     validate_shared,
+    with_engine,
     without_effect,
     without_settings,
 )
@@ -192,7 +193,9 @@ class SweepConfig(Settings):
             raise ConfigError(f"{where}: sharding.models is not for sweeps")
         if config.generation.engine == "vllm" and config.resources.fleet == "ray":
             raise ConfigError(f"{where}: generation.engine vllm needs resources.fleet local in a sweep")
-        return config
+        if point.get("generation.engine") == "auto":
+            raise ConfigError(f"{where}: generation.engine auto is always transformers in a sweep; name the engine")
+        return with_engine(config, "transformers") if config.generation.engine == "auto" else config
 
     def first(self) -> Point:
         """One point of the space: the first value of each key."""

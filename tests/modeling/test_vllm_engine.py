@@ -2,7 +2,7 @@
 
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from semcons_ray.errors import ConfigError, EngineError, ModelError
 from semcons_ray.modeling import vllm_engine
 from semcons_ray.modeling.adapter import Adapter
 from semcons_ray.modeling.engine import EngineReply, EngineRequest
+from semcons_ray.modeling.handover import HandOver
 from semcons_ray.modeling.language_model import LanguageModel
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.modeling.vllm_engine import EngineSpec, VllmEngine
@@ -126,6 +127,49 @@ class TestTiny:
         cut = engine.generate(replace(request, ends=[ending]))
         assert cut.answers[0] == plain.answers[0][: plain.answers[0].index(ending)]
         assert cut.num_tokens > sum(map(len, cut.answers))
+
+    def test_likelihoods_of_the_first_answers_are_those_of_transformers(
+        self, engine: VllmEngine, model: LanguageModel
+    ) -> None:
+        adapter = trained(model, 0, 0.5)
+        sampled = GREEDY.model_copy(update={"temperature": 0.7, "top_k": 20})
+        request = model.engine_request(adapter, PROMPTS, sampled, np.random.default_rng(0))
+        plain = engine.generate(request)
+        ending = plain.answers[1][2]
+        reply = engine.generate(replace(request, num_told=2, ends=[ending]))
+        assert plain.told == []
+        assert reply.answers[0] == plain.answers[0][: len(reply.answers[0])]  # asked or not, the same is drawn
+        assert [told.ids for told in reply.told][1] == [*reply.answers[1], ending]
+        again = model.log_likelihoods(adapter, request.prompts[:2], [told.ids for told in reply.told])
+        for told, likely in zip(reply.told, again, strict=True):
+            assert told.log_likelihoods == pytest.approx(likely, abs=1e-4)
+
+    def test_an_adapter_is_proven_to_be_in_use_and_one_that_came_late_is_found_out(
+        self, engine: VllmEngine, model: LanguageModel
+    ) -> None:
+        class Late:
+            """The same engine, which is given the adapter of the request before, as often as `late` says."""
+
+            late = 0
+            before: Mapping[str, bytes]
+
+            def generate(self, request: EngineRequest) -> EngineReply:
+                given = request if not self.late else replace(request, adapter=self.before)
+                self.late, self.before = max(0, self.late - 1), given.adapter
+                return engine.generate(given)
+
+        late = Late()
+        handover = HandOver(late, model)
+        adapters = [model.fresh_adapter(), *(trained(model, seed, 0.5) for seed in range(3))]
+        requests = [model.engine_request(each, PROMPTS, GREEDY, np.random.default_rng(0)) for each in adapters]
+        for adapter, request in zip(adapters, requests, strict=True):
+            ((reply, _),) = handover.ask(adapter, request)
+            assert model.decode(reply.answers) == model.generate(adapter, PROMPTS, GREEDY, np.random.default_rng(0))[0]
+        late.late = 1
+        assert len(handover.ask(adapters[1], requests[1])) == 2
+        late.late = 2
+        with pytest.raises(EngineError, match=r"engine-0 does not answer with the adapter .*generation\.engine"):
+            handover.ask(adapters[2], requests[2])
 
     def test_busy_time_is_divided_among_requests(self, engine: VllmEngine, model: LanguageModel) -> None:
         request = model.engine_request(model.fresh_adapter(), PROMPTS, GREEDY, np.random.default_rng(0))

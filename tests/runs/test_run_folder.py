@@ -75,6 +75,17 @@ def test_dtype_auto_stands_for_what_it_came_to(folder: RunFolder) -> None:
         folder.settings_to_resume(changed(model={"dtype": "float16"}))
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_engine_auto_stands_for_the_one_that_the_run_began_with(folder: RunFolder, engine: str) -> None:
+    resolved = changed(generation={"engine": engine})
+    folder.write_config(resolved)
+    assert folder.settings_to_resume(CONFIG) == resolved
+    assert folder.settings_to_resume(folder.read_config()).generation.engine == engine
+    other = {"transformers": "vllm", "vllm": "transformers"}[engine]
+    with pytest.raises(RunFolderError, match=rf"generation.engine was changed from '{engine}' to '{other}'"):
+        folder.settings_to_resume(changed(generation={"engine": other}))
+
+
 def test_a_config_that_no_run_began_with_is_none_to_resume_or_to_refuse_as_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     with pytest.raises(RunFolderError, match=r"has no state/config.yaml, so no run has begun there"):

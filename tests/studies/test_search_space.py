@@ -51,6 +51,21 @@ def test_a_point_lies_over_the_experiment_and_a_mix_replaces_the_experiments(tmp
     assert sweep.configure(sweep.points()[0]).data.columns == {"response": "b"}
 
 
+def test_a_trial_has_no_engine_but_one_that_is_asked_for(tmp_path: Path) -> None:
+    """What it reserves is for workers, so it may not come to one by itself."""
+    values: dict[str, Any] = {"space": {"training.batch_size": {"grid": [2]}}}
+    sweep = load_sweep(write(tmp_path, values))
+    assert sweep.configure(sweep.points()[0]).generation.engine == "transformers"
+    assert sweep.point_of(sweep.configure(sweep.points()[0])) == {"training.batch_size": 2}
+    with pytest.raises(ConfigError, match=r"generation\.engine vllm needs resources\.fleet local in a sweep"):
+        load_sweep(write(tmp_path, values | {"experiment": {"generation": {"engine": "vllm"}}}))
+    local = {"generation": {"engine": "vllm"}, "resources": {"fleet": "local"}}
+    sweep = load_sweep(write(tmp_path, values | {"experiment": local}))
+    assert sweep.configure(sweep.points()[0]).generation.engine == "vllm"
+    with pytest.raises(ConfigError, match=r"generation\.engine auto is always transformers"):
+        load_sweep(write(tmp_path, {"space": {"generation.engine": {"grid": ["auto", "transformers"]}}}))
+
+
 def test_draws_are_within_bounds_and_more_of_them_keep_the_first(tmp_path: Path) -> None:
     space = {
         "training.learning_rate": {"loguniform": [1e-4, 1e-2]},
