@@ -64,7 +64,7 @@ def tiny_config(tiniest: Path, tiny_data: Path, tiny_embedder: str) -> Callable[
             "clients": {"num_clients": 3},
             "model": {"name": str(tiniest), "dtype": "float32", "max_length": 64},
             "training": {"learning_rate": 5e-3, "batch_size": 4},
-            "generation": {"max_new_tokens": 8},
+            "generation": {"max_new_tokens": 8, "engine": "transformers"},
             "server": {} if "embedder" in sections.get("server", {}) else {"embedding_model": tiny_embedder},
             "evaluation": {"num_answers": 3, "every": 1},
             "resources": {"fleet": "local", "device": "cpu"},

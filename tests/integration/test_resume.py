@@ -54,6 +54,26 @@ def test_a_moved_run_goes_on_and_its_adapters_are_written_anew(finished: Path, u
     assert_same_run(finished, unfinished)
 
 
+def test_an_engine_that_is_left_open_is_chosen_once(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU it is transformers, to the bit; and it stays so if a run goes on where another would be chosen."""
+    small = {"clients": {"num_clients": 2}}
+    run_experiment(tiny_config(**small), tmp_path / "named", Silent())
+    observer = Silent()
+    run_experiment(tiny_config(**small, generation={"engine": "auto"}), tmp_path / "open", observer)
+    assert observer.plan.endswith("\n  generation.engine auto is transformers: clients compute on the CPU")
+    assert_same_run(tmp_path / "named", tmp_path / "open")
+    for name in ("config.yaml", "state/config.yaml"):
+        assert (tmp_path / "named" / name).read_text() == (tmp_path / "open" / name).read_text()
+    for path in [*tmp_path.glob("open/state/*_002*"), *tmp_path.glob("open/state/client_*/round_002*")]:
+        path.unlink()
+    monkeypatch.setattr("semcons_ray.runs.assembly._why_not_vllm", lambda config: None)
+    edit(tmp_path / "open", "engine: transformers", "engine: auto")
+    resume_experiment(tmp_path / "open", Silent())
+    assert_same_run(tmp_path / "named", tmp_path / "open")
+
+
 def test_where_and_how_it_runs_may_be_changed_and_stays_changed(finished: Path, unfinished: Path) -> None:
     edit(unfinished, "max_restarts: 2", "max_restarts: 0")
     edit(unfinished, "threads_per_worker: 1", "threads_per_worker: 1\n  max_workers: 1")
