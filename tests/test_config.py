@@ -231,6 +231,14 @@ def test_what_was_probably_meant(key, meant):
         ({"data": {"partition": "iid", "dirichlet_alpha": 0.1}}, ("data.dirichlet_alpha 0.1", "data.partition")),
         ({"training": {"local_steps": 4, "local_epochs": 2}}, ("training.local_epochs 2", "training.local_steps")),
         ({"training": {"warmup_ratio": 0.1}}, ("training.warmup_ratio 0.1", "training.lr_scheduler_type")),
+        (
+            {"training": {"train_together": 2}, "clients": {"num_clients": 1}, "algorithm": {"name": "local_only"}},
+            ("training.train_together 2", "clients.num_clients"),
+        ),
+        (
+            {"training": {"train_together": 2}, "algorithm": {"name": "centralized"}},
+            ("training.train_together 2", "centralized"),
+        ),
         ({"sharding": {"zero_stage": 2}}, ("sharding.zero_stage 2", "sharding.models")),
         (
             {"generation": {"engine": "transformers"}, "resources": {"engine_threads": 2}},
@@ -271,6 +279,25 @@ def test_a_setting_without_effect_may_be_for_other_runs_that_share_it():
     assert (config.algorithm.rule, config.algorithm.weight_dtype) == ("medoid", "float32")
     with pytest.raises(ConfigError, match=r"algorithm\.rule plurality has no effect"):
         validate_config(values, where="here", shared=without_settings(shared, {"algorithm": {"rule": "plurality"}}))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model": {"lora": {"dropout": 0.1}}}, "training.train_together 2 needs model.lora.dropout 0: "),
+        ({"model": {"lora": {"use_dora": True}}}, "train_together 2 knows A and B alone, and model.lora.use_dora trains"),
+        ({"model": {"lora": {"modules_to_save": ["lm_head"]}}}, "alone, and model.lora.modules_to_save trains more"),
+        (
+            {"model": {"name": "m"}, "sharding": {"models": {"m": 2}}},
+            "training.train_together 2 is not for models of sharding.models; set it to 1",
+        ),
+    ],
+)
+def test_clients_that_cannot_train_together_are_refused(values: dict[str, Any], says: str) -> None:
+    validate_config(values, where="here")
+    said = refusal({**values, "training": {"train_together": 2}})
+    assert says in said
+    assert "\n" not in said
 
 
 # Settings of single clients
@@ -332,6 +359,7 @@ def test_settings_of_clients_come_from_files_and_command_lines(tmp_path):
             "clients.overrides.1.generation.num_samples 4 has no effect",
         ),
         ({1: {"generation": {"engine": "vllm"}}}, {}, "generation.engine is the same for all clients"),
+        ({1: {"training": {"train_together": 2}}}, {}, "training.train_together is the same for all clients"),
         (
             {1: {"training": {"local_steps": 3, "local_epochs": 2}}},
             {},

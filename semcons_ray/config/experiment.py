@@ -123,6 +123,8 @@ class ExperimentConfig(Settings):
             setting, why = objection
             raise ValueError(f"{setting} needs generation.engine transformers: {why}")
         self._check_sharding()
+        if self.training.train_together > 1:
+            self._check_together()
         if self.federation.hears_late and not self.algorithm.is_so("can_hear_late"):
             raise ValueError(
                 f"federation.policy {self.federation.policy} needs an algorithm.name whose clients can be heard late, "
@@ -228,8 +230,9 @@ class ExperimentConfig(Settings):
         where, name = f"clients.overrides.{client}", self.algorithm.name
         if name == "centralized" and client > 0:
             raise ValueError(f"{where} has no effect: with algorithm.name centralized only client 0 trains")
-        if "engine" in own.get("generation", {}):
-            raise ValueError(f"{where}: generation.engine is the same for all clients")
+        for section, key in (("generation", "engine"), ("training", "train_together")):
+            if key in own.get(section, {}):
+                raise ValueError(f"{where}: {section}.{key} is the same for all clients")
         one_model = self.algorithm.averages_weights and not self.algorithm.is_so("own_models")
         if one_model and (differs := {"max_new_tokens", "stop"} & {*own.get("generation", {})}):
             raise ValueError(
@@ -294,6 +297,17 @@ class ExperimentConfig(Settings):
             raise ValueError(f"algorithm.name {self.algorithm.name} needs sharding.zero_stage 3")
         if self.sharding.zero_stage == 2 and self.training.keep_optimizer:
             raise ValueError("training.keep_optimizer needs sharding.zero_stage 3")
+
+    def _check_together(self) -> None:
+        """Check that each row of a batch can have an adapter of its own, and numbers that are its client's."""
+        key = f"training.train_together {self.training.train_together}"
+        if self.sharding.models:
+            raise ValueError(f"{key} is not for models of sharding.models; set it to 1")
+        if self.model.lora.dropout:
+            raise ValueError(f"{key} needs model.lora.dropout 0: dropout is drawn for a client's own batches")
+        for name in ("use_dora", "modules_to_save"):
+            if getattr(self.model.lora, name):
+                raise ValueError(f"{key} knows A and B alone, and model.lora.{name} trains more than them")
 
     def of_client(self, client: int) -> ExperimentConfig:
         """The settings as they are for one client: its own of `clients.overrides` in place of the common ones."""
@@ -538,6 +552,11 @@ _EFFECTS: tuple[tuple[tuple[str, ...], Callable[[ExperimentConfig], bool], str],
         ("training.auto_find_batch_size",),
         lambda config: {*config.open_models} > {*config.sharding.models},
         "a model that is whole: ranks of sharding.models would have to run out of memory together",
+    ),
+    (
+        ("training.train_together",),
+        lambda config: config.clients.num_clients > 1 and config.algorithm.name != "centralized",
+        "clients.num_clients over 1 and an algorithm.name other than centralized",
     ),
     (("sharding.zero_stage", "sharding.cpu_offload"), lambda config: bool(config.sharding.models), "sharding.models"),
     (

@@ -8,6 +8,10 @@ A worker that dies, or whose visit takes too long, is replaced. The visit that i
 and then its client is left out of the round. The work of a visit counts exactly once (see federation/store.py), so
 repeating a visit costs time and changes nothing.
 
+Clients that train together (`training.train_together`) wait in groups, which the plan decides. The visit of a group's
+first does those of all, whose replies the worker then gives when they are asked for. If it dies at that, each is
+visited alone.
+
 A worker that does not see the run's folder, as on a node without a common file system, is sent the files of a client's
 state with a visit, and the driver writes those that come back.
 
@@ -44,7 +48,14 @@ from semcons_ray.errors import (
     UserError,
     first_line,
 )
-from semcons_ray.federation.fleet import NO_EXAMPLES, HostSpecProtocol, Reply, check_quorum, client_folder
+from semcons_ray.federation.fleet import (
+    NO_EXAMPLES,
+    HostSpecProtocol,
+    Reply,
+    check_quorum,
+    client_folder,
+    in_groups,
+)
 from semcons_ray.federation.store import ClientStore, write_file
 from semcons_ray.federation.weights import unpack
 from semcons_ray.metering.energy import EnergyWindow
@@ -74,7 +85,8 @@ class _Worker:
     Attributes:
         clients: Clients that it was sent; the first is the one at which it works.
         refs: References to their replies, in the same order.
-        ahead: How many clients it may have been sent, see `MOST_AHEAD`.
+        visits: How many visits each of these calls may do: those of a group for its first, else one.
+        ahead: How many clients it may have been sent, at most `most_ahead`; see `MOST_AHEAD`.
         place: Where it was last seen.
         sees_folder: Whether it sees the folder of clients' states.
         is_far: Whether it is on another node than the driver.
@@ -91,8 +103,10 @@ class _Worker:
         variables: Mapping[str, str],
         code: Mapping[str, bytes],
         marked: tuple[Path, str],
+        most_ahead: int,
     ) -> None:
         self.plan = plan
+        self.most_ahead = most_ahead
         self.spec_ref = spec_ref
         self.variables = variables
         self.code = code
@@ -100,6 +114,7 @@ class _Worker:
         self.sees_folder = True
         self.clients: deque[int] = deque()
         self.refs: deque[ray.ObjectRef[Any]] = deque()
+        self.visits: deque[int] = deque()
         self.place = Place(plan.node)
         self.has_room = True
         self.is_stopped = False
@@ -134,12 +149,13 @@ class _Worker:
         self.place, self.sees_folder = arrival
         self.has_room = True
 
-    def send(self, client: int, ref: ray.ObjectRef[Any]) -> None:
-        """Note a client that it was sent, and the reference to the reply."""
+    def send(self, client: int, ref: ray.ObjectRef[Any], visits: int) -> None:
+        """Note a client that it was sent, the reference to the reply, and how many visits the call may do."""
         if not self.clients:
             self.since = time.monotonic()
         self.clients.append(client)
         self.refs.append(ref)
+        self.visits.append(visits)
         if self.is_far:
             ref.future()  # fetches it as soon as it is there; `ray.wait` fetches from one node after the other
 
@@ -148,14 +164,16 @@ class _Worker:
         now = time.monotonic()
         took, self.since = now - self.since, now
         self.refs.popleft()
+        self.visits.popleft()
         client = self.clients.popleft()
-        self.ahead = min(2 * self.ahead, MOST_AHEAD) if self.clients and took < QUICK_SECONDS else 2
+        self.ahead = min(2 * self.ahead, self.most_ahead) if self.clients and took < QUICK_SECONDS else 2
         return client
 
     def replace(self) -> None:
         """Kill the actor if it is alive, and start another, which has been sent nothing."""
         self.clients.clear()
         self.refs.clear()
+        self.visits.clear()
         self.stop()
         self.start()
 
@@ -173,10 +191,11 @@ def _sent(message: bytes) -> bytes | ray.ObjectRef[bytes]:
 
 
 class _Waiting:
-    """Clients of a model that are still to be visited in a round, in a queue for each of its workers."""
+    """Clients of a model that are still to be visited in a round, in a queue for each of its workers: in groups, of
+    which most are of one."""
 
     def __init__(self, workers: Sequence[_Worker]) -> None:
-        self._queues: dict[_Worker, deque[int]] = {worker: deque() for worker in workers}
+        self._queues: dict[_Worker, deque[tuple[int, ...]]] = {worker: deque() for worker in workers}
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -187,21 +206,21 @@ class _Waiting:
         free first (Hummel et al. 1992, "Factoring", doi:10.1145/135226.135232)."""
         return ceil(len(self) / (2 * len(self._queues)))
 
-    def add(self, worker: _Worker, clients: Sequence[int], *, first: bool = False) -> None:
-        """Add clients to the queue of a worker: behind the others, or before them."""
+    def add(self, worker: _Worker, groups: Sequence[tuple[int, ...]], *, first: bool = False) -> None:
+        """Add groups to the queue of a worker: behind the others, or before them."""
         if first:
-            self._queues[worker].extendleft(reversed(clients))
+            self._queues[worker].extendleft(reversed(groups))
         else:
-            self._queues[worker].extend(clients)
+            self._queues[worker].extend(groups)
 
-    def next_for(self, worker: _Worker) -> int:
-        """Take out the client that a worker is to visit: the first of its own, or of the longest queue."""
+    def next_for(self, worker: _Worker) -> tuple[int, ...]:
+        """Take out the group that a worker is to visit: the first of its own, or of the longest queue."""
         own = self._queues[worker]
         return (own or max(self._queues.values(), key=len)).popleft()
 
     def take_all(self) -> list[int]:
         """Take out all clients, ascending."""
-        clients = sorted(client for queue in self._queues.values() for client in queue)
+        clients = sorted(client for queue in self._queues.values() for group in queue for client in group)
         for queue in self._queues.values():
             queue.clear()
         return clients
@@ -223,6 +242,7 @@ class RayFleet:
         mark: Name of the file by which the driver marked it; see `store.mark`.
         sizes: How much data each client has, by its id, in any unit: those with the most are visited first. None: it is
             not known.
+        train_together: How many clients of a worker train together.
 
     Raises:
         UserError: There was no room for a worker, or it could not load its model; the message says what to change.
@@ -243,16 +263,20 @@ class RayFleet:
         state: Path,
         mark: str,
         sizes: Sequence[int] | None = None,
+        train_together: int = 1,
     ) -> None:
         spec_refs = {model: ray.put(spec) for model, spec in specs.items()}  # once for all workers, if it is large
         variables = {model: passed_on(spec.environment, code) for model, spec in specs.items()}
         files = read_code(code) if code else NO_CODE
+        # The replies of a group come at once, which says nothing of how long other visits take.
+        most_ahead, marked = MOST_AHEAD if train_together == 1 else 2, (state.resolve(), mark)
         self._workers = {
-            plan.name: _Worker(plan, spec_refs[plan.model], variables[plan.model], files, (state.resolve(), mark))
+            plan.name: _Worker(plan, spec_refs[plan.model], variables[plan.model], files, marked, most_ahead)
             for plan in plans
         }
         self._store = ClientStore(state)
         self._sizes = sizes
+        self._train_together = train_together
         self._timeout_seconds = timeout_seconds
         self._max_restarts = max_restarts
         self._quorum = quorum
@@ -279,7 +303,7 @@ class RayFleet:
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`."""
-        return self._ask(round, downlinks, "visit", lambda client: (evaluate,))
+        return self._ask(round, downlinks, "visit", lambda client: (evaluate,), self._train_together)
 
     def measure(
         self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
@@ -288,10 +312,15 @@ class RayFleet:
         return self._ask(round, downlinks, "measure", lambda client: (examples.get(client, ()),))
 
     def _ask(
-        self, round: int, downlinks: Mapping[int, bytes], method: str, further: Callable[[int], tuple[Any, ...]]
+        self,
+        round: int,
+        downlinks: Mapping[int, bytes],
+        method: str,
+        further: Callable[[int], tuple[Any, ...]],
+        together: int = 1,
     ) -> Iterator[Reply]:
         """Replies of clients, see `_answers`."""
-        for client, answer in self._answers(round, downlinks, method, further):
+        for client, answer in self._answers(round, downlinks, method, further, together):
             self._store.put(client, answer.files)
             yield _REPLY.decode(answer.reply)
         check_quorum(round, self._num_asked, self.lost, self._quorum)
@@ -302,6 +331,7 @@ class RayFleet:
         downlinks: Mapping[int, bytes],
         method: str,
         further: Callable[[int], tuple[Any, ...]],
+        together: int = 1,
         idle: Callable[[_Worker], None] = lambda worker: None,
     ) -> Iterator[tuple[int, Answer]]:
         """What actors return for each client; clients that are given up are in `lost`. An actor runs its calls in
@@ -312,22 +342,29 @@ class RayFleet:
             downlinks: The clients, each with its message.
             method: What is asked of an actor, with a client, the round, the client's message, and what follows.
             further: Further arguments for a client.
+            together: How many clients of a worker are a group.
             idle: Is called with a worker for which nothing is left to do.
         """
         messages = {message: _sent(message) for message in set(downlinks.values())}
         attempts: Counter[int] = Counter()
         lost: dict[int, str] = {}
         self.lost, self._num_asked = lost, len(downlinks)
-        waiting = self._waiting(downlinks)
+        waiting = self._waiting(downlinks, together)
 
         def fill(worker: _Worker) -> None:
             """Send a worker as many clients as it may have."""
             left = waiting[worker.plan.model]
-            for _ in range(len(worker.clients), min(worker.ahead, left.half_share)):
-                client = left.next_for(worker)
-                files = None if worker.sees_folder else self._store.files(client)
-                arguments = (client, round, messages[downlinks[client]], *further(client), files)
-                worker.send(client, getattr(worker.actor, method).remote(*arguments))
+            room = min(worker.ahead, left.half_share)
+            while len(worker.clients) < room:
+                group = left.next_for(worker)
+                files = {client: None if worker.sees_folder else self._store.files(client) for client in group}
+                for client in group:
+                    arguments = (client, round, messages[downlinks[client]], *further(client), files[client])
+                    beside = {other: files[other] for other in group[1:]} if client == group[0] else {}
+                    if beside:  # references are only followed if they are arguments themselves
+                        arguments += (beside, *(messages[downlinks[other]] for other in beside))
+                    ref = getattr(worker.actor, method).remote(*arguments)
+                    worker.send(client, ref, 1 + len(beside))
             if not worker.clients:
                 idle(worker)
 
@@ -343,7 +380,7 @@ class RayFleet:
             else:
                 logger.warning("round %d: %s", round, reason)
             self._replace(worker)
-            waiting[worker.plan.model].add(worker, clients, first=True)
+            waiting[worker.plan.model].add(worker, in_groups(clients, 1), first=True)
 
         def leave_out(worker: _Worker) -> None:
             reason = f"no node had room for {worker.plan.name} in the round's time and failures.room_timeout_seconds"
@@ -394,12 +431,15 @@ class RayFleet:
                     if time.monotonic() < self._deadline(worker):
                         continue
                     if worker.has_room:
-                        replace(worker, f"took over failures.visit_timeout_seconds = {self._timeout_seconds:g}")
+                        times = f" for each of {worker.visits[0]}" if worker.visits[0] > 1 else ""
+                        limit = f"failures.visit_timeout_seconds = {self._timeout_seconds:g}{times}"
+                        replace(worker, f"took over {limit}")
                     else:
                         leave_out(worker)
 
-    def _waiting(self, downlinks: Mapping[int, bytes]) -> dict[str, _Waiting]:
-        """The clients to be visited, by model: each in the queue of the worker that has it by the plan."""
+    def _waiting(self, downlinks: Mapping[int, bytes], together: int) -> dict[str, _Waiting]:
+        """The clients to be visited, by model: each in the queue of the worker that has it by the plan, in groups of
+        `together`."""
         by_model: dict[str, list[_Worker]] = {}
         for worker in self._workers.values():
             by_model.setdefault(worker.plan.model, []).append(worker)
@@ -409,7 +449,7 @@ class RayFleet:
         left = {*downlinks}
         for worker in self._workers.values():
             own = [client for client in longest_first if client in left and client in worker.plan.clients]
-            waiting[worker.plan.model].add(worker, own)
+            waiting[worker.plan.model].add(worker, in_groups(own, together))
             left.difference_update(own)
         return waiting
 
@@ -462,7 +502,9 @@ class RayFleet:
         worker.replace()
 
     def _deadline(self, worker: _Worker) -> float:
-        return worker.since + (self._timeout_seconds if worker.has_room else self._room_timeout_seconds)
+        if not worker.has_room:
+            return worker.since + self._room_timeout_seconds
+        return worker.since + self._timeout_seconds * (worker.visits[0] if worker.visits else 1)
 
     def _start_meters(self) -> dict[str, ray.ObjectRef[str]]:
         """On each node that is not metered, have a worker start meters; returns references to their names, by node."""

@@ -62,6 +62,8 @@ class Answer(NamedTuple):
         return _ANSWER.decode(encoded)
 
 
+NO_FILES: Mapping[int, Files | None] = {}
+
 _ANSWER = msgspec.msgpack.Decoder(Answer)
 
 
@@ -124,7 +126,16 @@ class WorkerActor:
         """See `Host.first_adapter`; its tensors are returned as safetensors."""
         return pack(self._loaded().first_adapter, "float32")
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool, files: Files | None = None) -> bytes:
+    def visit(
+        self,
+        client_id: int,
+        round: int,
+        downlink: bytes,
+        evaluate: bool,
+        files: Files | None = None,
+        beside: Mapping[int, Files | None] = NO_FILES,
+        *downlinks: bytes,
+    ) -> bytes:
         """See `Host.visit`; returns an encoded `Answer`, as the next two do.
 
         Args:
@@ -133,8 +144,14 @@ class WorkerActor:
             downlink: Its message.
             evaluate: Whether it is evaluated.
             files: The files of its state, if this process does not see the folder in which they are.
+            beside: The clients that train together with it, with their files likewise.
+            downlinks: Their messages.
         """
-        return self._answer(client_id, files, lambda host: host.visit(client_id, round, downlink, evaluate))
+        for other, of_other in beside.items():
+            if of_other is not None:  # they stay, with what the visit adds, until that client is visited
+                self._loaded().keep(other, of_other)
+        others = dict(zip(beside, downlinks, strict=True))
+        return self._answer(client_id, files, lambda host: host.visit(client_id, round, downlink, evaluate, others))
 
     def measure(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from semcons_ray.modeling.engine import Engine
 from semcons_ray.modeling.handover import HandOver
 
 if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
-    from semcons_ray.modeling.language_model import LanguageModel
+    from semcons_ray.modeling.language_model import FineTuned, LanguageModel, Lesson
 
 _ADAPTER, _OPTIMIZER, _FROZEN, _MEMORY = "adapter.", "optimizer.", "frozen.", "memory."
 
@@ -111,22 +111,26 @@ class AdapterModel:
         With `task.ema_decay`, it becomes its average with the adapter from before; but not at the client's first
         update, which has no earlier adapter to keep.
         """
-        before = dict(self.adapter)
-        result = self.base.fine_tune(
-            self.adapter,
-            pairs,
-            self.training,
-            task.generator,
-            self.optimizer,
-            frozen=self.frozen,
-            adjust=task.adjust,
+        lesson = self._lesson(pairs, task)
+        [learnt] = self.base.fine_tune_together([lesson])
+        self._take(lesson, learnt, task)
+
+    def _lesson(self, pairs: Sequence[Pair], task: Task) -> Lesson:
+        from semcons_ray.modeling.language_model import Lesson
+
+        return Lesson(
+            dict(self.adapter), pairs, self.training, task.generator, self.optimizer, self.frozen, task.adjust
         )
+
+    def _take(self, lesson: Lesson, learnt: FineTuned, task: Task) -> None:
+        """Become what a lesson has made of the adapter."""
+        before, self.adapter = self.adapter, lesson.adapter
         if self._has_learnt and task.ema_decay > 0:
             # Averages along a client's path lose the noise of its steps, as averages over clients do.
             kept = {key: task.ema_decay * value for key, value in before.items()}
             self.adapter = {key: kept[key] + (1 - task.ema_decay) * value for key, value in self.adapter.items()}
-        self.optimizer = result.optimizer
-        task.tokens, task.loss = result.tokens, result.loss
+        self.optimizer = learnt.optimizer
+        task.tokens, task.loss = learnt.tokens, learnt.loss
 
     def answer(self, prompts: Sequence[Prompt], task: Task) -> list[list[str]]:
         """See `ClientModel.answer`; the first answers are those of a client that draws no more."""
@@ -191,6 +195,36 @@ class AdapterModel:
         """Write the adapter, joined with the frozen one if there is one, to an existing folder in PEFT's format."""
         both = stacked([self.frozen, self.adapter], [1.0, 1.0]) if self.frozen else self.adapter
         self.base.export_adapter(both, folder)
+
+
+class Learning(NamedTuple):
+    """What a model is to learn; see `AdapterModel.learn`."""
+
+    model: AdapterModel
+    pairs: Sequence[Pair]
+    task: Task
+
+
+def learn_together(all_of_them: Sequence[Learning]) -> None:
+    """`AdapterModel.learn` for models of several clients on one base model, in one batch where their settings allow it.
+
+    Each task is told the span of time that is its own: the time of a batch is divided by tokens.
+    """
+    alike: dict[tuple[bool, ...], list[Learning]] = {}
+    for learning in all_of_them:
+        training = learning.model.training
+        how = (training.packing, training.gradient_checkpointing, training.auto_find_batch_size)
+        alike.setdefault(how, []).append(learning)
+    for group in alike.values():
+        started_at, start = time.time(), time.perf_counter()
+        lessons = [model._lesson(pairs, task) for model, pairs, task in group]
+        results = group[0].model.base.fine_tune_together(lessons)
+        seconds, tokens = time.perf_counter() - start, sum(learnt.tokens for learnt in results)
+        for (model, _, task), lesson, learnt in zip(group, lessons, results, strict=True):
+            model._take(lesson, learnt, task)
+            own = seconds * (learnt.tokens / tokens if tokens else 1 / len(group))
+            task.span = (started_at, started_at + own)
+            started_at += own
 
 
 def _by_sample(answers: Sequence[str], task: Task) -> list[list[str]]:

@@ -79,6 +79,9 @@ class Client:
         duties: What it has in common with the other clients.
         model: Its model.
         ledger: Where its work is recorded.
+
+    Attributes:
+        learns: Has its model learn; by itself, or together with others' models.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Client:
         self.seed = duties.seed
         self.model = model
         self.ledger = ledger
+        self.learns: Callable[[Sequence[Pair], Task], None] = model.learn
         self.train_loss: float | None = None
         self.num_pseudo_labels = 0
 
@@ -189,7 +193,7 @@ class Client:
         with self.ledger.stage("fine_tune", round=round, client_id=self.client_id) as work:
             work.downlink_bytes = downlink_bytes
             with self._task("fine_tune", round, work, ema_decay=ema_decay, adjust=adjust) as task:
-                self.model.learn(pairs, task)
+                self.learns(pairs, task)
         self.train_loss = task.loss
         self.num_pseudo_labels = len(public)
 
@@ -396,4 +400,5 @@ class Client:
             work.tokens += task.tokens
             work.cost_usd += task.cost_usd
             work.waited_seconds += task.waited_seconds
+            work.span = task.span
             work.note = work.note or task.note

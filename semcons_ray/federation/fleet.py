@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the driver and the server run algorithms without loading tr
 
 
 NO_EXAMPLES: Mapping[int, Sequence[Example]] = {}
+NO_OTHERS: Mapping[int, bytes] = {}
 
 
 class Evaluation(msgspec.Struct, frozen=True):
@@ -291,8 +292,11 @@ class Host(Protocol):
         """The adapter from which all clients of its model start, at the model's own rank."""
         ...
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
-        """Visit one client."""
+    def visit(
+        self, client_id: int, round: int, downlink: bytes, evaluate: bool, beside: Mapping[int, bytes] = NO_OTHERS
+    ) -> Reply:
+        """Visit one client; where it trains together with others, `beside` has their messages, and their replies are
+        there when they are visited next."""
         ...
 
     def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
@@ -307,6 +311,10 @@ class Host(Protocol):
         """See `store.ClientStore.lent`."""
         ...
 
+    def keep(self, client_id: int, files: Mapping[str, bytes]) -> None:
+        """See `store.ClientStore.put`; they are kept until they are lent."""
+        ...
+
 
 class LocalFleet:
     """Visits clients one by one, in order, in this process.
@@ -317,6 +325,7 @@ class LocalFleet:
         place: Where this process computes.
         quorum: Share of the clients visited that must answer, 0 to 1.
         meter: Energy meter of this machine; None: its energy is estimated.
+        train_together: How many clients of a host train together.
     """
 
     def __init__(
@@ -327,11 +336,13 @@ class LocalFleet:
         place: Place,
         quorum: float,
         meter: NodeMeter | None = None,
+        train_together: int = 1,
     ) -> None:
         self._hosts = hosts
         self._clients = clients
         self._quorum = quorum
         self._meter = meter
+        self._train_together = train_together
         self.lost: Mapping[int, str] = {}
         self._num_asked = 0
         self.workers: Mapping[str, Place] = dict.fromkeys(hosts, place)
@@ -353,7 +364,15 @@ class LocalFleet:
 
     def visit(self, round: int, downlinks: Mapping[int, bytes], *, evaluate: bool) -> Iterator[Reply]:
         """See `Fleet.visit`. There is no process to restart here: a client that fails is left out at once."""
-        return self._ask(round, downlinks, lambda host, client, downlink: host.visit(client, round, downlink, evaluate))
+        beside: dict[int, dict[int, bytes]] = {}
+        for clients in self._clients.values():
+            for first, *others in in_groups([c for c in downlinks if c in clients], self._train_together):
+                beside[first] = {other: downlinks[other] for other in others}
+        return self._ask(
+            round,
+            downlinks,
+            lambda host, client, downlink: host.visit(client, round, downlink, evaluate, beside.get(client, NO_OTHERS)),
+        )
 
     def measure(
         self, round: int, downlinks: Mapping[int, bytes], examples: Mapping[int, Sequence[Example]] = NO_EXAMPLES
@@ -397,6 +416,11 @@ class LocalFleet:
 
     def _host_of(self, client_id: int) -> Host:
         return next(self._hosts[worker] for worker, clients in self._clients.items() if client_id in clients)
+
+
+def in_groups(clients: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """Clients in groups of `size` that train together, in their order; the last may be smaller."""
+    return [tuple(clients[start : start + size]) for start in range(0, len(clients), size)]
 
 
 def check_quorum(round: int, num_asked: int, lost: Mapping[int, str], quorum: float) -> None:

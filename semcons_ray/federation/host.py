@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from semcons_ray.config import ByClient, GenerationConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, writing
+from semcons_ray.errors import ClientError, MessageError, NotFiniteError, SemconsError, UserError, writing
 from semcons_ray.evaluation.harness import Harness
-from semcons_ray.federation.fleet import Algorithm, Evaluation, Reply
+from semcons_ray.federation.fleet import NO_OTHERS, Algorithm, Evaluation, Reply
 from semcons_ray.federation.store import ClientStore, Files, check_mark, sees_mark
 from semcons_ray.federation.weights import Shapes, shapes_of
 from semcons_ray.messages import Prompt, PublicPrompts
@@ -200,16 +201,37 @@ class ClientHost:
         """See `Host.first_adapter`."""
         return self.clients.models.first_adapter
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+    def visit(
+        self, client_id: int, round: int, downlink: bytes, evaluate: bool, beside: Mapping[int, bytes] = NO_OTHERS
+    ) -> Reply:
         """Do the client's part of a round, or return the stored reply if the visit was done already.
+
+        Args:
+            client_id: The client.
+            round: The round.
+            downlink: Its message.
+            evaluate: Whether it is evaluated.
+            beside: Messages of the clients that train together with it. Their visits are done and stored, too; of one
+                that fails nothing is, so it is done alone when that client is visited.
 
         Raises:
             ClientError: The client failed; the message says which, in which round, and why.
         """
+        if beside:
+            self._visit_together({client_id: downlink, **beside}, round, evaluate)
         done = self.store.reply(client_id, round)
-        if done is not None:
-            return done
-        client = self.clients[client_id]
+        return done or self._visit(client_id, self.clients[client_id], round, downlink, evaluate)
+
+    def _visit(
+        self,
+        client_id: int,
+        client: Client,
+        round: int,
+        downlink: bytes,
+        evaluate: bool,
+        underway: Collection[int] = (),
+    ) -> Reply:
+        """A visit that is not done yet; rows of other clients that are `underway` are left to their own replies."""
         with self._failures(client_id, round):
             client.restore(self.store.load(client_id, before=round))
             if self.prompt_bytes and self.store.is_new(client_id, before=round):
@@ -219,9 +241,37 @@ class ClientHost:
             uplink = self.algorithm.visit(client, round, downlink)
             evaluation = client.evaluate(round) if evaluate else None
             client.check_finite(evaluation)
-            reply = self._reply(client, round, uplink, evaluation)
+            reply = self._reply(client, round, uplink, evaluation, {*underway} - {client_id})
             self.store.save(client.model.state(), reply)
         return reply
+
+    def _visit_together(self, downlinks: Mapping[int, bytes], round: int, evaluate: bool) -> None:
+        """Do visits whose clients train together, as far as they are not done, and store what comes of them.
+
+        Raises:
+            UserError: What the user must mend.
+        """
+        from semcons_ray.federation.adapter_model import AdapterModel, Learning, learn_together
+        from semcons_ray.federation.together import meet
+
+        underway = {client_id for client_id in downlinks if self.store.reply(client_id, round) is None}
+        if len(underway) < 2:
+            return
+
+        def visit(client_id: int, learn: Callable[[Learning], None]) -> None:
+            client = self.clients[client_id]
+            if isinstance(model := client.model, AdapterModel):
+                client.learns = lambda pairs, task: learn(Learning(model, pairs, task))
+            try:
+                self._visit(client_id, client, round, downlinks[client_id], evaluate, underway)
+            finally:
+                underway.discard(client_id)
+
+        for error in meet([partial(visit, client_id) for client_id in downlinks if client_id in underway], learn_together):
+            if isinstance(error, UserError) or not isinstance(error, Exception | None):
+                raise error
+            if error is not None:
+                logger.warning("%s; it is visited again, alone", error)
 
     def measure(self, client_id: int, round: int, downlink: bytes, examples: Sequence[Example] = ()) -> Reply:
         """Evaluate the model with which the client would start the round after `round`; its stored state is not
@@ -254,13 +304,24 @@ class ClientHost:
         """See `ClientStore.lent`."""
         return self.store.lent(client_id, files)
 
+    def keep(self, client_id: int, files: Files) -> None:
+        """See `Host.keep`."""
+        self.store.put(client_id, files)
+
     def _before(self, client_id: int, round: int, downlink: bytes) -> Client:
         client = self.clients[client_id]
         client.restore(self.store.load(client_id, before=round))
         self.algorithm.adopt(client, round, downlink)
         return client
 
-    def _reply(self, client: Client, round: int, uplink: bytes, evaluation: Evaluation | None) -> Reply:
+    def _reply(
+        self,
+        client: Client,
+        round: int,
+        uplink: bytes,
+        evaluation: Evaluation | None,
+        besides: Collection[int] = (),
+    ) -> Reply:
         return Reply(
             client_id=client.client_id,
             round=round,
@@ -269,7 +330,7 @@ class ClientHost:
             num_private=len(client.private),
             num_pseudo_labels=client.num_pseudo_labels,
             evaluation=evaluation,
-            rows=tuple(self.ledger.take()),
+            rows=tuple(self.ledger.take(besides)),
         )
 
     @contextmanager

@@ -7,7 +7,7 @@ not known then; `energy.apportion` fills it in when the round is over.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from time import perf_counter, time
 from types import TracebackType
 from typing import Literal
@@ -89,11 +89,11 @@ class Work:
     """A stage in progress: add to its counts inside the `with` block; its row is written when the block ends.
 
     `waited_seconds` is time in which another process did the work. That process has a row of its own for it, so it is
-    subtracted here.
+    subtracted here. `span` is its part of work that was done for several clients at once; None: all of it is its own.
     """
 
     __slots__ = ("_client_id", "_ledger", "_round", "_stage", "_start", "_started_at", "cost_usd", "downlink_bytes",
-                 "note", "tokens", "uplink_bytes", "waited_seconds")  # fmt: skip
+                 "note", "span", "tokens", "uplink_bytes", "waited_seconds")  # fmt: skip
 
     def __init__(self, ledger: Ledger, stage: Stage, round: int, client_id: int) -> None:
         self._ledger = ledger
@@ -106,6 +106,7 @@ class Work:
         self.cost_usd = 0.0
         self.note = ""
         self.waited_seconds = 0.0
+        self.span: Span | None = None
 
     def __enter__(self) -> Work:
         self._started_at = time()
@@ -117,6 +118,9 @@ class Work:
     ) -> None:
         # No test of `error`: work that failed cost time and energy all the same, so its row is kept.
         duration = perf_counter() - self._start - self.waited_seconds
+        started_at = self._started_at
+        if self.span is not None:
+            started_at, duration = self.span[0], self.span[1] - self.span[0]
         self._ledger.add(
             LedgerRow(
                 round=self._round,
@@ -124,7 +128,7 @@ class Work:
                 worker=self._ledger.worker,
                 node=self._ledger.node,
                 stage=self._stage,
-                started_at=self._started_at,
+                started_at=started_at,
                 duration_seconds=duration,
                 tokens=self.tokens,
                 uplink_bytes=self.uplink_bytes,
@@ -137,7 +141,8 @@ class Work:
 
 
 class Ledger:
-    """The rows of one worker, kept until they are taken. It is for use in one thread, and stages must not be nested."""
+    """The rows of one worker, kept until they are taken. One thread at a time may use it, and stages must not be nested,
+    but for one that has a `span`."""
 
     def __init__(self, worker: str, node: str, gpus: str = "") -> None:
         self.worker = worker
@@ -153,9 +158,10 @@ class Ledger:
         """Append a finished row, for work whose length was measured elsewhere."""
         self._rows.append(row)
 
-    def take(self) -> list[LedgerRow]:
-        """The rows since the last call, oldest first; the ledger is empty afterwards."""
-        rows, self._rows = self._rows, []
+    def take(self, besides: Collection[int] = ()) -> list[LedgerRow]:
+        """The rows since the last call, oldest first; only those of the clients `besides` stay in the ledger."""
+        rows = [row for row in self._rows if row.client_id not in besides]
+        self._rows = [row for row in self._rows if row.client_id in besides]
         return rows
 
 

@@ -93,6 +93,7 @@ class Task:
         cost_usd: Told by the model: what was paid for it, in US dollars.
         note: Told by the model: what else is to be known of it, for the ledger.
         waited_seconds: Told by the model: time in which another process worked that has ledger rows of its own.
+        span: Told by a model that shared the time with others: begin and end of its own part of it, unix seconds.
         loss: Told by a model that trains: mean loss in nats a token.
     """
 
@@ -111,6 +112,7 @@ class Task:
     cost_usd: float = field(default=0.0, compare=False)
     note: str = field(default="", compare=False)
     waited_seconds: float = field(default=0.0, compare=False)
+    span: tuple[float, float] | None = field(default=None, compare=False)
     loss: float | None = field(default=None, compare=False)
 
     @property

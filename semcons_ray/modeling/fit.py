@@ -18,6 +18,9 @@ APART = {"full_attention", "sliding_attention"}
 """Kinds of layers that can keep texts in a row apart. Recurrent ones carry a state on, and attention in chunks counts
 its chunks from the beginning of the row."""
 
+HEADS = ("classifier", "summary")
+"""How names of settings begin that are for other heads than a language model's."""
+
 BOTH_WAYS = {"cpmant", "xlnet"}
 """Families that read what follows too, which nothing in their configuration says."""
 
@@ -55,6 +58,8 @@ def check_model(
         _check_checkpointing(base, name)
     if any(settings.packing for settings in training):
         _check_packing(base, name)
+    if any(settings.train_together > 1 for settings in training):
+        _check_together(config, name)
     _check_tokenizer(folder, base.get_input_embeddings().weight.shape[0], name, texts)
     from semcons_ray.modeling.lora import attach_adapter
 
@@ -130,6 +135,17 @@ def _check_packing(base: Any, name: str) -> None:
         return
     why = f"has layers of kind {', '.join(sorted(others))}" if others else "does not tell texts apart by position_ids"
     raise ModelError(f"training.packing does not fit {name}: a {config.model_type} model {why}; set it to false")
+
+
+def _check_together(config: Any, name: str) -> None:
+    """Check that nothing is dropped out: what is drawn for a client's batch cannot be drawn for its rows in another."""
+    drops = {key: value for key, value in config.to_dict().items() if "drop" in key and not key.startswith(HEADS)}
+    for key, share in drops.items():
+        if isinstance(share, float) and share > 0:
+            raise ModelError(
+                f"training.train_together does not fit {name}: its config.json has {key} {share:g}, and dropout is "
+                "drawn for a client's own batches; set that to 0, or train_together to 1"
+            )
 
 
 def longest(folder: Path) -> int | None:

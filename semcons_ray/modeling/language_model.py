@@ -11,14 +11,16 @@ Legend: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import math
+import operator
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -37,6 +39,7 @@ from semcons_ray.config import GenerationConfig as GenerationSettings
 from semcons_ray.errors import ModelError, SemconsError, first_line
 from semcons_ray.messages import Prompt
 from semcons_ray.modeling.adapter import Adapter
+from semcons_ray.modeling.by_row import Share, adapters_by_row
 from semcons_ray.modeling.chat import ChatFormat, Encoded
 from semcons_ray.modeling.client_model import Pair, Score, Targets
 from semcons_ray.modeling.decoding import Decoding, Growing, chosen_tokens
@@ -96,6 +99,19 @@ class FineTuned:
     loss: float
     tokens: int
     optimizer: dict[str, Tensor]
+
+
+@dataclass
+class Lesson:
+    """What a client is to learn, and with what; see `LanguageModel.fine_tune`."""
+
+    adapter: Adapter
+    pairs: Sequence[Pair]
+    training: TrainingConfig
+    generator: np.random.Generator
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    frozen: Adapter = field(default_factory=dict)
+    adjust: Adjust | None = None
 
 
 class Batch(NamedTuple):
@@ -211,7 +227,9 @@ class LanguageModel:
         self._peft_config = model.active_peft_config
         self._lora = lora
         self._scaling = lora.alpha / alpha_of(1.0, lora.rank, lora)
-        self._rehearse({(training.gradient_checkpointing, training.packing) for training in trainings})
+        self._rehearse({
+            (training.gradient_checkpointing, training.packing, training.train_together > 1) for training in trainings
+        })
 
     @classmethod
     def of(cls, settings: ModelConfig, folder: str, **more: Any) -> Self:
@@ -225,22 +243,24 @@ class LanguageModel:
         """Whether this process writes clients' files; of several ranks, only the first does."""
         return True
 
-    def _rehearse(self, ways: Iterable[tuple[bool, bool]]) -> None:
+    def _rehearse(self, ways: Iterable[tuple[bool, bool, bool]]) -> None:
         """Train and answer once, so that a model that cannot is refused before any client works.
 
         Args:
-            ways: With gradient checkpointing or without, and with packing or without.
+            ways: With gradient checkpointing or without, with packing or without, and together with others or alone.
         """
         pairs, generator = [Pair("a", "b"), Pair("a b a", "b a")], np.random.default_rng(0)
         twice = GenerationSettings(max_new_tokens=2, num_samples=2)
         try:
-            for checkpointing, packing in sorted(ways):
+            for checkpointing, packing, together in sorted(ways):
                 if packing:
                     self._check_packing()
                 one_step = TrainingConfig(
                     batch_size=2, local_steps=1, gradient_checkpointing=checkpointing, packing=packing
                 )
                 self._rehearse_training(pairs, one_step)
+                if together:
+                    self._check_together(pairs, one_step)
             self.generate(self.fresh_adapter(), [pair.prompt for pair in pairs], twice, generator)
         except SemconsError:
             raise
@@ -281,6 +301,34 @@ class LanguageModel:
         if not max(map(float, seen)) <= self._rounding:
             raise ModelError(
                 f"training.packing does not fit {self.name}: what is before a text in its row changes its loss"
+            )
+
+    def _check_together(self, pairs: Sequence[Pair], one_step: TrainingConfig) -> None:
+        """Check that clients that train together have the gradients that each has alone, but for rounding.
+
+        Raises:
+            ModelError: They have not: what a row is for depends on others, or a layer does not read whole rows.
+        """
+        seen: list[Tensor] = []
+
+        def note(parameters: Parameters) -> None:
+            grads = [value.grad for value in parameters.values() if value.grad is not None]
+            seen.append(torch.cat([grad.flatten() for grad in grads]))
+
+        def lesson(pair: Pair) -> Lesson:
+            return Lesson(self.fresh_adapter(), [pair], one_step, np.random.default_rng(0), adjust=note)
+
+        try:
+            for pair in pairs:
+                self.fine_tune_together([lesson(pair)])
+            self.fine_tune_together([lesson(pair) for pair in pairs])
+        except ValueError as error:
+            raise ModelError(f"training.train_together does not fit {self.name}: {first_line(error)}") from error
+        alone, together = seen[: len(pairs)], seen[len(pairs) :]
+        apart = [(one - other).norm() / one.norm() for one, other in zip(alone, together, strict=True)]
+        if not max(map(float, apart)) <= self._rounding:
+            raise ModelError(
+                f"training.train_together does not fit {self.name}: who is beside a client changes its gradients"
             )
 
     # Adapters ---------------------------------------------------------------------------------------------------
@@ -357,102 +405,155 @@ class LanguageModel:
             frozen: An adapter of any rank that is added to the base model and not trained.
             adjust: Called with the master weights before each step, to change their gradients.
         """
-        segments = [segment for pair in pairs for segment in self._segments(pair)]
-        lengths = [len(segment.ids) for segment in segments]
-        alone = [[i] for i in range(len(segments))]
-        together = pack(lengths, self._max_length, generator) if training.packing else alone
-        rows = [[segments[i] for i in row] for row in together]
-        scale = LossScale(LOSS_SCALE if self._scales_loss else 1.0)
-        losses, learnt, processed = list[Tensor](), list[int](), 0
+        [learnt] = self.fine_tune_together(
+            [Lesson(adapter, pairs, training, generator, optimizer or {}, frozen or {}, adjust)]
+        )
+        return learnt
+
+    def fine_tune_together(self, lessons: Sequence[Lesson]) -> list[FineTuned]:
+        """`fine_tune` for several clients at once: rows of all go through the model in one batch.
+
+        Each client takes the steps that it would take alone, with its own loss, gradients, optimizer and random stream;
+        one that has no more of them is done. So the results are those of one after another but for rounding: rows are
+        padded to the longest of all clients, and matrix products have more of them. One lesson alone has the bits of
+        `fine_tune`.
+
+        Args:
+            lessons: One for each client; settings by which batches are computed (packing, gradient checkpointing and
+                smaller batches where memory does not suffice) are those of the first.
+        """
+        learners = [_Learner(lesson, self._rows(lesson)) for lesson in lessons]
+        common = lessons[0].training
+        size, remedy = f"training.batch_size {common.batch_size}", TRAIN_WITH_LESS
+        if len(lessons) > 1:
+            size, remedy = f"{size} of {len(lessons)} clients", f"lower training.train_together; or {remedy}"
         with (
-            self._room_to("train", f"training.batch_size {training.batch_size}", TRAIN_WITH_LESS),
-            self._training(training),
-            self._seeded(generator),
-            self._training_attention(training),
-            self._beside(frozen),
+            self._room_to("train", size, remedy),
+            self._training(common),
+            self._seeded([lesson.generator for lesson in lessons]),
+            self._training_attention(common),
+            self._adapters_of(learners) as shares,
             repeatable(self.device, self._repeats),
         ):
-            # In the model's order, whatever the adapter's: the optimizer's state goes by index.
-            masters = Masters(adapter, self._parameters)
-            masters.hand_over()
-            trained = [*masters.parameters.values()]
-            adamw = self._optimizer(trained, training, optimizer or {}, num_steps(len(rows), training))
-            for step in steps_of([sum(len(segment.ids) for segment in row) for row in rows], training, generator):
-                chosen = [segment for i in step for segment in rows[i]]
-                losses.append(self._step_gradients([rows[i] for i in step], training, masters, scale))
-                with torch.no_grad():
-                    if adjust is not None:
-                        adjust(masters.parameters)
-                    adamw.step()
-                masters.hand_over()
-                learnt.append(sum(segment.num_learnt for segment in chosen))
-                processed += sum(len(segment.ids) for segment in chosen)
-            adapter.update(masters.to_adapter())
+            for learner in learners:
+                learner.begin(self._optimizer, LossScale(LOSS_SCALE if self._scales_loss else 1.0))
+            while going := [learner for learner in learners if learner.goes_on()]:
+                self._step_gradients(going, common, shares)
+                for learner in going:
+                    learner.take_step()
+            for learner in learners:
+                learner.lesson.adapter.update(learner.masters.to_adapter())
             # Read when all is done: a GPU that is asked after each step waits for the next.
-            means = torch.stack(losses).tolist() if losses else []
-        loss_sum = 0.0
-        for mean, responses in zip(means, learnt, strict=True):
-            loss_sum += mean * responses
-        state = adamw.state() if training.keep_optimizer else {}
-        return FineTuned(loss=loss_sum / max(sum(learnt), 1), tokens=processed, optimizer=state)
+            means = [torch.stack(learner.losses).tolist() if learner.losses else [] for learner in learners]
+        return [learner.result(losses) for learner, losses in zip(learners, means, strict=True)]
 
-    def _step_gradients(
-        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Masters, scale: LossScale
-    ) -> Tensor:
-        """Put the gradients of an optimizer step into the float32 master weights; returns its loss.
+    def _rows(self, lesson: Lesson) -> list[list[Segment]]:
+        """The texts of a lesson, in rows."""
+        segments = [segment for pair in lesson.pairs for segment in self._segments(pair)]
+        lengths = [len(segment.ids) for segment in segments]
+        alone = [[i] for i in range(len(segments))]
+        together = pack(lengths, self._max_length, lesson.generator) if lesson.training.packing else alone
+        return [[segments[i] for i in row] for row in together]
+
+    @contextmanager
+    def _adapters_of(self, learners: Sequence[_Learner]) -> Iterator[list[Share]]:
+        """While the block runs, learners have weights that compute: the model's own if there is one, else each its own.
+
+        Yields the list that is to say whose rows a batch has, if there are several.
+        """
+        shares = list[Share]()
+        if len(learners) == 1:
+            learners[0].computing = self._parameters
+            with self._beside(learners[0].lesson.frozen):
+                yield shares
+            return
+        for learner in learners:
+            learner.computing = {
+                key: torch.nn.Parameter(value.new_empty(learner.lesson.adapter[key].shape))
+                for key, value in self._parameters.items()
+            }
+            learner.frozen = self._on_device(learner.lesson.frozen)
+        with adapters_by_row(self.model, [*self._parameters], self._scaling, shares):
+            yield shares
+
+    def _step_gradients(self, learners: Sequence[_Learner], common: TrainingConfig, shares: list[Share]) -> None:
+        """Put the gradients of each learner's optimizer step into its float32 master weights, and note its loss.
 
         If float16 overflows, they are computed again with half the loss scale, so that no example is left out.
         """
-        while True:
-            masters.clear_gradients()
-            part = self._accumulate_what_fits(step, training, masters, scale.factor)
-            with torch.no_grad():
-                loss = self._reduced(part, masters.parameters)
-                if not self._scales_loss or not math.isfinite(loss.item()):
-                    return loss
-                grads = [master.grad for master in masters.parameters.values() if master.grad is not None]
-                fits = all(bool(torch.isfinite(grad).all()) for grad in grads)
-            if scale.keeps(all(self.of_all_ranks(fits))):
-                return loss
+        while learners:
+            for learner in learners:
+                learner.masters.clear_gradients()
+            parts = self._accumulate_what_fits(learners, common, shares)
+            again = []
+            for learner, part in zip(learners, parts, strict=True):
+                with torch.no_grad():
+                    loss = self._reduced(part, learner.masters.parameters)
+                    fits = not self._scales_loss or not math.isfinite(loss.item()) or self._keeps(learner)
+                if fits:
+                    learner.losses.append(loss)
+                else:
+                    again.append(learner)
+            learners = again
+
+    def _keeps(self, learner: _Learner) -> bool:
+        """See `LossScale.keeps`."""
+        grads = [master.grad for master in learner.masters.parameters.values() if master.grad is not None]
+        fits = all(bool(torch.isfinite(grad).all()) for grad in grads)
+        return learner.scale.keeps(all(self.of_all_ranks(fits)))
 
     def _accumulate_what_fits(
-        self, step: Sequence[Sequence[Segment]], training: TrainingConfig, masters: Masters, factor: float
-    ) -> Tensor:
+        self, learners: Sequence[_Learner], common: TrainingConfig, shares: list[Share]
+    ) -> list[Tensor]:
         """`_accumulate`; if `auto_find_batch_size`, in smaller batches where memory does not suffice, and from then on
         in all steps of this model."""
         while True:
-            size = min(training.batch_size, self._fits)
+            size = min(max(learner.lesson.training.batch_size for learner in learners), self._fits)
             try:
-                return self._accumulate(step, size, training, masters, factor)
+                return self._accumulate(learners, size, common, shares)
             except RuntimeError as error:
-                if not (training.auto_find_batch_size and size > 1 and self._alone and is_out_of_memory(error)):
+                if not (common.auto_find_batch_size and size > 1 and self._alone and is_out_of_memory(error)):
                     raise
             # After the block, whose error holds what the batch has in memory.
             self._fits = size // 2
             logger.warning("not enough memory to train on %d rows at a time; from now on %d", size, self._fits)
-            masters.clear_gradients()
-            self._clear_gradients()
+            for learner in learners:
+                learner.masters.clear_gradients()
+                learner.clear_gradients()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _accumulate(
-        self, step: Sequence[Sequence[Segment]], size: int, training: TrainingConfig, masters: Masters, factor: float
-    ) -> Tensor:
-        """Add up the gradients of an optimizer step a batch of `size` rows at a time; returns its loss.
+        self, learners: Sequence[_Learner], size: int, common: TrainingConfig, shares: list[Share]
+    ) -> list[Tensor]:
+        """Add up the gradients of each learner's optimizer step, a batch of at most `size` of its rows at a time;
+        returns the losses.
 
-        With several ranks, both are this rank's part, which `_reduced` sums up. The backward pass is that of the loss
-        times `factor`.
+        With several ranks, both are this rank's part, which `_reduced` sums up. The backward pass is that of each loss
+        times its learner's scale.
         """
-        total = sum(segment.weight * segment.num_learnt for row in step for segment in row)
-        losses = []
-        for start in range(0, len(step), size):
-            mine, counts = self._share([*range(start, min(start + size, len(step)))])
-            batch = self._collate([step[i] for i in mine], packed=training.packing)
-            loss = (self._token_nll(batch) * (counts * batch.weights)).sum() / max(total, 1e-9)
-            (factor * loss).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            masters.take_gradients(factor)
-        return torch.stack(losses).sum()
+        losses: list[list[Tensor]] = [[] for _ in learners]
+        for parts in itertools.zip_longest(*(learner.batches(size) for learner in learners)):
+            at_work = [(i, learners[i], part) for i, part in enumerate(parts) if part]
+            mine = [self._share([*range(len(part))]) for _, _, part in at_work]
+            rows = [[part[row] for row in own] for (_, _, part), (own, _) in zip(at_work, mine, strict=True)]
+            batch = self._collate([*itertools.chain(*rows)], packed=common.packing)
+            width = batch.inputs["input_ids"].numel() // sum(map(len, rows))
+            shares[:] = [
+                Share(learner.computing, learner.frozen, width * len(own))
+                for (_, learner, _), own in zip(at_work, rows, strict=True)
+            ]
+            counts = [sum(segment.num_learnt for row in own for segment in row) for own in rows]
+            nlls, weights = (torch.split(part, counts) for part in (self._token_nll(batch), batch.weights))
+            scaled = []
+            for (i, learner, _), (_, share), nll, weight in zip(at_work, mine, nlls, weights, strict=True):
+                loss = (nll * (share * weight)).sum() / max(learner.total, 1e-9)
+                scaled.append(learner.scale.factor * loss)
+                losses[i].append(loss.detach())
+            functools.reduce(operator.add, scaled).backward()  # type: ignore[no-untyped-call]
+            for _, learner, _ in at_work:
+                learner.masters.take_gradients(learner.scale.factor)
+        return [torch.stack(each).sum() for each in losses]
 
     @torch.no_grad()
     def generate(
@@ -825,17 +926,20 @@ class LanguageModel:
     def _beside(self, frozen: Adapter | None) -> Iterator[None]:
         """While the block runs, a frozen adapter adds to the outputs of its modules."""
         handles = []
-        frozen = frozen or {}
-        for key in [key for key in frozen if "lora_A" in key]:
-            down = (self._scaling * frozen[key]).to(self.device, self._compute_dtype)
-            up = frozen[key.replace("lora_A", "lora_B")].to(self.device, self._compute_dtype)
+        there = self._on_device(frozen or {})
+        for key in [key for key in there if "lora_A" in key]:
             module = self.model.get_submodule(key[: key.index(".lora_A")])
-            handles.append(module.register_forward_hook(_adding(down, up)))
+            handles.append(module.register_forward_hook(_adding(there[key], there[key.replace("lora_A", "lora_B")])))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _on_device(self, frozen: Adapter) -> Adapter:
+        """A frozen adapter as it is computed with, and its A times the scaling."""
+        scaled = {key: self._scaling * value if "lora_A" in key else value for key, value in frozen.items()}
+        return {key: value.to(self.device, self._compute_dtype) for key, value in scaled.items()}
 
     @contextmanager
     def _at_work(self, adapter: Adapter, frozen: Adapter | None, work: str, batch_size: int) -> Iterator[None]:
@@ -874,10 +978,14 @@ class LanguageModel:
         return enough_memory(f"{work} with model {self.name} at {size} and {lengths}", remedy)
 
     @contextmanager
-    def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
-        """While the block runs, torch's global generator, from which dropout draws, is seeded; then it is restored."""
+    def _seeded(self, generators: Sequence[np.random.Generator]) -> Iterator[None]:
+        """While the block runs, torch's global generator, from which dropout draws, is seeded; then it is restored.
+
+        Each generator draws a seed, as it would alone. Where there are several, nothing is dropped out.
+        """
+        first, *_ = [int(generator.integers(2**62)) for generator in generators]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(generator.integers(2**62)))
+            torch.manual_seed(first)
             yield
 
     def _training_attention(self, training: TrainingConfig) -> AbstractContextManager[Any]:
@@ -885,6 +993,80 @@ class LanguageModel:
         # most products are of texts that do not see each other, and their memory costs more than the arithmetic.
         plain = self.device.type == "cpu" and not training.packing
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+class _Learner:
+    """A lesson while it is learnt.
+
+    Args:
+        lesson: The lesson.
+        rows: Its texts, in rows.
+
+    Attributes:
+        computing: The weights that compute. frozen: See `Share`. Both are set before `begin`.
+        masters: Their master weights.
+        scale: The scale of its loss.
+        losses: The loss of each step that was taken.
+        total: Weight of all that is learnt in the step at hand.
+    """
+
+    computing: Parameters
+    masters: Masters
+    scale: LossScale
+    total: float
+
+    def __init__(self, lesson: Lesson, rows: list[list[Segment]]) -> None:
+        self.lesson = lesson
+        self.frozen: Adapter = {}
+        self.losses = list[Tensor]()
+        self._rows = rows
+        self._learnt = list[int]()
+        self._processed = 0
+
+    def begin(self, optimizer: Callable[..., AdamW], scale: LossScale) -> None:
+        """Give the adapter's weights to those that compute, and draw the first step."""
+        training, lengths = self.lesson.training, [sum(len(segment.ids) for segment in row) for row in self._rows]
+        # In the model's order, whatever the adapter's: the optimizer's state goes by index.
+        self.masters, self.scale = Masters(self.lesson.adapter, self.computing), scale
+        self.masters.hand_over()
+        trained = [*self.masters.parameters.values()]
+        self._adamw = optimizer(trained, training, self.lesson.optimizer, num_steps(len(self._rows), training))
+        self._steps = steps_of(lengths, training, self.lesson.generator)
+
+    def goes_on(self) -> bool:
+        """Go on to the next step, if there is one."""
+        drawn = next(self._steps, None)
+        self._step = [self._rows[i] for i in drawn or ()]
+        self.total = sum(segment.weight * segment.num_learnt for row in self._step for segment in row)
+        return drawn is not None
+
+    def batches(self, most: int) -> Iterator[list[list[Segment]]]:
+        """The rows of the step at hand, in batches of at most `most`."""
+        size = min(self.lesson.training.batch_size, most)
+        return (self._step[start : start + size] for start in range(0, len(self._step), size))
+
+    def take_step(self) -> None:
+        """Change the weights by the gradients that the master weights have."""
+        with torch.no_grad():
+            if self.lesson.adjust is not None:
+                self.lesson.adjust(self.masters.parameters)
+            self._adamw.step()
+        self.masters.hand_over()
+        self._learnt.append(sum(segment.num_learnt for row in self._step for segment in row))
+        self._processed += sum(len(segment.ids) for row in self._step for segment in row)
+
+    def clear_gradients(self) -> None:
+        """Drop what a batch that was given up has left."""
+        for parameter in self.computing.values():
+            parameter.grad = None
+
+    def result(self, means: Sequence[float]) -> FineTuned:
+        """What comes of the lesson, by the mean losses of its steps."""
+        loss_sum = 0.0
+        for mean, responses in zip(means, self._learnt, strict=True):
+            loss_sum += mean * responses
+        state = self._adamw.state() if self.lesson.training.keep_optimizer else {}
+        return FineTuned(loss=loss_sum / max(sum(self._learnt), 1), tokens=self._processed, optimizer=state)
 
 
 def _adding(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -164,8 +164,8 @@ class ShardedLanguageModel(LanguageModel):
         return bool(anywhere)
 
     @contextmanager
-    def _seeded(self, generator: np.random.Generator) -> Iterator[None]:
-        with super()._seeded(generator):
+    def _seeded(self, generators: Sequence[np.random.Generator]) -> Iterator[None]:
+        with super()._seeded(generators):
             # Drawn alike, the parts of a batch would get the same dropout masks.
             torch.manual_seed(torch.initial_seed() + self.rank)
             yield

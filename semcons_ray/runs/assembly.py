@@ -631,6 +631,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
     """What a worker of a model needs, whichever of its clients it has: the most that the settings of one ask for."""
     sharding, model, device = config.sharding, config.model, config.resources.device
     ranks = sharding.models.get(name, 1)
+    together = min(config.training.train_together, len(config.clients_with()[name]))
     footprints = []
     for training, generation in zip(*_own_settings(config, name), strict=True):
         # A host ends a process whose memory it does not have, where a GPU refuses it.
@@ -642,7 +643,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
             lora=model.lora,
             quantization=model.quantization,
             max_length=model.num_tokens,
-            batch_size=ceil((1 if finds_its_size else training.batch_size) / ranks),
+            batch_size=together * ceil((1 if finds_its_size else training.batch_size) / ranks),
             generation_batch_size=ceil(generation.batch_size / ranks),
             max_new_tokens=generation.max_new_tokens,
             num_samples=generation.num_samples,
@@ -651,6 +652,7 @@ def _demand(config: ExperimentConfig, name: str, folder: Path) -> Demand:
         )
         if ranks > 1 and sharding.zero_stage == 3:
             footprint = footprint.divided(ranks, offloaded=sharding.cpu_offload)
+        footprint = replace(footprint, trained=together * footprint.trained)  # each has an adapter of its own
         footprints.append(footprint)
     largest = max(footprints, key=lambda footprint: (footprint.device_bytes, footprint.host_bytes))
     return Demand(
@@ -837,6 +839,7 @@ def parts(
             place=place,
             quorum=failures.quorum,
             meter=NodeMeter(place.node, open_meters(uses_gpu=uses_gpu)),
+            train_together=config.training.train_together,
         )
     else:
         fleet = RayFleet(
@@ -851,6 +854,7 @@ def parts(
             state=folder.state,
             mark=shared,
             sizes=split.num_private,
+            train_together=config.training.train_together,
         )
     try:
         yield fleet, server

@@ -12,7 +12,7 @@ import torch
 
 from semcons_ray.data.examples import Example
 from semcons_ray.errors import ModelError, NotFiniteError
-from semcons_ray.federation.fleet import Reply
+from semcons_ray.federation.fleet import NO_OTHERS, Reply
 
 logger = logging.getLogger("semcons_ray.fakes")
 
@@ -38,12 +38,15 @@ class FakeSpec:
 class FakeHost:
     def __init__(self, spec: FakeSpec) -> None:
         self.spec = spec
+        self.kept: dict[int, dict[str, bytes]] = {}
         self.adapter_shapes = {"lora_A": (2, 3)}
         self.first_adapter = {"lora_A": torch.arange(6.0).reshape(2, 3)}
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+    def visit(
+        self, client_id: int, round: int, downlink: bytes, evaluate: bool, beside: Mapping[int, bytes] = NO_OTHERS
+    ) -> Reply:
         attempts = len(list(self.spec.folder.glob(f"{client_id}-{round}-*")))
-        (self.spec.folder / f"{client_id}-{round}-{attempts}").touch()
+        (self.spec.folder / f"{client_id}-{round}-{attempts}").write_text(" ".join(map(str, beside)))
         logger.info("visits client %d, attempt %d", client_id, attempts)
         time.sleep(self.spec.seconds)
         if attempts < self.spec.times:
@@ -71,8 +74,12 @@ class FakeHost:
     def lent(self, client_id: int, files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
         """Where the folder is not seen, what a visit leaves behind is how much came with it."""
         changed: dict[str, bytes] = {}
+        files = {**self.kept.pop(client_id, {}), **files}
         yield changed
         changed[f"round_{len(files):03d}.safetensors"] = b"".join(files.values()) + b"x"
+
+    def keep(self, client_id: int, files: Mapping[str, bytes]) -> None:
+        self.kept[client_id] = {**files, "kept": b"k"}
 
     def export_adapter(self, client_id: int, round: int, downlink: bytes, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

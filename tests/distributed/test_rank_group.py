@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from semcons_ray.distributed import cluster
 from semcons_ray.distributed.placement import WorkerPlan
 from semcons_ray.distributed.ray_fleet import RayFleet
 from semcons_ray.errors import ConfigError
-from semcons_ray.federation.fleet import Reply
+from semcons_ray.federation.fleet import NO_OTHERS, Reply
 from semcons_ray.federation.store import mark
 
 pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
@@ -43,7 +43,9 @@ class RankHost:
         self.adapter_shapes = {"lora_A": (2, 3)}
         self.first_adapter = {"lora_A": torch.full((2, 3), 1 / 3)}
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+    def visit(
+        self, client_id: int, round: int, downlink: bytes, evaluate: bool, beside: Mapping[int, bytes] = NO_OTHERS
+    ) -> Reply:
         rank = dist.get_rank()
         marks = [self.spec.folder / f"{rank}-{attempt}" for attempt in range(self.spec.times)]
         free = next((mark for mark in marks if not mark.exists()), None)

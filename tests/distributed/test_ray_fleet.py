@@ -67,6 +67,7 @@ def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[Make
         one_model: bool = False,
         sizes: tuple[int, ...] | None = None,
         sees_folder: bool = True,
+        train_together: int = 1,
         **trouble: Any,
     ) -> RayFleet:
         models = ["m" if one_model else f"m{i}" for i in range(len(clients))]
@@ -82,7 +83,7 @@ def make_fleet(nodes: tuple[cluster.Node, ...], tmp_path: Path) -> Iterator[Make
         made.append(
             RayFleet(
                 plans, specs, timeout_seconds=timeout, max_restarts=1, quorum=quorum, uses_gpu=False, sizes=sizes,
-                state=state, mark=name,
+                state=state, mark=name, train_together=train_together,
             )
         )  # fmt: skip
         return made[-1]
@@ -114,6 +115,32 @@ def test_workers_of_one_model_take_over_clients_that_are_left_and_those_with_the
     visited = {path.name[0]: path.stat().st_mtime - began for path in (tmp_path / "visits").glob("*-1-0")}
     assert max(visited[client] for client in "1235") < 12
     assert visited["0"] > 12  # the second largest was sent with it
+
+
+def test_clients_that_train_together_go_to_one_worker_in_groups_of_the_plan_and_alone_after_a_death(
+    make_fleet: MakeFleet, tmp_path: Path
+) -> None:
+    """Groups by size of the clients; the worker that dies at its first group visits all that it had alone."""
+    sizes = (1, 2, 3, 4, 5, 6, 7, 8)
+    fleet = make_fleet(tuple(range(5)), (5, 6, 7), sizes=sizes, train_together=2, troubles={4: "die"})
+    assert uplinks(fleet) == {c: b"hello %d %d" % (c % 2, c) for c in range(8)}
+    asked = {path.name: path.read_text() for path in (tmp_path / "visits").iterdir()}
+    assert asked.pop("4-1-0") == "3"
+    assert asked.pop("7-1-0") == "6"
+    assert asked.pop("5-1-0") == ""  # is left over
+    assert asked["4-1-1"] == asked["3-1-0"] == ""
+    assert [*fleet.measure(1, {7: b"", 6: b""})]
+    assert not any((tmp_path / "visits" / name).read_text() for name in ("7-1-1", "6-1-1"))
+
+
+def test_a_worker_that_does_not_see_the_folder_keeps_the_files_of_a_group(
+    make_fleet: MakeFleet, tmp_path: Path
+) -> None:
+    fleet = make_fleet((0, 1), sees_folder=False, train_together=2)
+    assert sorted(uplinks(fleet)) == [0, 1]
+    assert (tmp_path / "visits" / "0-1-0").read_text() == "1"
+    written = {path.parent.name: path.read_bytes() for path in (tmp_path / "state").rglob("round_*")}
+    assert written == {"client_000": b"x", "client_001": b"kx"}
 
 
 def at_hand(fleet: RayFleet, downlinks: Mapping[int, bytes]) -> list[int]:

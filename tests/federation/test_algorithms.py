@@ -24,7 +24,7 @@ from semcons_ray.federation.algorithms.logit_exchange import LogitExchange
 from semcons_ray.federation.algorithms.one_shot_fedavg_lora import OneShotFedAvgLora
 from semcons_ray.federation.algorithms.scaffold import Scaffold
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
-from semcons_ray.federation.fleet import LocalFleet, Reply
+from semcons_ray.federation.fleet import NO_OTHERS, LocalFleet, Reply
 from semcons_ray.federation.randomness import Cohort
 from semcons_ray.federation.server import ServerState
 from semcons_ray.messages import NO_LABELS, PseudoLabels
@@ -244,8 +244,12 @@ def test_only_those_that_leave_each_client_its_own_model_have_a_moving_average(n
 class Host:
     def __init__(self, failing: Mapping[int, Exception]) -> None:
         self.failing = failing
+        self.asked: list[tuple[int, ...]] = []
 
-    def visit(self, client_id: int, round: int, downlink: bytes, evaluate: bool) -> Reply:
+    def visit(
+        self, client_id: int, round: int, downlink: bytes, evaluate: bool, beside: Mapping[int, bytes] = NO_OTHERS
+    ) -> Reply:
+        self.asked.append((client_id, *beside))
         if client_id in self.failing:
             raise self.failing[client_id]
         return reply(client_id, round)
@@ -263,6 +267,16 @@ def local_fleet(failing: Mapping[int, Exception], quorum: float) -> LocalFleet:
 
 def visited(fleet: LocalFleet) -> list[int]:
     return [reply.client_id for reply in fleet.visit(1, dict.fromkeys(range(4), b""), evaluate=False)]
+
+
+def test_clients_of_a_host_are_asked_in_groups_that_train_together() -> None:
+    hosts = {"worker-0": Host({}), "worker-1": Host({})}
+    clients = {"worker-0": range(4), "worker-1": range(4, 6)}
+    fleet = LocalFleet(hosts, clients, place=Place("n"), quorum=1.0, train_together=3)
+    downlinks = dict.fromkeys((0, 1, 4, 3, 2, 5), b"")
+    assert [reply.client_id for reply in fleet.visit(1, downlinks, evaluate=False)] == [*downlinks]
+    assert hosts["worker-0"].asked == [(0, 1, 3), (1,), (3,), (2,)]
+    assert hosts["worker-1"].asked == [(4, 5), (5,)]
 
 
 def test_a_failed_client_is_left_out_while_the_quorum_holds() -> None:

@@ -1,8 +1,10 @@
 """A host: what it is built of, what its visits leave behind, and what it makes of clients that fail."""
 
 import dataclasses
+import itertools
 import math
 import socket
+import threading
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -16,9 +18,10 @@ from safetensors.torch import load_file
 
 from semcons_ray.config import GenerationConfig, LoraConfig, ModelConfig, PerClient, ShardingConfig, TrainingConfig
 from semcons_ray.data.examples import Example
-from semcons_ray.errors import ClientError, MessageError, NotFiniteError, StorageError
+from semcons_ray.errors import ClientError, MessageError, ModelError, NotFiniteError, StorageError
 from semcons_ray.federation.adapter_model import AdapterModel, AdapterModels
 from semcons_ray.federation.algorithms.fedavg_lora import FedAvgLora
+from semcons_ray.federation.algorithms.fedprox import FedProx
 from semcons_ray.federation.algorithms.semantic_consensus import SemanticConsensus
 from semcons_ray.federation.client import Client
 from semcons_ray.federation.fleet import Evaluation
@@ -111,6 +114,107 @@ def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piec
     assert [row[0] for row in work(later.rows)] == ["fine_tune", "generate"]
     # A visit that is asked for again is not done again.
     assert msgspec.msgpack.encode(host.visit(2, 1, b"whatever", False)) == msgspec.msgpack.encode(reply)
+
+
+@pytest.mark.parametrize("algorithm", [None, FedProx(Cohort(4, 1.0, 0), (4, 4, 2, 4), mu=0.5)], ids=["consensus", "fedprox"])
+def test_clients_that_train_together_reply_as_in_turn_and_share_its_time(
+    make_spec: MakeSpec, tmp_path: Path, algorithm: FedAvgLora | None
+) -> None:
+    """Client 1 learns in several batches, and client 2 has a smaller rank; both are stored with the visit of client 0."""
+    changes: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm, "public_prompts": b""}
+    private = {**PRIVATE, 1: PRIVATE[0] * 2}
+    message = NO_WORDS if algorithm is None else b""
+    found = []
+    for name, beside in (("turns", {}), ("together", {1: message, 2: message})):
+        state = tmp_path / name
+        host = make_spec(private=private, state=state, mark=mark(state), **changes).build("worker-7")
+        replies = {0: host.visit(0, 1, message, True, beside)}
+        if beside:
+            assert all(host.store.reply(client, 1) for client in (0, 1, 2))
+        for client in (1, 2):
+            replies[client] = host.visit(client, 1, message, True)
+        assert host.ledger.take() == []
+        found.append((host, replies))
+    (turns, in_turn), (host, together) = found
+    for client, reply in together.items():
+        expected = in_turn[client]
+        assert work(reply.rows, "tokens", *COLUMNS)[-4:] == work(expected.rows, "tokens", *COLUMNS)[-4:]
+        assert {row.client_id for row in reply.rows} <= {client, -1}
+        assert reply.train_loss == pytest.approx(expected.train_loss, rel=1e-5)
+        assert len(reply.uplink) == pytest.approx(len(expected.uplink), rel=0.01)
+        assert reply.evaluation is not None
+        assert expected.evaluation is not None
+        assert reply.evaluation.nll == pytest.approx(expected.evaluation.nll, rel=1e-4)
+        states = [one.store.load(client, before=2) for one in (host, turns)]
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[1].items():
+            assert isinstance(value, torch.Tensor)
+            torch.testing.assert_close(states[0][key], value, rtol=1e-3, atol=1e-5)
+    learnt = [next(row for row in together[client].rows if row.stage == "fine_tune") for client in (0, 1, 2)]
+    for before, after in itertools.pairwise(learnt):  # one after another, each as long as its tokens ask for
+        assert before.started_at + before.duration_seconds == pytest.approx(after.started_at, abs=1e-6)
+        assert before.duration_seconds / before.tokens == pytest.approx(after.duration_seconds / after.tokens)
+    later = [row for reply in together.values() for row in reply.rows if row.stage in ("generate", "evaluate")]
+    assert min(row.started_at for row in later) >= learnt[-1].started_at + learnt[-1].duration_seconds - 1e-3
+
+
+def test_a_client_that_fails_among_others_fails_alone(make_spec: MakeSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """One diverges while all train; one cannot read its message, so that the others do not wait for it."""
+    common = make_spec().models.training[0]  # type: ignore[attr-defined]
+    wild = PerClient(common, {1: common.model_copy(update={"learning_rate": 1e30})})
+    spec = make_spec(private={**PRIVATE, 1: PRIVATE[0], 3: PRIVATE[2]}, training=wild)
+    host = spec.build("worker-7")
+    host.visit(0, 1, NO_WORDS, True, {1: NO_WORDS, 3: b"nonsense", 2: NO_WORDS})
+    assert [client for client in range(4) if host.store.reply(client, 1)] == [0, 2]
+    assert [line.message.endswith("it is visited again, alone") for line in caplog.records if line.levelname == "WARNING"]
+    with pytest.raises(NotFiniteError, match="^client 1, round 1: "):
+        host.visit(1, 1, NO_WORDS, True)
+    with pytest.raises(ClientError, match="^client 3, round 1, worker-7: .*PseudoLabels"):
+        host.visit(3, 1, b"nonsense", True)
+    # What is done is not done again, and a group of which but one is left is no group.
+    stored = {path: path.stat().st_mtime_ns for path in spec.state.rglob("*") if path.is_file()}
+    host.visit(2, 1, b"whatever", True, {0: b"whatever"})
+    assert stored == {path: path.stat().st_mtime_ns for path in spec.state.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("error", "says"), [(RuntimeError("torch is ill"), None), (ModelError("no memory"), "no memory")])
+def test_what_fails_for_all_is_done_in_turn_unless_the_user_must_mend_it(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str | None
+) -> None:
+    host = make_spec().build("worker-7")
+    fine_tune = LanguageModel.fine_tune_together
+
+    def alone_only(model: LanguageModel, lessons: Any) -> Any:
+        if len(lessons) > 1:
+            raise error
+        return fine_tune(model, lessons)
+
+    monkeypatch.setattr(LanguageModel, "fine_tune_together", alone_only)
+    if says is None:
+        assert host.visit(0, 1, NO_WORDS, False, {2: NO_WORDS}).client_id == 0
+        assert host.store.reply(2, 1) is None
+        assert host.visit(2, 1, NO_WORDS, False).client_id == 2
+    else:
+        with pytest.raises(ModelError, match=says):
+            host.visit(0, 1, NO_WORDS, False, {2: NO_WORDS})
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("visit")]
+
+
+def test_clients_whose_batches_differ_in_kind_train_apart(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = make_spec().models.training[0]  # type: ignore[attr-defined]
+    own = PerClient(common, {1: common.model_copy(update={"packing": True})})
+    host = make_spec(private={**PRIVATE, 1: PRIVATE[0]}, training=own).build("worker-7")
+    groups = []
+    fine_tune = LanguageModel.fine_tune_together
+
+    def spy(model: LanguageModel, lessons: Any) -> Any:
+        groups.append([one.training.packing for one in lessons])
+        return fine_tune(model, lessons)
+
+    monkeypatch.setattr(LanguageModel, "fine_tune_together", spy)
+    host.visit(0, 1, NO_WORDS, False, {1: NO_WORDS, 2: NO_WORDS})
+    assert groups == [[False, False], [True]]
+    assert all(host.store.reply(client, 1) for client in (0, 1, 2))
 
 
 def test_a_measurement_is_of_the_model_after_a_round_and_leaves_nothing_behind(make_spec: MakeSpec) -> None:

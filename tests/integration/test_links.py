@@ -26,7 +26,7 @@ from semcons_ray.federation.store import mark
 
 class Sends:
     adapter_shapes = {{}}
-    def visit(self, client_id, round, downlink, evaluate):
+    def visit(self, client_id, round, downlink, evaluate, beside):
         time.sleep(0.2 * client_id)  # the first message is on its way when the second is ready
         return Reply(client_id=client_id, round=round, uplink=bytes({BYTES}), train_loss=0.0, num_private=1,
                      num_pseudo_labels=0, evaluation=None, rows=())

@@ -3,6 +3,7 @@ pass."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,9 +239,9 @@ def test_a_scale_that_overflows_is_halved_and_its_step_taken_with_the_same_examp
     scales: list[float] = []
     accumulate = LanguageModel._accumulate
 
-    def spy(self: LanguageModel, step: object, size: int, training: object, masters: object, factor: float) -> Tensor:
-        scales.append(factor)
-        return accumulate(self, step, size, training, masters, factor)  # type: ignore[arg-type]
+    def spy(self: LanguageModel, learners: Any, *more: Any) -> list[Tensor]:
+        scales.append(learners[0].scale.factor)
+        return accumulate(self, learners, *more)
 
     monkeypatch.setattr(LanguageModel, "_accumulate", spy)
     steps, _ = gradients(model, batch_size=8)

@@ -112,6 +112,20 @@ def test_accumulation_needs_the_memory_of_one_batch(folder: Path) -> None:
     assert placed(folder, machine(), training=training).demands == plain.demands
 
 
+def test_clients_that_train_together_need_the_memory_of_all_their_batches_and_adapters(folder: Path) -> None:
+    """No more of them than there are."""
+    huge = machine(gpu_bytes=1 << 42, host_gib=1 << 12)
+    alone, pair, more = (
+        placed(folder, huge, training={"batch_size": 2, "train_together": count}).demands["8b"] for count in (1, 2, 9)
+    )
+    batches = placed(folder, huge, training={"batch_size": 4}).demands["8b"]
+    adapter = "adapter and its optimizer"
+    assert pair.parts == {**batches.parts, adapter: 2 * batches.parts[adapter]}
+    assert pair.host_bytes > batches.host_bytes > 0
+    assert more == pair
+    assert alone.device_bytes < batches.device_bytes
+
+
 def test_who_finds_its_batch_size_needs_the_memory_of_one_row_on_a_gpu_alone(folder: Path) -> None:
     found, one = {"batch_size": 64, "auto_find_batch_size": True}, {"batch_size": 1}
     with pytest.raises(PlacementError, match=r"training\.batch_size"):
