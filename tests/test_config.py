@@ -285,7 +285,7 @@ def test_a_setting_without_effect_may_be_for_other_runs_that_share_it():
     ("values", "says"),
     [
         ({"model": {"lora": {"dropout": 0.1}}}, "training.train_together 2 needs model.lora.dropout 0: "),
-        ({"model": {"lora": {"use_dora": True}}}, "train_together 2 knows A and B alone, and model.lora.use_dora trains"),
+        ({"model": {"lora": {"use_dora": True}}}, "together 2 knows A and B alone, and model.lora.use_dora trains"),
         ({"model": {"lora": {"modules_to_save": ["lm_head"]}}}, "alone, and model.lora.modules_to_save trains more"),
         (
             {"model": {"name": "m"}, "sharding": {"models": {"m": 2}}},

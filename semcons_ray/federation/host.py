@@ -267,7 +267,8 @@ class ClientHost:
             finally:
                 underway.discard(client_id)
 
-        for error in meet([partial(visit, client_id) for client_id in downlinks if client_id in underway], learn_together):
+        visits = [partial(visit, client_id) for client_id in downlinks if client_id in underway]
+        for error in meet(visits, learn_together):
             if isinstance(error, UserError) or not isinstance(error, Exception | None):
                 raise error
             if error is not None:

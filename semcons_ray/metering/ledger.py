@@ -141,8 +141,8 @@ class Work:
 
 
 class Ledger:
-    """The rows of one worker, kept until they are taken. One thread at a time may use it, and stages must not be nested,
-    but for one that has a `span`."""
+    """The rows of one worker, kept until they are taken. One thread at a time may use it, and stages must not be
+    nested, but for one that has a `span`."""
 
     def __init__(self, worker: str, node: str, gpus: str = "") -> None:
         self.worker = worker

@@ -67,7 +67,7 @@ def _forward(path: str, down: str, base: Any, scaling: float, shares: Sequence[S
         if len(read) != sum(sizes):  # an expert, or an output embedding that is given the responses alone
             raise ValueError(f"{path} reads {len(read)} vectors where the batch has {sum(sizes)} tokens")
         parts = []
-        for share, mine, plain in zip(shares, read.split(sizes), given.split(sizes), strict=True):
+        for share, mine, plain in zip(shares, torch.split(read, sizes), torch.split(given, sizes), strict=True):
             whole = _added(plain, mine, share.adapter[down], share.adapter[up], scaling)
             if share.frozen:
                 whole = _added(whole, mine, share.frozen[down], share.frozen[up], 1.0)

@@ -116,11 +116,13 @@ def test_a_visit_replies_with_the_answers_the_evaluation_and_a_row_for_each_piec
     assert msgspec.msgpack.encode(host.visit(2, 1, b"whatever", False)) == msgspec.msgpack.encode(reply)
 
 
-@pytest.mark.parametrize("algorithm", [None, FedProx(Cohort(4, 1.0, 0), (4, 4, 2, 4), mu=0.5)], ids=["consensus", "fedprox"])
+@pytest.mark.parametrize(
+    "algorithm", [None, FedProx(Cohort(4, 1.0, 0), (4, 4, 2, 4), mu=0.5)], ids=["consensus", "fedprox"]
+)
 def test_clients_that_train_together_reply_as_in_turn_and_share_its_time(
     make_spec: MakeSpec, tmp_path: Path, algorithm: FedAvgLora | None
 ) -> None:
-    """Client 1 learns in several batches, and client 2 has a smaller rank; both are stored with the visit of client 0."""
+    """Client 1 learns in more batches, and client 2 has a smaller rank; both are stored with the visit of client 0."""
     changes: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm, "public_prompts": b""}
     private = {**PRIVATE, 1: PRIVATE[0] * 2}
     message = NO_WORDS if algorithm is None else b""
@@ -166,10 +168,11 @@ def test_a_client_that_fails_among_others_fails_alone(make_spec: MakeSpec, caplo
     host = spec.build("worker-7")
     host.visit(0, 1, NO_WORDS, True, {1: NO_WORDS, 3: b"nonsense", 2: NO_WORDS})
     assert [client for client in range(4) if host.store.reply(client, 1)] == [0, 2]
-    assert [line.message.endswith("it is visited again, alone") for line in caplog.records if line.levelname == "WARNING"]
-    with pytest.raises(NotFiniteError, match="^client 1, round 1: "):
+    warned = [line.message for line in caplog.records if line.levelname == "WARNING"]
+    assert [text.endswith("; it is visited again, alone") for text in warned] == [True, True]
+    with pytest.raises(NotFiniteError, match=r"^client 1, round 1: "):
         host.visit(1, 1, NO_WORDS, True)
-    with pytest.raises(ClientError, match="^client 3, round 1, worker-7: .*PseudoLabels"):
+    with pytest.raises(ClientError, match=r"^client 3, round 1, worker-7: .*PseudoLabels"):
         host.visit(3, 1, b"nonsense", True)
     # What is done is not done again, and a group of which but one is left is no group.
     stored = {path: path.stat().st_mtime_ns for path in spec.state.rglob("*") if path.is_file()}
@@ -177,7 +180,9 @@ def test_a_client_that_fails_among_others_fails_alone(make_spec: MakeSpec, caplo
     assert stored == {path: path.stat().st_mtime_ns for path in spec.state.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("error", "says"), [(RuntimeError("torch is ill"), None), (ModelError("no memory"), "no memory")])
+@pytest.mark.parametrize(
+    ("error", "says"), [(RuntimeError("torch is ill"), None), (ModelError("no memory"), "no memory")]
+)
 def test_what_fails_for_all_is_done_in_turn_unless_the_user_must_mend_it(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str | None
 ) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from semcons_ray.messages import NO_LABELS, Answers, PseudoLabels, PublicPrompts
 from semcons_ray.metering.energy import EnergyWindow
 from semcons_ray.metering.ledger import LedgerRow, Place
 from semcons_ray.modeling.embedding import Embedder
-from semcons_ray.modeling.language_model import LanguageModel
+from semcons_ray.modeling.language_model import FineTuned, LanguageModel, Lesson
 from semcons_ray.modeling.packaged import resolve_model
 from semcons_ray.reporting import read_run, render_result, write_report
 from semcons_ray.runs import experiment, trackers
@@ -509,3 +509,31 @@ def test_beside_other_runs_only_the_counters_of_whole_gpus_are_its_own() -> None
     others = dict.fromkeys(("folder", "split", "method", "server", "observer"))
     for alone, own in ((True, windows), (False, windows[:1])):
         assert Rounds(**cast(Any, of | others), alone=alone)._windows() == own
+
+
+def test_a_run_whose_clients_train_together_has_the_numbers_of_turns_but_for_rounding(
+    tiny_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    fine_tune = LanguageModel.fine_tune_together
+
+    def spy(model: LanguageModel, lessons: Sequence[Lesson]) -> list[FineTuned]:
+        groups.append(len(lessons))
+        return fine_tune(model, lessons)
+
+    monkeypatch.setattr(LanguageModel, "fine_tune_together", spy)
+    tables = []
+    for count in (1, 2):
+        groups.clear()
+        out = tmp_path / str(count)
+        run_experiment(tiny_config(num_rounds=1, training={"train_together": count}), out)
+        tables.append((pd.read_parquet(out / "metrics.parquet"), pd.read_parquet(out / "ledger.parquet")))
+    assert groups[-2:] == [2, 1]  # the third client is left over
+    assert groups.count(2) == 2  # the model was tried, and two clients trained
+    turns, together = tables
+    pd.testing.assert_frame_equal(together[0], turns[0], rtol=1e-4)
+    work = [
+        table.query("stage == 'fine_tune'").set_index("client_id")[["round", "tokens", "downlink_bytes"]].sort_index()
+        for _, table in tables
+    ]
+    pd.testing.assert_frame_equal(*work)

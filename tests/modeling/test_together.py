@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from semcons_ray.config import LoraConfig, ModelConfig, TrainingConfig
 from semcons_ray.config import GenerationConfig as GenerationSettings
+from semcons_ray.config import LoraConfig, ModelConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.federation.weights import with_rank
 from semcons_ray.modeling.client_model import Targets
@@ -25,7 +25,9 @@ ROWS = examples()[:420:7]
 Steps = list[dict[str, Tensor]]
 
 
-def load(folder: Path, *, dtype: str = "float32", trainings: Sequence[TrainingConfig] = (), **lora: Any) -> LanguageModel:
+def load(
+    folder: Path, *, dtype: str = "float32", trainings: Sequence[TrainingConfig] = (), **lora: Any
+) -> LanguageModel:
     return LanguageModel(
         str(folder),
         lora=LoraConfig.model_validate({"rank": 4, **lora}),
@@ -58,7 +60,9 @@ def lesson(model: LanguageModel, client: int, *, rank: int = 4, **settings: Any)
     def keep(parameters: Parameters) -> None:
         steps.append({key: value.grad.clone() for key, value in parameters.items() if value.grad is not None})
 
-    pairs = [Pair(row["prompt"], row["response"], 0.5 + i % 3) for i, row in enumerate(ROWS[7 * client :][: client + 5])]
+    pairs = [
+        Pair(row["prompt"], row["response"], 0.5 + i % 3) for i, row in enumerate(ROWS[7 * client :][: client + 5])
+    ]
     training = TrainingConfig.model_validate({"learning_rate": 1e-3, "keep_optimizer": True, **settings})
     own = Lesson(drawn(model, client, rank), pairs, training, np.random.default_rng(client), adjust=keep)
     return own, steps
@@ -103,7 +107,7 @@ def test_together_each_client_learns_what_it_would_in_turn(
     assert len({len(steps) for _, steps in group}) > 1  # each ends when it is done
     for mine, theirs, learnt, expected in zip(group, turns, together, in_turn, strict=True):
         assert_same((*mine, learnt), (*theirs, expected))
-    again, steps = lesson(model, 1, **DIFFERENT[1], **common)
+    again, _ = lesson(model, 1, **DIFFERENT[1], **common)
     repeated = model.fine_tune_together([again])[0]  # the model is as it was, to the bit
     assert repeated.loss == in_turn[1].loss
     assert all(torch.equal(again.adapter[key], value) for key, value in turns[1][0].adapter.items())
@@ -201,10 +205,14 @@ def test_rows_that_do_not_fit_into_memory_are_halved_for_all(
         model.fine_tune_together([lesson(model, client, batch_size=4)[0] for client in range(2)])
 
 
-def test_a_model_whose_layers_do_not_read_whole_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_layers_do_not_read_whole_rows_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, targets = write_model(tmp_path, "llama"), ["q_proj", "lm_head"]
     load(folder, target_modules=targets)
-    says = rf"^training\.train_together does not fit {folder}: .*lm_head reads \d+ vectors where the batch has \d+ tokens$"
+    says = (
+        rf"^training\.train_together does not fit {folder}: .*lm_head reads \d+ vectors where the batch has \d+ tokens$"
+    )
     with pytest.raises(ModelError, match=says):
         load(folder, target_modules=targets, trainings=[TOGETHER])
     load(folder, trainings=[TOGETHER])
@@ -222,11 +230,15 @@ def test_a_model_that_drops_out_is_refused_before_it_is_loaded(tmp_path: Path) -
         folder = write_model(tmp_path / str(len(config)), "gpt2", n_positions=256, **config)
         settings = ModelConfig(name=str(folder), dtype="float32", max_length=64)
         check_model(folder, settings, [TrainingConfig()], [GenerationSettings()], ["a"])
-        with pytest.raises(ModelError, match=rf"^training\.train_together does not fit {folder}: its config\.json {says}"):
+        with pytest.raises(
+            ModelError, match=rf"^training\.train_together does not fit {folder}: its config\.json {says}"
+        ):
             check_model(folder, settings, [TOGETHER], [GenerationSettings()], ["a"])
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     folder = write_model(tmp_path / "none", "gpt2", n_positions=256, **none)
-    check_model(folder, ModelConfig(name=str(folder), dtype="float32", max_length=64), [TOGETHER], [GenerationSettings()], ["a"])
+    check_model(
+        folder, ModelConfig(name=str(folder), dtype="float32", max_length=64), [TOGETHER], [GenerationSettings()], ["a"]
+    )
 
 
 def test_fused_layers_are_themselves_again(tiny_llama: Path) -> None:
