@@ -1,9 +1,9 @@
 """Proof that an engine answers with the adapter that it was given.
 
-An engine tells how likely it finds each token of its first answers. The worker's own model finds the same tokens as
+An engine tells how likely it finds each token of its first answer. The worker's own model finds the same tokens as
 likely with the adapter that was handed over, but for rounding. With the adapter before it, it does not: training
-changes most of all what is answered. So a few answers that are wanted anyway tell whether the new adapter is in use,
-for two short passes through the worker's model.
+changes most of all what is answered. So an answer that is wanted anyway tells whether the new adapter is in use, for
+two short passes through the worker's model, or for one if the adapter before is the same.
 
 Of two adapters that hardly differ, such as one that has learnt nothing and the base model, nothing can be told. Then
 only gross errors show: likelihoods that no rounding explains.
@@ -26,7 +26,7 @@ from semcons_ray.modeling.engine import Engine, EngineReply, EngineRequest
 if TYPE_CHECKING:  # the driver sends what a worker is built from without loading transformers
     from semcons_ray.modeling.language_model import LanguageModel
 
-NUM_TOLD = 2
+NUM_TOLD = 1
 """Answers of a request by which an adapter is recognised."""
 
 ROUNDING = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
@@ -65,8 +65,9 @@ class HandOver:
         Raises:
             EngineError: The engine broke, or answered twice otherwise than with this adapter.
         """
+        self._before = self._now
         if not _are_equal(adapter, self._now):
-            self._before, self._now = self._now, dict(adapter)
+            self._now = dict(adapter)
         request = replace(request, num_told=min(NUM_TOLD, len(request.prompts)))
         replies = list[tuple[EngineReply, float]]()
         for _ in range(2):
