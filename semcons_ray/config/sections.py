@@ -445,8 +445,8 @@ class TrainingConfig(Settings):
         1,
         ge=1,
         description="How many clients of a worker train at a time, their rows in one batch, each with its own adapter, "
-        "loss, optimizer and random numbers: faster with batches of one or two examples, and slower with large ones, as "
-        "on a CPU with eight. 1: they take turns. Together each learns "
+        "loss, optimizer and random numbers: faster with batches of one or two examples, and slower with large ones, "
+        "on a CPU those of eight. 1: they take turns. Together each learns "
         "what it would in turn but for rounding, as rows are padded to the longest of all: in float32 gradients differ "
         "by less than 0.01%, in bfloat16 by some percent. So the last bits depend on who shares a worker.",
     )

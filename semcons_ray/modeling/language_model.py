@@ -544,7 +544,8 @@ class LanguageModel:
                 for (_, learner, _), own in zip(at_work, rows, strict=True)
             ]
             counts = [sum(segment.num_learnt for row in own for segment in row) for own in rows]
-            nlls, weights = (torch.split(part, counts) for part in (self._token_nll(batch), batch.weights))
+            whole = (self._token_nll(batch), batch.weights)  # even a split into one is joined again behind it
+            nlls, weights = ([part] if len(counts) == 1 else torch.split(part, counts) for part in whole)
             scaled = []
             for (i, learner, _), (_, share), nll, weight in zip(at_work, mine, nlls, weights, strict=True):
                 loss = (nll * (share * weight)).sum() / max(learner.total, 1e-9)
