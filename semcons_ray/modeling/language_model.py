@@ -939,7 +939,7 @@ class LanguageModel:
 
     def _on_device(self, frozen: Adapter) -> Adapter:
         """A frozen adapter as it is computed with, and its A times the scaling."""
-        scaled = {key: self._scaling * value if "lora_A" in key else value for key, value in frozen.items()}
+        scaled = {key: self._scaling * frozen[key] if "lora_A" in key else frozen[key] for key in frozen}
         return {key: value.to(self.device, self._compute_dtype) for key, value in scaled.items()}
 
     @contextmanager

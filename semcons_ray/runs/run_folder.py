@@ -312,9 +312,12 @@ class RunFolder:
         beside = self.path.resolve() / ".adapters"
         shutil.rmtree(beside, ignore_errors=True)
         with writing(self.path):
-            beside.mkdir()
-            yield beside
-            beside.rename(self.adapters)
+            try:
+                beside.mkdir()
+                yield beside
+                beside.rename(self.adapters)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)  # some of them, where the disk is full
 
     def drop_adapters(self) -> None:
         """Remove the adapters, if there are any, since rounds are going to be run after them."""

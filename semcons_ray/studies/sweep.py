@@ -118,7 +118,7 @@ def run_sweep(
     out = out.resolve()
     check_trackers(sweep.configure(sweep.first()))
     trials = _trials(sweep, out)
-    has_begun = any((out / name).exists() for name in (SETTINGS, "trials"))
+    has_begun = remote or (out / "trials").exists()  # what is at a URL was looked at when it was fetched
     if out.exists() and not has_begun and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no sweep; choose another --out")
     for trial in trials:

@@ -211,9 +211,10 @@ def test_a_run_at_a_url_is_run_read_and_reported_there(url: str, tiny_config: Ma
     found.report_html.unlink()
     found.write_report()
     assert store.exists("/bucket/first/report.html")
-    for refused in (lambda: sr.compare(out=url), lambda: sr.watch(url)):
-        with pytest.raises(sr.RunFolderError, match="is a URL; only run, resume and report take one"):
-            refused()
+    with pytest.raises(sr.RunFolderError, match=f"^{url} is not empty; choose another --out"):
+        sr.compare(out=url)
+    with pytest.raises(sr.RunFolderError, match="is a URL; only runs, comparisons and sweeps are kept at one"):
+        sr.watch(url)
 
 
 @pytest.mark.slow

@@ -177,14 +177,14 @@ def test_small_messages_go_with_the_calls_and_large_ones_into_the_object_store(m
 def test_a_queue_is_gone_through_in_its_order_and_the_longest_one_is_taken_from() -> None:
     first, second, third = "first", "second", "third"
     waiting = ray_fleet._Waiting([first, second, third])  # type: ignore[list-item]
-    for worker, clients in ((first, [4, 2]), (second, [7, 1, 3, 5])):
-        waiting.add(worker, clients)  # type: ignore[arg-type]
-    waiting.add(first, [9, 8], first=True)  # type: ignore[arg-type]
+    for worker, groups in ((first, [(4,), (2,)]), (second, [(7,), (1,), (3,), (5, 6)])):
+        waiting.add(worker, groups)  # type: ignore[arg-type]
+    waiting.add(first, [(9,), (8,)], first=True)  # type: ignore[arg-type]
     assert (len(waiting), waiting.half_share) == (8, 2)
     taken = [waiting.next_for(worker) for worker in (first, third, third, second, third)]  # type: ignore[arg-type]
-    assert taken == [9, 7, 8, 1, 4]
+    assert taken == [(9,), (7,), (8,), (1,), (4,)]
     assert waiting.half_share == 1
-    assert waiting.take_all() == [2, 3, 5]
+    assert waiting.take_all() == [2, 3, 5, 6]
     assert (len(waiting), waiting.half_share) == (0, 0)
 
 

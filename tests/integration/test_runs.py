@@ -280,7 +280,7 @@ def test_a_run_that_is_stopped_loses_clients_and_goes_on_is_told_and_written_as_
         fine_tune(client, round, *args, **more)
 
     def warned(*args: Any) -> experiment.Placement:
-        return dataclasses.replace(place(*args), warnings=("  a GPU is not used", "  nor is another"))
+        return dataclasses.replace(place(*args), notes=("  a GPU is not used", "  nor is another"))
 
     monkeypatch.setattr(Client, "fine_tune", failing)
     monkeypatch.setattr(experiment, "place", warned)
