@@ -105,7 +105,7 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def make(*args: Any, **settings: Any) -> RayFleet:
         fleet = RayFleet(*args, **settings)
-        fleet._room_timeout_seconds = 5
+        fleet._room_timeout_seconds = 20
         return fleet
 
     monkeypatch.setattr("semcons_ray.runs.assembly.RayFleet", make)
