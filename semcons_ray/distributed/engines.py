@@ -160,12 +160,7 @@ class EngineActor:
         with self._counting:
             self._num_open += 1
         try:
-            engine = self._loaded()
-            return engine.generate(request)
-        except EngineError:
-            if engine.is_broken:
-                os._exit(1)
-            raise
+            return self._answer(request)
         finally:
             with self._counting:
                 self._num_open -= 1
@@ -177,6 +172,15 @@ class EngineActor:
     def host_bytes(self) -> int:
         """See `VllmEngine.host_bytes`."""
         return self._loaded().host_bytes()
+
+    def _answer(self, request: EngineRequest) -> EngineReply:
+        engine = self._loaded()
+        try:
+            return engine.generate(request)
+        except EngineError:
+            if engine.is_broken:
+                os._exit(1)
+            raise
 
     def _loaded(self) -> VllmEngine:
         with self._loading:

@@ -176,8 +176,8 @@ def _tune(
         for config in configs:
             room.reserve(config)  # a trial that fits nowhere is refused now, since it would wait for ever
         at_once = _at_once(sweep, experiment)
-        shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on(needed)}
-        shared |= {"remote": remote}
+        shared = {"sweep": sweep, "out": out, "marked": mark(out / "trials"), "variables": passed_on(needed),
+                  "remote": remote}  # fmt: skip
         alone = 1 in (at_once, total - len(done))
         trainable = tune.with_parameters(_perform_trial, **shared, alone=alone)
         tuner = tune.Tuner(

@@ -51,6 +51,19 @@ def test_without_vllm_the_run_is_refused_before_anything_is_loaded(
         run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "run", Silent())
 
 
+class KillsAnEngine(Silent):
+    """Kills an engine after the first reply of round 1."""
+
+    def __init__(self) -> None:
+        super().__init__(self.kill)
+        self.has_killed = False
+
+    def kill(self, reply: Reply) -> None:
+        if reply.round == 1 and not self.has_killed:
+            self.has_killed = True
+            kill_actor("ray::EngineActor")
+
+
 class TestRuns:
     pytestmark = needs_vllm
 
@@ -58,19 +71,12 @@ class TestRuns:
         self, tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path
     ) -> None:
         """float32 and greedy on a tiny model: no ties, so the answers are equal to the letter."""
-        killed: list[int] = []
-
-        def kill_once(reply: Reply) -> None:
-            if reply.round == 1 and not killed:
-                killed.append(reply.client_id)
-                kill_actor("ray::EngineActor")
-
         settings = {"generation": {"temperature": 0.0}, "federation": FEDERATION}
         plain = tiny_config(model={"name": str(wide_llama)}, **settings)
         run_experiment(plain, tmp_path / "plain", Silent())
-        observer = Silent(kill_once)
+        observer = KillsAnEngine()
         run_experiment(run_config(tiny_config, wide_llama, fleet="ray", max_workers=1), tmp_path / "ray", observer)
-        assert killed
+        assert observer.has_killed
         assert "engine-0 on " in observer.plan
         run_experiment(run_config(tiny_config, wide_llama, fleet="local"), tmp_path / "local", Silent())
         for name in ("ray", "local"):
@@ -92,21 +98,14 @@ class TestRuns:
         self, tiny_config: MakeConfig, wide_llama: Path, tmp_path: Path
     ) -> None:
         """Sampled: each prompt brings its random stream, so it does not matter who draws."""
-        killed: list[int] = []
-
-        def kill_once(reply: Reply) -> None:
-            if reply.round == 1 and not killed:
-                killed.append(reply.client_id)
-                kill_actor("ray::EngineActor")
-
         sampled = {"generation": {"engine": "vllm", "temperature": 1.0, "num_samples": 2}}
         one = tiny_config(model={"name": str(wide_llama)}, resources=SMALL_CACHE, **sampled)
         run_experiment(one, tmp_path / "one", Silent())
         resources = {**SMALL_CACHE, "fleet": "ray", "max_workers": 2, "engine_replicas": 2}
         two = tiny_config(model={"name": str(wide_llama)}, resources=resources, **sampled)
-        observer = Silent(kill_once)
+        observer = KillsAnEngine()
         run_experiment(two, tmp_path / "two", observer)
-        assert killed
+        assert observer.has_killed
         assert [f"engine-{number} on" in observer.plan for number in range(3)] == [True, True, False]
         for mine, theirs in zip(answers(tmp_path / "two"), answers(tmp_path / "one"), strict=True):
             pd.testing.assert_frame_equal(mine, theirs)

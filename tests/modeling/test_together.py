@@ -1,6 +1,5 @@
 """Clients that train together learn what each would in turn, whatever their settings, and whatever befalls another."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,19 @@ import torch
 from torch import Tensor
 
 from semcons_ray.config import GenerationConfig as GenerationSettings
-from semcons_ray.config import LoraConfig, ModelConfig, TrainingConfig
+from semcons_ray.config import ModelConfig, TrainingConfig
 from semcons_ray.errors import ModelError
 from semcons_ray.federation.weights import with_rank
 from semcons_ray.modeling.client_model import Targets
 from semcons_ray.modeling.fit import check_model
 from semcons_ray.modeling.fused import fuse
 from semcons_ray.modeling.language_model import FineTuned, LanguageModel, Lesson, Pair, Parameters
-from tests.modeling.test_gradients import faint
+from tests.modeling.test_gradients import faint, load
 from tests.tiny import examples, write_model
 
 TOGETHER = TrainingConfig(train_together=2)
 ROWS = examples()[:420:7]
 Steps = list[dict[str, Tensor]]
-
-
-def load(
-    folder: Path, *, dtype: str = "float32", trainings: Sequence[TrainingConfig] = (), **lora: Any
-) -> LanguageModel:
-    return LanguageModel(
-        str(folder),
-        lora=LoraConfig.model_validate({"rank": 4, **lora}),
-        dtype=dtype,
-        device="cpu",
-        max_length=64,
-        trainings=trainings or [TrainingConfig()],
-    )
 
 
 @pytest.fixture(scope="module")

@@ -146,16 +146,18 @@ def test_a_commit_is_copied_after_all_that_it_stands_for(tmp_path: Path, monkeyp
     assert "state/round_001.msgpack" not in names(remote.url)
 
 
+def lose(reply: Reply) -> None:
+    """Stop as if the machine were lost, in round 2."""
+    if reply.round == 2:
+        raise StoppedError
+
+
 @pytest.mark.slow
 @pytest.mark.real
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_url_to_the_same_numbers(
     tiny_config: MakeConfig, url: str, cache: Path, tmp_path: Path
 ) -> None:
     run_experiment(tiny_config(), tmp_path / "undisturbed", Silent())
-
-    def lose(reply: Reply) -> None:
-        if reply.round == 2:
-            raise StoppedError
 
     remote = RemoteFolder(url)
     remote.check_free()
@@ -224,10 +226,6 @@ def test_a_run_of_a_study_whose_machine_is_lost_goes_on_from_the_url_to_the_same
     tiny_config: MakeConfig, url: str, cache: Path, tmp_path: Path
 ) -> None:
     run_experiment(tiny_config(), tmp_path / "undisturbed", Silent())
-
-    def lose(reply: Reply) -> None:
-        if reply.round == 2:
-            raise StoppedError
 
     folder, remote = locate_study(url, SETTINGS, RUNS)
     assert remote
